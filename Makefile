@@ -1,0 +1,26 @@
+# `make demo` and `make test` set everything up in .venv (once) and run.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := results/demo
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_classifier.py --config configs/demo_classifier.yaml
+	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_dit.py --config configs/demo.yaml
+	$(BIN)/python scripts/demo.py --checkpoint $(DEMO)/denoiser --classifier $(DEMO)/classifier
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build *.egg-info results/demo
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(READY)

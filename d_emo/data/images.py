@@ -1,0 +1,57 @@
+"""What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from d_emo.config import InputError
+
+
+class ClassImages(Dataset):
+    """What the loaders below have in common.
+
+    Attributes:
+        name: Data set name, written into snapshots.
+        class_names: One name per class id.
+        image_size: Side of the square images in pixels.
+        flip: Whether a mirrored image still belongs to its class.
+    """
+
+    name: str
+    class_names: list[str]
+    image_size: int
+    flip: bool = False
+
+    def label(self, index: int) -> int:
+        """Class id of image ``index``, without loading it."""
+        raise NotImplementedError
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Map images from [-1, 1] to bytes, rounding to nearest.
+
+    Shape: (..., H, W) float -> same, uint8.
+    """
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 in [-1, 1]. Shape: (3, H, W)."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def check_image_size(image_size: int) -> None:
+    """Refuse a size no data set can serve."""
+    if image_size < 8:
+        raise InputError(f"--image-size {image_size} is too small; use at least 8 px")
+
+
+def split_number(split: str) -> int:
+    """0 for train, 1 for test."""
+    if split not in ("train", "test"):
+        raise InputError(f"unknown split {split!r}; use train or test")
+    return int(split == "test")

@@ -1,0 +1,242 @@
+"""Networks that turn images into feature vectors: torch-fidelity's Inception, and EMOv2 classifiers for offline use."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from d_emo.config import InputError
+
+if TYPE_CHECKING:
+    from d_emo.checkpoint import ClassifierSnapshot
+
+DOWNLOAD_TIMEOUT_S = 30
+
+
+class FeatureExtractor(Protocol):
+    """Maps images to feature vectors.
+
+    Attributes:
+        name: What it is and which weights it has, for reports.
+        dim: Length of a feature vector.
+        published: Whether the weights are those that published numbers were measured with, where there are such.
+    """
+
+    name: str
+    dim: int
+    published: bool
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, 3, H, W) uint8 -> (B, dim) float."""
+        ...
+
+
+class InceptionFeatures:
+    """The 2048 pooled features of torch-fidelity's port of the 2015 TensorFlow Inception, which published FIDs use.
+
+    Args:
+        weights: Weights file; by default torch-fidelity's own, downloaded into torch's hub folder if it is not there.
+        device: Where the network runs.
+
+    Attributes:
+        published: Whether the weights are the published ones; other weights give numbers of their own.
+
+    Raises:
+        InputError: The weights are missing and cannot be downloaded, or are not those of this network.
+    """
+
+    dim = 2048
+
+    def __init__(self, weights: str | Path | None = None, *, device: torch.device | str = "cpu"):
+        from torch_fidelity.utils import create_feature_extractor
+
+        path = locate_inception_weights(weights)
+        _check_tensors_only(path)
+        try:
+            network = create_feature_extractor(
+                "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(path), verbose=False
+            )
+        except RuntimeError as error:  # load_state_dict: names or shapes differ
+            raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception") from error
+        self._network = network.to(device)
+        digest = _sha256(path)
+        self.published = digest.startswith(_published_digest())
+        self.name = f"inception-v3-compat@{digest[:8]}"
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, 3, H, W) uint8 -> (B, 2048) float32."""
+        (features,) = self._network(images)
+        return features
+
+
+class ClassifierFeatures:
+    """The pooled features of an EMOv2 classifier: needs no download, and gives distances of its own scale.
+
+    Args:
+        snapshot: Classifier snapshot.
+        device: Where the network runs.
+
+    Raises:
+        InputError: Not a classifier snapshot.
+    """
+
+    published = True  # nothing to compare with: the name says which snapshot it is
+
+    def __init__(self, snapshot: str | Path, *, device: torch.device | str = "cpu"):
+        from d_emo.checkpoint import load_classifier
+
+        classifier = load_classifier(snapshot)
+        self._model = classifier.model.to(device)
+        self._image_size = classifier.image_size
+        blank = torch.zeros(1, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8, device=device)
+        self.dim = self(blank).shape[1]
+        self.name = f"emov2:{classifier.path}@{_fingerprint(self._model)}"
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, 3, H, W) uint8 -> (B, dim) float."""
+        images = scale_for_classifier(images, self._image_size)
+        return self._model.forward_head(self._model.forward_features(images), pre_logits=True)
+
+
+def create_extractor(
+    features: str, *, inception_weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """Make the extractor that ``--features`` names: ``inception`` or ``emov2:SNAPSHOT``.
+
+    Raises:
+        InputError: Another name, or see the classes.
+    """
+    if features == "inception":
+        return InceptionFeatures(inception_weights, device=device)
+    kind, _, snapshot = features.partition(":")
+    if kind != "emov2" or not snapshot:
+        raise InputError(f"unknown --features {features!r}; use inception or emov2:SNAPSHOT")
+    if inception_weights is not None:
+        raise InputError(f"--inception-weights has no use with --features {features}; leave one of them out")
+    return ClassifierFeatures(snapshot, device=device)
+
+
+@torch.no_grad()
+def class_accuracy(
+    classifier: ClassifierSnapshot,
+    images: torch.Tensor | Iterable[torch.Tensor],
+    labels: torch.Tensor | Sequence[int],
+    *,
+    batch_size: int = 64,
+) -> float:
+    """Share of images that the classifier assigns to the class that was asked for.
+
+    Args:
+        classifier: What ``load_classifier`` returns.
+        images: All images at once or batches of them. Shape: (N, 3, H, W) uint8.
+        labels: Class id asked for, one per image. Shape: (N,).
+        batch_size: How ``images`` are split if they come at once.
+
+    Raises:
+        ValueError: No images, another number of labels than of images, or a label that the classifier does not know.
+    """
+    labels = torch.as_tensor(labels)
+    num_classes = len(classifier.class_names)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels {labels.min()} to {labels.max()} do not fit a classifier of {num_classes} classes")
+    device = next(classifier.model.parameters()).device
+    count = correct = 0
+    for batch in images.split(batch_size) if isinstance(images, torch.Tensor) else images:
+        asked = labels[count : count + len(batch)]
+        if len(asked) != len(batch):
+            raise ValueError(f"there are more images than the {len(labels)} labels")
+        logits = classifier.model(scale_for_classifier(batch.to(device), classifier.image_size))
+        correct += int((logits.argmax(dim=1).cpu() == asked.cpu()).sum())
+        count += len(batch)
+    if count == 0 or count != len(labels):
+        raise ValueError(f"{count} images came with {len(labels)} labels; give one label per image")
+    return correct / count
+
+
+def scale_for_classifier(images: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Bytes to [-1, 1], resized to the classifier's side by an antialiased bilinear filter.
+
+    Shape: (B, 3, H, W) uint8 -> (B, 3, image_size, image_size) float32.
+    """
+    images = images.float().div(127.5).sub(1)
+    if images.shape[2:] != (image_size, image_size):
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    return images
+
+
+def locate_inception_weights(weights: str | Path | None = None) -> Path:
+    """Path of the Inception weights: the file given, else torch-fidelity's own, downloaded if need be.
+
+    Raises:
+        InputError: The file given does not exist, or the download failed.
+    """
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise InputError(f"the Inception weights {weights} do not exist")
+        return Path(weights)
+    url = _published_url()
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.is_file():
+        try:
+            _download(url, path)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise InputError(
+                f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
+                f"({error}); put the file there, or give --inception-weights FILE, or measure with other features: "
+                "--features emov2:SNAPSHOT"
+            ) from error
+    return path
+
+
+def _published_url() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3
+
+
+def _published_digest() -> str:
+    """Start of the SHA-256 of the published weights: by torch.hub's custom it ends the file name."""
+    return Path(_published_url()).stem.rpartition("-")[2]
+
+
+def _download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none: behind some firewalls it would hang
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=_published_digest())
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _check_tensors_only(path: Path) -> None:
+    """Refuse a weights file that holds anything but named tensors: torch-fidelity itself unpickles whatever it is."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not an intact weights file of tensors") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Eight digits that change with any weight of a model, so that a report says which one it was."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]

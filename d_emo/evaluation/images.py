@@ -1,0 +1,187 @@
+"""Where the images to be measured come from: folders, ``.npz`` files, or batches made on the spot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from d_emo.config import InputError
+from d_emo.data import IMAGE_SUFFIXES
+from d_emo.evaluation.npz import NpzImages, choose_evenly, in_chunks
+
+JPEG_SUFFIXES = {".jpg", ".jpeg"}
+DECODING_THREADS = 8
+
+
+class ImageSource(Protocol):
+    """A set of images of one size.
+
+    Attributes:
+        name: Path or description, for messages.
+        image_size: (width, height) in pixels, or None if not known before reading.
+        num_images: How many there are, or None if not known before reading.
+        num_jpegs: How many of them are stored as JPEG.
+    """
+
+    name: str
+    num_images: int | None
+    image_size: tuple[int, int] | None
+    num_jpegs: int
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield the images in a fixed order. Shape: (B, 3, H, W) uint8."""
+        ...
+
+
+class FolderImages:
+    """The images in a folder and all its sub-folders, in the order of their paths.
+
+    The headers of all files are read first, so that a wrong file is named before any network has run.
+
+    Args:
+        folder: Folder of images; class sub-folders are welcome.
+        num_images: How many to take, spread evenly over the sorted paths; all by default.
+
+    Raises:
+        InputError: No such folder, too few images in it, images of several sizes, or a file that is no 8-bit image.
+    """
+
+    def __init__(self, folder: str | Path, *, num_images: int | None = None):
+        self.name = str(folder)
+        found = _find_images(Path(folder))
+        self.files = [found[index] for index in choose_evenly(len(found), num_images, f"the folder {folder}")]
+        self.num_images = len(self.files)
+        self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
+        self.image_size = _read_size(self.files[0])
+        for path in self.files[1:]:
+            size = _read_size(path)
+            if size != self.image_size:
+                raise InputError(
+                    f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; "
+                    "bring all images of a folder to one size, as in training"
+                )
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield the images, decoding one batch ahead of the network. Shape: (B, 3, H, W) uint8.
+
+        Raises:
+            InputError: A file cannot be decoded; the sentence names it.
+        """
+        with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
+            ahead = None
+            for chunk in in_chunks(self.files, batch_size):
+                decoding = pool.map(_read_image, chunk)
+                if ahead is not None:
+                    yield torch.stack(list(ahead))
+                ahead = decoding
+            yield torch.stack(list(ahead))
+
+
+class IterableImages:
+    """Batches that something else makes, for instance a sampler.
+
+    Args:
+        images: Yields batches. Shape: (B, 3, H, W) uint8.
+        num_images: Stop after so many; by default, all that come.
+    """
+
+    name = "batches"
+    image_size = None
+    num_jpegs = 0
+
+    def __init__(self, images: Iterable[torch.Tensor], *, num_images: int | None = None):
+        if num_images is not None and num_images < 2:
+            raise InputError(f"{num_images} images were asked for; a covariance needs at least two")
+        self._images = images
+        self.num_images = num_images
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield the batches as they come (``batch_size`` is the maker's business), the last one cut to fit.
+
+        Raises:
+            ValueError: A batch is not uint8 of shape (B, 3, H, W), or its size differs from the first one's.
+            InputError: Fewer images came than were asked for.
+        """
+        count, size = 0, None
+        for batch in self._images:
+            if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
+                raise ValueError(f"batches must be uint8 (B, 3, H, W), not {batch.dtype} {tuple(batch.shape)}")
+            size = size or batch.shape[2:]
+            if batch.shape[2:] != size:
+                raise ValueError(f"batches of {tuple(size)} and of {tuple(batch.shape[2:])} px cannot be measured")
+            if self.num_images is not None:
+                batch = batch[: self.num_images - count]
+            count += len(batch)
+            yield batch
+            if count == self.num_images:
+                return
+        if self.num_images is not None:
+            raise InputError(f"{self.num_images} images were asked for, but only {count} came")
+
+
+def open_images(source: str | Path | Iterable[torch.Tensor], *, num_images: int | None = None) -> ImageSource:
+    """Open a folder, an ``.npz`` file or an iterable of batches.
+
+    Raises:
+        InputError: Neither a folder nor an ``.npz`` file, or see the classes of this module.
+    """
+    if not isinstance(source, str | Path):
+        return IterableImages(source, num_images=num_images)
+    path = Path(source)
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        return NpzImages(path, num_images=num_images)
+    if path.is_file():
+        raise InputError(f"{path} is neither a folder of images nor an .npz file")
+    return FolderImages(path, num_images=num_images)
+
+
+def as_text(size: tuple[int, int]) -> str:
+    """Width and height as a sentence has them."""
+    return f"{size[0]} x {size[1]}"
+
+
+def _find_images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"the folder {folder} does not exist")
+    found = [
+        Path(root, name)
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(found)
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Width and height from a file's header."""
+    try:
+        with Image.open(path) as image:
+            mode, size = image.mode, image.size
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise _unreadable(path, error) from error
+    if mode.startswith(("I", "F")):  # 16-bit and float pixels; Pillow would clip them at 255
+        raise InputError(f"{path} has more than 8 bits per channel (mode {mode}); convert it to 8-bit RGB")
+    return size
+
+
+def _read_image(path: Path) -> torch.Tensor:
+    """Decode one file; grey, palette, CMYK and alpha become RGB. Shape: (3, H, W) uint8."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"cannot read the image {path} ({error}); repair or remove it")

@@ -1,0 +1,178 @@
+"""``.npz`` files in ADM's layout: images as ``arr_0``, statistics as ``mu`` and ``sigma``. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from d_emo.config import InputError
+from d_emo.evaluation.statistics import StoredStatistics
+
+IMAGES_KEY = "arr_0"
+
+
+def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int]:
+    """Which images of a stored set to measure: all, or ``wanted`` of them spread evenly over the order.
+
+    Spread, because the first images of an ordered set are those of its first classes.
+
+    Raises:
+        InputError: Fewer than two images, there or wanted, or more wanted than there.
+    """
+    if available < 2:
+        raise InputError(f"{name} holds {available} image; a covariance needs at least two")
+    if wanted is None:
+        return range(available)
+    if wanted < 2:
+        raise InputError(f"{wanted} images were asked for (--num-images); a covariance needs at least two")
+    if wanted > available:
+        raise InputError(f"{wanted} images were asked for (--num-images), but {name} holds {available}")
+    return [index * available // wanted for index in range(wanted)]
+
+
+def in_chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Split ``items`` into consecutive parts of ``size``, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+class NpzImages:
+    """The images ``arr_0`` of an ``.npz`` file, read batch by batch.
+
+    Args:
+        path: File with ``arr_0``, uint8. Shape: (N, H, W, 3).
+        num_images: How many to take, spread evenly; all by default.
+
+    Attributes:
+        name: The path, for messages.
+        image_size: (width, height) in pixels.
+        num_images: How many are taken.
+        num_jpegs: 0; what the images were before is not recorded.
+
+    Raises:
+        InputError: No such file, not an archive, no ``arr_0``, another type or shape, or too few images.
+    """
+
+    num_jpegs = 0
+
+    def __init__(self, path: str | Path, *, num_images: int | None = None):
+        self.path, self.name = Path(path), str(path)
+        keys = archive_keys(self.path)
+        if IMAGES_KEY not in keys:
+            raise InputError(
+                f"{path} holds the keys {', '.join(sorted(keys)) or '(none)'}; "
+                f"images are expected as {IMAGES_KEY}, uint8 of shape (N, H, W, 3); "
+                "a reference for Inception features may hold mu and sigma instead"
+            )
+        with _open_array(self.path, IMAGES_KEY) as stream:
+            shape, fortran_order, dtype = _read_header(stream)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:3] or fortran_order:
+            raise InputError(
+                f"{IMAGES_KEY} of {path} is {dtype} of shape {shape}{' in Fortran order' if fortran_order else ''}; "
+                "images are expected as uint8 of shape (N, H, W, 3)"
+            )
+        self.image_size = (shape[2], shape[1])
+        self._indices = choose_evenly(shape[0], num_images, self.name)
+        self.num_images = len(self._indices)
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield the images in order. Shape: (B, 3, H, W) uint8.
+
+        Raises:
+            InputError: The file ends early or its checksum is wrong.
+        """
+        width, height = self.image_size
+        image_bytes, position = 3 * width * height, 0
+        with _open_array(self.path, IMAGES_KEY) as stream:
+            _read_header(stream)
+            for chunk in in_chunks(self._indices, batch_size):
+                pixels = bytearray()
+                for index in chunk:
+                    stream.seek((index - position) * image_bytes, io.SEEK_CUR)
+                    pixels += stream.read(image_bytes)
+                    position = index + 1
+                if len(pixels) != len(chunk) * image_bytes:
+                    raise EOFError("the file ends early")
+                images = torch.frombuffer(pixels, dtype=torch.uint8).view(len(chunk), height, width, 3)
+                yield images.permute(0, 3, 1, 2).contiguous()
+
+
+def archive_keys(path: Path) -> set[str]:
+    """Names of the arrays in an ``.npz`` file.
+
+    Raises:
+        InputError: No such file, or not an archive.
+    """
+    if not path.is_file():
+        raise InputError(f"the file {path} does not exist")
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def holds_statistics(path: str | Path) -> bool:
+    """Whether this is an ``.npz`` file with ``mu`` and ``sigma``.
+
+    Raises:
+        InputError: It is named ``.npz`` but is missing or no archive.
+    """
+    path = Path(path)
+    return path.suffix.lower() == ".npz" and not path.is_dir() and {"mu", "sigma"} <= archive_keys(path)
+
+
+def read_statistics(path: str | Path, dim: int) -> StoredStatistics:
+    """Read ``mu`` and ``sigma`` of an ``.npz`` file.
+
+    Args:
+        path: File in ADM's layout.
+        dim: Number of features that the statistics must be over.
+
+    Raises:
+        InputError: Not an archive, or statistics that are not finite numbers over ``dim`` features.
+    """
+    path, arrays = Path(path), []
+    for key in ("mu", "sigma"):
+        with _open_array(path, key) as stream:
+            arrays.append(np.lib.format.read_array(stream, allow_pickle=False))
+    mu, sigma = arrays
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise InputError(
+            f"{path} holds mu of shape {mu.shape} and sigma of shape {sigma.shape}, but the features in use have "
+            f"{dim} dimensions; take statistics of the same features"
+        )
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"mu and sigma of {path} must be finite floating-point numbers")
+    return StoredStatistics(torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)))
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn every error of reading an archive into a sentence that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path} is not an intact .npz file ({error}); write it again with numpy.savez") from error
+
+
+@contextmanager
+def _open_array(path: Path, key: str) -> Iterator[IO[bytes]]:
+    with _damage_named(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
+        yield stream
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)

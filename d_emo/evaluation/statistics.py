@@ -1,0 +1,166 @@
+"""Mean and covariance of features, gathered batch by batch in float64, and the Frechet distance between two of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from d_emo.config import InputError
+
+# An eigenvalue this far below zero, relative to the largest, is no rounding: float32 statistics reach about -1e-6.
+NEGATIVE_EIGENVALUE_TOLERANCE = 1e-4
+
+
+class StoredStatistics(NamedTuple):
+    """Mean and covariance read from a file, which does not say over how many images.
+
+    Attributes:
+        mean: Shape: (dim,) float64.
+        covariance: Shape: (dim, dim) float64.
+        count: Always None, unknown.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: None = None
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of feature vectors; memory is (dim + 1) * dim numbers whatever the stream.
+
+    Two streams can be gathered apart and merged. Both steps use the pairwise update of Chan, Golub and LeVeque (1979),
+    which sums squares about the running mean, so that no digits cancel as they do in E[xx'] - E[x]E[x]'.
+
+    Args:
+        dim: Length of a feature vector.
+
+    Attributes:
+        dim: Length of a feature vector.
+        count: Feature vectors seen so far.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self.count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)'
+
+    def update(self, features: torch.Tensor) -> None:
+        """Add a batch of feature vectors. The sums stay on the device of the features, if that knows float64.
+
+        Shape: (B, dim), any floating type.
+
+        Raises:
+            InputError: A feature is NaN or infinite.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features of shape {tuple(features.shape)} do not fit statistics of (B, {self.dim})")
+        if not torch.isfinite(features).all():
+            raise InputError(
+                f"the features of images {self.count + 1} to {self.count + len(features)} hold NaN or infinite values; "
+                "the weights of the feature network are damaged"
+            )
+        if features.device.type == "mps":  # has no float64
+            features = features.cpu()
+        features = features.detach().double()
+        self._mean, self._scatter = self._mean.to(features.device), self._scatter.to(features.device)
+        count = len(features)
+        if count == 0:
+            return
+        batch_mean = features.mean(dim=0)
+        shift = self._shift_mean(batch_mean, count)
+        rows = torch.cat([features - batch_mean, shift[None]])
+        self._scatter.addmm_(rows.T, rows)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add all that ``other`` has seen, as if it had been seen here.
+
+        Raises:
+            ValueError: ``other`` has features of another length.
+        """
+        if other.dim != self.dim:
+            raise ValueError(f"statistics over {other.dim} features cannot be merged into statistics over {self.dim}")
+        if other.count == 0:
+            return
+        shift = self._shift_mean(other._mean.to(self._mean.device), other.count)
+        self._scatter += other._scatter.to(self._mean.device)
+        self._scatter.addr_(shift, shift)
+
+    def _shift_mean(self, mean: torch.Tensor, count: int) -> torch.Tensor:
+        """Move the mean towards that of ``count`` new vectors; return the row whose square the scatter gains."""
+        total = self.count + count
+        delta = mean - self._mean
+        row = delta * (self.count * count / total) ** 0.5
+        self._mean += delta * (count / total)
+        self.count = total
+        return row
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean feature vector, on the CPU. Shape: (dim,) float64."""
+        self._require(1)
+        return self._mean.cpu().clone()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance (divided by count - 1, as in ADM's evaluator), on the CPU. Shape: (dim, dim) float64."""
+        self._require(2)
+        return self._scatter.cpu() / (self.count - 1)
+
+    def _require(self, needed: int) -> None:
+        if self.count < needed:
+            raise InputError(f"statistics over {self.count} images were asked for; at least {needed} are needed")
+
+
+def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+    """Squared Frechet (2-Wasserstein) distance between two Gaussians.
+
+    |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^1/2)        (Dowson and Landau 1982, Heusel 2017)
+
+    With factors sigma = L L', the last trace is the sum of the singular values of L1' L2. That takes no square root
+    of a rounded zero: in eigenvalues of sigma1 sigma2, zeros come out near +-1e-16 of the largest, and thousands of
+    their roots, 1e-8 each, add up for singular covariances, that is for fewer images than features.
+
+    Args:
+        mu1, mu2: Means. Shape: (dim,).
+        sigma1, sigma2: Covariances, singular or not. Shape: (dim, dim).
+
+    Returns:
+        The distance, at least 0.
+
+    Raises:
+        InputError: The dimensions differ, a value is not finite, or a sigma has a clearly negative eigenvalue.
+    """
+    first, second = _as_moments(mu1, sigma1), _as_moments(mu2, sigma2)
+    if first[0].shape != second[0].shape:
+        raise InputError(
+            f"statistics over {len(first[0])} and over {len(second[0])} features cannot be compared; "
+            "measure both sides with the same features"
+        )
+    difference = first[0] - second[0]
+    overlap = np.linalg.svd(_factor(first[1]).T @ _factor(second[1]), compute_uv=False).sum()
+    distance = difference @ difference + np.trace(first[1]) + np.trace(second[1]) - 2 * overlap
+    return max(float(distance), 0.0)  # equal Gaussians land within rounding on either side of 0
+
+
+def _as_moments(mu: ArrayLike, sigma: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    mu = np.atleast_1d(np.asarray(mu, dtype=np.float64))
+    sigma = np.atleast_2d(np.asarray(sigma, dtype=np.float64))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise InputError(f"a mean of shape {mu.shape} and a covariance of shape {sigma.shape} do not belong together")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError("the statistics hold NaN or infinite values")
+    return mu, sigma
+
+
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """L with L L' = sigma; columns that are rounding would only cost time. Shape: (dim, dim) -> (dim, rank)."""
+    eigenvalues, eigenvectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    largest = np.abs(eigenvalues).max()
+    if eigenvalues[0] < -NEGATIVE_EIGENVALUE_TOLERANCE * largest:
+        raise InputError(f"a covariance with the negative eigenvalue {eigenvalues[0]:.3g} is none; its file is damaged")
+    kept = eigenvalues > largest * len(sigma) * np.finfo(np.float64).eps
+    return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])

@@ -1,0 +1,176 @@
+"""Attention inside windows of a feature map: the partitions, their exact inverses, and the one class that uses them.
+
+Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (strided windows, pre-attention).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d_emo.config import InputError
+from d_emo.models.layers import pair
+
+AttentionMode = Literal["near", "far", "spanning"]
+AttentionOrder = Literal["post", "pre"]
+
+
+class Partition(Protocol):
+    """Cuts a map into windows (``split``) and puts the windows back (``merge``): exact inverses of each other."""
+
+    def split(self, x: Tensor, window: tuple[int, int]) -> Tensor: ...
+
+    def merge(self, windows: Tensor) -> Tensor: ...
+
+
+class NearPartition:
+    """A window is a rectangle of adjacent tokens.
+
+    Shape: map (B, n * h, m * w, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
+    """
+
+    @staticmethod
+    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
+        (h, w), (batch, height, width, dim) = window, x.shape
+        return x.view(batch, height // h, h, width // w, w, dim).permute(0, 1, 3, 2, 4, 5)
+
+    @staticmethod
+    def merge(windows: Tensor) -> Tensor:
+        batch, n, m, h, w, dim = windows.shape
+        return windows.permute(0, 1, 3, 2, 4, 5).reshape(batch, n * h, m * w, dim)
+
+
+class FarPartition:
+    """A window is a grid of tokens that spans the whole map: h x w tokens at strides (H / h, W / w).
+
+    Shape: map (B, h * n, w * m, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
+    """
+
+    @staticmethod
+    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
+        (h, w), (batch, height, width, dim) = window, x.shape
+        return x.view(batch, h, height // h, w, width // w, dim).permute(0, 2, 4, 1, 3, 5)
+
+    @staticmethod
+    def merge(windows: Tensor) -> Tensor:
+        batch, n, m, h, w, dim = windows.shape
+        return windows.permute(0, 3, 1, 4, 2, 5).reshape(batch, h * n, w * m, dim)
+
+
+PARTITIONS: dict[str, tuple[type[Partition], ...]] = {
+    "near": (NearPartition,),
+    "far": (FarPartition,),
+    "spanning": (NearPartition, FarPartition),
+}
+
+
+def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Add zero rows below and zero columns on the right until the window divides the map.
+
+    Shape: (B, H, W, C) -> (B, H', W', C) with H' >= H, W' >= W the next multiples of the window.
+    """
+    bottom, right = -x.shape[1] % window[0], -x.shape[2] % window[1]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention in windows with an expanded value: near, far, or both summed (spanning).
+
+    One map ``softmax(q k^T / sqrt(d))`` of ``dim`` channels weighs a wider value. In the "post" order the value is
+    ``act(Wv u)`` and is mixed by the map (EMOv2); in the "pre" order the map mixes ``u`` and ``act(Wv .)`` follows
+    (EMOv1). A map that the window does not divide is padded with zeros after the norm, without a mask, as the released
+    weights were trained (EMOv2 paper, eq. 1-5).
+
+    Args:
+        dim: channels C of the input, of the queries and of the keys.
+        value_dim: channels M of the output.
+        num_heads: heads; divides ``dim`` and, in the post order, ``value_dim``.
+        window_size: tokens per window, one number or (height, width).
+        mode: "near", "far" or "spanning".
+        order: "post" or "pre".
+        act: activation class of the value.
+
+    Shape: (B, H, W, C) -> (B, H, W, M).
+
+    Raises:
+        InputError: for a combination that cannot work.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        value_dim: int,
+        *,
+        num_heads: int,
+        window_size: int | tuple[int, int],
+        mode: AttentionMode = "spanning",
+        order: AttentionOrder = "post",
+        act: type[nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        if mode not in PARTITIONS:
+            raise InputError(f"Unknown attention_mode {mode!r}; choose one of {', '.join(map(repr, PARTITIONS))}.")
+        if order not in ("post", "pre"):
+            raise InputError(f"Unknown attention_order {order!r}; choose 'post' or 'pre'.")
+        check_heads(dim, num_heads)
+        if order == "post" and value_dim % num_heads:
+            raise InputError(f"The expanded width {value_dim} is not divisible by {num_heads} heads.")
+        self.num_heads, self.mode, self.order = num_heads, mode, order
+        self.window = pair(window_size, "window_size")
+        self.qk = nn.Linear(dim, 2 * dim)
+        self.v = nn.Linear(dim, value_dim)
+        self.act = act()
+
+    def forward(self, u: Tensor) -> Tensor:
+        height, width = u.shape[1:3]
+        u = pad_to_multiple(u, self.window)  # (B, H', W', C)
+        q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H', W', C)
+        value = self.act(self.v(u)) if self.order == "post" else u  # (B, H', W', M or C)
+        mixed = self.attend(q, k, value)[:, :height, :width]  # (B, H, W, M or C)
+        return mixed if self.order == "post" else self.act(self.v(mixed))  # (B, H, W, M)
+
+    def attend(self, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+        """Attention within the windows of every partition of the mode, summed over the partitions.
+
+        Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+        """
+        partitions = PARTITIONS[self.mode]
+        windows = [torch.stack([p.split(x, self.window) for p in partitions]) for x in (q, k, value)]
+        parts, batch, n, m, h, w, _ = windows[0].shape  # each (P, B, n, m, h, w, C or M)
+        heads = [
+            x.reshape(parts * batch * n * m, h * w, self.num_heads, -1).transpose(1, 2) for x in windows
+        ]  # each (P B n m, heads, h w, head width)
+        mixed = F.scaled_dot_product_attention(*heads)  # scale is (query head width)^-1/2
+        mixed = mixed.transpose(1, 2).reshape(parts, batch, n, m, h, w, -1)  # (P, B, n, m, h, w, M)
+        return sum(p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True))  # (B, H, W, M)
+
+
+class SelfAttention(nn.Module):
+    """Plain multi-head attention over all tokens of the map, as in DiT.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, *, num_heads: int) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, u: Tensor) -> Tensor:
+        batch, height, width, dim = u.shape
+        qkv = self.qkv(u).view(batch, height * width, 3, self.num_heads, -1)  # (B, N, 3, heads, d)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, d)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise InputError unless ``num_heads`` is positive and divides ``dim``."""
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise InputError(f"num_heads must be a positive integer, got {num_heads!r}.")
+    if dim % num_heads:
+        raise InputError(f"{dim} channels cannot be divided among {num_heads} heads; choose a divisor of {dim}.")

@@ -1,0 +1,222 @@
+"""The Meta Mobile Block and its instances: IRB, iRMB and i2RMB, the adaLN form for denoisers, and DiT's block.
+
+Sources: EMOv2 paper, section III, eq. 1-5 and fig. 4 (one residual: expand, apply an efficient operator, shrink);
+section III-C3 and table XVI (D-EMO); EMOv1 paper (iRMB); DiT paper, section 3.2 (adaLN-Zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from d_emo.config import InputError
+from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention
+from d_emo.models.layers import NORM_EPS, LayerScale, LocalConv, NormKind, make_norm, modulate
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
+"""The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
+
+
+class MobileOperator(nn.Module):
+    """The inside of a Meta Mobile Block's residual: expand C -> M, attention and / or local convolution, shrink.
+
+        v = act(Wv u), a = SEW-MHSA(q, k, v)         eq. 2-4; without attention a = v
+        y = a + SiLU(BN(DWConv(a)))                  eq. 5; inner skip only where the block has its residual
+        out = Wo y
+
+    Args:
+        dim: input channels C.
+        out_dim: output channels; ``dim`` unless given.
+        expand_ratio: M / C.
+        attention: switch of the window attention; off gives the expansion ``act(W u)`` alone.
+        local_conv: switch of the depthwise convolution.
+        num_heads, window_size, attention_mode, attention_order: see `WindowAttention`; unused without attention.
+        kernel_size, stride, local_norm: see `LocalConv`; unused without local convolution.
+        inner_skip: add the input of the depthwise convolution to its output.
+        act: activation class of the expansion.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        *,
+        expand_ratio: float = 4.0,
+        attention: bool = True,
+        local_conv: bool = True,
+        num_heads: int = 1,
+        window_size: int | tuple[int, int] = 7,
+        attention_mode: AttentionMode = "spanning",
+        attention_order: AttentionOrder = "post",
+        kernel_size: int = 5,
+        stride: int = 1,
+        local_norm: NormKind = "batch",
+        inner_skip: bool = True,
+        act: type[nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        mid_dim = int(dim * expand_ratio)
+        if mid_dim < 1:
+            raise InputError(f"expand_ratio must be positive and leave at least one channel, got {expand_ratio!r}.")
+        if stride != 1 and (inner_skip or not local_conv):
+            raise InputError("Down-sampling is the depthwise convolution's work and admits no inner skip.")
+        if attention:
+            self.expand = WindowAttention(
+                dim, mid_dim, num_heads=num_heads, window_size=window_size, mode=attention_mode, order=attention_order,
+                act=act,
+            )  # fmt: skip
+        else:
+            self.expand = nn.Sequential(nn.Linear(dim, mid_dim), act())
+        self.inner_skip = inner_skip
+        self.local = (
+            LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, norm=local_norm) if local_conv else None
+        )
+        self.proj = nn.Linear(mid_dim, out_dim or dim, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        a = self.expand(u)  # (B, H, W, M)  eq. 2-4
+        if self.local is not None:
+            y = self.local(a)  # (B, H', W', M)
+            a = a + y if self.inner_skip else y  # eq. 5
+        return self.proj(a)  # (B, H', W', C_out)
+
+
+class MetaMobileBlock(nn.Module):
+    """One residual block of the classifiers: ``x + DropPath(LayerScale(F(Norm(x))))``.
+
+    Args:
+        dim: input channels.
+        out_dim: output channels; ``dim`` unless given.
+        norm: norm before the operator; decides the activation too.
+        stride: 1 keeps the map. 2 makes a down-sampling block: the expand ratio is doubled, attention, inner skip and
+            residual are off; LayerScale stays.
+        layer_scale: start value of LayerScale, or None for no LayerScale (EMOv1).
+        drop_path: probability of dropping the residual branch of an image in training.
+        expand_ratio, attention, options: see `MobileOperator`.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        *,
+        norm: NormKind = "layer",
+        stride: int = 1,
+        layer_scale: float | None = 1e-6,
+        drop_path: float = 0.0,
+        expand_ratio: float = 4.0,
+        attention: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        out_dim = out_dim or dim
+        down = stride != 1
+        self.residual = not down and out_dim == dim
+        self.norm = make_norm(norm, dim)
+        self.operator = MobileOperator(
+            dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention and not down,
+            stride=stride, inner_skip=self.residual, act=ACTIVATIONS[norm], **options,
+        )  # fmt: skip
+        self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(out_dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer_scale(self.operator(self.norm(x)))  # (B, H', W', C_out)
+        return x + self.drop_path(y) if self.residual else y
+
+
+MOBILE_BLOCKS: dict[str, dict[str, Any]] = {
+    "irb": {"attention": False, "layer_scale": None},
+    "irmb": {"attention_mode": "far", "attention_order": "pre", "layer_scale": None},
+    "i2rmb": {"attention_mode": "spanning", "attention_order": "post", "layer_scale": 1e-6},
+}
+"""The named instances of the Meta Mobile Block. A row is what distinguishes one; everything else is shared."""
+
+
+BlockKind = Literal["irb", "irmb", "i2rmb"]
+
+
+def mobile_block(kind: BlockKind, dim: int, out_dim: int | None = None, **options: Any) -> MetaMobileBlock:
+    """A `MetaMobileBlock` with the settings of one row of `MOBILE_BLOCKS`; ``options`` override the row."""
+    if kind not in MOBILE_BLOCKS:
+        raise InputError(f"Unknown block {kind!r}; choose one of {', '.join(map(repr, MOBILE_BLOCKS))}.")
+    return MetaMobileBlock(dim, out_dim, **{**MOBILE_BLOCKS[kind], **options})
+
+
+def adaln_projection(dim: int, chunks: int) -> nn.Sequential:
+    """SiLU and one linear layer from the condition to ``chunks`` vectors of ``dim`` channels."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
+
+
+def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callable[[Tensor], Tensor]) -> Tensor:
+    """The adaLN-Zero residual, with shift, scale and gate side by side in ``chunks``.
+
+    Shape: x (B, H, W, C), chunks (B, 3C) -> (B, H, W, C).
+    """
+    shift, scale, gate = chunks.chunk(3, dim=-1)  # 3 x (B, C)
+    return x + gate[:, None, None] * operator(modulate(norm(x), shift, scale))
+
+
+class AdaLNMobileBlock(nn.Module):
+    """i2RMB conditioned by adaLN-Zero: ``x + gate * F(LN(x) * (1 + scale) + shift)``.
+
+    One residual, so three chunks where DiT has six; the zero gate replaces LayerScale (EMOv2 paper, III-C3).
+
+    Args:
+        dim: channels of the tokens and of the condition.
+        options: see `MobileOperator`.
+
+    Shape: x (B, H, W, C), c (B, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.operator = MobileOperator(dim, **options)
+        self.adaLN_modulation = adaln_projection(dim, 3)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return gated_residual(x, self.adaLN_modulation(c), self.norm, self.operator)  # (B, H, W, C)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between.
+
+    Shape: (..., C) -> (..., C).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DiTBlock(nn.Module):
+    """DiT's transformer block with adaLN-Zero (DiT paper, fig. 3): attention and MLP, two residuals, six chunks.
+
+    Shape: x (B, H, W, C), c (B, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, expand_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = SelfAttention(dim, num_heads=num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * expand_ratio))
+        self.adaLN_modulation = adaln_projection(dim, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        attention, mlp = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, 3C)
+        x = gated_residual(x, attention, self.norm1, self.attn)  # (B, H, W, C)
+        return gated_residual(x, mlp, self.norm2, self.mlp)  # (B, H, W, C)

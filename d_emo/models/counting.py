@@ -1,0 +1,74 @@
+"""Parameters and multiply-accumulates, counted as in the published tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from d_emo.models.denoiser import Denoiser
+from d_emo.models.layers import pair
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a network, the fixed position embedding included and all other buffers left out.
+
+    That is the convention of the DiT, SiT and D-EMO logs.
+    """
+    position = sum(buffer.numel() for name, buffer in model.named_buffers() if name == "pos_embed")
+    return sum(p.numel() for p in model.parameters()) + position
+
+
+def norm_cost(per_element: int) -> Callable[..., int]:
+    """Cost of a norm for FlopCounterMode, which counts two operations for each multiply-accumulate."""
+
+    def cost(input_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * per_element * math.prod(input_shape)
+
+    return cost
+
+
+aten = torch.ops.aten
+NORM_COSTS = {
+    aten.native_layer_norm: norm_cost(5),
+    aten.native_batch_norm: norm_cost(2),
+    aten._native_batch_norm_legit_no_training: norm_cost(2),
+    aten.cudnn_batch_norm: norm_cost(2),
+}
+"""fvcore's prices, which the published figures use: five per element for a layer norm, two for a batch norm in eval."""
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | None = None) -> int:
+    """Multiply-accumulates of one forward pass of batch 1 in eval mode, attention products included.
+
+    Works on the meta device: ``with torch.device("meta"): model = create_model(...)`` counts without any weights.
+
+    Args:
+        model: a denoiser or a classifier.
+        image_or_latent_size: height and width of the input; a denoiser's own ``sample_size`` unless given, and 224
+            for a classifier.
+
+    Returns:
+        MACs (the papers print them as FLOPs).
+    """
+    device = next(model.parameters()).device
+    inputs: tuple[Tensor, ...]
+    if isinstance(model, Denoiser):
+        height, width = pair(image_or_latent_size or model.sample_size, "image_or_latent_size")
+        ones = torch.ones(1, dtype=torch.long, device=device)
+        inputs = (torch.zeros(1, model.config.in_channels, height, width, device=device), ones, ones)
+    else:
+        height, width = pair(image_or_latent_size or 224, "image_or_latent_size")
+        inputs = (torch.zeros(1, model.stem.conv.conv.in_channels, height, width, device=device),)
+    training = model.training
+    try:
+        with FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
+            model.eval()(*inputs)
+    finally:
+        model.train(training)
+    return counter.get_total_flops() // 2

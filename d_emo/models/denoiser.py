@@ -1,0 +1,261 @@
+"""The denoisers: D-EMO and the DiT baseline, in one frame that differs only in the block.
+
+Sources: EMOv2 paper, section III-C3 and table XVI (D-EMO); DiT paper, section 3.2 (frame, initialisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from d_emo.config import InputError
+from d_emo.models.attention import AttentionMode
+from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, adaln_projection
+from d_emo.models.layers import (
+    NORM_EPS,
+    LabelEmbedder,
+    NormKind,
+    PatchEmbed,
+    TimestepEmbedder,
+    checkpoint_block,
+    modulate,
+    pair,
+    sincos_position_embedding,
+)
+
+SIZES: dict[str, dict[str, int]] = {
+    "Ti": {"depth": 12, "hidden_size": 192, "num_heads": 3},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+"""Depth, width and heads as in DiT; the tiny size is ours."""
+
+DENOISERS: dict[str, dict[str, Any]] = {
+    f"D-EMOv2-{size}-{patch}": {**row, "patch_size": patch, "block": "i2rmb"}
+    for size, row in SIZES.items()
+    for patch in (1, 2, 4, 8)
+} | {
+    f"DiT-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
+    for size, row in SIZES.items()
+    if size != "Ti"
+    for patch in (2, 4, 8)
+}
+"""Every named denoiser as the constructor arguments that make it."""
+
+I2RMB_ONLY = ("attention_mode", "window_size", "kernel_size", "local_norm")
+"""Settings that mean nothing to DiT's block."""
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear map from a token to the p x p patch of the output.
+
+    Shape: x (B, H, W, C), c (B, C) -> (B, H, W, p * p * C_out).
+    """
+
+    def __init__(self, dim: int, out_dim: int, *, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=affine)
+        self.linear = nn.Linear(dim, out_dim)
+        self.adaLN_modulation = adaln_projection(dim, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, C)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """Predicts the noise (and, with learned sigma, its variance) in a latent, given the timestep and the class.
+
+    Runs in ``diffusers.DiTPipeline`` as it is. Labels are not dropped here: that belongs to the training objective,
+    which passes `null_class` for "no class".
+
+    Args:
+        sample_size: height and width of the latent, one number or (height, width).
+        patch_size: side of the square patch that becomes one token.
+        in_channels: channels of the latent.
+        out_channels: channels of the output. Leave it out: it follows from ``learn_sigma`` and is recorded in the
+            config, because diffusers' pipelines read it there.
+        learn_sigma: predict the variance too, which doubles the output channels.
+        num_classes: classes without the null class; 1 for unconditional models.
+        hidden_size: channels C of a token.
+        depth: number of blocks.
+        num_heads: attention heads; divides ``hidden_size``.
+        block: "i2rmb" for D-EMO, "dit" for the baseline.
+        expand_ratio: width of the value (i2rmb) or of the MLP (dit) over C.
+        attention_mode: "near", "far" or "spanning" (i2rmb only, as the rest).
+        window_size: window of the attention; an axis shorter than the window uses the whole axis.
+        kernel_size: kernel of the depthwise convolution.
+        local_norm: norm of the depthwise convolution: "batch" (the paper's), "layer" or "none".
+
+    Shape: hidden_states (B, C_in, H, W), timestep () or (B,), class_labels (B,) -> sample (B, C_out, H, W).
+
+    Raises:
+        InputError: for a combination that cannot work, and for an input of another size than ``sample_size``.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["AdaLNMobileBlock", "DiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        learn_sigma: bool = True,
+        num_classes: int = 1000,
+        hidden_size: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        block: Literal["i2rmb", "dit"] = "i2rmb",
+        expand_ratio: float = 4,
+        attention_mode: AttentionMode = "spanning",
+        window_size: int | tuple[int, int] = 8,
+        kernel_size: int = 5,
+        local_norm: NormKind = "batch",
+    ) -> None:
+        super().__init__()
+        check_positive(
+            patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, hidden_size=hidden_size,
+            depth=depth, num_heads=num_heads,
+        )  # fmt: skip
+        self.sample_size = pair(sample_size, "sample_size")
+        self.grid = token_grid(self.sample_size, patch_size)
+        if hidden_size % 4:
+            raise InputError(f"hidden_size must be a multiple of 4 for the position embedding, got {hidden_size}.")
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        if out_channels not in (None, self.out_channels):
+            raise InputError(
+                f"out_channels={out_channels} contradicts in_channels={in_channels} with learn_sigma={learn_sigma}, "
+                f"which give {self.out_channels}; leave out_channels out."
+            )
+        self.register_to_config(out_channels=self.out_channels)
+
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, self.grid))
+        if block == "i2rmb":
+            window = tuple(min(w, n) for w, n in zip(pair(window_size, "window_size"), self.grid, strict=True))
+            blocks = [
+                AdaLNMobileBlock(
+                    hidden_size, num_heads=num_heads, expand_ratio=expand_ratio, attention_mode=attention_mode,
+                    window_size=window, kernel_size=kernel_size, local_norm=local_norm,
+                )
+                for _ in range(depth)
+            ]  # fmt: skip
+        elif block == "dit":
+            blocks = [DiTBlock(hidden_size, num_heads=num_heads, expand_ratio=expand_ratio) for _ in range(depth)]
+        else:
+            raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (D-EMO) or 'dit'.")
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=block == "i2rmb")
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class": the extra, last row of the label table."""
+        return self.config.num_classes
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: every block starts as the identity and the network's output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # The patch embedding is a linear layer written as a convolution.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # Zero gates make every block the identity; a zero output projection makes the first prediction zero.
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Trade compute for memory in training; batch-norm statistics are still updated once per step."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_block)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused."""
+        self.check_input(hidden_states)
+        x = self.x_embedder(hidden_states)  # (B, H, W, C)
+        x = x + self.pos_embed.view(1, *self.grid, -1)  # (B, H, W, C)
+        t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])  # (B,)
+        c = self.t_embedder(t) + self.y_embedder(class_labels)  # (B, C)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c)  # (B, H, W, C)
+            else:
+                x = block(x, c)  # (B, H, W, C)
+        sample = self.unpatchify(self.final_layer(x, c))  # (B, C_out, H * p, W * p)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Put the patches back in place.
+
+        Shape: (B, H, W, p * p * C_out) -> (B, C_out, H * p, W * p).
+        """
+        batch, p = x.shape[0], self.config.patch_size
+        x = x.view(batch, *self.grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (B, C_out, H, p, W, p)
+        return x.reshape(batch, self.out_channels, *self.sample_size)
+
+    def check_input(self, hidden_states: Tensor) -> None:
+        """Raise InputError unless the latent has this model's channels and size."""
+        channels, (height, width) = self.config.in_channels, self.sample_size
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != (channels, height, width):
+            raise InputError(
+                f"This model denoises latents of shape (batch, {channels}, {height}, {width}), but got "
+                f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."
+            )
+
+
+def check_positive(**settings: int) -> None:
+    """Raise InputError naming the first setting that is not a positive integer."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def token_grid(sample_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens; InputError if the patch does not divide the latent."""
+    if any(n % patch_size for n in sample_size):
+        height, width = sample_size
+        raise InputError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
+    return sample_size[0] // patch_size, sample_size[1] // patch_size
+
+
+def build_denoiser(name: str, **overrides: Any) -> Denoiser:
+    """The denoiser called ``name`` with some settings replaced.
+
+    Raises:
+        InputError: for a setting that DiT's block does not have.
+    """
+    settings = {**DENOISERS[name], **overrides}
+    if settings["block"] == "dit":
+        foreign = [key for key in I2RMB_ONLY if key in overrides]
+        if foreign:
+            raise InputError(f"{name} has transformer blocks, which know no {', '.join(foreign)}; leave it out.")
+    return Denoiser(**settings)

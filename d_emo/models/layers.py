@@ -1,0 +1,230 @@
+"""Small parts shared by denoisers and classifiers: norms, modulation, LayerScale, local convolution, embeddings.
+
+Feature maps are channels-last, ``(B, H, W, C)``, everywhere in ``d_emo.models`` except at the two ends of a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from d_emo.config import InputError
+
+NORM_EPS = 1e-6
+"""Every norm of EMOv1, EMOv2, D-EMO and DiT uses this epsilon."""
+
+NormKind = Literal["batch", "layer", "none"]
+
+
+def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    """Read a size given as one integer or as (height, width); both must be positive integers."""
+    sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+        raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
+    return sizes
+
+
+class ChannelsLastBatchNorm(nn.Module):
+    """BatchNorm over the last axis.
+
+    The plain ``BatchNorm2d`` is kept as a child, not as a base class, so that ``SyncBatchNorm`` conversion works.
+    The permutations are views.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def make_norm(kind: NormKind, dim: int) -> nn.Module:
+    """The norm called ``kind`` for channels-last maps of ``dim`` channels."""
+    if kind == "batch":
+        return ChannelsLastBatchNorm(dim)
+    if kind == "layer":
+        return nn.LayerNorm(dim, eps=NORM_EPS)
+    if kind == "none":
+        return nn.Identity()
+    raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Apply one shift and one scale per image and channel, as in DiT's adaLN.
+
+    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
+    """
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel, close to zero at the start (CaiT, eq. 4).
+
+    Shape: (..., C) -> (..., C).
+    """
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class LocalConv(nn.Module):
+    """Depthwise k x k convolution without bias, then norm, then SiLU.
+
+    Args:
+        dim: channels.
+        kernel_size: odd side length of the kernel.
+        stride: 1, or 2 to halve the map (rounding up).
+        norm: norm after the convolution; the papers use batch norm.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C).
+    """
+
+    def __init__(self, dim: int, *, kernel_size: int, stride: int = 1, norm: NormKind = "batch") -> None:
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size must be odd and positive, so that it has a centre, got {kernel_size!r}.")
+        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False)
+        self.norm = make_norm(norm, dim)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H', W', C); both permutations are views
+        return self.act(self.norm(x))
+
+    @torch.no_grad()
+    def fold_norm(self) -> bool:
+        """Absorb the batch norm's running statistics into the convolution; True if there was something to fold."""
+        if not isinstance(self.norm, ChannelsLastBatchNorm):
+            return False
+        bn, conv = self.norm.bn, self.conv
+        factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        folded = nn.Conv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
+            device=conv.weight.device, dtype=conv.weight.dtype,
+        )  # fmt: skip
+        folded.weight.copy_(conv.weight * factor[:, None, None, None])
+        folded.bias.copy_(bn.bias - bn.running_mean * factor)
+        self.conv, self.norm = folded, nn.Identity()
+        return True
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """Fold every depthwise convolution's batch norm into its weights, in place, for faster sampling.
+
+    In eval mode a batch norm is an affine map, so the output is unchanged up to rounding. The model can no longer be
+    trained or saved as before: fold a copy, or fold last.
+
+    Raises:
+        InputError: if the model is in training mode, where batch norm is not an affine map.
+    """
+    if model.training:
+        raise InputError("fold_batch_norms needs a model in eval mode; call model.eval() first.")
+    for module in model.modules():
+        if isinstance(module, LocalConv):
+            module.fold_norm()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def scratch_statistics(module: nn.Module) -> Iterator[None]:
+    """Within this context batch norms read and update copies of their running statistics; the originals stay as is."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    originals = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers.update(buffers)
+
+
+def checkpoint_block(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run a block under gradient checkpointing.
+
+    The block runs a second time in the backward pass. Plain checkpointing would let that second run update the running
+    statistics of batch norm again; here it does not.
+    """
+    return checkpoint(
+        block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), scratch_statistics(block))
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Cut the latent into p x p patches and map each to a token.
+
+    Shape: (B, C_in, H * p, W * p) -> (B, H, W, C).
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the timestep, then a two-layer MLP (DiT, section 3.2).
+
+    Shape: (B,) -> (B, C).
+    """
+
+    def __init__(self, dim: int, num_features: int = 256) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        # float32 whatever the model's dtype: bfloat16 can tell only about half of 1000 timesteps apart.
+        half = self.num_features // 2
+        powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
+
+
+class LabelEmbedder(nn.Module):
+    """A table with one row per class and a last row for "no class".
+
+    Shape: (B,) -> (B, C).
+    """
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos position embedding in DiT's channel order: the column first, then the row; sines, then cosines.
+
+    Args:
+        dim: channels, a multiple of 4.
+        grid: (rows, columns) of tokens.
+
+    Shape: -> (1, rows * columns, dim), float32.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)  # (n, dim / 4)
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))  # (n, dim / 2)
+    height, width = grid
+    both = torch.cat(
+        [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1
+    )  # (rows, columns, dim)
+    return both.reshape(1, height * width, dim).float()

@@ -1,0 +1,53 @@
+"""Makes the EMO classifiers known to timm, so that ``timm.create_model("emov2_5m", features_only=True)`` works."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+
+from d_emo.models.backbone import BACKBONES, EMO, build_backbone
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.conv.conv",
+            "classifier": "head",
+        }
+        for name in BACKBONES
+    }
+)
+
+
+def entrypoint(name: str) -> Callable[..., EMO]:
+    """timm's constructor function for one of our names; ``in_chans`` is timm's word for ``in_channels``."""
+
+    def build(in_chans: int = 3, **settings: Any) -> EMO:
+        settings.pop("img_size", None)  # any image size works
+        return build_backbone(name, in_channels=in_chans, **settings)
+
+    def create(pretrained: bool = False, **kwargs: Any) -> EMO:
+        return build_model_with_cfg(
+            build, name, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
+        )
+
+    create.__name__, create.__module__, create.__doc__ = name, __name__, f"{name}, built by d_emo."
+    return create
+
+
+def register_with_timm() -> None:
+    """Add every EMO name to timm's registry; names that are there already are left alone."""
+    for name in BACKBONES:
+        if not is_model(name):
+            setattr(sys.modules[__name__], name, register_model(entrypoint(name)))

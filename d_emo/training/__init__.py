@@ -1,0 +1,5 @@
+"""Training: one loop (:func:`fit`), and a task for each kind of model."""
+
+from d_emo.training.loop import fit
+
+__all__ = ["fit"]

@@ -1,0 +1,116 @@
+"""The task of training a classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from d_emo import checkpoint
+from d_emo.config import ClassifierSettings, InputError
+from d_emo.data import ClassImages, open_dataset
+from d_emo.models import EMO, create_model
+
+
+class Augmentation(NamedTuple):
+    """Random changes to the images of a step."""
+
+    flip: torch.Tensor  # (B,) bool
+    shift: torch.Tensor  # (B, 2), as shares of half the image side
+
+    def __getitem__(self, rows: slice) -> Augmentation:  # type: ignore[override]
+        return Augmentation(*(field[rows] for field in self._asdict().values()))
+
+
+class ClassifierTask:
+    """Cross-entropy with label smoothing on randomly shifted (and, where the data allow, mirrored) images.
+
+    Args:
+        settings: Resolved settings.
+
+    Raises:
+        InputError: Settings that cannot work together; a data set or model that cannot be opened.
+    """
+
+    smaller = "Choose fewer --max-steps, a smaller --image-size or a GPU."
+
+    def __init__(self, settings: ClassifierSettings):
+        self.settings = settings
+        self.dataset = _open(settings, "train")
+        torch.manual_seed(settings.seed)
+        self.model = create_model(settings.model, num_classes=len(self.dataset.class_names))
+        if not isinstance(self.model, EMO):
+            raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
+
+    def introduction(self) -> list[str]:
+        settings = self.settings
+        return [
+            f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
+            f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}"
+        ]
+
+    def prepare(self, device: torch.device, folder: Path) -> None:
+        """Nothing to prepare: images are read as they are needed."""
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Augmentation:
+        device = generator.device
+        return Augmentation(
+            flip=(torch.rand(batch_size, generator=generator, device=device) < 0.5) & self.dataset.flip,
+            shift=(torch.rand(batch_size, 2, generator=generator, device=device) * 4 - 2) * self.settings.shift,
+        )
+
+    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Augmentation) -> dict[str, torch.Tensor]:
+        images, labels = batch
+        logits = model(augment(images, draws)).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
+        settings = self.settings
+        meta: dict[str, Any] = {
+            "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
+            "class_names": self.dataset.class_names, "training_minutes": round(minutes, 1),
+        }
+        held_out = ""
+        if settings.data_dir is None:
+            meta["held_out_accuracy"] = round(accuracy(model, _open(settings, "test")), 4)
+            held_out = f"* Accuracy on held-out images: {meta['held_out_accuracy']:.2%}.\n"
+        card = f"""# {settings.model} on {settings.data_dir or settings.dataset}, {settings.image_size} px
+
+* Training: {step:,} steps of batch {settings.batch_size}, {minutes:.1f} minutes.
+* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
+{held_out}"""
+        checkpoint.save_classifier(folder, model, meta=meta, card=card)
+
+
+def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
+    """Mirror and translate, repeating the border. Shape: (B, 3, H, W) -> same."""
+    images = torch.where(draws.flip[:, None, None, None], images.flip(-1), images)
+    if not draws.shift.any():
+        return images
+    matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    matrix[:, :, 2] = draws.shift
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: ClassImages, batch_size: int = 64, limit: int = 2000) -> float:
+    """Top-1 accuracy over the first ``limit`` images; the model is in eval mode."""
+    device, right, count = next(model.parameters()).device, 0, min(limit, len(dataset))
+    for start in range(0, count, batch_size):
+        items = [dataset[index] for index in range(start, min(start + batch_size, count))]
+        labels = torch.tensor([label for _, label in items])
+        logits = model(torch.stack([image for image, _ in items]).to(device))
+        right += int((logits.argmax(dim=1).cpu() == labels).sum())
+    return right / count
+
+
+def _open(settings: ClassifierSettings, split: str) -> ClassImages:
+    return open_dataset(
+        dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=split,
+        num_images=settings.num_images if split == "train" else None, skip_corrupt=settings.skip_corrupt,
+    )

@@ -1,0 +1,133 @@
+"""The task of training a denoiser on latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from d_emo import checkpoint
+from d_emo.config import InputError, TrainSettings
+from d_emo.data import open_dataset
+from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
+from d_emo.models import create_model
+from d_emo.objective import Draws, EpsObjective
+
+
+class DenoiserTask:
+    """Class-conditional diffusion in the latents of a codec, by the eps objective.
+
+    Args:
+        settings: Resolved settings; ``vae`` is filled in if it was left open.
+
+    Raises:
+        InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
+    """
+
+    smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml (README, \"On a laptop\")."
+
+    def __init__(self, settings: TrainSettings):
+        self.settings = settings
+        if settings.vae is None:
+            settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
+        self.dataset = self.images = open_dataset(
+            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
+            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt,
+        )
+        self.codec = load_codec(settings.vae)
+        if settings.image_size % self.codec.downsample:
+            raise InputError(
+                f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
+                f"{self.codec.name} needs"
+            )
+        size = settings.image_size // self.codec.downsample
+        self.latent_shape = (self.codec.channels, size, size)
+        options = {"sample_size": size, "in_channels": self.codec.channels, "num_classes": len(self.images.class_names)}
+        torch.manual_seed(settings.seed)
+        self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
+        if not isinstance(self.model, checkpoint.Denoiser):
+            raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
+        if settings.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels
+        self.objective = EpsObjective(
+            null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma
+        )
+        self.scheduler = DDPMScheduler(  # the objective's noise schedule, in diffusers' words
+            num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
+            prediction_type="epsilon", timestep_spacing="linspace",
+            variance_type="learned_range" if learn_sigma else "fixed_large",
+        )
+
+    def introduction(self) -> list[str]:
+        settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
+        lines = []
+        if settings.data_dir is None and settings.dataset == "shapes":
+            lines.append(
+                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
+                "/path/to/imagenet/train"
+            )
+        channels, height, width = self.latent_shape
+        return lines + [
+            f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
+            f"{channels} x {height} x {width} from {self.codec.name}, {len(self.images):,} images; run folder "
+            f"{settings.output_dir}"
+        ]
+
+    def prepare(self, device: torch.device, folder: Path) -> None:
+        self.codec.to(device)
+        self.objective.to(device)
+        if self.settings.cache_latents:
+            self.dataset = CachedLatents(self.images, self.codec, path=folder / "latents.safetensors", device=device)
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
+        return self.objective.draw(generator, batch_size, self.latent_shape)
+
+    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+        values, labels = batch
+        return self.objective(model, self._latents(values, draws), labels, draws)
+
+    @torch.no_grad()
+    def _latents(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Latents of images or of cached moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
+        flip = draws.flip[:, None, None, None] & self.images.flip
+        if self.dataset is self.images:
+            moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
+        else:
+            moments = values.float()
+            if self.images.flip:
+                plain, mirrored = moments.chunk(2, dim=1)
+                moments = torch.where(flip, mirrored, plain)
+        return sample_moments(moments, draws.posterior_noise)
+
+    def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
+        settings = self.settings
+        meta = {
+            "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
+            "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
+            "training_minutes": round(minutes, 1),
+        }
+        checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, card=self._card(meta))
+
+    def _card(self, meta: dict[str, Any]) -> str:
+        settings, device = self.settings, next(self.model.parameters()).device
+        on_gpu = device.type == "cuda"
+        where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        options = f" with {json.dumps(settings.model_options)}" if settings.model_options else ""
+        data = settings.data_dir or settings.dataset
+        return f"""# {settings.model} on {data}, {settings.image_size} px
+
+A class-conditional denoiser of D-EMO: {settings.model}{options}, {len(self.images.class_names)} classes,
+{checkpoint.trained_parameters(self.model) / 1e6:.2f} M trained parameters, latents of the codec `{self.codec.name}`.
+
+* Data: {data}, {len(self.images):,} images at {settings.image_size} px.
+* Training: {meta["step"]:,} of {settings.max_steps:,} steps of batch {settings.batch_size}
+  ({meta["step"] * settings.batch_size:,} images seen), AdamW {settings.learning_rate:g}, objective
+  {settings.objective}, label dropout {settings.label_dropout}; {meta["training_minutes"]} minutes on {where}.
+* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
+* Sampling: `python scripts/sample.py --checkpoint FOLDER --class 0`.
+"""

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from d_emo.config import FidSettings, InputError, SampleSettings, TrainSettings, parse_settings, run_cli, write_yaml
+
+
+def test_flags_override_the_yaml_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: DiT-S-2\nmax_steps: 7\nmodel_options: {depth: 3}\n")
+    settings = parse_settings(TrainSettings, "", ["--config", str(file), "--max-steps", "8"])
+    assert (settings.model, settings.max_steps, settings.model_options) == ("DiT-S-2", 8, {"depth": 3})
+    assert settings.batch_size == 256 and settings.ema_decay == 0.9999
+
+
+def test_written_settings_read_back_the_same(tmp_path):
+    settings = parse_settings(TrainSettings, "", ["--learning-rate", "3e-4", "--model-options", "{depth: 2}"])
+    write_yaml(settings, tmp_path / "config.yaml")
+    assert parse_settings(TrainSettings, "", ["--config", str(tmp_path / "config.yaml")]) == settings
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "argv", "words"),
+    [
+        (TrainSettings, ["--max-stepz", "3"], "max-stepz"),
+        (TrainSettings, ["--max-step", "3"], "max-step"),
+        (TrainSettings, ["--max-steps", "many"], "--max-steps: Expected a int"),
+        (TrainSettings, ["--max-steps", "0"], "--max-steps must be at least 1"),
+        (TrainSettings, ["--batch-size", "0"], "--batch-size"),
+        (TrainSettings, ["--learning-rate", "-1"], "--learning-rate"),
+        (TrainSettings, ["--label-dropout", "1.5"], "--label-dropout"),
+        (TrainSettings, ["--ema-decay", "1"], "--ema-decay"),
+        (TrainSettings, ["--dataset", "cifar"], "dataset"),
+        (TrainSettings, ["--config", "no-such.yaml"], "no-such.yaml"),
+        (SampleSettings, [], "--class 207"),
+        (SampleSettings, ["--class", "1", "--steps", "1001"], "--steps"),
+        (SampleSettings, ["--class", "1", "--guidance-scale", "-1"], "--guidance-scale"),
+        (FidSettings, ["--samples", "a"], "reference"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(settings_class, argv, words):
+    with pytest.raises(InputError) as caught:
+        parse_settings(settings_class, "", argv)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_yaml_keys_are_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("modle: DiT-S-2\n")
+    with pytest.raises(InputError, match="modle"):
+        parse_settings(TrainSettings, "", ["--config", str(tmp_path / "x.yaml")])
+
+
+def test_class_flag_takes_several_names():
+    assert parse_settings(SampleSettings, "", ["--class", "207", "red circle"]).classes == ["207", "red circle"]
+
+
+def test_run_cli_turns_input_errors_into_exit_code_2(capsys):
+    def main():
+        raise InputError("Caught InputError in DataLoader worker\nTraceback ...\nd_emo.config.InputError: a bad image")
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: a bad image\n"
+
+
+def test_config_is_free_of_torch():
+    code = "import sys, d_emo, d_emo.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

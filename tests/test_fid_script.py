@@ -1,0 +1,267 @@
+"""``scripts/fid.py``: what it prints and writes, and one clear sentence for everything it cannot use."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d_emo.config import InputError
+from d_emo.evaluation import fid
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "fid.py"
+
+
+class MeanColour:
+    """Stands in for a network; a white image breaks it."""
+
+    name, dim, published = "mean-colour", 3, True
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.double().mean(dim=(2, 3))
+        return torch.where(means == 255, torch.nan, means)
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    spec = importlib.util.spec_from_file_location("fid_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(fid, "create_extractor", lambda *args, **kwargs: MeanColour())
+    return script.main
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "good", 4)
+
+
+def write_images(folder: Path, count: int, *, size: tuple[int, int] = (8, 8), suffix: str = "png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(count).integers(0, 250, (count, *size, 3), dtype=np.uint8)
+    for index, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{size[1]}px-{index}.{suffix}")
+    return folder
+
+
+def test_prints_and_writes(main: Callable, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    samples = write_images(tmp_path / "samples", 5, suffix="jpg")
+    main(
+        ["--samples", str(samples), "--reference", str(good), "--num-images", "3", "--output", str(tmp_path / "o.json")]
+    )
+    printed = capsys.readouterr()
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert printed.out.startswith(f"FID-3  {written['fid']:.2f}  (features mean-colour, samples {samples}")
+    assert printed.out.count("\n") == 1
+    assert "warning: FID falls" in printed.err and "warning: 3 of the 3 samples are JPEG" in printed.err
+    assert written["num_samples"] == 3 and written["num_reference"] == 4 and len(written["warnings"]) == 2
+
+
+# ---- what cannot be used: a function that makes it, and what the sentence must say -----------------------------------
+
+
+def missing(at: Path) -> Path:
+    return at / "nowhere"
+
+
+def empty(at: Path) -> Path:
+    (at / "class").mkdir(parents=True)
+    (at / "class" / "notes.txt").write_text("none")
+    return at
+
+
+def plain_file(at: Path) -> Path:
+    at.mkdir()
+    (at / "set.zip").write_bytes(b"PK")
+    return at / "set.zip"
+
+
+def single(at: Path) -> Path:
+    return write_images(at, 1)
+
+
+def corrupt(at: Path) -> Path:
+    (write_images(at, 3) / "cut.png").write_bytes((at / "8px-0.png").read_bytes()[:100])
+    return at
+
+
+def not_an_image(at: Path) -> Path:
+    (write_images(at, 3) / "text.jpg").write_text("hello")
+    return at
+
+
+def mixed_sizes(at: Path) -> Path:
+    write_images(at, 2)
+    return write_images(at, 2, size=(8, 9))
+
+
+def sixteen_bits(at: Path) -> Path:
+    Image.fromarray(np.full((8, 8), 60_000, dtype=np.uint16)).save(write_images(at, 2) / "deep.png")
+    return at
+
+
+def broken_features(at: Path) -> Path:
+    Image.new("RGB", (8, 8), "white").save(write_images(at, 2) / "white.png")
+    return at
+
+
+def npz(at: Path, **arrays: object) -> Path:
+    at.mkdir()
+    np.savez(at / "set.npz", **arrays)
+    return at / "set.npz"
+
+
+def images(count: int = 4, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 250, (count, 8, 8, channels), dtype=np.uint8)
+
+
+def npz_missing(at: Path) -> Path:
+    return at / "nowhere.npz"
+
+
+def npz_other_keys(at: Path) -> Path:
+    return npz(at, pictures=images(), labels=np.arange(4))
+
+
+def npz_floats(at: Path) -> Path:
+    return npz(at, arr_0=images() / 255)
+
+
+def npz_channels_first(at: Path) -> Path:
+    return npz(at, arr_0=images().transpose(0, 3, 1, 2).copy())
+
+
+def npz_single(at: Path) -> Path:
+    return npz(at, arr_0=images(1))
+
+
+def npz_no_archive(at: Path) -> Path:
+    at.mkdir()
+    np.save(at / "set.npz.npy", images())
+    return (at / "set.npz.npy").rename(at / "set.npz")
+
+
+def npz_cut(at: Path) -> Path:
+    path = npz(at, arr_0=images())
+    path.write_bytes(path.read_bytes()[:500])
+    return path
+
+
+def npz_damaged(at: Path) -> Path:
+    path = npz(at, arr_0=images())
+    data = bytearray(path.read_bytes())
+    data[500] ^= 255
+    path.write_bytes(data)
+    return path
+
+
+def npz_objects(at: Path) -> Path:
+    return npz(at, arr_0=np.array([{"a": 1}, None], dtype=object))
+
+
+BAD_SETS = [
+    (missing, "the folder .*nowhere does not exist"),
+    (empty, "holds no images"),
+    (plain_file, "set.zip is neither a folder of images nor an .npz file"),
+    (single, "holds 1 image; a covariance needs at least two"),
+    (corrupt, "cannot read the image .*cut.png"),
+    (not_an_image, "cannot read the image .*text.jpg"),
+    (mixed_sizes, r"8px-0.png is 8 x 8 px but .*9px-0.png is 9 x 8 px"),
+    (sixteen_bits, r"deep.png has more than 8 bits per channel \(mode I;16\)"),
+    (broken_features, "features of images 1 to 3 hold NaN"),
+    (npz_missing, "the file .*nowhere.npz does not exist"),
+    (npz_other_keys, "holds the keys labels, pictures; images are expected as arr_0"),
+    (npz_floats, r"arr_0 of .* is float64 of shape \(4, 8, 8, 3\)"),
+    (npz_channels_first, r"uint8 of shape \(4, 3, 8, 8\)"),
+    (npz_single, "holds 1 image"),
+    (npz_no_archive, "set.npz is not an intact .npz file"),
+    (npz_cut, "set.npz is not an intact .npz file"),
+    (npz_damaged, "set.npz is not an intact .npz file"),
+    (npz_objects, "arr_0 of .* is object of shape"),
+]
+
+
+@pytest.mark.parametrize("side", ["--samples", "--reference"])
+@pytest.mark.parametrize(("make", "sentence"), BAD_SETS, ids=[make.__name__ for make, _ in BAD_SETS])
+def test_bad_set(
+    main: Callable, good: Path, tmp_path: Path, make: Callable[[Path], Path], sentence: str, side: str
+) -> None:
+    other = {"--samples": "--reference", "--reference": "--samples"}[side]
+    with pytest.raises(InputError, match=sentence) as raised:
+        main([side, str(make(tmp_path / "bad")), other, str(good), "--output", str(tmp_path / "o.json")])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("statistics", "sentence"),
+    [
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu of shape \(5,\) .* have 3 dimensions"),
+        ({"mu": np.zeros(3), "sigma": np.eye(5)}, r"sigma of shape \(5, 5\)"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3, dtype=int)}, "must be finite floating-point"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "negative eigenvalue"),
+        ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "not an intact .npz file"),
+    ],
+)
+def test_bad_stored_statistics(main: Callable, good: Path, tmp_path: Path, statistics: dict, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        main(["--samples", str(good), "--reference", str(npz(tmp_path / "r", **statistics))])
+
+
+def test_stored_statistics_are_no_samples(main: Callable, good: Path, tmp_path: Path) -> None:
+    path = str(npz(tmp_path / "r", mu=np.zeros(3), sigma=np.eye(3)))
+    for arguments in (["--samples", path, "--reference", str(good)], ["--features", "emov2:x", "--samples", str(good)]):
+        with pytest.raises(InputError, match="holds the keys mu, sigma; images are expected as arr_0"):
+            main([*arguments, "--reference", path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--num-images", "5"], "5 images were asked for .*good holds 4"),
+        (["--num-images", "1"], "1 images were asked for .* at least two"),
+        (["--num-images", "0"], "0 images were asked for"),
+        (["--num-images", "many"], "num.images"),
+        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--output", "{tmp}/none/o.json"], "the folder .*none does not exist"),
+        (["--output", "{tmp}/good"], "exists and is not overwritten"),
+    ],
+)
+def test_bad_argument(main: Callable, good: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    arguments = [each.replace("{tmp}", str(tmp_path)) for each in arguments]
+    with pytest.raises(InputError, match=sentence):
+        main(["--samples", str(good), "--reference", str(good), *arguments])
+
+
+@pytest.mark.parametrize("features", ["clip", "emov2", "emov2:", "Inception", ""])
+def test_unknown_features(good: Path, features: str) -> None:
+    with pytest.raises(InputError, match="use inception or emov2:SNAPSHOT"):
+        fid.measure_fid(good, good, features=features)
+
+
+def test_weights_that_would_be_ignored(good: Path) -> None:
+    with pytest.raises(InputError, match="--inception-weights has no use"):
+        fid.measure_fid(good, good, features="emov2:x", inception_weights="w.pth")
+
+
+def test_exit_code_and_nothing_overwritten(good: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.json"
+    output.write_text("precious")
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--samples", good, "--reference", good, "--output", output],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr == f"error: the output {output} exists and is not overwritten; remove it or name another\n"
+    assert run.stdout == "" and output.read_text() == "precious"

@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+
+from d_emo.objective import EpsObjective, discretised_log_likelihood
+
+
+class Fixed(torch.nn.Module):
+    """A denoiser whose output is given."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output, self.labels = torch.nn.Parameter(output), None
+
+    def forward(self, x, timestep, class_labels):
+        self.labels = class_labels
+        return type("Output", (), {"sample": self.output})
+
+
+def plain_bound(x0, xt, t, eps, v):
+    """L_t of the variational bound for one value, in bits, from the densities themselves, in Python floats."""
+    betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    abar = 1.0
+    for beta in betas[: t + 1]:
+        before, abar = abar, abar * (1 - beta)
+    beta = betas[t]
+    tilde = beta * (1 - before) / (1 - abar)
+    floor = tilde if t else betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1]))
+    variance = math.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(floor))
+    x0_hat = (xt - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+
+    def posterior_mean(start):
+        return math.sqrt(before) * beta / (1 - abar) * start + math.sqrt(1 - beta) * (1 - before) / (1 - abar) * xt
+
+    mean = posterior_mean(x0_hat)
+    if t == 0:
+        def cdf(z):
+            return 0.5 * (1 + math.erf((z - mean) / math.sqrt(2 * variance)))
+        upper = 1.0 if x0 > 0.999 else cdf(x0 + 1 / 255)
+        lower = 0.0 if x0 < -0.999 else cdf(x0 - 1 / 255)
+        return -math.log(max(upper - lower, 1e-12)) / math.log(2)
+    gap = posterior_mean(x0) - mean
+    return 0.5 * (math.log(variance / tilde) + (tilde + gap**2) / variance - 1) / math.log(2)
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 50, 500, 999])
+def test_eps_objective_is_mse_plus_the_variational_bound(t):
+    generator = torch.Generator().manual_seed(t)
+    objective = EpsObjective(null_class=10).double()
+    for name, table in objective.named_buffers():
+        assert table.shape == (1000,), name
+    latents = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64) * 0.6
+    draws = objective.draw(generator, 2, (3, 2, 2))
+    draws = draws._replace(timesteps=torch.full((2,), t), noise=draws.noise.double())
+    output = torch.randn(2, 6, 2, 2, generator=generator, dtype=torch.float64) * 0.5
+    # close to the truth, or the last steps' likelihood only tests its floor
+    output[:, :3] = draws.noise + 0.02 * output[:, :3]
+    losses = objective(Fixed(output), latents, torch.tensor([1, 2]), draws)
+    output = output.float().double()
+    mse = (output[:, :3] - draws.noise).square().mean().item()
+    abar = math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(t + 1))
+    noisy = math.sqrt(abar) * latents + math.sqrt(1 - abar) * draws.noise
+    columns = zip(*(x.flatten().tolist() for x in (latents, noisy, output[:, :3], output[:, 3:])), strict=True)
+    bound = sum(plain_bound(x0, xt, t, eps, v) for x0, xt, eps, v in columns) / latents.numel()
+    assert losses["mse"].item() == pytest.approx(mse, rel=1e-5)
+    assert losses["vb"].item() == pytest.approx(bound, rel=2e-3, abs=1e-6)
+    assert losses["loss"].item() == pytest.approx(mse + bound, rel=2e-3)
+
+
+def test_the_bound_does_not_train_the_mean():
+    objective = EpsObjective(null_class=10)
+    draws = objective.draw(torch.Generator().manual_seed(0), 4, (3, 2, 2))
+    model = Fixed(torch.randn(4, 6, 2, 2))
+    objective(model, torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.long), draws)["loss"].backward()
+    of_mse_alone = 2 * (model.output[:, :3] - draws.noise) / draws.noise.numel()
+    assert torch.allclose(model.output.grad[:, :3], of_mse_alone, atol=1e-6)
+    assert model.output.grad[:, 3:].abs().min() > 0
+
+
+def test_labels_are_dropped_to_the_null_class_at_the_rate_asked_for():
+    objective = EpsObjective(null_class=10, label_dropout=0.25)
+    draws = objective.draw(torch.Generator().manual_seed(0), 8000, (1, 1, 1))
+    model = Fixed(torch.zeros(8000, 2, 1, 1))
+    objective(model, torch.zeros(8000, 1, 1, 1), torch.full((8000,), 4), draws)
+    assert set(model.labels.tolist()) == {4, 10}
+    assert (model.labels == 10).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    seen = set(draws.timesteps.tolist())
+    assert (min(seen), max(seen)) == (0, 999) and len(seen) > 990
+
+
+def test_draws_slice_all_their_parts():
+    draws = EpsObjective(null_class=1).draw(torch.Generator().manual_seed(0), 6, (2, 3, 3))
+    part = draws[2:4]
+    assert [len(field) for field in (part.noise, part.timesteps, part.flip)] == [2, 2, 2]
+    assert torch.equal(part.noise, draws.noise[2:4]) and torch.equal(part.drop_label, draws.drop_label[2:4])
+
+
+def test_discretised_likelihood_sums_to_one_over_all_bins():
+    bins = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    log_p = discretised_log_likelihood(bins, torch.tensor(0.3).double(), torch.tensor(-1.0).double())
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)

@@ -1,0 +1,90 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from d_emo import sampling
+from d_emo.config import InputError
+from d_emo.latents import PixelCodec
+
+CONFIG = DDPMScheduler(
+    beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
+).config
+
+
+def draw(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), **options):
+    options = {"num_inference_steps": 4, **options}
+    return torch.cat(list(sampling.sample(model, sampling.make_scheduler(name, CONFIG), labels, seeds, **options)))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
+def test_samples_depend_on_their_seed_and_class_not_on_their_batch(tiny_denoiser, name):
+    whole = draw(tiny_denoiser, name)
+    assert whole.shape == (3, 4, 8, 8) and whole.isfinite().all()
+    torch.testing.assert_close(draw(tiny_denoiser, name, batch_size=2), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(draw(tiny_denoiser, name, labels=[3], seeds=[7]), whole[2:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(draw(tiny_denoiser, name, seeds=[5, 6, 8])[2], whole[2], atol=1e-2)
+    assert not torch.allclose(draw(tiny_denoiser, name, labels=[1, 2, 4])[2], whole[2], atol=1e-6)
+
+
+def test_guidance_of_one_is_a_single_pass_and_of_zero_ignores_the_class(tiny_denoiser):
+    passes = []
+    tiny_denoiser.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    draw(tiny_denoiser, guidance_scale=1.0)
+    assert passes == [3] * 4
+    passes.clear()
+    one = draw(tiny_denoiser, guidance_scale=0.0, labels=(1, 1, 1))
+    assert passes == [6] * 4
+    torch.testing.assert_close(one, draw(tiny_denoiser, guidance_scale=0.0, labels=(2, 3, 4)))
+
+
+def test_guidance_extrapolates_the_prediction_and_keeps_the_variance(tiny_denoiser):
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.tensor([1, 2])
+    with torch.no_grad():
+        guided = sampling._guided(tiny_denoiser, x, t, labels, 3.0)
+        given = tiny_denoiser(x, timestep=t, class_labels=labels).sample
+        null = tiny_denoiser(x, timestep=t, class_labels=torch.tensor([10, 10])).sample
+    torch.testing.assert_close(guided[:, :4], null[:, :4] + 3 * (given[:, :4] - null[:, :4]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided[:, 4:], given[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_classes_are_found_by_id_and_by_name():
+    names = ["cat", "dog", "horse"]
+    assert sampling.find_classes(["1", "horse", "cat"], names) == [1, 2, 0]
+    assert sampling.find_classes(["3"], list("9876543")) == [3]  # an id goes before a name that looks like one
+    for wrong, words in ((["3"], "out of range.*3 classes"), (["-1"], "out of range"), (["hors"], "did you mean horse")):
+        with pytest.raises(InputError, match=words):
+            sampling.find_classes(wrong, names)
+
+
+def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    grid = sampling.draw_grid(images, ["0: cat", "1: dog"], 2, scale=2)
+    path = sampling.free_path(None, str(tmp_path / "sub" / "grid.png"))
+    sampling.save_png(grid, path, {"seed": 3})
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["d-emo"]) == {"seed": 3}
+        pixels = np.array(picture)
+    assert np.array_equal(pixels[22:38:2, 4:20:2], images[0].permute(1, 2, 0).numpy())
+    assert sampling.free_path(None, str(path)).name == "grid-2.png"
+    with pytest.raises(InputError, match="exists already"):
+        sampling.free_path(str(path), "unused.png")
+    with pytest.raises(InputError, match="cannot write"):
+        sampling.save_png(grid, path / "x.png", {})
+
+
+def test_preview_grid_is_written(tmp_path, tiny_denoiser):
+    tiny_denoiser.register_to_config(in_channels=4)
+
+    class Codec(PixelCodec):
+        def decode(self, latents):
+            return latents[:, :3].clamp(-1, 1)
+
+    sampling.preview_grid(
+        tmp_path / "p.png", tiny_denoiser, scheduler_config=CONFIG, codec=Codec(), class_names=list("0123456789"),
+        guidance_scale=2.0,
+    )
+    assert Image.open(tmp_path / "p.png").size[0] == 8 * 12 + 4

@@ -1,0 +1,237 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from d_emo import checkpoint
+from d_emo.config import ClassifierSettings, InputError, TrainSettings
+from d_emo.training import fit, loop
+from d_emo.training.classifier import Augmentation, ClassifierTask, augment
+from d_emo.training.denoiser import DenoiserTask
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": "D-EMOv2-Ti-2", "model_options": {"depth": 1, "hidden_size": 48}, "dataset": "digits", "image_size": 8,
+    "vae": "pixels", "batch_size": 8, "max_steps": 4, "state_every": 2, "snapshot_every": 4, "learning_rate": 1e-3,
+    "ema_decay": 0.9,
+}
+
+
+def train(folder, **changes):
+    settings = TrainSettings(**{**TINY, "output_dir": str(folder), **changes})
+    snapshot = fit(DenoiserTask(settings), settings)
+    return checkpoint.load_denoiser(snapshot).model.state_dict()
+
+
+def test_a_run_folder_holds_what_it_promises(tmp_path):
+    previews = []
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "log_every": 1, "snapshot_every": 2})
+    snapshot = fit(DenoiserTask(settings), settings, preview=lambda path, model: previews.append((path, model.training)))
+    assert snapshot == tmp_path / "snapshots" / "step-4"
+    assert sorted(f.name for f in (tmp_path / "snapshots").iterdir()) == ["step-2", "step-4"]
+    assert sorted(f.name for f in (tmp_path / "states").iterdir()) == ["step-2", "step-4"]
+    assert previews == [(tmp_path / "samples" / f"step-{step}.png", False) for step in (2, 4)]
+    resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert resolved["vae"] == "pixels" and resolved["label_dropout"] == 0.1
+    assert list((tmp_path / "logs").glob("events.*"))
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    assert (meta["step"], meta["weights"], meta["codec"]) == (4, "ema", "pixels")
+    assert meta["class_names"] == list("0123456789")
+
+
+def test_resume_equals_a_run_that_never_stopped(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", max_steps=2)
+    parts = train(tmp_path / "parts")
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_accumulation_and_cached_latents_change_nothing_but_rounding(tmp_path):
+    layer_norm = {**TINY["model_options"], "local_norm": "layer"}
+    whole = train(tmp_path / "a", model_options=layer_norm)
+    parts = train(tmp_path / "b", model_options=layer_norm, micro_batch_size=2)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-5)
+    cached = train(tmp_path / "c", model_options=layer_norm, cache_latents=True)
+    torch.testing.assert_close(cached, whole, rtol=2e-2, atol=2e-3)
+
+
+def test_snapshot_is_the_average_of_weights_and_batch_norm_statistics(tmp_path):
+    averaged = train(tmp_path)
+    state = checkpoint.load_state(tmp_path / "states" / "step-4")
+    name = next(key for key in averaged if key.endswith("running_mean"))
+    assert torch.equal(averaged[name], state["ema"]["model"][name]) and state["ema"]["step"] == 4
+    assert not torch.allclose(averaged[name], state["model"][name], atol=1e-7)
+    assert averaged[name].abs().max() > 0
+
+
+def test_training_lowers_the_loss(tmp_path):
+    losses = []
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "max_steps": 60, "snapshot_every": 60,
+                                "state_every": 60, "batch_size": 32})
+    task = DenoiserTask(settings)
+    plain = task.loss
+    task.loss = lambda *args: losses.append(plain(*args)) or losses[-1]
+    fit(task, settings)
+    first, last = (np.mean([step["mse"].item() for step in part]) for part in (losses[:5], losses[-10:]))
+    assert first == pytest.approx(1, abs=0.15) and last < 0.7 * first
+
+
+def test_other_settings_are_not_mixed_into_a_run(tmp_path):
+    train(tmp_path, max_steps=2)
+    with pytest.raises(InputError, match="learning_rate was 0.001, now 0.01"):
+        train(tmp_path, learning_rate=1e-2)
+    with pytest.raises(InputError, match="already holds a run"):
+        train(tmp_path, resume="never")
+    with pytest.raises(InputError, match="no such folder"):
+        train(tmp_path, resume=str(tmp_path / "states" / "step-77"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "D-EMOv2-S-3"}, "D-EMOv2-S-2"),
+        ({"model": "emov2_1m"}, "classifier"),
+        ({"vae": "d-emo-f8", "image_size": 20}, "multiple of 8"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "does not divide"),
+        ({"data_dir": "no/such/folder"}, "does not exist"),
+        ({"model_options": {"heads": 3}}, "heads"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        train(tmp_path, **changes)
+
+
+def test_an_unwritable_run_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to the run folder"):
+        train(tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path)})
+    task = DenoiserTask(settings)
+    before = {name: value.clone() for name, value in task.model.named_parameters()}
+    plain = task.loss
+    task.loss = lambda *args: {name: value * float("nan") for name, value in plain(*args).items()}
+    with pytest.raises(FloatingPointError, match="step 0"):
+        fit(task, settings)
+    assert all(torch.equal(before[name], value) for name, value in task.model.named_parameters())
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_learning_rate_follows_warm_up_and_cosine(tmp_path):
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "max_steps": 100, "warmup_steps": 10,
+                                "schedule": "cosine"})
+    run = loop._Run(DenoiserTask(settings), settings, None)
+
+    def at(step):
+        run.step = step
+        return run._learning_rate() / settings.learning_rate
+
+    assert at(0) == pytest.approx(0.1) and at(9) == at(10) == 1
+    assert at(55) == pytest.approx(0.5) and at(100) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_hopeless_schedule_is_forecast():
+    said = []
+    forecast = loop._Forecast(TrainSettings(max_steps=400_000), 8, "Try less.", say=said.append)
+    for _ in range(5):
+        forecast.micro_batch_took(1.0)
+    assert len(said) == 1 and "about 37 days" in said[0] and said[0].endswith("Try less.")
+    forecast = loop._Forecast(TrainSettings(max_steps=100), 8, "", say=said.append)
+    for _ in range(5):
+        forecast.micro_batch_took(1.0)
+    assert len(said) == 1
+
+
+def run_script(*argv, launcher=(), **options):
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / argv[0]), *map(str, argv[1:])]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
+def test_a_signal_saves_the_state_and_the_same_command_goes_on(tmp_path, number, code):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run"), "max_steps": 100_000,
+                                      "snapshot_every": 100_000, "state_every": 100_000, "log_every": 1}))
+    command = [sys.executable, str(ROOT / "scripts" / "train_dit.py"), "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not list((tmp_path / "run" / "logs").glob("events.*")) and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert "the same command goes on" in output and "Traceback" not in output
+    state = checkpoint.find_state(tmp_path / "run" / "states")
+    assert state is not None
+    step = checkpoint.step_of(state)
+    done = run_script("train_dit.py", "--config", config, "--max-steps", step + 1)
+    assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stderr
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """Same noise, same data, no BatchNorm: the averaged weights agree but for rounding."""
+    settings = {**TINY, "model_options": {**TINY["model_options"], "local_norm": "layer"}}
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "two")}))
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no",
+                "--num_machines", "1", "--dynamo_backend", "no")
+    done = run_script("train_dit.py", "--config", config, launcher=launcher,
+                      env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one = train(tmp_path / "one", model_options=settings["model_options"])
+    two = checkpoint.load_denoiser(tmp_path / "two").model.state_dict()
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-5)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    for argv, words in (
+        (("train_dit.py", "--model", "D-EMOv2-S-3"), "D-EMOv2-S-2"),
+        (("train_dit.py", "--data-dir", tmp_path / "none", "--vae", "pixels"), "does not exist"),
+        (("sample.py", "--class", "7", "--checkpoint", tmp_path), "not a snapshot"),
+    ):
+        done = run_script(*argv)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_image_folders_train_with_flips_and_workers(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
+    train(tmp_path / "run", data_dir=str(tmp_path / "data"), num_workers=2)
+    meta = checkpoint.load_denoiser(tmp_path / "run").meta
+    assert meta["class_names"] == ["a", "b"] and meta["data"] == "folder"
+
+
+def test_classifier_learns_digits(tmp_path):
+    settings = ClassifierSettings(
+        model="emov2_1m", dataset="digits", image_size=32, output_dir=str(tmp_path), max_steps=40, batch_size=32,
+        learning_rate=2e-3, warmup_steps=5, ema_decay=0.9, snapshot_every=40, state_every=40,
+    )
+    snapshot = fit(ClassifierTask(settings), settings)
+    loaded = checkpoint.load_classifier(snapshot)
+    assert loaded.meta["held_out_accuracy"] > 0.5
+    assert f"{loaded.meta['held_out_accuracy']:.2%}" in (snapshot / "README.md").read_text()
+
+
+def test_augmentation_mirrors_and_moves():
+    images = torch.arange(16.0).view(1, 1, 4, 4).repeat(2, 3, 1, 1)
+    still = Augmentation(flip=torch.tensor([True, False]), shift=torch.zeros(2, 2))
+    assert torch.equal(augment(images, still)[0], images[0].flip(-1)) and torch.equal(augment(images, still)[1], images[1])
+    moved = augment(images, Augmentation(flip=torch.zeros(2, dtype=torch.bool), shift=torch.tensor([[0.5, 0.0]] * 2)))
+    torch.testing.assert_close(moved[..., :3], images[..., 1:])
