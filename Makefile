@@ -2,14 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-DEMO := results/demo
 
 .PHONY: demo test lint clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_classifier.py --config configs/demo_classifier.yaml
 	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_dit.py --config configs/demo.yaml
-	$(BIN)/python scripts/demo.py --checkpoint $(DEMO)/denoiser --classifier $(DEMO)/classifier
+	$(BIN)/python scripts/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -18,7 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info results/demo
+	rm -rf .venv build *.egg-info demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -45,7 +45,9 @@ class VAESettings:
 class RunSettings:
     """What every training run has in common: the loop of ``d_emo.training.loop.fit``."""
 
-    output_dir: str = setting("results/run", "run folder: settings, snapshots, states, samples, TensorBoard logs")
+    output_dir: str | None = setting(
+        None, "run folder: settings, snapshots, states, samples, TensorBoard logs. Default: results/<model>-<data>-<size>"
+    )
     max_steps: int = setting(400_000, "optimizer steps of the whole run")
     batch_size: int = setting(256, "images per step over all processes (global)")
     micro_batch_size: int | None = setting(
@@ -89,6 +91,11 @@ class DataSettings:
     num_images: int | None = setting(None, "how many different images of Shapes-1000 to draw. Default: a million")
     skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
 
+    def run_folder(self, model: str) -> str:
+        """The run folder of a model trained on these data, when none is named."""
+        data = self.dataset if self.data_dir is None else Path(self.data_dir).resolve().name
+        return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
+
 
 @dataclass(kw_only=True)
 class TrainSettings(DataSettings, RunSettings):
@@ -108,6 +115,7 @@ class TrainSettings(DataSettings, RunSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
 
@@ -116,7 +124,6 @@ class TrainSettings(DataSettings, RunSettings):
 class ClassifierSettings(DataSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``."""
 
-    output_dir: str = setting("results/classifier", "run folder: settings, snapshots, states, TensorBoard logs")
     model: str = setting("emov2_1m", "a classifier name of list_models()")
     image_size: int = setting(224, "side of the (centre-cropped) images in pixels")
     learning_rate: float = setting(1.5e-3, "peak learning rate of AdamW")
@@ -129,6 +136,10 @@ class ClassifierSettings(DataSettings, RunSettings):
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy")
     shift: float = setting(0.0, "random translation of the training images, as a share of their side")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.output_dir = self.output_dir or self.run_folder(self.model)
 
 
 @dataclass(kw_only=True)

@@ -177,11 +177,11 @@ def preview_grid(
     guidance_scale: float,
 ) -> None:
     """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare."""
-    count = min(8, len(class_names))
+    count, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
     classes = [index * len(class_names) // count for index in range(count)]
-    labels = [label for label in classes for _ in range(8)]
+    labels = [label for label in classes for _ in range(columns)]
     batches = sample_images(
         denoiser, make_scheduler("dpm++", scheduler_config), codec, labels, range(len(labels)),
-        num_inference_steps=30, guidance_scale=guidance_scale,
+        num_inference_steps=20, guidance_scale=guidance_scale,
     )
-    draw_grid(torch.cat(list(batches)), [f"{label}: {class_names[label]}" for label in classes], 8).save(path)
+    draw_grid(torch.cat(list(batches)), [f"{label}: {class_names[label]}" for label in classes], columns).save(path)

@@ -10,12 +10,12 @@ from d_emo.config import parse_settings, run_cli, setting
 class DemoSettings:
     """Settings of ``scripts/demo.py``."""
 
-    checkpoint: str = setting("results/demo/denoiser", "snapshot or run folder of the denoiser")
-    classifier: str = setting("results/demo/classifier", "snapshot or run folder of the classifier")
+    checkpoint: str = setting("demo/denoiser", "snapshot or run folder of the denoiser")
+    classifier: str = setting("demo/classifier", "snapshot or run folder of the classifier")
     num_images: int = setting(500, "digits to draw and judge")
     guidance_scale: float = setting(1.5, "classifier-free guidance")
     steps: int = setting(30, "denoising steps of dpm++")
-    output: str = setting("results/demo/digits.png", "PNG of the first digits of each class")
+    output: str = setting("demo/digits.png", "PNG of the first digits of each class")
 
 
 def main() -> None:

@@ -36,7 +36,8 @@ def test_shapes_vary_and_are_the_same_scene_at_every_resolution():
 
 @pytest.mark.parametrize("shape", range(10))
 def test_shapes_are_anti_aliased_and_stay_inside(shape):
-    scene = Shapes1000(64).scene(100 * shape + 90)._replace(light_strength=0.0, brightness=1.0, x=0.0, y=0.0, radius=0.6)
+    plain = {"light_strength": 0.0, "brightness": 1.0, "x": 0.0, "y": 0.0, "radius": 0.6}
+    scene = Shapes1000(64).scene(100 * shape + 90)._replace(**plain)
     image = draw_scene(scene, 64)  # white on black
     ground, colour = np.array(GROUNDS["black"]) / 127.5 - 1, np.array(COLOURS["white"]) / 127.5 - 1
     share = (image[..., 0] - ground[0]) / (colour[0] - ground[0])

@@ -35,11 +35,12 @@ def train(folder, **changes):
 def test_a_run_folder_holds_what_it_promises(tmp_path):
     previews = []
     settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "log_every": 1, "snapshot_every": 2})
-    snapshot = fit(DenoiserTask(settings), settings, preview=lambda path, model: previews.append((path, model.training)))
+    snapshot = fit(DenoiserTask(settings), settings, preview=lambda *args: previews.append(args))
     assert snapshot == tmp_path / "snapshots" / "step-4"
     assert sorted(f.name for f in (tmp_path / "snapshots").iterdir()) == ["step-2", "step-4"]
     assert sorted(f.name for f in (tmp_path / "states").iterdir()) == ["step-2", "step-4"]
-    assert previews == [(tmp_path / "samples" / f"step-{step}.png", False) for step in (2, 4)]
+    assert [path for path, _ in previews] == [tmp_path / "samples" / f"step-{step}.png" for step in (2, 4)]
+    assert not any(model.training for _, model in previews)
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert resolved["vae"] == "pixels" and resolved["label_dropout"] == 0.1
     assert list((tmp_path / "logs").glob("events.*"))
@@ -232,6 +233,7 @@ def test_classifier_learns_digits(tmp_path):
 def test_augmentation_mirrors_and_moves():
     images = torch.arange(16.0).view(1, 1, 4, 4).repeat(2, 3, 1, 1)
     still = Augmentation(flip=torch.tensor([True, False]), shift=torch.zeros(2, 2))
-    assert torch.equal(augment(images, still)[0], images[0].flip(-1)) and torch.equal(augment(images, still)[1], images[1])
+    mirrored, same = augment(images, still)
+    assert torch.equal(mirrored, images[0].flip(-1)) and torch.equal(same, images[1])
     moved = augment(images, Augmentation(flip=torch.zeros(2, dtype=torch.bool), shift=torch.tensor([[0.5, 0.0]] * 2)))
     torch.testing.assert_close(moved[..., :3], images[..., 1:])

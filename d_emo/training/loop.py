@@ -98,9 +98,7 @@ class _Run:
             mixed_precision=precision, log_with="tensorboard", project_dir=self.folder,
             gradient_accumulation_steps=per_rank // self.micro,
         )
-        if self.accelerator.device.type == "cpu":  # the launcher asks for one thread; the cores are ours
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-        else:
+        if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.per_rank, self.step, self.minutes = per_rank, 0, 0.0
 
