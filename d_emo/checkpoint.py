@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.config import InputError, write_yaml
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, Denoiser, create_model
 
@@ -55,24 +55,26 @@ class ClassifierSnapshot:
 # ---- snapshots -------------------------------------------------------------------------------------------------------
 
 
-def save_denoiser(folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], card: str) -> None:
+def save_denoiser(
+    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any, card: str
+) -> None:
     """Write a denoiser's snapshot; ``meta`` must name codec, class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
-        _write_meta(temporary, "denoiser", meta, card)
+        _write_meta(temporary, "denoiser", meta, settings, card)
 
     write_folder(folder, write)
 
 
-def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], card: str) -> None:
+def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any, card: str) -> None:
     """Write a classifier's snapshot; ``meta`` must name class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()},
                   temporary / "model.safetensors")
-        _write_meta(temporary, "classifier", {"model": model.config, **meta}, card)
+        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings, card)
 
     write_folder(folder, write)
 
@@ -147,8 +149,9 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"the snapshot {path} is damaged or incomplete ({type(error).__name__}: {reason})")
 
 
-def _write_meta(folder: Path, kind: str, meta: dict[str, Any], card: str) -> None:
+def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any, card: str) -> None:
     (folder / _META).write_text(json.dumps({"format": 1, "kind": kind, **meta}, indent=1) + "\n")
+    write_yaml(settings, folder / "config.yaml")
     (folder / "README.md").write_text(card)
 
 

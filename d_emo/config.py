@@ -46,7 +46,7 @@ class RunSettings:
     """What every training run has in common: the loop of ``d_emo.training.loop.fit``."""
 
     output_dir: str | None = setting(
-        None, "run folder: settings, snapshots, states, samples, TensorBoard logs. Default: results/<model>-<data>-<size>"
+        None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>"
     )
     max_steps: int = setting(400_000, "optimizer steps of the whole run")
     batch_size: int = setting(256, "images per step over all processes (global)")
@@ -125,6 +125,9 @@ class ClassifierSettings(DataSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``."""
 
     model: str = setting("emov2_1m", "a classifier name of list_models()")
+    model_options: dict[str, Any] | None = setting(
+        None, "changes to the named model; images below 224 px want a smaller window, e.g. '{window_size: 2}' at 64 px"
+    )
     image_size: int = setting(224, "side of the (centre-cropped) images in pixels")
     learning_rate: float = setting(1.5e-3, "peak learning rate of AdamW")
     weight_decay: float = setting(0.05, "AdamW weight decay, on matrices and convolutions only")

@@ -52,8 +52,9 @@ def main() -> None:
     by_class = torch.stack([drawn[digit::10][:10] for digit in range(10)]).flatten(0, 1)
     output = Path(settings.output)
     save_png(draw_grid(by_class, [str(digit) for digit in range(10)], 10), output, vars(settings))
-    print(f"picture      {output}  (guidance {settings.guidance_scale:g}, {settings.steps} steps, seeds 0 to {len(drawn) - 1})")
-    print(f"FID-{len(drawn)}      {fid(drawn):.2f}  in the features of the classifier, against the real training digits")
+    how = f"guidance {settings.guidance_scale:g}, {settings.steps} steps, seeds 0 to {len(drawn) - 1}"
+    print(f"picture      {output}  ({how})")
+    print(f"FID-{len(drawn)}      {fid(drawn):.2f}  in the classifier's features, against the real training digits")
     print(f"  floor      {fid(held_out):.2f}  (FID-{len(held_out)} of real held-out digits)")
     print(f"  ceiling    {fid(noise):.2f}  (FID-{len(noise)} of noise)")
     print(f"recognised   {class_accuracy(judge, drawn, labels):.1%} of the drawn digits are the digit asked for")

@@ -67,7 +67,15 @@ def layer_norm(x, weight=None, bias=None):
 
 
 def depthwise(x, weight, stride=1):
-    return F.conv2d(x[None], weight, stride=stride, padding=weight.shape[-1] // 2, groups=x.shape[0])[0]
+    """One shifted copy of the map per tap of the kernel."""
+    size, (height, width) = weight.shape[-1], x.shape[1:]
+    padded = F.pad(x, [size // 2] * 4)
+    taps = [
+        weight[:, 0, i, j, None, None] * padded[:, i : i + height, j : j + width]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return sum(taps)[:, ::stride, ::stride]
 
 
 def operator(u, p, *, names, act, heads=None, window=None, modes=(), pre=False, stride=1, skip=True, conv=True):
@@ -81,7 +89,8 @@ def operator(u, p, *, names, act, heads=None, window=None, modes=(), pre=False, 
             mixed = attend(q, k, u, heads, window, modes)
             a = act(pointwise(mixed, p[names["v"] + ".weight"], p[names["v"] + ".bias"]))
         else:
-            a = attend(q, k, act(pointwise(u, p[names["v"] + ".weight"], p[names["v"] + ".bias"])), heads, window, modes)
+            v = act(pointwise(u, p[names["v"] + ".weight"], p[names["v"] + ".bias"]))
+            a = attend(q, k, v, heads, window, modes)
         a = a[:, :height, :width]
     else:
         a = act(pointwise(u, p[names["v"] + ".weight"], p[names["v"] + ".bias"]))
@@ -247,8 +256,13 @@ def random_weights(shapes, seed=0):
 
 
 def randomize(module, seed=0):
-    """Give every parameter and float buffer of ``module`` but the position embedding a random value; float64, eval."""
+    """Give every parameter and statistic of ``module`` a random value; float64, eval mode.
+
+    A denoiser's position embedding is made anew in float64, since its own is rounded to float32.
+    """
     state = module.double().state_dict()
-    fresh = random_weights({k: v.shape for k, v in state.items() if k != "pos_embed"}, seed)
-    module.load_state_dict({**state, **fresh})
+    fresh = random_weights({k: v.shape for k, v in state.items()}, seed)
+    if "pos_embed" in state:
+        fresh["pos_embed"] = position(state["pos_embed"].shape[-1], *module.grid).flatten(1).T[None]
+    module.load_state_dict(fresh)
     return module.eval()

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from d_emo import checkpoint
-from d_emo.config import InputError
+from d_emo.config import InputError, TrainSettings
 from d_emo.models import create_model
 
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("0123456789")}
@@ -14,7 +14,9 @@ META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_
 @pytest.fixture
 def snapshot(tmp_path, tiny_denoiser):
     folder = tmp_path / "run" / "snapshots" / "step-5"
-    checkpoint.save_denoiser(folder, tiny_denoiser, scheduler=DDPMScheduler(), meta=META, card="# a card\n")
+    checkpoint.save_denoiser(
+        folder, tiny_denoiser, scheduler=DDPMScheduler(), meta=META, settings=TrainSettings(), card="# a card\n"
+    )
     return folder
 
 
@@ -29,7 +31,7 @@ def test_denoiser_snapshot_round_trip(snapshot, tiny_denoiser):
 def test_classifier_snapshot_round_trip(tmp_path):
     model = create_model("emov2_1m", num_classes=3).eval()
     meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b", "c"]}
-    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, card="")
+    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=TrainSettings(), card="")
     loaded = checkpoint.load_classifier(tmp_path / "c")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -40,7 +42,10 @@ def test_classifier_snapshot_round_trip(tmp_path):
 
 def test_a_run_folder_stands_for_its_newest_snapshot(snapshot, tiny_denoiser):
     later = snapshot.with_name("step-40")
-    checkpoint.save_denoiser(later, tiny_denoiser, scheduler=DDPMScheduler(), meta={**META, "step": 40}, card="")
+    meta = {**META, "step": 40}
+    checkpoint.save_denoiser(
+        later, tiny_denoiser, scheduler=DDPMScheduler(), meta=meta, settings=TrainSettings(), card=""
+    )
     assert checkpoint.load_denoiser(snapshot.parents[1]).meta["step"] == 40
     assert checkpoint.newest_denoiser(snapshot.parents[2]) == later
 

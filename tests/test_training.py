@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from d_emo import checkpoint
@@ -43,6 +44,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path):
     assert not any(model.training for _, model in previews)
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert resolved["vae"] == "pixels" and resolved["label_dropout"] == 0.1
+    assert (snapshot / "config.yaml").read_text() == (tmp_path / "config.yaml").read_text()
     assert list((tmp_path / "logs").glob("events.*"))
     meta = json.loads((snapshot / "snapshot.json").read_text())
     assert (meta["step"], meta["weights"], meta["codec"]) == (4, "ema", "pixels")
@@ -63,6 +65,15 @@ def test_accumulation_and_cached_latents_change_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-5)
     cached = train(tmp_path / "c", model_options=layer_norm, cache_latents=True)
     torch.testing.assert_close(cached, whole, rtol=2e-2, atol=2e-3)
+
+
+def test_bf16_trains_the_same_model_roughly(tmp_path):
+    whole = train(tmp_path / "a")
+    AcceleratorState._reset_state(True)
+    half = train(tmp_path / "b", mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+    torch.testing.assert_close(half, whole, rtol=0.1, atol=2e-2)
+    assert any(not torch.equal(half[name], whole[name]) for name in whole)
 
 
 def test_snapshot_is_the_average_of_weights_and_batch_norm_statistics(tmp_path):

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from d_emo.config import InputError
+from d_emo.config import FidSettings, InputError
 from d_emo.evaluation.features import FeatureExtractor, create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.npz import holds_statistics, read_statistics
-from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance
+from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
 
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; tables are measured with this many
+CONSTANT_SPREAD = 1e-12  # variance over squared mean that float32 features of one and the same image can reach
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def compute_statistics(
     extractor: FeatureExtractor,
     *,
     num_images: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = FidSettings.batch_size,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> FeatureStatistics:
@@ -86,10 +87,10 @@ def measure_fid(
     samples: str | Path,
     reference: str | Path,
     *,
-    features: str = "inception",
+    features: str = FidSettings.features,
     inception_weights: str | Path | None = None,
     num_images: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = FidSettings.batch_size,
     output: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -124,6 +125,11 @@ def measure_fid(
     how = {"batch_size": batch_size, "device": device, "progress": progress}
     sampled = _gather(sample_images, extractor, **how)
     referred = _gather(reference_images, extractor, **how) if stored is None else stored
+    if _is_constant(referred):
+        raise InputError(
+            f"all images of the reference {reference} have the same features; they are one picture, or the feature "
+            "network is untrained"
+        )
     result = FidResult(
         fid=frechet_distance(sampled.mean, sampled.covariance, referred.mean, referred.covariance),
         num_samples=sampled.count,
@@ -131,7 +137,7 @@ def measure_fid(
         features=extractor.name,
         samples=str(samples),
         reference=str(reference),
-        warnings=tuple(_warnings(sample_images, reference_images, sampled.count, extractor)),
+        warnings=tuple(_warnings(sample_images, reference_images, sampled, extractor)),
     )
     if output is not None:
         _write_new(Path(output), result.to_json())
@@ -151,8 +157,9 @@ def _gather(
 
 
 def _warnings(
-    samples: ImageSource, reference: ImageSource | None, count: int, extractor: FeatureExtractor
+    samples: ImageSource, reference: ImageSource | None, sampled: FeatureStatistics, extractor: FeatureExtractor
 ) -> Iterator[str]:
+    count = sampled.count
     if count < PUBLISHED_COUNT:
         yield (
             f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
@@ -170,6 +177,13 @@ def _warnings(
         )
     if not extractor.published:
         yield "these are not the published Inception weights; the FID compares with no published one"
+    if _is_constant(sampled):
+        yield f"all {count} samples have the same features; they are one picture, or close to it"
+
+
+def _is_constant(statistics: FeatureStatistics | StoredStatistics) -> bool:
+    """Whether the features vary by no more than float32 rounding."""
+    return bool(statistics.covariance.trace().abs() <= CONSTANT_SPREAD * statistics.mean.square().sum())
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -41,7 +41,7 @@ class ClassifierTask:
         self.settings = settings
         self.dataset = _open(settings, "train")
         torch.manual_seed(settings.seed)
-        self.model = create_model(settings.model, num_classes=len(self.dataset.class_names))
+        self.model = create_model(settings.model, num_classes=len(self.dataset.class_names), **(settings.model_options or {}))
         if not isinstance(self.model, EMO):
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
 
@@ -83,7 +83,7 @@ class ClassifierTask:
 * Training: {step:,} steps of batch {settings.batch_size}, {minutes:.1f} minutes.
 * Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
 {held_out}"""
-        checkpoint.save_classifier(folder, model, meta=meta, card=card)
+        checkpoint.save_classifier(folder, model, meta=meta, settings=settings, card=card)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:

@@ -111,7 +111,9 @@ class DenoiserTask:
             "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
             "training_minutes": round(minutes, 1),
         }
-        checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, card=self._card(meta))
+        checkpoint.save_denoiser(
+            folder, model, scheduler=self.scheduler, meta=meta, settings=settings, card=self._card(meta)
+        )
 
     def _card(self, meta: dict[str, Any]) -> str:
         settings, device = self.settings, next(self.model.parameters()).device

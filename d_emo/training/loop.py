@@ -222,8 +222,7 @@ class _Run:
             began = time.perf_counter()
             batch = [part.to(accelerator.device, non_blocking=True) for part in next(batches)]
             with accelerator.accumulate(self.model):
-                with accelerator.autocast():
-                    losses = task.loss(self.model, batch, draws[row : row + self.micro])
+                losses = task.loss(self.model, batch, draws[row : row + self.micro])  # autocast inside the model
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and self.settings.grad_clip is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)

@@ -1,0 +1,106 @@
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from d_emo.config import InputError
+from d_emo.models import EMO, Denoiser, count_macs, count_parameters, create_model, list_models
+from d_emo.models.table import models_table, published_figures
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = published_figures()
+
+
+@pytest.mark.parametrize("entry", PUBLISHED)
+def test_counts_equal_the_published_ones(entry):
+    figures, name = PUBLISHED[entry], entry.partition("@")[0]
+    overrides = {"window_size": figures["window_size"]} if "window_size" in figures else {}
+    with torch.device("meta"):
+        model = create_model(name, **overrides)
+    assert count_parameters(model) == figures["params"]
+    macs = count_macs(model, figures.get("resolution"))
+    assert macs == pytest.approx(figures["macs_m"] * 1e6, rel=0.005)
+    assert model.training  # counting leaves the mode alone
+
+
+def test_published_figures_are_the_papers():
+    """The headline numbers once more, typed in from the papers, so that the data file cannot drift with the code."""
+    headline = {
+        "D-EMOv2-S-2": 24_596_000, "D-EMOv2-B-2": 96_082_976, "D-EMOv2-L-2": 334_831_648, "D-EMOv2-XL-2": 492_692_000,
+        "DiT-S-2": 32_963_360, "DiT-XL-2": 675_129_632, "emov2_5m": 5_126_440, "emov1_5m": 5_108_848,
+    }  # fmt: skip
+    assert {name: PUBLISHED[name]["params"] for name in headline} == headline
+    assert len(PUBLISHED) == 21
+
+
+def test_macs_do_not_depend_on_where_the_model_lives():
+    with torch.device("meta"):
+        ghost = create_model("emov2_1m")
+    assert count_macs(create_model("emov2_1m"), 64) == count_macs(ghost, 64)
+    tiny = {"depth": 1, "sample_size": 8, "num_classes": 2}
+    with torch.device("meta"):
+        ghost = create_model("D-EMOv2-Ti-2", **tiny)
+    assert count_macs(create_model("D-EMOv2-Ti-2", **tiny)) == count_macs(ghost)
+
+
+def test_every_registered_name_builds():
+    names = list_models()
+    assert len(names) == len(set(names)) == 20 + 12 + 11
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name, **({"sample_size": 16, "depth": 1} if "-" in name else {}))
+        assert isinstance(model, Denoiser if "-" in name else EMO)
+        assert count_parameters(model) > 0
+
+
+def test_list_models_filters():
+    assert list_models("emov2_*") == ["emov2_1m", "emov2_2m", "emov2_5m", "emov2_20m", "emov2_50m"]
+    assert list_models("D-EMOv2-S-*") == [f"D-EMOv2-S-{p}" for p in (1, 2, 4, 8)]
+    assert list_models("dit-xl") == ["DiT-XL-2", "DiT-XL-4", "DiT-XL-8"]
+    assert list_models("nothing") == []
+
+
+def test_small_custom_models():
+    model = create_model("D-EMOv2-Ti/2", depth=1, sample_size=8, num_classes=10)
+    assert (model.config.hidden_size, model.config.depth, model.null_class) == (192, 1, 10)
+    assert model.config.window_size == 8 and model.config.kernel_size == 5 and model.config.expand_ratio == 4
+    assert model.config.attention_mode == "spanning" and model.config.local_norm == "batch"
+    assert model(torch.zeros(1, 4, 8, 8), torch.tensor(1), torch.tensor([10])).sample.shape == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "name, overrides, words",
+    [
+        ("D-EMOv2-M-2", {}, "'D-EMOv2-M-2'; did you mean .*D-EMOv2-"),
+        ("emov2_5", {}, "did you mean .*emov2_5m"),
+        ("qqq", {}, "'qqq'.*list_models"),
+        ("D-EMOv2-S-2", {"windowsize": 4}, "'windowsize'.*'window_size'"),
+        ("emov2_1m", {"sample_size": 4}, "emov2_1m has no setting 'sample_size'"),
+        ("D-EMOv2-S-2", {"zzz": 4}, "no setting 'zzz'; it has sample_size"),
+    ],
+)
+def test_unknown_names_are_answered_with_known_ones(name, overrides, words):
+    with pytest.raises(InputError, match=words):
+        create_model(name, **overrides)
+
+
+def test_table_shows_ours_beside_the_published():
+    lines = models_table("emov1_*").splitlines()
+    assert "| emov1_5m | 5,108,848 | 5.1M | 903M | 903M |" in lines
+    assert re.match(r"\| emov1_20m \| 20,540,128 \| 20.5M \| 3,594M \| 3808M \[1\] \|", lines[7])
+    assert lines[-1].startswith("[1] Never released")
+
+
+@pytest.mark.parametrize("pattern, code", [("D-EMOv2-S-2", 0), ("nothing", 2)])
+def test_table_script(pattern, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["models_table.py", "--match", pattern])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "models_table.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert stop.value.code == code
+    assert ("| D-EMOv2-S-2 | 24,596,000 | 24.6M | 5,429M | 5.4G |" in printed.out) == (code == 0)
+    assert printed.err.splitlines() == [] or printed.err.startswith("error: No model matches 'nothing'")
+    assert len(printed.err.splitlines()) == (code == 2)
