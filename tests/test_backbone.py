@@ -100,12 +100,15 @@ def test_config_rebuilds_the_model(name):
     x = torch.randn(1, 1, 64, 64)
     assert torch.equal(again.eval()(x), model.eval()(x))
     assert again.config == model.config
+    model.reset_classifier(4)
+    assert create_model(**model.config).num_classes == 4
 
 
 def test_the_head_can_be_replaced_and_removed():
     model = tiny("i2rmb").eval()
     x = torch.randn(2, 3, 32, 32)
-    model.reset_classifier(3)
+    model.double().reset_classifier(3)
+    x = x.double()
     assert model(x).shape == (2, 3) and model.get_classifier() is model.head
     model.reset_classifier(0)
     assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))

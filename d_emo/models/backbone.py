@@ -203,8 +203,11 @@ class EMO(nn.Module):
             raise InputError(f"EMO pools by the mean over positions ('avg'), not by {global_pool!r}.")
         self.num_classes = num_classes
         self.head = nn.Identity()
+        if self.config:
+            self.config["num_classes"] = num_classes
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes)
+            like = self.stem.proj.weight
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
