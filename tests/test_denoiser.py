@@ -85,7 +85,9 @@ def test_timesteps_of_every_form_mean_the_same(block):
     model = opened(block).eval()
     x, _, y = batch_for(model)
     forms = [torch.tensor(5), torch.tensor(5.0), torch.full((3,), 5), torch.full((3,), 5.0), torch.tensor([5])]
-    outputs = [model(x, t, y, return_dict=False)[0] for t in forms]
+    plain = [model(x, t, y, return_dict=False) for t in forms]
+    assert all(type(output) is tuple and len(output) == 1 for output in plain)
+    outputs = [output[0] for output in plain]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     assert not torch.equal(outputs[0], model(x, torch.tensor(6), y).sample)
 

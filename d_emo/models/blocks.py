@@ -109,7 +109,7 @@ class MetaMobileBlock(nn.Module):
         *,
         norm: NormKind = "layer",
         stride: int = 1,
-        layer_scale: float | None = 1e-6,
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
         expand_ratio: float = 4.0,
         attention: bool = True,

@@ -35,6 +35,7 @@ class ClassifierTask:
         InputError: Settings that cannot work together; a data set or model that cannot be opened.
     """
 
+    lr_scales: dict[str, float] = {}
     smaller = "Choose fewer --max-steps, a smaller --image-size or a GPU."
 
     def __init__(self, settings: ClassifierSettings):

@@ -51,6 +51,7 @@ class DenoiserTask:
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
         if not isinstance(self.model, checkpoint.Denoiser):
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
+        self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels

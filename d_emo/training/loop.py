@@ -39,6 +39,7 @@ class Task(Protocol):
     model: nn.Module
     dataset: Dataset
     smaller: str  # a configuration to try where this one would take too long
+    lr_scales: dict[str, float]  # by parameter name, where the learning rate is not that of the rest
 
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""
@@ -115,7 +116,7 @@ class _Run:
         model = task.model.to(accelerator.device)
         self.ema = EMA(model, settings.ema_decay, warmup=settings.ema_warmup)
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate,
+            _parameter_groups(model, settings.weight_decay, task.lr_scales), lr=settings.learning_rate,
             fused=accelerator.device.type == "cuda",
         )
         if settings.compile:
@@ -212,7 +213,7 @@ class _Run:
         task, accelerator = self.task, self.accelerator
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self._learning_rate() * group["lr_scale"]
         seed = int(np.random.SeedSequence([self.settings.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator(accelerator.device).manual_seed(seed)
         draws = task.draw(generator, self.settings.batch_size)
@@ -354,10 +355,11 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels, not biases, norms and scales."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _parameter_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, float]) -> list[dict[str, Any]]:
+    """Decay matrices and kernels, not biases, norms and scales; named parameters may have a learning rate apart."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, lr_scales.get(name, 1.0)), []).append(parameter)
+    return [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()]
