@@ -110,9 +110,11 @@ class TrainSettings(DataSettings, RunSettings):
     cache_latents: bool = setting(False, "encode the data set once, before training, and keep the latents in memory")
     objective: Literal["eps"] = setting("eps", "eps: predict the noise, and the variance by the variational bound")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
-    label_lr_scale: float = setting(
-        1.0, "learning rate of the label table over that of the rest; runs of a few thousand steps want about 10"
+    label_init_std: float = setting(
+        0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
+        "learn to draw before they learn to obey the class"
     )
+    label_lr_scale: float = setting(1.0, "learning rate of the label table over that of the rest; as above, about 30")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     preview_guidance: float = setting(4.0, "guidance scale of the sample grids")
 

@@ -232,13 +232,19 @@ def test_image_folders_train_with_flips_and_workers(tmp_path):
 
 def test_classifier_learns_digits(tmp_path):
     settings = ClassifierSettings(
-        model="emov2_1m", dataset="digits", image_size=32, output_dir=str(tmp_path), max_steps=40, batch_size=32,
-        learning_rate=2e-3, warmup_steps=5, ema_decay=0.9, snapshot_every=40, state_every=40,
+        model="emov2_1m", model_options={"window_size": 1, "depths": [1, 1, 2, 1]}, dataset="digits", image_size=32,
+        output_dir=str(tmp_path), max_steps=100, batch_size=32, learning_rate=2e-3, warmup_steps=5, ema_decay=0.9,
+        snapshot_every=100, state_every=100,
     )
     snapshot = fit(ClassifierTask(settings), settings)
     loaded = checkpoint.load_classifier(snapshot)
     assert loaded.meta["held_out_accuracy"] > 0.5
     assert f"{loaded.meta['held_out_accuracy']:.2%}" in (snapshot / "README.md").read_text()
+
+
+def test_a_denoiser_is_no_classifier(tmp_path):
+    with pytest.raises(InputError, match="train_dit"):
+        ClassifierTask(ClassifierSettings(model="DiT-S-2", output_dir=str(tmp_path)))
 
 
 def test_augmentation_mirrors_and_moves():

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from d_emo import checkpoint
 from d_emo.config import ClassifierSettings, InputError
 from d_emo.data import ClassImages, open_dataset
-from d_emo.models import EMO, create_model
+from d_emo.models import create_model
+from d_emo.models.backbone import BACKBONES
+from d_emo.models.registry import resolve_name
 
 
 class Augmentation(NamedTuple):
@@ -39,12 +41,12 @@ class ClassifierTask:
     smaller = "Choose fewer --max-steps, a smaller --image-size or a GPU."
 
     def __init__(self, settings: ClassifierSettings):
+        if resolve_name(settings.model) not in BACKBONES:
+            raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
         self.settings = settings
         self.dataset = _open(settings, "train")
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, num_classes=len(self.dataset.class_names), **(settings.model_options or {}))
-        if not isinstance(self.model, EMO):
-            raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
 
     def introduction(self) -> list[str]:
         settings = self.settings

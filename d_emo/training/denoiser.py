@@ -15,6 +15,8 @@ from d_emo.config import InputError, TrainSettings
 from d_emo.data import open_dataset
 from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
 from d_emo.models import create_model
+from d_emo.models.denoiser import DENOISERS
+from d_emo.models.registry import resolve_name
 from d_emo.objective import Draws, EpsObjective
 
 
@@ -31,6 +33,8 @@ class DenoiserTask:
     smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml (README, \"On a laptop\")."
 
     def __init__(self, settings: TrainSettings):
+        if resolve_name(settings.model) not in DENOISERS:
+            raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
         self.settings = settings
         if settings.vae is None:
             settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
@@ -49,8 +53,7 @@ class DenoiserTask:
         options = {"sample_size": size, "in_channels": self.codec.channels, "num_classes": len(self.images.class_names)}
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
-        if not isinstance(self.model, checkpoint.Denoiser):
-            raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
+        torch.nn.init.normal_(self.model.y_embedder.embedding_table.weight, std=settings.label_init_std)
         self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
