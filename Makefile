@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_classifier.py --config configs/demo_classifier.yaml
 	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_dit.py --config configs/demo.yaml
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/judge.py --checkpoint demo/denoiser --classifier demo/classifier --output demo/digits.png
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -179,6 +179,19 @@ class SampleSettings:
 
 
 @dataclass(kw_only=True)
+class JudgeSettings:
+    """Settings of ``scripts/judge.py``."""
+
+    checkpoint: str = setting(help="snapshot or run folder of the denoiser")
+    classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
+    data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
+    num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
+    steps: int = setting(30, "denoising steps of dpm++")
+    output: str = setting("samples/judged.png", "PNG of ten classes, ten drawings each; written anew every time")
+
+
+@dataclass(kw_only=True)
 class FidSettings:
     """Settings of ``scripts/fid.py``."""
 

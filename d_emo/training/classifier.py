@@ -46,7 +46,8 @@ class ClassifierTask:
         self.settings = settings
         self.dataset = _open(settings, "train")
         torch.manual_seed(settings.seed)
-        self.model = create_model(settings.model, num_classes=len(self.dataset.class_names), **(settings.model_options or {}))
+        options = {"num_classes": len(self.dataset.class_names), **(settings.model_options or {})}
+        self.model = create_model(settings.model, **options)
 
     def introduction(self) -> list[str]:
         settings = self.settings
