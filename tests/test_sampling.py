@@ -88,3 +88,22 @@ def test_preview_grid_is_written(tmp_path, tiny_denoiser):
         guidance_scale=2.0,
     )
     assert Image.open(tmp_path / "p.png").size[0] == 2 * 12 + 4
+
+
+def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
+    from d_emo.checkpoint import SHIPPED_SNAPSHOT, load_denoiser
+    from d_emo.data import GROUNDS
+    from d_emo.latents import load_codec
+
+    assert sum(file.stat().st_size for file in SHIPPED_SNAPSHOT.glob("**/*")) < 32e6
+    snapshot = load_denoiser(SHIPPED_SNAPSHOT)
+    assert snapshot.class_names[207] == "red triangle on sky"
+    labels = [200 + ground for ground in range(10)]
+    images = torch.cat(list(sampling.sample_images(
+        snapshot.model, sampling.make_scheduler("dpm++", snapshot.scheduler_config), load_codec(snapshot.codec), labels,
+        range(10), num_inference_steps=15, guidance_scale=2.0,
+    ))).double()
+    borders = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
+    palette = torch.tensor(list(GROUNDS.values())).double()
+    nearest = torch.cdist(borders.median(dim=2).values, palette).argmin(dim=1)
+    assert (nearest == torch.arange(10)).sum() >= 8, nearest
