@@ -99,6 +99,8 @@ class _Run:
             mixed_precision=precision, log_with="tensorboard", project_dir=self.folder,
             gradient_accumulation_steps=per_rank // self.micro,
         )
+        if self.accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # the launcher sets one, unasked
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.per_rank, self.step, self.minutes = per_rank, 0, 0.0
