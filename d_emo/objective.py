@@ -53,7 +53,7 @@ class EpsObjective(nn.Module):
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior = betas * (1 - before) / (1 - abar)
         posterior[0] = posterior[1]  # beta-tilde is zero at t = 0, where its logarithm is needed all the same
-        self._tables = {
+        tables = {
             "sqrt_abar": abar.sqrt(),
             "sqrt_rest": (1 - abar).sqrt(),
             "log_beta": betas.log(),
@@ -61,7 +61,7 @@ class EpsObjective(nn.Module):
             "from_x0": betas * before.sqrt() / (1 - abar),  # posterior mean, DDPM eq. 7
             "from_xt": (1 - before) * (1 - betas).sqrt() / (1 - abar),
         }
-        for name, table in self._tables.items():
+        for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
     def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> Draws:
