@@ -5,6 +5,7 @@ Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (stri
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, Protocol
 
 import torch
@@ -93,6 +94,10 @@ class WindowAttention(nn.Module):
         order: "post" or "pre".
         act: activation class of the value.
 
+    Attributes:
+        merge_equal_partitions: on a map of one window, compute the partitions' common result once (the same sum). Off
+            only to count operations as the papers do.
+
     Shape: (B, H, W, C) -> (B, H, W, M).
 
     Raises:
@@ -120,6 +125,7 @@ class WindowAttention(nn.Module):
             raise InputError(f"The expanded width {value_dim} is not divisible by {num_heads} heads.")
         self.num_heads, self.mode, self.order = num_heads, mode, order
         self.window = pair(window_size, "window_size")
+        self.merge_equal_partitions = True
         self.qk = nn.Linear(dim, 2 * dim)
         self.v = nn.Linear(dim, value_dim)
         self.act = act()
@@ -138,6 +144,9 @@ class WindowAttention(nn.Module):
         Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
         """
         partitions = PARTITIONS[self.mode]
+        if self.merge_equal_partitions and tuple(q.shape[1:3]) == self.window:
+            # A map of one window: near and far are the same tokens, so the sum is one of them times their number.
+            value, partitions = len(partitions) * value, partitions[:1]
         windows = [torch.stack([p.split(x, self.window) for p in partitions]) for x in (q, k, value)]
         parts, batch, n, m, h, w, _ = windows[0].shape  # each (P, B, n, m, h, w, C or M)
         heads = [
@@ -145,7 +154,8 @@ class WindowAttention(nn.Module):
         ]  # each (P B n m, heads, h w, head width)
         mixed = F.scaled_dot_product_attention(*heads)  # scale is (query head width)^-1/2
         mixed = mixed.transpose(1, 2).reshape(parts, batch, n, m, h, w, -1)  # (P, B, n, m, h, w, M)
-        return sum(p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True))  # (B, H, W, M)
+        merged = [p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True)]  # P x (B, H, W, M)
+        return functools.reduce(torch.add, merged)  # (B, H, W, M)
 
 
 class SelfAttention(nn.Module):

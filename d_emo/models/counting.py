@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from d_emo.models.attention import WindowAttention
 from d_emo.models.denoiser import Denoiser
 from d_emo.models.layers import pair
 
@@ -66,9 +67,14 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
         height, width = pair(image_or_latent_size or 224, "image_or_latent_size")
         inputs = (torch.zeros(1, model.stem.conv.conv.in_channels, height, width, device=device),)
     training = model.training
+    attentions = [module for module in model.modules() if isinstance(module, WindowAttention)]
     try:
+        for attention in attentions:
+            attention.merge_equal_partitions = False  # the published figures count near and far each time
         with FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
             model.eval()(*inputs)
     finally:
         model.train(training)
+        for attention in attentions:
+            attention.merge_equal_partitions = True
     return counter.get_total_flops() // 2
