@@ -1,9 +1,11 @@
+import os
+
 import pytest
 import torch
 
 from d_emo.models import create_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture
