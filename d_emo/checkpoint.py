@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from d_emo.config import InputError, write_yaml
 from d_emo.latents import SHIPPED
@@ -173,14 +176,43 @@ def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2)
     return folder
 
 
-def find_state(states: Path) -> Path | None:
-    """The newest complete state of a run, or None; a damaged one is named and passed over."""
+def find_state(states: Path, *, say: Callable[[str], None] = print) -> Path | None:
+    """The newest complete state of a run, or None; a damaged one is named (by ``say``) and passed over."""
     for folder in sorted(states.glob("step-*"), key=step_of, reverse=True):
         problem = _state_problem(folder)
         if problem is None:
             return folder
-        print(f"passing over the training state {folder}: {problem}", flush=True)
+        say(f"passing over the training state {folder}: {problem}")
     return None
+
+
+def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer as a state keeps them, whole also where they are sharded (FSDP2); runs on all processes."""
+
+    def whole(value: Any) -> Any:
+        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+    return tree_map(whole, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@torch.no_grad()
+def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what :func:`gather_training` gave, sharded as the model is now.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: The state is that of another model.
+    """
+
+    def sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(like, DTensor) or value.shape != like.shape:
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+    now = model.state_dict()
+    model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
+    optimizer.load_state_dict(state["optimizer"])
+    for parameter, moments in optimizer.state.items():
+        moments.update({name: sharded(value, parameter) for name, value in moments.items()})
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
@@ -228,9 +260,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+        for file in (*temporary.rglob("*"), temporary):
+            _flush(file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the file system write a file, or a folder's list of names, to the disk, so that a power cut spares it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
 
 
+class RunError(RuntimeError):
+    """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
+
+
 def setting(default: Any = MISSING, help: str = "", flag: str | None = None) -> Any:
     """A field of a settings class: its default and the sentence that ``--help`` shows."""
     metadata = {"help": help, "flag": flag}
@@ -49,6 +53,7 @@ class RunSettings:
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>"
     )
     max_steps: int = setting(400_000, "optimizer steps of the whole run")
+    max_minutes: float | None = setting(None, "save and stop after so many minutes; the same command goes on")
     batch_size: int = setting(256, "images per step over all processes (global)")
     micro_batch_size: int | None = setting(
         None, "images that a process takes at once; gradients accumulate. Default: 32 on a CPU, all on a GPU"
@@ -58,6 +63,13 @@ class RunSettings:
     warmup_steps: int = setting(0, "steps of linear warm-up")
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
     grad_clip: float | None = setting(None, "largest gradient norm; none by default, as DiT")
+    nan: Literal["stop", "skip"] = setting(
+        "stop", "what to do when a loss or gradient is not finite: stop before the update, or skip the step (and stop "
+        "after ten in a row)"
+    )
+    sync_batchnorm: bool = setting(
+        False, "BatchNorm over the micro-batches of all processes, instead of each process by itself"
+    )
     ema_decay: float = setting(0.9999, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(False, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     seed: int = setting(0, "seed of weights, data order, noise, timesteps and label dropout")
@@ -65,16 +77,23 @@ class RunSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(None, "default: bf16 on a GPU that has it, else no")
     compile: bool = setting(False, "torch.compile the model")
     num_workers: int | None = setting(None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU")
-    log_every: int = setting(50, "steps between TensorBoard points")
+    tracker: Literal["tensorboard", "wandb", "none"] = setting("tensorboard", "where curves and sample grids go")
+    log_every: int = setting(50, "steps between points of the tracker's curves")
     snapshot_every: int = setting(50_000, "steps between snapshots (with sample grids); the last step always has one")
     state_every: int = setting(5_000, "steps between training states; the newest two are kept")
+    validate_every: int | None = setting(
+        None, "steps between measurements on held-out data (the averaged weights; the same noise every time)"
+    )
+    validate_images: int = setting(1000, "held-out images to measure, at most")
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "log_every", "snapshot_every", "state_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise InputError(f"--micro-batch-size must be at least 1, not {self.micro_batch_size}")
+        for name in ("micro_batch_size", "max_minutes", "validate_every", "validate_images", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if not self.learning_rate > 0:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
@@ -87,6 +106,7 @@ class DataSettings:
 
     dataset: Literal["shapes", "digits"] = setting("shapes", "built-in data set, when --data-dir is not given")
     data_dir: str | None = setting(None, "folder with one sub-folder of images per class, as ImageNet's train folder")
+    validate_dir: str | None = setting(None, "such a folder of held-out images, with the same classes")
     image_size: int = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: int | None = setting(None, "how many different images of Shapes-1000 to draw. Default: a million")
     skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
@@ -250,7 +270,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sentence = str(error).splitlines()[-1]  # from a data worker it arrives below that worker's traceback
         print(f"error: {sentence.removeprefix('d_emo.config.InputError: ')}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

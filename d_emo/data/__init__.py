@@ -6,7 +6,7 @@ carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirror
 
 from __future__ import annotations
 
-from d_emo.config import InputError
+from d_emo.config import DataSettings, InputError
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.images import ClassImages, load_uint8, to_uint8
@@ -15,7 +15,7 @@ from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 
 __all__ = [
     "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "ImageFolder", "Shapes1000",
-    "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "to_uint8",
+    "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 
@@ -36,3 +36,29 @@ def open_dataset(
     if dataset == "digits":
         return Digits(image_size, split=split)
     raise InputError(f"unknown data set {dataset!r}; known are shapes and digits, or give --data-dir")
+
+
+def open_held_out(settings: DataSettings, class_names: list[str]) -> ClassImages:
+    """Open the images to validate on.
+
+    Raises:
+        InputError: There are none, or they have other classes.
+    """
+    if settings.data_dir is not None and settings.validate_dir is None:
+        raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
+    held_out = open_dataset(
+        dataset=settings.dataset, data_dir=settings.data_dir and settings.validate_dir, split="test",
+        image_size=settings.image_size, skip_corrupt=settings.skip_corrupt,
+    )
+    if held_out.class_names != class_names:
+        raise InputError(
+            f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
+            "are trained"
+        )
+    return held_out
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` indices, evenly spread over ``range(length)``."""
+    count = min(count, length)
+    return [index * length // count for index in range(count)]

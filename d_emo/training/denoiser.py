@@ -12,7 +12,7 @@ from torch import nn
 
 from d_emo import checkpoint
 from d_emo.config import InputError, TrainSettings
-from d_emo.data import open_dataset
+from d_emo.data import open_dataset, open_held_out, spread
 from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.denoiser import DENOISERS
@@ -42,6 +42,7 @@ class DenoiserTask:
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt,
         )
+        self.held_out = open_held_out(settings, self.images.class_names) if settings.validate_every else None
         self.codec = load_codec(settings.vae)
         if settings.image_size % self.codec.downsample:
             raise InputError(
@@ -107,6 +108,30 @@ class DenoiserTask:
                 plain, mirrored = moments.chunk(2, dim=1)
                 moments = torch.where(flip, mirrored, plain)
         return sample_moments(moments, draws.posterior_noise)
+
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums of the losses over this process's share of the held-out images, and their number.
+
+        Noise and timestep of an image come from its index alone; no label is dropped.
+        """
+        device, batch_size = next(model.parameters()).device, 32
+        share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
+        totals: dict[str, torch.Tensor] = {}
+        for start in range(0, max(1, len(share)), batch_size):
+            indices = share[start : start + batch_size]
+            count, indices = len(indices), indices or [0]  # a process without a share still names its sums
+            images, labels = (torch.stack(part) for part in zip(
+                *((image, torch.tensor(label)) for image, label in map(self.held_out.__getitem__, indices)), strict=True
+            ))
+            draws = Draws(*(torch.cat(part).to(device) for part in zip(
+                *(self.draw(torch.Generator().manual_seed(index), 1) for index in indices), strict=True
+            )))
+            draws = draws._replace(drop_label=torch.zeros_like(draws.drop_label))
+            latents = sample_moments(self.codec.moments(images.to(device)), draws.posterior_noise)
+            losses = self.objective(model, latents, labels.to(device), draws)
+            for name, value in {**losses, "count": torch.ones((), device=device)}.items():
+                totals[name] = totals.get(name, 0) + value.float() * count
+        return totals
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
