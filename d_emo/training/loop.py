@@ -208,7 +208,8 @@ class _Run:
             figures, stop = self._train_step(batches, stop_watch)
             self.step += 1
             last = self.step == settings.max_steps
-            self.watch.step_done(self.step, figures)
+            with self._saving("curves"):
+                self.watch.step_done(self.step, figures)
             if settings.validate_every and (last or self.step % settings.validate_every == 0):
                 self._validate()
             if last or self.step % settings.snapshot_every == 0:
