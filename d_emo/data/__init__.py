@@ -9,27 +9,30 @@ from __future__ import annotations
 from d_emo.config import InputError
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
-from d_emo.data.images import ClassImages, load_uint8, to_uint8
+from d_emo.data.images import ClassImages, OneClass, load_uint8, to_uint8
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 
 __all__ = [
-    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "ImageFolder", "Shapes1000",
-    "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "to_uint8",
+    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "ImageFolder", "OneClass",
+    "Shapes1000", "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "to_uint8",
 ]
 
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
-    num_images: int | None = None, skip_corrupt: bool = False,
+    num_images: int | None = None, skip_corrupt: bool = False, one_class: bool = False,
 ) -> ClassImages:
-    """Open the data set that the settings name.
+    """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
 
     Raises:
         InputError: Unknown data set, or see the data sets themselves.
     """
     if data_dir is not None:
-        return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt)
+        return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
+    if one_class:
+        known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
+        return OneClass(open_dataset(data_dir=None, **known))
     if dataset == "shapes":
         extra = {} if num_images is None else {"num_images": num_images}
         return Shapes1000(image_size, split=split, seed=seed, **extra)
