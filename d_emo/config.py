@@ -13,6 +13,9 @@ import yaml
 
 S = TypeVar("S")
 
+DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
+"""The sampler of each objective, where none is named."""
+
 
 class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
@@ -128,7 +131,14 @@ class TrainSettings(DataSettings, RunSettings):
         "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, and keep the latents in memory")
-    objective: Literal["eps"] = setting("eps", "eps: predict the noise, and the variance by the variational bound")
+    objective: Literal["eps", "flow"] | None = setting(
+        None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
+        "straight path from data to noise, as SiT. Default: flow for SiT models, else eps"
+    )
+    init_from: str | None = setting(
+        None, "fine-tune: start from this snapshot's weights. Classes and image size may be others; the rest may not"
+    )
+    unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
     label_init_std: float = setting(
         0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
@@ -143,6 +153,16 @@ class TrainSettings(DataSettings, RunSettings):
         self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
+        is_sit = self.model.lower().startswith("sit-")
+        if is_sit and self.objective == "eps":
+            raise InputError(
+                f"{self.model} is DiT with --objective flow; for --objective eps choose --model DiT{self.model[3:]}"
+            )
+        self.objective = self.objective or ("flow" if is_sit else "eps")
+        if self.unconditional:
+            self.label_dropout = 0.0
+        if self.label_dropout == 0:
+            self.preview_guidance = 1.0  # the null class is never trained
 
 
 @dataclass(kw_only=True)
@@ -174,28 +194,47 @@ class ClassifierSettings(DataSettings, RunSettings):
 class SampleSettings:
     """Settings of ``scripts/sample.py``."""
 
-    classes: list[str] = setting([], "class ids or names, e.g. --class 207 or --class cat dog", flag="--class")
+    classes: list[str] = setting(
+        [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none", flag="--class"
+    )
     checkpoint: str | None = setting(
         None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
     )
     num_images: int = setting(8, "images per class")
-    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none")
-    scheduler: Literal["ddpm", "ddim", "dpm++"] = setting("dpm++", "sampler")
+    guidance_scale: float | None = setting(
+        None, "classifier-free guidance; 1 is none. Default: 4, or 1 for a snapshot trained without label dropout"
+    )
+    scheduler: Literal["ddpm", "ddim", "dpm++", "euler", "heun"] | None = setting(
+        None, "sampler; flow snapshots take euler or heun, the others the rest. Default: dpm++, or euler for flow"
+    )
     steps: int = setting(30, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: int = setting(0, "image i starts from the noise of seed + i")
     batch_size: int = setting(64, "images denoised at once")
     output: str | None = setting(None, "PNG to write. Default: samples/<classes>-seed<seed>.png, numbered if it exists")
 
     def __post_init__(self):
-        if not self.classes:
-            raise InputError("name at least one class: --class 207, or several ids or names")
         for name in ("num_images", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps > 1000:
             raise InputError(f"--steps must be at most 1000, not {self.steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+
+    def fill_in(self, *, objective: str, label_dropout: float) -> None:
+        """Settle what depends on how the snapshot was trained.
+
+        Raises:
+            InputError: Guidance from a denoiser that never saw the null class.
+        """
+        self.scheduler = self.scheduler or DEFAULT_SCHEDULERS[objective]
+        if label_dropout == 0 and self.guidance_scale not in (None, 1):
+            raise InputError(
+                f"--guidance-scale {self.guidance_scale:g} needs a null class, but this snapshot was trained without "
+                "label dropout; use --guidance-scale 1"
+            )
+        if self.guidance_scale is None:
+            self.guidance_scale = 4.0 if label_dropout else 1.0
 
 
 @dataclass(kw_only=True)
@@ -207,7 +246,7 @@ class JudgeSettings:
     data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
-    steps: int = setting(30, "denoising steps of dpm++")
+    steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
     output: str = setting("samples/judged.png", "PNG of ten classes, ten drawings each; written anew every time")
 
 

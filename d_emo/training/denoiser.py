@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from d_emo import checkpoint
@@ -17,11 +16,11 @@ from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.registry import resolve_name
-from d_emo.objective import Draws, EpsObjective
+from d_emo.objective import OBJECTIVES, Draws
 
 
 class DenoiserTask:
-    """Class-conditional diffusion in the latents of a codec, by the eps objective.
+    """Class-conditional diffusion in the latents of a codec, by the eps or the flow objective.
 
     Args:
         settings: Resolved settings; ``vae`` is filled in if it was left open.
@@ -40,9 +39,11 @@ class DenoiserTask:
             settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
         self.dataset = self.images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
-            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt,
+            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
         )
-        self.held_out = open_held_out(settings, self.images.class_names) if settings.validate_every else None
+        self.held_out = None
+        if settings.validate_every:
+            self.held_out = open_held_out(settings, self.images.class_names, one_class=settings.unconditional)
         self.codec = load_codec(settings.vae)
         if settings.image_size % self.codec.downsample:
             raise InputError(
@@ -55,18 +56,19 @@ class DenoiserTask:
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
         torch.nn.init.normal_(self.model.y_embedder.embedding_table.weight, std=settings.label_init_std)
+        self.start = ""
+        if settings.init_from is not None:
+            self.start = checkpoint.start_from(
+                settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective
+            )
         self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels
-        self.objective = EpsObjective(
+        self.objective = OBJECTIVES[settings.objective](
             null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma
         )
-        self.scheduler = DDPMScheduler(  # the objective's noise schedule, in diffusers' words
-            num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
-            prediction_type="epsilon", timestep_spacing="linspace",
-            variance_type="learned_range" if learn_sigma else "fixed_large",
-        )
+        self.scheduler = self.objective.noise_schedule()
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
@@ -81,7 +83,7 @@ class DenoiserTask:
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{channels} x {height} x {width} from {self.codec.name}, {len(self.images):,} images; run folder "
             f"{settings.output_dir}"
-        ]
+        ] + ([self.start] if self.start else [])
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
@@ -138,7 +140,7 @@ class DenoiserTask:
         meta = {
             "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
             "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
-            "training_minutes": round(minutes, 1),
+            "label_dropout": settings.label_dropout, "training_minutes": round(minutes, 1),
         }
         checkpoint.save_denoiser(
             folder, model, scheduler=self.scheduler, meta=meta, settings=settings, card=self._card(meta)
