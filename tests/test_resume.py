@@ -25,6 +25,7 @@ TINY = {
     "ema_decay": 0.9, "log_every": 1,
 }
 VARIANTS = {
+    "flow": {"objective": "flow"},
     "images drawn on the fly": {"dataset": "shapes", "num_images": 30},
     "cached latents": {"cache_latents": True},
     "accumulation": {"micro_batch_size": 2},
