@@ -59,7 +59,7 @@ class RunSettings:
     max_minutes: float | None = setting(None, "save and stop after so many minutes; the same command goes on")
     batch_size: int = setting(256, "images per step over all processes (global)")
     micro_batch_size: int | None = setting(
-        None, "images that a process takes at once; gradients accumulate. Default: 32 on a CPU, all on a GPU"
+        None, "images that a process takes at once; gradients accumulate. Default: 8 on a CPU, all on a GPU"
     )
     learning_rate: float = setting(1e-4, "peak learning rate of AdamW")
     weight_decay: float = setting(0.0, "AdamW weight decay, on matrices and convolutions only")
