@@ -297,8 +297,10 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
 
 
 def write_yaml(settings: Any, path: Path) -> None:
-    """Write resolved settings (a dataclass) so that ``--config`` reads them back."""
-    path.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+    """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+    temporary.replace(path)
 
 
 def run_cli(main: Callable[[], None]) -> None:
