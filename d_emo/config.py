@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
 
 
+class RunError(RuntimeError):
+    """Something failed that is not the user's input. The message is one clear sentence with a remedy; exit code 1."""
+
+
 def setting(default: Any = MISSING, help: str = "", flag: str | None = None) -> Any:
     """A field of a settings class: its default and the sentence that ``--help`` shows."""
     metadata = {"help": help, "flag": flag}
@@ -68,6 +72,10 @@ class RunSettings:
     log_every: int = setting(50, "steps between TensorBoard points")
     snapshot_every: int = setting(50_000, "steps between snapshots (with sample grids); the last step always has one")
     state_every: int = setting(5_000, "steps between training states; the newest two are kept")
+    push_to_hub: str | None = setting(
+        None, "OWNER/NAME on the Hugging Face hub: push the last snapshot there when the run is complete. A new "
+        "repository is private; log in with `hf auth login` first"
+    )
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "log_every", "snapshot_every", "state_every"):
@@ -188,7 +196,11 @@ class JudgeSettings:
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
     steps: int = setting(30, "denoising steps of dpm++")
-    output: str = setting("samples/judged.png", "PNG of ten classes, ten drawings each; written anew every time")
+    output: str = setting(
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON; written anew "
+        "every time"
+    )
+    write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
 
 
 @dataclass(kw_only=True)
@@ -225,6 +237,8 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options["type"] = options["type"].__args__[0]
         else:
             options["required"] = True
+        if options["type"] is bool:
+            options |= {"nargs": "?", "const": True}  # --compile means --compile true
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
         parser.add_argument(flag, dest=each.name, **options)
     try:
@@ -250,7 +264,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sentence = str(error).splitlines()[-1]  # from a data worker it arrives below that worker's traceback
         print(f"error: {sentence.removeprefix('d_emo.config.InputError: ')}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

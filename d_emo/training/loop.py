@@ -30,6 +30,7 @@ from d_emo.ema import EMA
 _FREE_ON_RESUME = {
     "output_dir", "max_steps", "resume", "compile", "num_workers", "log_every", "snapshot_every", "state_every",
     "mixed_precision", "micro_batch_size", "preview_guidance", "gradient_checkpointing", "data_dir", "skip_corrupt",
+    "push_to_hub",
 }
 
 
