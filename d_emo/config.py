@@ -216,6 +216,20 @@ class FidSettings:
     output: str | None = setting(None, "JSON file to write the result to")
 
 
+@dataclass(kw_only=True)
+class PlotSettings:
+    """Settings of ``scripts/plot_loss.py``."""
+
+    runs: list[str] = setting(help="run folders", flag="runs")
+    output: str = setting("samples/loss.png", "PNG to write; written anew every time")
+    published: str = setting("auto", "published curve on top: auto (of the runs' models), none, or a model's name")
+    smooth: int = setting(0, "draw running means over so many steps")
+
+    def __post_init__(self):
+        if self.smooth < 0:
+            raise InputError(f"--smooth must not be negative, not {self.smooth}")
+
+
 def parse_settings(settings_class: type[S], description: str, argv: Sequence[str] | None = None) -> S:
     """Read settings from the command line; ``--config FILE`` reads YAML first, later flags override it.
 
@@ -235,6 +249,9 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options["default"] = each.default_factory()
             options["nargs"] = "+"
             options["type"] = options["type"].__args__[0]
+        elif each.metadata.get("flag") == each.name:  # without dashes: positional
+            parser.add_argument(each.name, nargs="+", type=options["type"].__args__[0], help=options["help"])
+            continue
         else:
             options["required"] = True
         if options["type"] is bool:
