@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something failed that is not the user's input. The message is one clear sentence with a remedy; exit code 1."""
+    """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
 
 
 def setting(default: Any = MISSING, help: str = "", flag: str | None = None) -> Any:

@@ -73,7 +73,8 @@ def read_run(folder: str | Path) -> Run:
 
 def published_curves() -> dict[str, Curve]:
     """The published training losses on ImageNet 256 x 256 by model name; the source stands in the file."""
-    text = resources.files("d_emo.models").joinpath("published_loss.csv").read_text(encoding="utf-8")
+    file = resources.files("d_emo").joinpath("models", "published_loss.csv")  # importing d_emo.models needs torch
+    text = file.read_text(encoding="utf-8")
     header, *rows = csv.reader(line for line in text.splitlines() if not line.startswith("#"))
     table = np.array(rows, dtype=np.float64)
     return {name: Curve(table[:, 0].astype(np.int64), table[:, i]) for i, name in enumerate(header) if i}

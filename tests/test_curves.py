@@ -94,6 +94,11 @@ def drawn(monkeypatch):
     return panels
 
 
+def test_curves_are_free_of_torch():
+    code = "import sys, d_emo.curves as c; c.published_curves(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_plot_has_a_panel_per_part_and_the_published_curve(tmp_path, drawn):
     values = {step: 1 / step for step in range(1, 9)}
     eps = read_run(write_run(tmp_path / "a", {"loss": values, "mse": values, "vb": values}))
