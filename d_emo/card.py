@@ -75,8 +75,8 @@ def write_card(folder: str | Path) -> Path:
     sections = [picture, *card["sections"], _measured(_read_metrics(folder), meta)]
     return write_card_file(
         folder, title=f"{settings['model']} on {_data_name(meta, settings)}, {meta['image_size']} px",
-        sections=[*sections, _licence(meta, settings)], cite=card["cite"], pipeline_tag=card["pipeline_tag"],
-        tags=[*card["tags"], settings["model"]], datasets=_hub_datasets(meta),
+        sections=[*sections, _licence(meta)], cite=card["cite"], pipeline_tag=card["pipeline_tag"],
+        tags=[*card["tags"], settings["model"]], datasets=_hub_datasets(meta, settings),
     )
 
 
@@ -181,6 +181,7 @@ def _training(meta: dict[str, Any], settings: dict[str, Any], recipe: str, scrip
     rows = {
         "data": f"{_data_name(meta, settings)}, {images}{meta['image_size']} px",
         "recipe": recipe,
+        "start": f"the weights of `{settings['init_from']}`" if settings.get("init_from") else "",
         "steps": f"{meta['step']:,} of {settings['max_steps']:,}, batch {settings['batch_size']:,}: "
                  f"{meta['step'] * settings['batch_size']:,} images seen",
         "weights": f"moving average (EMA, decay {settings['ema_decay']}) of parameters and BatchNorm statistics",
@@ -209,8 +210,8 @@ def _measured(measurements: list[dict[str, Any]], meta: dict[str, Any]) -> str:
     return "\n\n".join(["## Measured", *parts]) if parts else ""
 
 
-def _licence(meta: dict[str, Any], settings: dict[str, Any]) -> str:
-    terms = _OWN_TERMS if settings.get("data_dir") else _TERMS.get(meta.get("data", ""), _OWN_TERMS)
+def _licence(meta: dict[str, Any]) -> str:
+    terms = _TERMS.get(meta.get("data", ""), _OWN_TERMS)
     codec = meta.get("codec", "pixels")
     codec = f", and need the codec `{codec}`, which has its own" if codec != "pixels" else ""
     return f"""## Licence
@@ -235,17 +236,23 @@ def _optimizer(settings: dict[str, Any]) -> str:
 
 def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
     """The name of the data, without the place where they lay."""
-    if settings.get("data_dir"):
-        return Path(settings["data_dir"]).name
-    return _DATA.get(meta.get("data", ""), settings.get("dataset", "unnamed data"))
+    if meta.get("data") in _DATA:
+        return _DATA[meta["data"]]
+    place = settings.get("latents") or settings.get("data_dir") or "unnamed data"
+    scheme, _, rest = place.partition(":")
+    if scheme == "hf":
+        return rest.partition("?")[0]
+    return Path(rest).parent.name if scheme == "wds" else Path(place).name
 
 
 def _examples(class_names: list[str]) -> str:
     return f'0 to {len(class_names) - 1:,}, or "{class_names[0]}"'
 
 
-def _hub_datasets(meta: dict[str, Any]) -> list[str] | None:
-    """The data set's name on the hub, where the classes tell: ImageNet-1k by its WordNet ids."""
+def _hub_datasets(meta: dict[str, Any], settings: dict[str, Any]) -> list[str] | None:
+    """Its name on the hub, where it came from there or the classes tell (ImageNet-1k by its WordNet ids)."""
+    if str(settings.get("data_dir")).startswith("hf:"):
+        return [_data_name(meta, settings)]
     names = meta["class_names"]
     imagenet = len(names) == 1000 and (names[0], names[-1]) == ("n01440764", "n15075141")
     return ["ILSVRC/imagenet-1k"] if imagenet else None

@@ -29,10 +29,11 @@ def main() -> None:
     if settings.write_card and not os.access(snapshot.path, os.W_OK):
         raise InputError(f"--write-card cannot write to {snapshot.path}; copy the snapshot and judge the copy")
     model, codec = snapshot.model.to(device), load_codec(snapshot.codec).to(device)
+    sampler = "dpm++"
     features, classes = ClassifierFeatures(judge.path, device=device), len(snapshot.class_names)
 
     def draw(labels: list[int]) -> torch.Tensor:
-        scheduler = make_scheduler("dpm++", snapshot.scheduler_config)
+        scheduler = make_scheduler(sampler, snapshot.scheduler_config)
         options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "batch_size": 100}
         return torch.cat(list(sample_images(model, scheduler, codec, labels, range(len(labels)), **options)))
 
@@ -78,7 +79,7 @@ def main() -> None:
     save_png(draw_grid(draw([label for label in shown for _ in range(10)]), captions, 10), output, vars(settings))
     measurement = {
         "command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "step": snapshot.meta["step"],
-        "conditions": f"guidance {settings.guidance_scale:g}, {settings.steps} steps of dpm++, images {len(drawn)}",
+        "conditions": f"guidance {settings.guidance_scale:g}, {settings.steps} steps of {sampler}, images {len(drawn)}",
         "figures": [{"name": name.strip(), "value": round(value, 2), "remark": remark}
                     for name, value, remark in figures],
     }

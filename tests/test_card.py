@@ -83,6 +83,20 @@ def test_your_own_data_bring_their_own_terms_and_no_paths(tmp_path):
     assert ModelCard.load(folder / "README.md").data.datasets == ["ILSVRC/imagenet-1k"]
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "hub"),
+    [("hf:owner/birds?split=train", "owner/birds", ["owner/birds"]), ("wds:/data/birds/{000..9}.tar", "birds", None)],
+)
+def test_data_from_elsewhere_keep_their_name(snapshot, place, name, hub):
+    settings = yaml.safe_load((snapshot / "config.yaml").read_text())
+    (snapshot / "config.yaml").write_text(yaml.safe_dump({**settings, "data_dir": place, "init_from": "results/a"}))
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    (snapshot / "snapshot.json").write_text(json.dumps({**meta, "data": "elsewhere"}))
+    card.write_card(snapshot)
+    assert f"# D-EMOv2-Ti-2 on {name}, 8 px" in text_of(snapshot) and "weights of `results/a`" in text_of(snapshot)
+    assert ModelCard.load(snapshot / "README.md").data.datasets == hub
+
+
 def test_measurements_are_added_and_replaced_by_their_command(snapshot):
     card.add_measurement(snapshot, FIGURES)
     assert "| FID-20 | 5.16 | of drawn |" in text_of(snapshot) and "`python scripts/judge.py --x`" in text_of(snapshot)
