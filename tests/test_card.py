@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 
 from d_emo import card, checkpoint
 from d_emo.config import ClassifierSettings, InputError, TrainSettings
-from d_emo.data import load_uint8
+from d_emo.data import Shapes1000, load_uint8
 from d_emo.models import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +166,23 @@ def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     assert written == json.loads((tmp_path / "o.json").read_text())
     assert f"`{written['command']}` (guidance 1.5, 2 steps of dpm++, images 20)" in text_of(snapshot)
     assert (snapshot / "samples.png").read_bytes() == (tmp_path / "o.png").read_bytes()
+
+
+def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
+    names = Shapes1000(8).class_names
+    model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=1000)
+    denoiser = save(tmp_path / "d", model, TrainSettings(), class_names=names, data="shapes")
+    classifier = create_model("emov2_1m", num_classes=1000, window_size=1)
+    with torch.no_grad():  # it says "class 125" of every picture
+        classifier.head.bias.zero_()[125] = 1e6
+    meta = {**META, "image_size": 32, "class_names": names}
+    checkpoint.save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
+    monkeypatch.setattr("d_emo.data.load_uint8", lambda dataset, limit: load_uint8(dataset, limit=20))
+    judge(monkeypatch, "--checkpoint", denoiser, "--classifier", tmp_path / "c", "--num-images", 40, "--steps", 1,
+          "--output", tmp_path / "o.png")
+    figures = {row["name"]: row["value"] for row in json.loads((tmp_path / "o.json").read_text())["figures"]}
+    # classes 0, 25, 50, ... 975: four in forty have shape 1 (100 to 199), colours 0, 2, 5, 7 and grounds 0, 5 go round
+    assert (figures["recognised"], figures["shape"], figures["colour"], figures["ground"]) == (2.5, 10.0, 25.0, 50.0)
 
 
 def test_judge_refuses_a_classifier_of_other_classes(snapshot, tmp_path, monkeypatch):
