@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from d_emo.card import write_card
 from d_emo.config import InputError, write_yaml
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, Denoiser, create_model
@@ -71,25 +72,25 @@ class ClassifierSnapshot:
 
 
 def save_denoiser(
-    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any, card: str
+    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any
 ) -> None:
     """Write a denoiser's snapshot; ``meta`` must name codec, class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
-        _write_meta(temporary, "denoiser", meta, settings, card)
+        _write_meta(temporary, "denoiser", meta, settings)
 
     write_folder(folder, write)
 
 
-def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any, card: str) -> None:
+def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any) -> None:
     """Write a classifier's snapshot; ``meta`` must name class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()},
                   temporary / "model.safetensors")
-        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings, card)
+        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings)
 
     write_folder(folder, write)
 
@@ -214,10 +215,10 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"the snapshot {path} is damaged or incomplete ({type(error).__name__}: {reason})")
 
 
-def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any, card: str) -> None:
+def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
     (folder / _META).write_text(json.dumps({"format": 1, "kind": kind, **meta}, indent=1) + "\n")
     write_yaml(settings, folder / "config.yaml")
-    (folder / "README.md").write_text(card)
+    write_card(folder)
 
 
 # ---- training states -------------------------------------------------------------------------------------------------

@@ -88,6 +88,10 @@ class RunSettings:
         None, "steps between measurements on held-out data (the averaged weights; the same noise every time)"
     )
     validate_images: int = setting(1000, "held-out images to measure, at most")
+    push_to_hub: str | None = setting(
+        None, "OWNER/NAME on the Hugging Face hub: push the last snapshot there when the run is complete. A new "
+        "repository is private; log in with `hf auth login` first"
+    )
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "log_every", "snapshot_every", "state_every"):
@@ -247,7 +251,11 @@ class JudgeSettings:
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
     steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
-    output: str = setting("samples/judged.png", "PNG of ten classes, ten drawings each; written anew every time")
+    output: str = setting(
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON; written anew "
+        "every time"
+    )
+    write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
 
 
 @dataclass(kw_only=True)
@@ -261,6 +269,20 @@ class FidSettings:
     num_images: int | None = setting(None, "use only so many samples. Default: all")
     batch_size: int = setting(64, "images per forward pass")
     output: str | None = setting(None, "JSON file to write the result to")
+
+
+@dataclass(kw_only=True)
+class PlotSettings:
+    """Settings of ``scripts/plot_loss.py``."""
+
+    runs: list[str] = setting(help="run folders", flag="runs")
+    output: str = setting("samples/loss.png", "PNG to write; written anew every time")
+    published: str = setting("auto", "published curve on top: auto (of the runs' models), none, or a model's name")
+    smooth: int = setting(0, "draw running means over so many steps")
+
+    def __post_init__(self):
+        if self.smooth < 0:
+            raise InputError(f"--smooth must not be negative, not {self.smooth}")
 
 
 def parse_settings(settings_class: type[S], description: str, argv: Sequence[str] | None = None) -> S:
@@ -282,8 +304,13 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options["default"] = each.default_factory()
             options["nargs"] = "+"
             options["type"] = options["type"].__args__[0]
+        elif each.metadata.get("flag") == each.name:  # without dashes: positional
+            parser.add_argument(each.name, nargs="+", type=options["type"].__args__[0], help=options["help"])
+            continue
         else:
             options["required"] = True
+        if options["type"] is bool:
+            options |= {"nargs": "?", "const": True}  # --compile means --compile true
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
         parser.add_argument(flag, dest=each.name, **options)
     try:

@@ -67,6 +67,15 @@ def test_wrong_settings_are_one_sentence(settings_class, argv, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_switches_need_no_value(tmp_path):
+    (tmp_path / "x.yaml").write_text("compile: true\n")
+    read = [parse_settings(TrainSettings, "", argv).compile for argv in (
+        [], ["--compile"], ["--compile", "--max-steps", "3"], ["--compile", "false"],
+        ["--config", str(tmp_path / "x.yaml")],
+    )]
+    assert read == [False, True, True, False, True]
+
+
 def test_unknown_yaml_keys_are_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("modle: DiT-S-2\n")
     with pytest.raises(InputError, match="modle"):

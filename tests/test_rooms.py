@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
-ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation"]
+ROOMS = [
+    "config", "data", "latents", "models", "objective", "ema", "card", "checkpoint", "hub", "training", "sampling",
+    "evaluation", "curves",
+]
 INSIDE = {
     "models": [
         "layers", "attention", "blocks", "denoiser", "backbone", "counting", "registry", "released", "table",

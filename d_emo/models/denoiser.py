@@ -160,6 +160,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (D-EMO) or 'dit'.")
         self.blocks = nn.ModuleList(blocks)
+        self._no_split_modules = [type(self.blocks[0]).__name__]  # FSDP's wrapping wants no class that is not there
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=block == "i2rmb")
         self.gradient_checkpointing = False
         self.initialize_weights()

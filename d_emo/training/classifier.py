@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d_emo import checkpoint
+from d_emo.card import describe_hardware
 from d_emo.config import ClassifierSettings, InputError
 from d_emo.data import ClassImages, open_dataset, open_held_out, spread
 from d_emo.models import create_model
@@ -91,18 +92,13 @@ class ClassifierTask:
         settings = self.settings
         meta: dict[str, Any] = {
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
-            "class_names": self.dataset.class_names, "training_minutes": round(minutes, 1),
+            "class_names": self.dataset.class_names, "num_images": len(self.dataset),
+            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "hardware": describe_hardware(next(model.parameters()).device),
         }
-        held_out = ""
         if settings.data_dir is None:
             meta["held_out_accuracy"] = round(accuracy(model, _open(settings, "test")), 4)
-            held_out = f"* Accuracy on held-out images: {meta['held_out_accuracy']:.2%}.\n"
-        card = f"""# {settings.model} on {settings.data_dir or settings.dataset}, {settings.image_size} px
-
-* Training: {step:,} steps of batch {settings.batch_size}, {minutes:.1f} minutes.
-* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
-{held_out}"""
-        checkpoint.save_classifier(folder, model, meta=meta, settings=settings, card=card)
+        checkpoint.save_classifier(folder, model, meta=meta, settings=settings)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from d_emo import checkpoint
+from d_emo.card import describe_hardware
 from d_emo.config import InputError, TrainSettings
 from d_emo.data import open_dataset, open_held_out, spread
 from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
@@ -140,27 +139,8 @@ class DenoiserTask:
         meta = {
             "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
             "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
-            "label_dropout": settings.label_dropout, "training_minutes": round(minutes, 1),
+            "label_dropout": settings.label_dropout, "num_images": len(self.images),
+            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "hardware": describe_hardware(next(model.parameters()).device),
         }
-        checkpoint.save_denoiser(
-            folder, model, scheduler=self.scheduler, meta=meta, settings=settings, card=self._card(meta)
-        )
-
-    def _card(self, meta: dict[str, Any]) -> str:
-        settings, device = self.settings, next(self.model.parameters()).device
-        on_gpu = device.type == "cuda"
-        where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        options = f" with {json.dumps(settings.model_options)}" if settings.model_options else ""
-        data = settings.data_dir or settings.dataset
-        return f"""# {settings.model} on {data}, {settings.image_size} px
-
-A class-conditional denoiser of D-EMO: {settings.model}{options}, {len(self.images.class_names)} classes,
-{checkpoint.trained_parameters(self.model) / 1e6:.2f} M trained parameters, latents of the codec `{self.codec.name}`.
-
-* Data: {data}, {len(self.images):,} images at {settings.image_size} px.
-* Training: {meta["step"]:,} of {settings.max_steps:,} steps of batch {settings.batch_size}
-  ({meta["step"] * settings.batch_size:,} images seen), AdamW {settings.learning_rate:g}, objective
-  {settings.objective}, label dropout {settings.label_dropout}; {meta["training_minutes"]} minutes on {where}.
-* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
-* Sampling: `python scripts/sample.py --checkpoint FOLDER --class 0`.
-"""
+        checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)

@@ -32,7 +32,7 @@ from d_emo.training.watch import Watch
 _FREE_ON_RESUME = {
     "output_dir", "max_steps", "max_minutes", "resume", "nan", "compile", "num_workers", "log_every", "tracker",
     "snapshot_every", "state_every", "validate_every", "validate_images", "mixed_precision", "micro_batch_size",
-    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "skip_corrupt",
+    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "skip_corrupt", "push_to_hub",
 }
 
 
@@ -105,6 +105,11 @@ class _Run:
             mixed_precision=precision, log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=self.folder, gradient_accumulation_steps=self.per_rank // self.micro,
         )
+        if self.accelerator.num_processes != world:
+            raise InputError(
+                f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
+                "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
+            )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError(
                 "DeepSpeed makes its updates out of this loop's sight, so states could not be exact; shard with "
