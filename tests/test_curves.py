@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,19 +80,20 @@ def test_the_published_curve_follows_the_model(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Labels of the lines that were drawn, by panel."""
+    """Labels of the lines that were drawn, and the scales of the y axes, by panel."""
     from matplotlib.figure import Figure
 
-    panels = {}
+    seen = SimpleNamespace(lines={}, scales={})
     save = Figure.savefig
 
     def remember(figure, *args, **kwargs):
         for ax in figure.axes:
-            panels[ax.get_ylabel()] = [line.get_label() for line in ax.lines]
+            seen.lines[ax.get_ylabel()] = [line.get_label() for line in ax.lines]
+            seen.scales[ax.get_ylabel()] = ax.get_yscale()
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", remember)
-    return panels
+    return seen
 
 
 def test_curves_are_free_of_torch():
@@ -105,16 +107,17 @@ def test_the_plot_has_a_panel_per_part_and_the_published_curve(tmp_path, drawn):
     flow = read_run(write_run(tmp_path / "b", {"loss": values}, objective="flow"))
     plot_losses([eps, flow], choose_published([eps, flow]), tmp_path / "new" / "loss.png")
     names = [f"{tmp_path / 'a'} (D-EMOv2-S-2)", f"{tmp_path / 'b'} (D-EMOv2-S-2)"]
-    assert drawn == {
+    assert drawn.lines == {
         "loss": [*names, "D-EMOv2-S-2, published, ImageNet 256"], "mse": names[:1], "vb": names[:1],
     }
+    assert set(drawn.scales.values()) == {"log"}
     assert Image.open(tmp_path / "new" / "loss.png").width > 800
 
 
 def test_values_that_are_not_positive_can_be_drawn(tmp_path, drawn):
     run = read_run(write_run(tmp_path / "a", {"loss": {1: 0.5, 2: -0.1, 3: 0.2}}))
     plot_losses([run], {}, tmp_path / "loss.png", smooth=2)
-    assert list(drawn) == ["loss"] and len(drawn["loss"]) == 2
+    assert drawn.scales == {"loss": "linear"} and len(drawn.lines["loss"]) == 2
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
