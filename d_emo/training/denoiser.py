@@ -12,8 +12,8 @@ from torch import nn
 
 from d_emo import checkpoint
 from d_emo.config import InputError, TrainSettings
-from d_emo.data import open_dataset
-from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
+from d_emo.data import ClassImages, open_dataset
+from d_emo.latents import StoredLatents, default_codec, encode, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.registry import resolve_name
@@ -24,7 +24,7 @@ class DenoiserTask:
     """Class-conditional diffusion in the latents of a codec, by the eps objective.
 
     Args:
-        settings: Resolved settings; ``vae`` is filled in if it was left open.
+        settings: Resolved settings; ``vae`` and ``image_size`` are filled in if they were left open.
 
     Raises:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
@@ -36,13 +36,11 @@ class DenoiserTask:
         if resolve_name(settings.model) not in DENOISERS:
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
         self.settings = settings
-        if settings.vae is None:
-            settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
-        self.dataset = self.images = open_dataset(
-            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
-            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt,
-        )
+        self.dataset = self.images = _open_data(settings)
         self.codec = load_codec(settings.vae)
+        self.encoded = settings.latents is not None or settings.cache_latents
+        if settings.latents is not None:
+            self.images.check(self.codec, settings.image_size)
         if settings.image_size % self.codec.downsample:
             raise InputError(
                 f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
@@ -70,7 +68,7 @@ class DenoiserTask:
     def introduction(self) -> list[str]:
         settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
         lines = []
-        if settings.data_dir is None and settings.dataset == "shapes":
+        if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
                 "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
                 "/path/to/imagenet/train"
@@ -85,8 +83,9 @@ class DenoiserTask:
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
         self.objective.to(device)
-        if self.settings.cache_latents:
-            self.dataset = CachedLatents(self.images, self.codec, path=folder / "latents.safetensors", device=device)
+        if self.encoded and self.settings.latents is None:
+            encode(self.images, self.codec, folder / "latents", device=device)
+            self.dataset = StoredLatents(folder / "latents")
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
         return self.objective.draw(generator, batch_size, self.latent_shape)
@@ -97,9 +96,9 @@ class DenoiserTask:
 
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Latents of images or of cached moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
+        """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
         flip = draws.flip[:, None, None, None] & self.images.flip
-        if self.dataset is self.images:
+        if not self.encoded:
             moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
         else:
             moments = values.float()
@@ -124,7 +123,7 @@ class DenoiserTask:
         on_gpu = device.type == "cuda"
         where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
         options = f" with {json.dumps(settings.model_options)}" if settings.model_options else ""
-        data = settings.data_dir or settings.dataset
+        data = settings.latents or settings.data_dir or settings.dataset
         return f"""# {settings.model} on {data}, {settings.image_size} px
 
 A class-conditional denoiser of D-EMO: {settings.model}{options}, {len(self.images.class_names)} classes,
@@ -137,3 +136,17 @@ A class-conditional denoiser of D-EMO: {settings.model}{options}, {len(self.imag
 * Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
 * Sampling: `python scripts/sample.py --checkpoint FOLDER --class 0`.
 """
+
+
+def _open_data(settings: TrainSettings) -> ClassImages | StoredLatents:
+    """Images or latents; settles what the settings leave to them."""
+    if settings.latents is not None:
+        latents = StoredLatents(settings.latents)
+        settings.vae = settings.vae or latents.codec
+        settings.image_size = settings.image_size or latents.image_size
+        return latents
+    settings.vae = settings.vae or default_codec(settings.data_dir)
+    return open_dataset(
+        dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
+        num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, sequential=settings.cache_latents,
+    )
