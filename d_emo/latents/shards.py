@@ -27,6 +27,10 @@ INDEX, FORMAT = "index.json", 1
 REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
 
 
+class ShardError(Exception):
+    """A file that is not a readable shard."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """What a folder of latents was made from; the same for each of its shards."""
@@ -84,7 +88,8 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
         RunError: The disk is full, say; what was finished before stays.
     """
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
-    content = save(tensors, metadata={"made_from": made_from, "sha256": _checksum(made_from, tensors)})
+    header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
+    content = save(tensors, metadata={"d_emo": header})  # one entry: the order of several is not always the same
     write_atomically(path, content, "the finished shards stay, and the same command goes on from there")
 
 
@@ -111,20 +116,28 @@ def shard_problem(path: Path, origin: Origin) -> str | None:
     if not path.exists():
         return "is missing"
     try:
-        metadata, tensors = read_shard(path)
-        intact = metadata["sha256"] == _checksum(metadata["made_from"], tensors)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError):
+        header, tensors = read_shard(path)
+    except ShardError:
         return "cannot be read"
-    if not intact:
+    if header["sha256"] != _checksum(header["made_from"], tensors):
         return "does not match its checksum"
-    origin.check_same(json.loads(metadata["made_from"]), path.parent)
+    origin.check_same(json.loads(header["made_from"]), path.parent)
     return None
 
 
 def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Header and tensors of a shard. The tensors are maps of the file: nothing is read until it is looked at."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in ("moments", "labels")}
+    """Header and tensors of a shard. The tensors are maps of the file: nothing is read until it is looked at.
+
+    Raises:
+        ShardError: The file is missing, or not a shard.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("moments", "labels")}
+            header = json.loads(file.metadata()["d_emo"])
+            return {name: str(header[name]) for name in ("made_from", "sha256")}, tensors
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ShardError(type(error).__name__) from None
 
 
 def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
@@ -133,12 +146,12 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
     for shard in range(origin.num_shards):
         path = shard_path(folder, shard)
         try:
-            metadata, tensors = read_shard(path)
-        except (OSError, SafetensorError):  # another process is not done yet
+            header, tensors = read_shard(path)
+        except ShardError:  # another process is not done yet
             return False
         shape = list(tensors["moments"].shape[1:])
         shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
-                       "sha256_of_content": metadata["sha256"]})
+                       "sha256_of_content": header["sha256"]})
     index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
     write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
     return True

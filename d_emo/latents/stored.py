@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 from d_emo.config import InputError
 from d_emo.latents.codec import Codec
-from d_emo.latents.shards import REPEAT, read_index, read_shard
+from d_emo.latents.shards import REPEAT, ShardError, read_index, read_shard
 
 
 class StoredLatents(Dataset):
@@ -87,8 +86,8 @@ class StoredLatents(Dataset):
         path = self.folder / entry["file"]
         try:
             _, tensors = read_shard(path)
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise InputError(f"the shard {path} cannot be read ({type(error).__name__}); {REPEAT}") from None
+        except ShardError:
+            raise InputError(f"the shard {path} cannot be read; {REPEAT}") from None
         if list(tensors["moments"].shape) != [entry["images"], *self.index["moments_shape"]]:
             raise InputError(f"the shard {path} does not hold what the index says; {REPEAT}")
         return tensors
