@@ -7,9 +7,11 @@ import json
 import os
 import re
 import tarfile
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -89,14 +91,11 @@ def _table(shards: list[Path]) -> np.ndarray:
     except (OSError, ValueError):
         pass
     table = np.array([(number, *row) for number, path in enumerate(shards) for row in _members(path)], dtype=np.int64)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):  # a place that cannot be written to: the table is built again next time
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, table)
-        temporary.replace(cached)
-    except OSError:  # a place that cannot be written to: the table is built again next time
-        temporary.unlink(missing_ok=True)
+        with TemporaryDirectory(dir=cached.parent) as folder:
+            np.save(Path(folder) / cached.name, table)
+            (Path(folder) / cached.name).replace(cached)
     return table
 
 
