@@ -252,7 +252,7 @@ def test_encoding_survives_kill_at_random_moments(tmp_path):
 
     subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     rng, kills = random.Random(0), 0
-    for _ in range(30):
+    for _ in range(8):
         process = subprocess.Popen(command("parts"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun, count = time.time(), len(list((tmp_path / "parts").glob("shard-*")))
         while process.poll() is None and len(list((tmp_path / "parts").glob("shard-*"))) <= count:

@@ -66,7 +66,6 @@ def _is_finished(path: Path, origin: Origin) -> bool:
     problem = shard_problem(path, origin)
     if problem is None:
         return True
-    (path.parent / INDEX).unlink(missing_ok=True)  # it promises a complete folder
     if path.exists():
         print(f"the shard {path} {problem}; making it anew", file=sys.stderr, flush=True)
         path.unlink()
