@@ -13,6 +13,9 @@ import yaml
 
 S = TypeVar("S")
 
+DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
+"""The sampler of each objective, where none is named."""
+
 
 class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
@@ -53,6 +56,7 @@ class RunSettings:
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>"
     )
     max_steps: int = setting(400_000, "optimizer steps of the whole run")
+    max_minutes: float | None = setting(None, "save and stop after so many minutes; the same command goes on")
     batch_size: int = setting(256, "images per step over all processes (global)")
     micro_batch_size: int | None = setting(
         None, "images that a process takes at once; gradients accumulate. Default: 32 on a CPU, all on a GPU"
@@ -62,6 +66,13 @@ class RunSettings:
     warmup_steps: int = setting(0, "steps of linear warm-up")
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
     grad_clip: float | None = setting(None, "largest gradient norm; none by default, as DiT")
+    nan: Literal["stop", "skip"] = setting(
+        "stop", "what to do when a loss or gradient is not finite: stop before the update, or skip the step (and stop "
+        "after ten in a row)"
+    )
+    sync_batchnorm: bool = setting(
+        False, "BatchNorm over the micro-batches of all processes, instead of each process by itself"
+    )
     ema_decay: float = setting(0.9999, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(False, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     seed: int = setting(0, "seed of weights, data order, noise, timesteps and label dropout")
@@ -69,16 +80,23 @@ class RunSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(None, "default: bf16 on a GPU that has it, else no")
     compile: bool = setting(False, "torch.compile the model")
     num_workers: int | None = setting(None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU")
-    log_every: int = setting(50, "steps between TensorBoard points")
+    tracker: Literal["tensorboard", "wandb", "none"] = setting("tensorboard", "where curves and sample grids go")
+    log_every: int = setting(50, "steps between points of the tracker's curves")
     snapshot_every: int = setting(50_000, "steps between snapshots (with sample grids); the last step always has one")
     state_every: int = setting(5_000, "steps between training states; the newest two are kept")
+    validate_every: int | None = setting(
+        None, "steps between measurements on held-out data (the averaged weights; the same noise every time)"
+    )
+    validate_images: int = setting(1000, "held-out images to measure, at most")
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "log_every", "snapshot_every", "state_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise InputError(f"--micro-batch-size must be at least 1, not {self.micro_batch_size}")
+        for name in ("micro_batch_size", "max_minutes", "validate_every", "validate_images", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {value}")
         if not self.learning_rate > 0:
             raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
@@ -94,6 +112,7 @@ class DataSettings:
         None, "folder with one sub-folder of images per class, as ImageNet's train folder; or wds:SHARDS.tar, or "
         "hf:DATASET[?split=...&image=...&label=...] (README, \"Your own data\")"
     )
+    validate_dir: str | None = setting(None, "such data of held-out images, with the same classes")
     image_size: int = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: int | None = setting(None, "how many different images of Shapes-1000 to draw. Default: a million")
     skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
@@ -123,7 +142,14 @@ class TrainSettings(DataSettings, RunSettings):
         "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
-    objective: Literal["eps"] = setting("eps", "eps: predict the noise, and the variance by the variational bound")
+    objective: Literal["eps", "flow"] | None = setting(
+        None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
+        "straight path from data to noise, as SiT. Default: flow for SiT models, else eps"
+    )
+    init_from: str | None = setting(
+        None, "fine-tune: start from this snapshot's weights. Classes and image size may be others; the rest may not"
+    )
+    unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
     label_init_std: float = setting(
         0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
@@ -147,6 +173,16 @@ class TrainSettings(DataSettings, RunSettings):
         self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
+        is_sit = self.model.lower().startswith("sit-")
+        if is_sit and self.objective == "eps":
+            raise InputError(
+                f"{self.model} is DiT with --objective flow; for --objective eps choose --model DiT{self.model[3:]}"
+            )
+        self.objective = self.objective or ("flow" if is_sit else "eps")
+        if self.unconditional:
+            self.label_dropout = 0.0
+        if self.label_dropout == 0:
+            self.preview_guidance = 1.0  # the null class is never trained
 
 
 @dataclass(kw_only=True)
@@ -198,28 +234,47 @@ class ClassifierSettings(DataSettings, RunSettings):
 class SampleSettings:
     """Settings of ``scripts/sample.py``."""
 
-    classes: list[str] = setting([], "class ids or names, e.g. --class 207 or --class cat dog", flag="--class")
+    classes: list[str] = setting(
+        [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none", flag="--class"
+    )
     checkpoint: str | None = setting(
         None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
     )
     num_images: int = setting(8, "images per class")
-    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none")
-    scheduler: Literal["ddpm", "ddim", "dpm++"] = setting("dpm++", "sampler")
+    guidance_scale: float | None = setting(
+        None, "classifier-free guidance; 1 is none. Default: 4, or 1 for a snapshot trained without label dropout"
+    )
+    scheduler: Literal["ddpm", "ddim", "dpm++", "euler", "heun"] | None = setting(
+        None, "sampler; flow snapshots take euler or heun, the others the rest. Default: dpm++, or euler for flow"
+    )
     steps: int = setting(30, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: int = setting(0, "image i starts from the noise of seed + i")
     batch_size: int = setting(64, "images denoised at once")
     output: str | None = setting(None, "PNG to write. Default: samples/<classes>-seed<seed>.png, numbered if it exists")
 
     def __post_init__(self):
-        if not self.classes:
-            raise InputError("name at least one class: --class 207, or several ids or names")
         for name in ("num_images", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps > 1000:
             raise InputError(f"--steps must be at most 1000, not {self.steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+
+    def fill_in(self, *, objective: str, label_dropout: float) -> None:
+        """Settle what depends on how the snapshot was trained.
+
+        Raises:
+            InputError: Guidance from a denoiser that never saw the null class.
+        """
+        self.scheduler = self.scheduler or DEFAULT_SCHEDULERS[objective]
+        if label_dropout == 0 and self.guidance_scale not in (None, 1):
+            raise InputError(
+                f"--guidance-scale {self.guidance_scale:g} needs a null class, but this snapshot was trained without "
+                "label dropout; use --guidance-scale 1"
+            )
+        if self.guidance_scale is None:
+            self.guidance_scale = 4.0 if label_dropout else 1.0
 
 
 @dataclass(kw_only=True)
@@ -231,7 +286,7 @@ class JudgeSettings:
     data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
-    steps: int = setting(30, "denoising steps of dpm++")
+    steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
     output: str = setting("samples/judged.png", "PNG of ten classes, ten drawings each; written anew every time")
 
 

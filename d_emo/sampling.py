@@ -9,34 +9,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from d_emo.config import InputError
+from d_emo.config import DEFAULT_SCHEDULERS, InputError
 from d_emo.data import to_uint8
 from d_emo.latents import Codec
 from d_emo.models import Denoiser
+from d_emo.objective import objective_of
 
-# For each name: the scheduler class and what it changes in the snapshot's noise schedule.
-_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "ddpm": (DDPMScheduler, {}),
-    "ddim": (DDIMScheduler, {"timestep_spacing": "leading", "set_alpha_to_one": True}),
-    "dpm++": (DPMSolverMultistepScheduler, {"variance_type": None, "algorithm_type": "dpmsolver++"}),
+# For each name: the objective it serves, the scheduler class, what it changes in the snapshot's noise schedule.
+_SCHEDULERS: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "ddpm": ("eps", DDPMScheduler, {}),
+    "ddim": ("eps", DDIMScheduler, {"timestep_spacing": "leading", "set_alpha_to_one": True}),
+    "dpm++": ("eps", DPMSolverMultistepScheduler, {"variance_type": None, "algorithm_type": "dpmsolver++"}),
+    "euler": ("flow", FlowMatchEulerDiscreteScheduler, {}),
+    "heun": ("flow", FlowMatchHeunDiscreteScheduler, {}),
 }
 
 
-def make_scheduler(name: str, config: dict[str, Any]) -> Any:
+def make_scheduler(name: str | None, config: dict[str, Any]) -> Any:
     """A diffusers scheduler over a snapshot's noise schedule.
 
     Args:
-        name: ``ddpm`` (uses a learned variance), ``ddim`` or ``dpm++``.
+        name: ``ddpm`` (uses a learned variance), ``ddim`` or ``dpm++`` for eps, ``euler`` or ``heun`` for flow; None
+            takes the default of the snapshot's objective.
         config: The snapshot's ``scheduler_config``.
+
+    Raises:
+        InputError: There is no such scheduler, or it does not serve the snapshot's objective.
     """
+    objective = objective_of(config)
+    name = name or DEFAULT_SCHEDULERS[objective]
     if name not in _SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}; known are {', '.join(_SCHEDULERS)}")
-    scheduler_class, changes = _SCHEDULERS[name]
+    serves, scheduler_class, changes = _SCHEDULERS[name]
+    if serves != objective:
+        able = ", ".join(other for other, (served, *_) in _SCHEDULERS.items() if served == objective)
+        raise InputError(
+            f"--scheduler {name} serves the {serves} objective, but this snapshot was trained with {objective}; use "
+            f"one of {able}"
+        )
     return scheduler_class.from_config({**config, **changes})
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
+    """Lay out the timesteps of so many denoising steps. Heun looks twice in every step but the last.
+
+    Left alone, diffusers' Euler would spend the last of its steps on the last thousandth of the path; here all steps
+    are equal. Heun's last step does so, being a plain Euler step there.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
 
 
 @torch.no_grad()
@@ -68,10 +101,9 @@ def sample(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         labels = torch.tensor(class_labels[start : start + batch_size], device=device)
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            output = _guided(denoiser, scheduler.scale_model_input(latents, t), t, labels, guidance_scale)
+        set_steps(scheduler, num_inference_steps, device)
+        for t in scheduler.timesteps:  # every scheduler here starts from unit noise and takes latents as they are
+            output = _guided(denoiser, latents, t, labels, guidance_scale)
             if not learned_variance:
                 output = output[:, : shape[0]]
             latents = scheduler.step(output, t, latents, generator=generators).prev_sample
@@ -100,13 +132,17 @@ def sample_images(
 
 
 def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """Class ids for ids or names.
+    """Class ids for ids or names; where there is only one class, it need not be named.
 
     Raises:
-        InputError: An id out of range or an unknown name; says what there is.
+        InputError: No class named, an id out of range or an unknown name; says what there is.
     """
     ids, last = [], len(class_names) - 1
+    if not wanted and last == 0:
+        return [0]
     known = f"this snapshot knows {last + 1} classes, 0 ({class_names[0]}) to {last} ({class_names[last]})"
+    if not wanted:
+        raise InputError(f"name at least one class, e.g. --class {last // 2}: {known}")
     for name in wanted:
         if name in class_names and not (name.isdigit() and int(name) < len(class_names)):
             ids.append(class_names.index(name))
@@ -181,7 +217,7 @@ def preview_grid(
     classes = [index * len(class_names) // count for index in range(count)]
     labels = [label for label in classes for _ in range(columns)]
     batches = sample_images(
-        denoiser, make_scheduler("dpm++", scheduler_config), codec, labels, range(len(labels)),
+        denoiser, make_scheduler(None, scheduler_config), codec, labels, range(len(labels)),
         num_inference_steps=20, guidance_scale=guidance_scale,
     )
     draw_grid(torch.cat(list(batches)), [f"{label}: {class_names[label]}" for label in classes], columns).save(path)

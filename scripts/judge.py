@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from d_emo.config import JudgeSettings, parse_settings, run_cli
+from d_emo.config import DEFAULT_SCHEDULERS, JudgeSettings, parse_settings, run_cli
 
 
 def main() -> None:
@@ -18,10 +18,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     snapshot, judge = load_denoiser(settings.checkpoint), load_classifier(settings.classifier)
     model, codec = snapshot.model.to(device), load_codec(snapshot.codec).to(device)
+    sampler = DEFAULT_SCHEDULERS[snapshot.objective]
     features, classes = ClassifierFeatures(judge.path, device=device), len(snapshot.class_names)
 
     def draw(labels: list[int]) -> torch.Tensor:
-        scheduler = make_scheduler("dpm++", snapshot.scheduler_config)
+        scheduler = make_scheduler(sampler, snapshot.scheduler_config)
         options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "batch_size": 100}
         return torch.cat(list(sample_images(model, scheduler, codec, labels, range(len(labels)), **options)))
 
@@ -45,7 +46,7 @@ def main() -> None:
     output = Path(settings.output)
     save_png(draw_grid(draw([label for label in shown for _ in range(10)]), captions, 10), output, vars(settings))
     print(f"picture      {output}  (seeds 0 to 99)")
-    print(f"settings     guidance {settings.guidance_scale:g}, {settings.steps} steps of dpm++, images {len(drawn)}")
+    print(f"settings     guidance {settings.guidance_scale:g}, {settings.steps} steps {sampler}, images {len(drawn)}")
     print(f"FID-{len(drawn)}      {fid(drawn):.2f}  in the features of {features.name}")
     print(f"  floor      {fid(held_out):.2f}  (FID-{len(held_out)} of real held-out images)")
     print(f"  ceiling    {fid(noise):.2f}  (FID-{len(noise)} of noise)")

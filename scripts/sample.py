@@ -13,9 +13,10 @@ def main() -> None:
 
     from d_emo.checkpoint import load_denoiser, newest_denoiser
     from d_emo.latents import load_codec
-    from d_emo.sampling import draw_grid, find_classes, free_path, make_scheduler, sample_images, save_png
+    from d_emo.sampling import draw_grid, find_classes, free_path, make_scheduler, sample_images, save_png, set_steps
 
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
+    settings.fill_in(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
     classes = find_classes(settings.classes, snapshot.class_names)
     output = free_path(settings.output, f"samples/class-{'-'.join(map(str, classes[:10]))}-seed{settings.seed}.png")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,10 +24,13 @@ def main() -> None:
     labels = [label for label in classes for _ in range(settings.num_images)]
     seeds = [settings.seed + index for index in range(len(labels))]
     started = time.perf_counter()
-    with tqdm(total=-(-len(labels) // settings.batch_size) * settings.steps, desc="sampling", unit="step") as bar:
+    scheduler = make_scheduler(settings.scheduler, snapshot.scheduler_config)
+    set_steps(scheduler, settings.steps)
+    total = -(-len(labels) // settings.batch_size) * len(scheduler.timesteps)
+    with tqdm(total=total, desc="sampling", unit="step") as bar:
         images = torch.cat(list(sample_images(
-            snapshot.model.to(device), make_scheduler(settings.scheduler, snapshot.scheduler_config), codec, labels,
-            seeds, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+            snapshot.model.to(device), scheduler, codec, labels, seeds,
+            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
             batch_size=settings.batch_size, on_step=bar.update,
         )))
     speed = len(labels) / (time.perf_counter() - started)

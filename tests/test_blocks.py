@@ -5,7 +5,14 @@ from torch import nn
 
 from d_emo.config import InputError
 from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, MetaMobileBlock, MobileOperator, mobile_block
-from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm, sincos_position_embedding
+from d_emo.models.layers import (
+    LocalConv,
+    checkpoint_block,
+    depthwise_conv2d,
+    fold_batch_norms,
+    make_norm,
+    sincos_position_embedding,
+)
 
 NAMES = {"qk": "expand.qk", "v": "expand.v", "local": "local.conv", "norm": "local.norm.bn", "proj": "proj"}
 MODES = {"near": ("near",), "far": ("far",), "spanning": ("near", "far")}
@@ -159,3 +166,16 @@ def test_impossible_settings_are_named(settings, words):
 def test_unknown_block_is_named():
     with pytest.raises(InputError, match="'i3rmb'"):
         mobile_block("i3rmb", 8)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 2)])
+def test_depthwise_convolution_equals_the_library_with_its_gradients(kernel_size, size):
+    x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 1, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.conv2d(x, weight, padding=kernel_size // 2, groups=6)
+    got = depthwise_conv2d(x, weight)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, (x, weight), grad) for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)

@@ -14,6 +14,7 @@ INSIDE = {
     ],
     "data": ["images", "shapes", "digits", "folder", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
+    "training": ["stop", "guard", "optimizer", "watch", "loop", "denoiser", "classifier", "vae"],
 }
 
 
@@ -58,9 +59,9 @@ def test_files_inside_a_room_are_in_order_too(folder):
             assert ".".join(name.split(".")[:3]) not in below, f"{path.name} imports {name}"
 
 
-def test_only_the_training_loop_uses_accelerate():
+def test_only_the_training_loop_and_its_watch_use_accelerate():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
-    assert users == {"loop.py"}
+    assert users == {"loop.py", "watch.py"}
 
 
 def test_only_the_encoding_script_asks_accelerate_for_its_rank():

@@ -1,9 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from d_emo import sampling
@@ -13,14 +14,16 @@ from d_emo.latents import PixelCodec
 CONFIG = DDPMScheduler(
     beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
 ).config
+FLOW = FlowMatchEulerDiscreteScheduler(shift=1.0).config
+CONFIGS = {"euler": FLOW, "heun": FLOW}
 
 
 def draw(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), **options):
-    options = {"num_inference_steps": 4, **options}
-    return torch.cat(list(sampling.sample(model, sampling.make_scheduler(name, CONFIG), labels, seeds, **options)))
+    options, scheduler = {"num_inference_steps": 4, **options}, sampling.make_scheduler(name, CONFIGS.get(name, CONFIG))
+    return torch.cat(list(sampling.sample(model, scheduler, labels, seeds, **options)))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "euler", "heun"])
 def test_samples_depend_on_their_seed_and_class_not_on_their_batch(tiny_denoiser, name):
     whole = draw(tiny_denoiser, name)
     assert whole.shape == (3, 4, 8, 8) and whole.isfinite().all()
@@ -55,6 +58,9 @@ def test_classes_are_found_by_id_and_by_name():
     names = ["cat", "dog", "horse"]
     assert sampling.find_classes(["1", "horse", "cat"], names) == [1, 2, 0]
     assert sampling.find_classes(["3"], list("9876543")) == [3]  # an id goes before a name that looks like one
+    assert sampling.find_classes([], ["all"]) == [0]
+    with pytest.raises(InputError, match="at least one class.*3 classes"):
+        sampling.find_classes([], names)
     for wrong, words in (("3", "out of range.*3 classes"), ("-1", "out of range"), ("hors", "did you mean horse")):
         with pytest.raises(InputError, match=words):
             sampling.find_classes([wrong], names)
@@ -107,3 +113,46 @@ def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
     palette = torch.tensor(list(GROUNDS.values())).double()
     nearest = torch.cdist(borders.median(dim=2).values, palette).argmin(dim=1)
     assert (nearest == torch.arange(10)).sum() >= 8, nearest
+
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity at x_t = (1 - t) x_0 + t noise when the data are N(mean, std^2)."""
+
+    config, dtype, device = SimpleNamespace(sample_size=40, in_channels=4), torch.float32, torch.device("cpu")
+    mean, std = 0.7, 0.3
+
+    def forward(self, x, timestep, class_labels):
+        t = timestep / 1000
+        variance = ((1 - t) * self.std) ** 2 + t**2
+        slope = (t - (1 - t) * self.std**2) / variance
+        return SimpleNamespace(sample=-self.mean + slope * (x - (1 - t) * self.mean))
+
+
+@pytest.mark.parametrize(("name", "steps", "gain"), [("euler", 64, 2), ("heun", 32, 4)])
+def test_flow_samplers_carry_noise_to_the_data(name, steps, gain):
+    noise = torch.randn(4, 40, 40, generator=torch.Generator().manual_seed(3))
+    exact = Gaussian.mean + Gaussian.std * noise  # the flow of a Gaussian scales and shifts
+    samples, errors = {}, {}
+    for count in (steps, 2 * steps):
+        samples[count] = draw(Gaussian(), name, [0], [3], num_inference_steps=count)[0]
+        errors[count] = (samples[count] - exact).abs().max().item()
+    assert samples[steps].mean().item() == pytest.approx(exact.mean().item(), abs=5e-3)
+    assert samples[steps].std().item() == pytest.approx(exact.std().item(), abs=2e-2)
+    assert errors[steps] / errors[2 * steps] == pytest.approx(gain, rel=0.15), "the order of the method"
+
+
+def test_euler_steps_are_equal():
+    scheduler = sampling.make_scheduler("euler", FLOW)
+    sampling.set_steps(scheduler, 4)
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250] and scheduler.sigmas.tolist()[-1] == 0
+
+
+def test_schedulers_serve_their_objective_alone():
+    with pytest.raises(InputError, match="heun serves the flow objective.*trained with eps.*ddpm, ddim, dpm"):
+        sampling.make_scheduler("heun", CONFIG)
+    with pytest.raises(InputError, match="dpm.* serves the eps objective.*one of euler, heun"):
+        sampling.make_scheduler("dpm++", FLOW)
+    with pytest.raises(InputError, match="unknown scheduler 'eular'"):
+        sampling.make_scheduler("eular", FLOW)
+    assert isinstance(sampling.make_scheduler(None, FLOW), FlowMatchEulerDiscreteScheduler)
+    assert type(sampling.make_scheduler(None, CONFIG)).__name__ == "DPMSolverMultistepScheduler"

@@ -112,20 +112,28 @@ class ImageFolder(StoredImages):
         root: Folder of class folders.
         image_size: Side in pixels of the centre crop.
         skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        one_class: All images below ``root``, in sub-folders or not, are one class, named after the folder.
+
     Raises:
         InputError: The folder is missing, has no class folders, or a class folder holds no image.
     """
 
     name = "folder"
 
-    def __init__(self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False):
+    def __init__(
+        self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False
+    ):
         check_image_size(image_size)
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"the data folder {root} does not exist; give a folder with one sub-folder per class")
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = [root.resolve()] if one_class else folders
         if not folders:
-            raise InputError(f"the data folder {root} has no sub-folders; put each class's images into one of its own")
+            raise InputError(
+                f"the data folder {root} has no sub-folders; put each class's images into one of its own, or train "
+                "with --unconditional"
+            )
         self.files: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):

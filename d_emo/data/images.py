@@ -36,6 +36,26 @@ class ClassImages(Dataset):
         return f"image {index} of {self.name}"
 
 
+class OneClass(ClassImages):
+    """Another data set with its labels taken away: every image is of class 0."""
+
+    def __init__(self, images: ClassImages):
+        self.images, self.name, self.class_names = images, images.name, [images.name]
+        self.image_size, self.flip, self.seed = images.image_size, images.flip, getattr(images, "seed", 0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, index: int) -> int:
+        return 0
+
+    def origin(self, index: int) -> str:
+        return self.images.origin(index)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index][0], 0
+
+
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Map images from [-1, 1] to bytes, rounding to nearest.
 

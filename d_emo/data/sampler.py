@@ -39,6 +39,10 @@ class StepSampler(Sampler[list[int]]):
                 yield [self._index(position) for position in range(start, start + self.micro_batch_size)]
             step += 1
 
+    def indices(self, step: int) -> list[int]:
+        """The images of one step, those of all processes."""
+        return [self._index(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:

@@ -43,12 +43,13 @@ DENOISERS: dict[str, dict[str, Any]] = {
     for size, row in SIZES.items()
     for patch in (1, 2, 4, 8)
 } | {
-    f"DiT-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
+    f"{family}-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
+    for family in ("DiT", "SiT")
     for size, row in SIZES.items()
     if size != "Ti"
     for patch in (2, 4, 8)
 }
-"""Every named denoiser as the constructor arguments that make it."""
+"""Every named denoiser as the constructor arguments that make it. SiT is DiT trained with the flow objective."""
 
 I2RMB_ONLY = ("attention_mode", "window_size", "kernel_size", "local_norm")
 """Settings that mean nothing to DiT's block."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from d_emo import checkpoint
 from d_emo.config import ClassifierSettings, InputError
-from d_emo.data import ClassImages, open_dataset
+from d_emo.data import ClassImages, open_dataset, open_held_out, spread
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.registry import resolve_name
@@ -45,6 +45,7 @@ class ClassifierTask:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
         self.settings = settings
         self.dataset = _open(settings, "train")
+        self.held_out = open_held_out(settings, self.dataset.class_names) if settings.validate_every else None
         torch.manual_seed(settings.seed)
         options = {"num_classes": len(self.dataset.class_names), **(settings.model_options or {})}
         self.model = create_model(settings.model, **options)
@@ -71,6 +72,20 @@ class ClassifierTask:
         logits = model(augment(images, draws)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums of loss and right answers over this process's share of the held-out images, and their number."""
+        device, batch_size = next(model.parameters()).device, 64
+        share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
+        totals = torch.zeros(3, device=device)
+        for start in range(0, len(share), batch_size):
+            items = [self.held_out[index] for index in share[start : start + batch_size]]
+            labels = torch.tensor([label for _, label in items], device=device)
+            logits = model(torch.stack([image for image, _ in items]).to(device)).float()
+            right = (logits.argmax(dim=1) == labels).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([loss, right.sum(), torch.ones_like(right).sum()])
+        return dict(zip(("loss", "accuracy", "count"), totals, strict=True))
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
