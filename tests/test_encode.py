@@ -316,6 +316,14 @@ def test_training_takes_what_the_index_says(tmp_path):
     assert not any("No data named" in line for line in task.introduction())
 
 
+def test_unconditional_training_takes_stored_latents_too(tmp_path):
+    encode(shapes(30), PixelCodec(), tmp_path / "p", **SMALL)
+    task = DenoiserTask(TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "p"), "unconditional": True}))
+    moments, label = task.dataset[7]
+    assert torch.equal(moments, StoredLatents(tmp_path / "p")[7][0]) and label == 0
+    assert task.encoded and len(task.images.class_names) == 1
+
+
 def test_latents_of_another_size_vae_or_scaling_are_refused_with_both_values(tmp_path):
     folder = tmp_path / "latents"
     encode(shapes(30), PixelCodec(), folder, **SMALL)
