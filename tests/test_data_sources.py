@@ -52,14 +52,14 @@ def add(archive, name, content):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards of five images; in the second the class comes before its image."""
+    """Two shards of five images with things that are not asked for; in the second the class comes first."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for number in range(2):
         with tarfile.open(folder / f"s-{number:03}.tar", "w") as archive:
             for index in range(number * 5, number * 5 + 5):
                 parts = [(f"train/{index:04}.png", picture(index)), (f"train/{index:04}.cls", b"%d\n" % label(index)),
-                         (f"train/{index:04}.json", b"{}")]
+                         (f"train/{index:04}.json", b"{}"), (f"train/{index:04}.mask.png", picture(99))]
                 for name, content in parts if number == 0 else parts[::-1]:
                     add(archive, name, content)
     return folder

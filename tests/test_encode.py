@@ -245,26 +245,30 @@ def test_corrupt_images_stop_or_are_passed_over(tmp_path, pictures):
 
 
 @pytest.mark.slow
-def test_encoding_survives_kill_at_random_moments(tmp_path):
-    def command(name):
-        return [sys.executable, "scripts/encode_latents.py", "--dataset", "shapes", "--num-images", "1500",
-                "--image-size", "32", "--shard-size", "50", "--output", str(tmp_path / name)]
+def test_encoding_survives_kills_at_random_moments(tmp_path):
+    code = """
+import sys, torch
+from d_emo.data import Shapes1000
+from d_emo.latents import PixelCodec, encode
+encode(Shapes1000(64, num_images=1000), PixelCodec(), sys.argv[1], device=torch.device("cpu"), shard_size=25)
+"""
+    def start(name):
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, stderr=subprocess.DEVNULL)
 
-    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
+    def shards_in(name):
+        return len(list((tmp_path / name).glob("shard-*")))
+
+    assert start("whole").wait() == 0
     rng, kills = random.Random(0), 0
-    for _ in range(8):
-        process = subprocess.Popen(command("parts"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        begun, count = time.time(), len(list((tmp_path / "parts").glob("shard-*")))
-        while process.poll() is None and len(list((tmp_path / "parts").glob("shard-*"))) <= count:
-            time.sleep(0.01)
-            assert time.time() < begun + 120
-        time.sleep(rng.random() * 0.3)
+    for _ in range(20):
+        count, process = shards_in("parts"), start("parts")
+        while process.poll() is None and shards_in("parts") <= count:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
-        kills += 1
-    subprocess.run(command("parts"), cwd=ROOT, check=True, capture_output=True)
-    assert kills > 2 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+        kills += process.wait() == -signal.SIGKILL
+    assert start("parts").wait() == 0
+    assert kills > 5 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 # ---- training on them ------------------------------------------------------------------------------------------------
