@@ -59,7 +59,7 @@ class RunSettings:
     max_minutes: float | None = setting(None, "save and stop after so many minutes; the same command goes on")
     batch_size: int = setting(256, "images per step over all processes (global)")
     micro_batch_size: int | None = setting(
-        None, "images that a process takes at once; gradients accumulate. Default: 32 on a CPU, all on a GPU"
+        None, "images that a process takes at once; gradients accumulate. Default: 8 on a CPU, all on a GPU"
     )
     learning_rate: float = setting(1e-4, "peak learning rate of AdamW")
     weight_decay: float = setting(0.0, "AdamW weight decay, on matrices and convolutions only")
@@ -337,8 +337,10 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
 
 
 def write_yaml(settings: Any, path: Path) -> None:
-    """Write resolved settings (a dataclass) so that ``--config`` reads them back."""
-    path.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+    """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+    temporary.replace(path)
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -204,21 +205,32 @@ def killed(folder, delay, **changes):
     """Train in a child that is killed after ``delay`` seconds; returns whether it was done before."""
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        train(folder, **changes)
-        os._exit(0)
+        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            train(folder, **changes)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     deadline = time.monotonic() + delay
-    while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return True
+    status = 0, 0
+    while status[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == 0
+        status = os.waitpid(child, os.WNOHANG)
+    if status[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status[1])
+    assert code in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()
+    return code == 0
 
 
 def check_kills(folder, kills):
     """Kill a run at random moments, also while it writes states, until it is done; then compare."""
+    folder.mkdir(exist_ok=True)
     changes = {"max_steps": 60, "state_every": 1, "snapshot_every": 20, "log_every": 100}
     train(folder / "whole", **changes)
     chance, done, reached = random.Random(0), 0, []

@@ -96,7 +96,7 @@ class _Run:
         self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
             raise InputError(f"--batch-size {settings.batch_size} (global) cannot be divided by {world} processes")
-        self.micro = min(settings.micro_batch_size or (self.per_rank if on_gpu else 32), self.per_rank)
+        self.micro = min(settings.micro_batch_size or (self.per_rank if on_gpu else 8), self.per_rank)
         if self.per_rank % self.micro:
             raise InputError(
                 f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
