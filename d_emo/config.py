@@ -112,15 +112,22 @@ class DataSettings:
     """Which images to train on."""
 
     dataset: Literal["shapes", "digits"] = setting("shapes", "built-in data set, when --data-dir is not given")
-    data_dir: str | None = setting(None, "folder with one sub-folder of images per class, as ImageNet's train folder")
-    validate_dir: str | None = setting(None, "such a folder of held-out images, with the same classes")
+    data_dir: str | None = setting(
+        None, "folder with one sub-folder of images per class, as ImageNet's train folder; or wds:SHARDS.tar, or "
+        "hf:DATASET[?split=...&image=...&label=...] (README, \"Your own data\")"
+    )
+    validate_dir: str | None = setting(None, "such data of held-out images, with the same classes")
     image_size: int = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: int | None = setting(None, "how many different images of Shapes-1000 to draw. Default: a million")
     skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
 
     def run_folder(self, model: str) -> str:
         """The run folder of a model trained on these data, when none is named."""
-        data = self.dataset if self.data_dir is None else Path(self.data_dir).resolve().name
+        data = self.dataset
+        if self.data_dir is not None:
+            scheme, _, rest = self.data_dir.partition(":")
+            path = Path(rest.partition("?")[0] if scheme in ("wds", "hf") else self.data_dir).resolve()
+            data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 
 
@@ -130,11 +137,15 @@ class TrainSettings(DataSettings, RunSettings):
 
     model: str = setting("D-EMOv2-S-2", "a name of list_models()")
     model_options: dict[str, Any] | None = setting(None, "changes to the named model, e.g. '{depth: 6}'")
+    image_size: int | None = setting(
+        None, "side of the (centre-cropped) images in pixels. Default: 256, or that of --latents"
+    )
+    latents: str | None = setting(None, "folder that scripts/encode_latents.py wrote, instead of images")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
+        "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
     )
-    cache_latents: bool = setting(False, "encode the data set once, before training, and keep the latents in memory")
+    cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
     objective: Literal["eps", "flow"] | None = setting(
         None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
         "straight path from data to noise, as SiT. Default: flow for SiT models, else eps"
@@ -152,8 +163,17 @@ class TrainSettings(DataSettings, RunSettings):
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     preview_guidance: float = setting(4.0, "guidance scale of the sample grids")
 
+    def run_folder(self, model: str) -> str:
+        if self.latents is None:
+            return super().run_folder(model)
+        return f"results/{model.replace('/', '-')}-{Path(self.latents).resolve().name}"
+
     def __post_init__(self):
         super().__post_init__()
+        if self.latents is not None and self.data_dir is not None:
+            raise InputError(f"--latents {self.latents} takes the place of --data-dir {self.data_dir}; give one only")
+        if self.latents is None and self.image_size is None:
+            self.image_size = 256
         self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
@@ -167,6 +187,26 @@ class TrainSettings(DataSettings, RunSettings):
             self.label_dropout = 0.0
         if self.label_dropout == 0:
             self.preview_guidance = 1.0  # the null class is never trained
+
+
+@dataclass(kw_only=True)
+class EncodeSettings(DataSettings):
+    """Settings of ``scripts/encode_latents.py``."""
+
+    output: str = setting(help="folder for the shards and their index; a folder that was begun is gone on with")
+    vae: str | None = setting(
+        None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
+        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = setting("float16", "of the stored means and deviations")
+    batch_size: int = setting(64, "images that a process encodes at once")
+    shard_size: int = setting(4096, "images per file; what a stopped run may have to encode again")
+    num_workers: int | None = setting(None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU")
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ INSIDE = {
         "layers", "attention", "blocks", "denoiser", "backbone", "counting", "registry", "released", "table",
         "timm_registry",
     ],
-    "data": ["images", "shapes", "digits", "folder", "sampler"],
+    "data": ["images", "shapes", "digits", "folder", "tar", "hub", "sampler"],
+    "latents": ["codec", "shards", "encode", "stored"],
     "training": ["stop", "guard", "optimizer", "watch", "loop", "denoiser", "classifier", "vae"],
 }
 
@@ -64,3 +65,8 @@ def test_files_inside_a_room_are_in_order_too(folder):
 def test_only_the_training_loop_and_its_watch_use_accelerate():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
     assert users == {"loop.py", "watch.py"}
+
+
+def test_only_the_encoding_script_asks_accelerate_for_its_rank():
+    users = {file.name for file in (PACKAGE.parent / "scripts").glob("*.py") if imported(file, "accelerate")}
+    assert users == {"encode_latents.py"}

@@ -18,16 +18,22 @@ class ClassImages(Dataset):
         class_names: One name per class id.
         image_size: Side of the square images in pixels.
         flip: Whether a mirrored image still belongs to its class.
+        sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
     """
 
     name: str
     class_names: list[str]
     image_size: int
     flip: bool = False
+    sequential: bool = False
 
     def label(self, index: int) -> int:
         """Class id of image ``index``, without loading it."""
         raise NotImplementedError
+
+    def origin(self, index: int) -> str:
+        """Where image ``index`` comes from, for messages about it."""
+        return f"image {index} of {self.name}"
 
 
 class OneClass(ClassImages):
@@ -42,6 +48,9 @@ class OneClass(ClassImages):
 
     def label(self, index: int) -> int:
         return 0
+
+    def origin(self, index: int) -> str:
+        return self.images.origin(index)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.images[index][0], 0

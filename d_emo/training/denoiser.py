@@ -10,8 +10,8 @@ from torch import nn
 from d_emo import checkpoint
 from d_emo.card import describe_hardware
 from d_emo.config import InputError, TrainSettings
-from d_emo.data import open_dataset, open_held_out, spread
-from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
+from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
+from d_emo.latents import Codec, StoredLatents, default_codec, encode, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.registry import resolve_name
@@ -22,7 +22,7 @@ class DenoiserTask:
     """Class-conditional diffusion in the latents of a codec, by the eps or the flow objective.
 
     Args:
-        settings: Resolved settings; ``vae`` is filled in if it was left open.
+        settings: Resolved settings; ``vae`` and ``image_size`` are filled in if they were left open.
 
     Raises:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
@@ -34,16 +34,12 @@ class DenoiserTask:
         if resolve_name(settings.model) not in DENOISERS:
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
         self.settings = settings
-        if settings.vae is None:
-            settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
-        self.dataset = self.images = open_dataset(
-            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
-            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
-        )
+        self.dataset, self.codec = _open_data(settings)
+        self.images = self.dataset
         self.held_out = None
         if settings.validate_every:
             self.held_out = open_held_out(settings, self.images.class_names, one_class=settings.unconditional)
-        self.codec = load_codec(settings.vae)
+        self.encoded = settings.latents is not None or settings.cache_latents
         if settings.image_size % self.codec.downsample:
             raise InputError(
                 f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
@@ -72,7 +68,7 @@ class DenoiserTask:
     def introduction(self) -> list[str]:
         settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
         lines = []
-        if settings.data_dir is None and settings.dataset == "shapes":
+        if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
                 "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
                 "/path/to/imagenet/train"
@@ -87,8 +83,9 @@ class DenoiserTask:
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
         self.objective.to(device)
-        if self.settings.cache_latents:
-            self.dataset = CachedLatents(self.images, self.codec, path=folder / "latents.safetensors", device=device)
+        if self.encoded and self.settings.latents is None:
+            encode(self.images, self.codec, folder / "latents", device=device)
+            self.dataset = StoredLatents(folder / "latents")
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
         return self.objective.draw(generator, batch_size, self.latent_shape)
@@ -99,9 +96,9 @@ class DenoiserTask:
 
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Latents of images or of cached moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
+        """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
         flip = draws.flip[:, None, None, None] & self.images.flip
-        if self.dataset is self.images:
+        if not self.encoded:
             moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
         else:
             moments = values.float()
@@ -144,3 +141,21 @@ class DenoiserTask:
             "hardware": describe_hardware(next(model.parameters()).device),
         }
         checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+
+
+def _open_data(settings: TrainSettings) -> tuple[ClassImages | StoredLatents, Codec]:
+    """Images or latents, and their codec; settles what the settings leave to them."""
+    if settings.latents is None:
+        settings.vae = settings.vae or default_codec(settings.data_dir)
+        images = open_dataset(
+            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
+            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
+            sequential=settings.cache_latents,
+        )
+        return images, load_codec(settings.vae)
+    latents = StoredLatents(settings.latents)
+    settings.vae = settings.vae or latents.codec
+    settings.image_size = settings.image_size or latents.image_size
+    codec = load_codec(settings.vae)
+    latents.check(codec, settings.image_size)
+    return OneClass(latents) if settings.unconditional else latents, codec

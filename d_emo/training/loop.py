@@ -32,7 +32,7 @@ from d_emo.training.watch import Watch
 _FREE_ON_RESUME = {
     "output_dir", "max_steps", "max_minutes", "resume", "nan", "compile", "num_workers", "log_every", "tracker",
     "snapshot_every", "state_every", "validate_every", "validate_images", "mixed_precision", "micro_batch_size",
-    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "skip_corrupt", "push_to_hub",
+    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "latents", "skip_corrupt", "push_to_hub",
 }
 
 
