@@ -130,7 +130,7 @@ class _Run:
         self.watch = Watch(accelerator, settings)
         for line in task.introduction():
             self.watch.say(line)
-        with accelerator.local_main_process_first():
+        with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
         if settings.sync_batchnorm:
