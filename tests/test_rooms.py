@@ -12,6 +12,7 @@ INSIDE = {
         "layers", "attention", "blocks", "denoiser", "backbone", "counting", "registry", "released", "table",
         "timm_registry",
     ],
+    "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
     "data": ["images", "shapes", "digits", "folder", "sampler"],
 }
 

@@ -10,6 +10,7 @@ from PIL import Image
 from d_emo import sampling
 from d_emo.config import InputError
 from d_emo.latents import PixelCodec
+from d_emo.sampling import sampler
 
 CONFIG = DDPMScheduler(
     beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
@@ -47,7 +48,7 @@ def test_guidance_of_one_is_a_single_pass_and_of_zero_ignores_the_class(tiny_den
 def test_guidance_extrapolates_the_prediction_and_keeps_the_variance(tiny_denoiser):
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.tensor([1, 2])
     with torch.no_grad():
-        guided = sampling._guided(tiny_denoiser, x, t, labels, 3.0)
+        guided = sampler._guided(tiny_denoiser, x, t, labels, 3.0)
         given = tiny_denoiser(x, timestep=t, class_labels=labels).sample
         null = tiny_denoiser(x, timestep=t, class_labels=torch.tensor([10, 10])).sample
     torch.testing.assert_close(guided[:, :4], null[:, :4] + 3 * (given[:, :4] - null[:, :4]), rtol=1e-4, atol=1e-5)
@@ -119,6 +120,7 @@ class Gaussian(torch.nn.Module):
     """The exact velocity at x_t = (1 - t) x_0 + t noise when the data are N(mean, std^2)."""
 
     config, dtype, device = SimpleNamespace(sample_size=40, in_channels=4), torch.float32, torch.device("cpu")
+    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=2))
     mean, std = 0.7, 0.3
 
     def forward(self, x, timestep, class_labels):
