@@ -33,12 +33,17 @@ def main() -> None:
     model = sampling.prepare_denoiser(model, dtype=dtype, compile=settings.compile)
     steps, started = len(scheduler.timesteps), time.perf_counter()
     trajectory = sampling.Trajectory(steps) if settings.trajectory else None
-    with tqdm(total=-(-len(labels) // settings.batch_size) * steps, desc="sampling", unit="step") as bar:
+    with tqdm(total=len(labels) * steps, desc="sampling", unit="step") as bar:  # of one image
+
+        def step_done(index: int, latents: torch.Tensor) -> None:
+            bar.update(len(latents))
+            if trajectory is not None:
+                trajectory(index, latents)
+
         images = torch.cat(list(sampling.sample_images(
             model, scheduler, codec, labels, seeds, num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale, guidance_channels=settings.guidance_channels,
-            guidance_interval=settings.guidance_interval, batch_size=settings.batch_size, on_step=bar.update,
-            on_latents=trajectory,
+            guidance_interval=settings.guidance_interval, batch_size=settings.batch_size, on_latents=step_done,
         )))
     speed = len(labels) / (time.perf_counter() - started)
     made_by = {

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
-from torch import nn
-from torch.nn import functional as F
 
 from d_emo.config import InputError
 from d_emo.data import to_uint8
@@ -63,13 +60,14 @@ def sample(
     denoiser: Denoiser, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *,
     num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: Literal["all", "3"] = "all",
     guidance_interval: tuple[float, float] = (0.0, 1.0), batch_size: int = 64,
-    on_step: Callable[[], Any] = lambda: None, on_latents: Callable[[int, torch.Tensor], Any] | None = None,
+    on_step: Callable[[], Any] = lambda: None,
+    on_latents: Callable[[int, torch.Tensor], Any] = lambda index, latents: None,
 ) -> Iterator[torch.Tensor]:
     """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
 
     An image depends on its label, its seed and the settings, not on its neighbours, the size of the batch or the
-    number of processes that share the seeds: bitwise on a CPU with one number of threads (see :func:`steady_rows`),
-    and but for rounding elsewhere, where libraries choose kernels by the shape of the batch.
+    number of processes that share the seeds: bitwise on a CPU with one number of threads, and but for rounding
+    elsewhere, where libraries choose kernels by the shape of the batch.
 
     Args:
         denoiser: In eval mode.
@@ -80,7 +78,8 @@ def sample(
         guidance_scale, guidance_channels, guidance_interval: See :class:`Guidance`.
         batch_size: Images denoised at once.
         on_step: Called after every denoising step of a batch.
-        on_latents: Called with (index of the step, latents) after every denoising step of a batch.
+        on_latents: Called with (index of the step, latents) after every denoising step of a part of a batch; all of
+            it on a GPU, a few images on a CPU.
 
     Yields:
         Latents. Shape: (batch, C, h, w), float32 on the denoiser's device.
@@ -96,21 +95,41 @@ def sample(
         if not 0 <= label < rows:
             raise InputError(f"class label {label} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
 
-    def step_done(index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        on_step()
-        if on_latents is not None:
-            on_latents(index, latents)
-        return latents
-
-    for start in range(0, len(seeds), batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+    def draw(part: range, last: bool) -> torch.Tensor:
+        filled = [*part] + [part[-1]] * (size - len(part))
+        generators = [torch.Generator().manual_seed(seeds[index]) for index in filled]
         noise = torch.stack([torch.randn(latent_shape(denoiser), generator=generator) for generator in generators])
-        labels = torch.tensor(class_labels[start : start + batch_size], device=denoiser.device)
+        labels = torch.tensor([class_labels[index] for index in filled], device=denoiser.device)
+
+        def step_done(index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            if last:
+                on_step()
+            on_latents(index, latents[: len(part)])
+            return latents
+
         set_steps(scheduler, num_inference_steps, denoiser.device)
-        yield denoise(
+        return denoise(
             denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators,
             on_step=step_done,
-        )
+        )[: len(part)]
+
+    for start in range(0, len(seeds), batch_size):
+        batch = range(start, min(start + batch_size, len(seeds)))
+        size = _part_size(denoiser) or len(batch)
+        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
+        yield torch.cat([draw(part, part is parts[-1]) for part in parts])
+
+
+def _part_size(denoiser: Denoiser) -> int | None:
+    """Images that go through the network at once on a CPU; None elsewhere.
+
+    Matrix products and vectorised functions round a row differently when the shape around it changes. Parts of one
+    fixed size, the last one filled up, keep an image's bits; beyond 128 tokens a CPU gains nothing from larger ones.
+    """
+    if denoiser.device.type != "cpu":
+        return None
+    _, height, width = latent_shape(denoiser)
+    return max(1, 128 * denoiser.config.patch_size**2 // (height * width))
 
 
 def sample_images(
@@ -156,13 +175,12 @@ def denoise(
     extra = {"generator": generator} if takes_generator else {}
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers lack it, and the next
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
-    with steady_rows(denoiser):
-        for index, t in enumerate(scheduler.timesteps):
-            scale = guidance.scale if guidance.acts_at(float(t) / longest) else 1.0
-            output = _guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
-            if not learned_variance:
-                output = output[:, :channels]
-            latents = on_step(index, t, scheduler.step(output, t, latents, **extra).prev_sample)
+    for index, t in enumerate(scheduler.timesteps):
+        scale = guidance.scale if guidance.acts_at(float(t) / longest) else 1.0
+        output = _guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
+        if not learned_variance:
+            output = output[:, :channels]
+        latents = on_step(index, t, scheduler.step(output, t, latents, **extra).prev_sample)
     return latents
 
 
@@ -172,46 +190,10 @@ def _guided(
 ) -> torch.Tensor:
     """The denoiser's output with its prediction pushed away from that of the null class. Shape: as the output's."""
     if scale == 1:
-        # A batch of one takes other kernels on a CPU, and would not get the bits that it gets among others.
-        alone = len(x) == 1 and x.device.type == "cpu"
-        if alone:
-            x, labels = torch.cat([x, x]), torch.cat([labels, labels])
-        output = denoiser(x.to(denoiser.dtype), timestep=t, class_labels=labels).sample.float()
-        return output[:1] if alone else output
+        return denoiser(x.to(denoiser.dtype), timestep=t, class_labels=labels).sample.float()
     both = torch.cat([labels, torch.full_like(labels, denoiser.null_class)])
     output = denoiser(torch.cat([x, x]).to(denoiser.dtype), timestep=t, class_labels=both).sample.float()
     given, null = output.chunk(2)
     channels = denoiser.config.in_channels if guidance_channels == "all" else 3
     prediction = null[:, :channels] + scale * (given[:, :channels] - null[:, :channels])
     return torch.cat([prediction, given[:, channels:]], dim=1)
-
-
-@contextmanager
-def steady_rows(denoiser: nn.Module) -> Iterator[None]:
-    """Within this context, a row of a batch gets the same bits on a CPU whatever the number of rows.
-
-    A matrix product takes another kernel where a thread has fewer than four rows (measured with MKL), which happens
-    in the layers on the conditioning vector, (B, C), alone. They get rows added up to a multiple of eight per thread.
-    """
-    compiled = getattr(denoiser, "_compiled_call_impl", None) is not None  # it would not see the hooks
-    if denoiser.device.type != "cpu" or compiled:
-        yield
-        return
-    multiple, rows = 8 * torch.get_num_threads(), {}
-
-    def pad(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        rows[module] = len(args[0])
-        return (F.pad(args[0], (0, 0, 0, -len(args[0]) % multiple)),) if args[0].ndim == 2 else None
-
-    def cut(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output[: rows[module]]
-
-    handles = []
-    for module in denoiser.modules():
-        if isinstance(module, nn.Linear):
-            handles += [module.register_forward_pre_hook(pad), module.register_forward_hook(cut)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
