@@ -44,8 +44,8 @@ class Guidance:
             raise InputError(f"the guidance interval must be two rising numbers in [0, 1], not {self.interval}")
 
     def acts_at(self, share: float) -> bool:
-        """Whether a step at this share of the noise path is guided."""
-        return self.scale != 1 and self.interval[0] <= share <= self.interval[1]
+        """Whether the scale holds at this share of the noise path."""
+        return self.interval[0] <= share <= self.interval[1]
 
 
 def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Denoiser:
