@@ -15,6 +15,8 @@ S = TypeVar("S")
 
 DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
 """The sampler of each objective, where none is named."""
+DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
+"""Of pictures; tables say their own."""
 
 
 class InputError(ValueError):
@@ -25,9 +27,9 @@ class RunError(RuntimeError):
     """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
 
 
-def setting(default: Any = MISSING, help: str = "", flag: str | None = None) -> Any:
+def setting(default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None) -> Any:
     """A field of a settings class: its default and the sentence that ``--help`` shows."""
-    metadata = {"help": help, "flag": flag}
+    metadata = {"help": help, "flag": flag, "nargs": nargs}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -248,13 +250,29 @@ class SampleSettings:
     guidance_scale: float | None = setting(
         None, "classifier-free guidance; 1 is none. Default: 4, or 1 for a snapshot trained without label dropout"
     )
-    scheduler: Literal["ddpm", "ddim", "dpm++", "euler", "heun"] | None = setting(
+    scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis", "euler", "heun"] | None = setting(
         None, "sampler; flow snapshots take euler or heun, the others the rest. Default: dpm++, or euler for flow"
     )
-    steps: int = setting(30, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
+    guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+    )
+    steps: int = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: int = setting(0, "image i starts from the noise of seed + i")
     batch_size: int = setting(64, "images denoised at once")
-    output: str | None = setting(None, "PNG to write. Default: samples/<classes>-seed<seed>.png, numbered if it exists")
+    format: Literal["grid", "png"] = setting("grid", "one picture of all, or one PNG for each image in a folder")
+    trajectory: Literal["strip", "gif"] | None = setting(
+        None, "show the denoising instead: a strip of its steps for each image, or a GIF of the grid"
+    )
+    interpolate: list[str] | None = setting(
+        None, "two classes: draw --num-images pictures on the way from one to the other, all from the same noise",
+        nargs=2,
+    )
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; pictures change a bit")
+    compile: bool = setting(False, "torch.compile the denoiser; pays for itself after some hundred images")
+    output: str | None = setting(
+        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
+    )
 
     def __post_init__(self):
         for name in ("num_images", "steps", "batch_size"):
@@ -262,6 +280,13 @@ class SampleSettings:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps > 1000:
             raise InputError(f"--steps must be at most 1000, not {self.steps}")
+        low, *rest = self.guidance_interval
+        if len(rest) != 1 or not 0 <= low <= rest[0] <= 1:
+            raise InputError(f"--guidance-interval must be two rising numbers in [0, 1], not {self.guidance_interval}")
+        if self.interpolate is not None and (len(self.interpolate) != 2 or self.classes or self.num_images < 2):
+            raise InputError("--interpolate takes two classes, at least two --num-images, and no --class")
+        if self.format == "png" and (self.trajectory or self.interpolate):
+            raise InputError("--format png writes single images; leave it out with --trajectory or --interpolate")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
 
@@ -278,7 +303,7 @@ class SampleSettings:
                 "label dropout; use --guidance-scale 1"
             )
         if self.guidance_scale is None:
-            self.guidance_scale = 4.0 if label_dropout else 1.0
+            self.guidance_scale = DEFAULT_GUIDANCE if label_dropout else 1.0
 
 
 @dataclass(kw_only=True)
@@ -351,6 +376,8 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options["required"] = True
         if options["type"] is bool:
             options |= {"nargs": "?", "const": True}  # --compile means --compile true
+        if each.metadata.get("nargs"):
+            options["nargs"], options["type"] = each.metadata["nargs"], str
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
         parser.add_argument(flag, dest=each.name, **options)
     try:

@@ -18,6 +18,7 @@ INSIDE = {
     "data": ["images", "shapes", "digits", "folder", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
     "training": ["stop", "guard", "optimizer", "watch", "loop", "denoiser", "classifier", "vae"],
+    "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
 }
 
 
