@@ -13,6 +13,9 @@ INSIDE = {
         "timm_registry",
     ],
     "data": ["images", "shapes", "digits", "folder", "sampler"],
+    "evaluation": [
+        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
+    ],
 }
 
 

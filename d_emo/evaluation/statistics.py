@@ -15,17 +15,17 @@ NEGATIVE_EIGENVALUE_TOLERANCE = 1e-4
 
 
 class StoredStatistics(NamedTuple):
-    """Mean and covariance read from a file, which does not say over how many images.
+    """Mean and covariance read from a file.
 
     Attributes:
         mean: Shape: (dim,) float64.
         covariance: Shape: (dim, dim) float64.
-        count: Always None, unknown.
+        count: Over how many images; None if the file does not say.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
-    count: None = None
+    count: int | None = None
 
 
 class FeatureStatistics:
