@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
     file, text = folder / SETTINGS_FILE, _as_json(settings)
     if file.is_file():
         if file.read_text() == text:
+            for left in folder.glob(".tmp-*"):  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             return True
         raise InputError(f"{folder} holds images or features of other settings, see {file}; name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -116,18 +119,16 @@ class Parts:
         layers: Length of each kind of features, by name.
         png_folder: Where to write images as PNG too; not at all by default.
         keep_pixels: Whether to keep the images for :meth:`write_npz`.
-        part_size: Images in a file.
     """
 
     def __init__(
         self, folder: Path, num_images: int, layers: dict[str, int], *, png_folder: Path | None = None,
-        keep_pixels: bool = False, part_size: int = PART_SIZE,
+        keep_pixels: bool = False,
     ):  # fmt: skip
         self.folder, self.num_images, self.layers = folder, num_images, layers
         self._png_folder, self._keep_pixels = png_folder, keep_pixels
-        self._parts = [
-            range(first, min(first + part_size, num_images)) for first in range(0, num_images, part_size)
-        ]  # fmt: skip
+        starts = range(0, num_images, PART_SIZE)
+        self._parts = [range(first, min(first + PART_SIZE, num_images)) for first in starts]
 
     def missing(self) -> list[range]:
         """Parts that are not there yet."""

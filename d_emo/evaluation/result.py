@@ -47,9 +47,8 @@ class Result:
         rows = [*self._numbers(), ("features", self.features), ("samples", self._samples())]
         if self.reference is not None:
             rows.append(("reference", self._reference()))
-        rows.append(("sampling", ", ".join(f"{title} {value}" for title, value in self._sampling())))
-        if not self.sampling:
-            rows[-1] = ("sampling", NOT_RECORDED)
+        how = "{sampler}, {steps} steps, guidance {guidance}, seed {seed}, {labels} labels, {weights} weights"
+        rows.append(("sampling", how.format_map(dict(self._sampling())) if self.sampling else NOT_RECORDED))
         if self.images_per_second is not None:
             rows.append(("speed", f"{self.images_per_second:.1f} images/s, features included"))
         width = max(len(title) for title, _ in rows) + 2
