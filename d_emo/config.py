@@ -279,6 +279,8 @@ class ReferenceSettings:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size} is too small; use at least 1")
+        if Path(self.output).suffix.lower() != ".npz" and not Path(self.output).is_dir():
+            raise InputError(f"--output {self.output} must end in .npz")
         if self.num_workers < 0:
             raise InputError(f"--num-workers must not be negative, not {self.num_workers}")
         if self.kept_images < 0:

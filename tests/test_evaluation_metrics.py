@@ -103,9 +103,14 @@ def test_inception_score_of_known_classes() -> None:
     assert score(sure[::4])["inception_score"] == pytest.approx(1, rel=1e-12)  # sure, but always of the same
 
 
-def test_inception_score_needs_an_image_per_split() -> None:
-    with pytest.raises(InputError, match="of 9 images .* at least 10"):
-        InceptionScore(9)
+def test_few_images_are_refused(tmp_path: Path, colours: ColourFeatures) -> None:
+    few, many = write_folder(tmp_path / "few", make_pixels(3)), write_folder(tmp_path / "many", make_pixels(10))
+    with pytest.raises(InputError, match="Inception Score of 3 images .* at least 10"):
+        measure(few, None, metrics=["isc"], progress=False)
+    for pair in ((few, many), (many, few)):
+        with pytest.raises(InputError, match="more than 3 images on both sides, not 3"):
+            measure(*pair, metrics=["prc"], progress=False)
+    assert measure(many, few, metrics=("fid", "isc"), progress=False).inception_score == pytest.approx(1)  # one a split
 
 
 # ---- precision, recall, KID ------------------------------------------------------------------------------------------
@@ -136,11 +141,6 @@ def test_precision_and_recall_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     whole = precision_recall(samples, reference)
     monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", 1000)
     assert precision_recall(samples, reference) == whole and 0 < whole["recall"] < 1
-
-
-def test_few_images_are_refused_for_precision() -> None:
-    with pytest.raises(InputError, match="more than 3 images on both sides, not 3"):
-        precision_recall(cluster(3, 0), cluster(9, 0))
 
 
 def test_kernel_distance_by_hand() -> None:

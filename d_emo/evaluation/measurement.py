@@ -14,13 +14,11 @@ from tqdm import tqdm
 from d_emo.config import PUBLISHED_COUNT, FidSettings, InputError, parse_metrics
 from d_emo.evaluation.features import FeatureExtractor, create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
-from d_emo.evaluation.metrics import Gathered, kernel_distance, precision_recall
+from d_emo.evaluation.metrics import Gathered, check_count, kernel_distance, precision_recall
 from d_emo.evaluation.parts import ALONE, Generate, Parts, Share, claim_folder, digest, read_provenance
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
-
-CONSTANT_SPREAD = 1e-12  # variance over squared mean that float32 features of one and the same image can reach
+from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
 
 
 def compute_statistics(
@@ -157,6 +155,7 @@ class Measurement:
 
     def _prepare(self, num_images: int) -> None:
         """Open the network; refuse what a look at the numbers of images and of features is enough for."""
+        check_count(self._metrics, num_images)
         self.extractor = create_extractor(
             self._features, inception_weights=self._inception_weights, device=self._device
         )
@@ -180,11 +179,6 @@ class Measurement:
         if reference is not None:
             (folder / "reference").mkdir()
             reference.gather(self.extractor, self._run, folder / "reference")
-            if reference.pooled is not None and _is_constant(reference.pooled):
-                raise InputError(
-                    f"all images of the reference {reference.name} have the same features; they are one picture, or "
-                    "the feature network is untrained"
-                )
         result = Result(
             values=self._values(sampled),
             num_samples=sampled.pooled.count,
@@ -235,7 +229,7 @@ class Measurement:
             )
         if not self.extractor.published:
             yield "these are not the published Inception weights; the FID compares with no published one"
-        if _is_constant(sampled):
+        if is_constant(sampled):
             yield f"all {count} samples have the same features; they are one picture, or close to it"
 
 
@@ -260,11 +254,6 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
         for batch in images.batches(batch_size):
             yield batch
             bar.update(len(batch))
-
-
-def _is_constant(statistics: FeatureStatistics | StoredStatistics) -> bool:
-    """Whether the features vary by no more than float32 rounding."""
-    return bool(statistics.covariance.trace().abs() <= CONSTANT_SPREAD * statistics.mean.square().sum())
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -31,8 +31,7 @@ class InceptionScore:
     """
 
     def __init__(self, count: int):
-        if count < SPLITS:
-            raise InputError(f"the Inception Score of {count} images was asked for; it needs at least {SPLITS}")
+        assert count >= SPLITS
         order = np.random.RandomState(SPLIT_SEED).permutation(count)
         self._split = torch.empty(count, dtype=torch.long)
         for split in range(SPLITS):
@@ -138,6 +137,18 @@ class Gathered:
         return self
 
 
+def check_count(metrics: Collection[str], count: int) -> None:
+    """Refuse a set, of samples or of a reference, that is too small for a metric.
+
+    Raises:
+        InputError: Says which metric, and how many images it needs.
+    """
+    if "isc" in metrics and count < SPLITS:
+        raise InputError(f"the Inception Score of {count} images was asked for; it needs at least {SPLITS}")
+    if "prc" in metrics and count <= NEIGHBOURS:
+        raise InputError(f"precision and recall need more than {NEIGHBOURS} images on both sides, not {count}")
+
+
 def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     """Shares of samples near the reference and of the reference near samples (Kynkaanniemi et al. 2019).
 
@@ -145,10 +156,7 @@ def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> dict[str
 
     Shape: (N, dim), (M, dim) float32.
     """
-    fewest, most = sorted((len(samples), len(reference)))
-    if fewest <= NEIGHBOURS:
-        raise InputError(f"precision and recall need more than {NEIGHBOURS} images on both sides, not {fewest}")
-    at_once = max(DISTANCES_AT_ONCE // most, 1)
+    at_once = max(DISTANCES_AT_ONCE // max(len(samples), len(reference)), 1)
     values = prc_features_to_metric(
         samples, reference, prc_neighborhood=NEIGHBOURS, prc_batch_size=at_once, save_cpu_ram=True, verbose=False
     )

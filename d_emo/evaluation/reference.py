@@ -11,7 +11,7 @@ import torch
 from d_emo.config import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.images import ImageSource, open_images
-from d_emo.evaluation.metrics import Gathered
+from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.npz import (
     COUNT_KEY,
     FEATURES_KEY,
@@ -24,7 +24,7 @@ from d_emo.evaluation.npz import (
     read_statistics,
     read_text,
 )
-from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics
+from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, is_constant
 
 COMPARED = 10_000  # reference images in precision, recall and KID, as in ADM's files; their features are stored
 
@@ -69,6 +69,8 @@ class Reference:
         self.images: ImageSource | None = open_images(path) if from_images else None
         if from_images == {"rows"} and self.images.num_images > COMPARED:
             self.images = open_images(path, num_images=COMPARED)
+        if "rows" in from_images:
+            check_count({"prc"} & set(metrics), self.images.num_images)
         self._from_images = from_images
         self.pooled: FeatureStatistics | StoredStatistics | None = None
         self.spatial: FeatureStatistics | StoredStatistics | None = None
@@ -92,6 +94,7 @@ class Reference:
             self.pooled = read_statistics(self._path, extractor.dim)
         if "spatial" in self._needs:
             self.spatial = read_statistics(self._path, extractor.spatial_dim, SPATIAL_KEYS)
+        self._check_spread()
 
     def gather(
         self, extractor: FeatureExtractor, run: Callable[[ImageSource], Iterable[dict[str, torch.Tensor]]], folder: Path
@@ -111,6 +114,14 @@ class Reference:
         gathered.update_all(run(self.images))
         self.pooled, self.spatial = self.pooled or gathered.pooled, self.spatial or gathered.spatial
         self.rows = None if gathered.rows is None else gathered.rows.tensor()
+        self._check_spread()
+
+    def _check_spread(self) -> None:
+        if self.pooled is not None and is_constant(self.pooled):
+            raise InputError(
+                f"all images of the reference {self.name} have the same features; they are one picture, or the feature "
+                "network is untrained"
+            )
 
     @property
     def num_images(self) -> int | None:
