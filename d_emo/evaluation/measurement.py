@@ -150,7 +150,7 @@ class Measurement:
         if save_npz is not None:
             parts.write_npz(Path(save_npz), image_size, sampling)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as rows:
-            sampled = self._gathered(num_images, Path(rows)).update_all(parts.read())
+            sampled = self._gathered(num_images, Path(rows)).update_all(parts.read(self._device))
             return self._finish(sampled, _Drawn(name, image_size), name, sampling, Path(rows), speed)
 
     def _prepare(self, num_images: int) -> None:
@@ -205,9 +205,10 @@ class Measurement:
                 values[metric] = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
             elif metric == "isc":
                 values |= sampled.score.result()
+            elif metric == "prc":
+                values |= precision_recall(sampled.rows.tensor().to(self._device), reference.rows.to(self._device))
             else:
-                compare = precision_recall if metric == "prc" else kernel_distance
-                values |= compare(sampled.rows.tensor(), reference.rows)
+                values |= kernel_distance(sampled.rows.tensor(), reference.rows)
         return values
 
     def _warnings(self, samples: ImageSource, sampled: FeatureStatistics) -> Iterator[str]:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from d_emo.config import InputError
 from d_emo.evaluation.features import FeatureExtractor
@@ -156,6 +154,8 @@ def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> dict[str
 
     Shape: (N, dim), (M, dim) float32.
     """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
     at_once = max(DISTANCES_AT_ONCE // max(len(samples), len(reference)), 1)
     values = prc_features_to_metric(
         samples, reference, prc_neighborhood=NEIGHBOURS, prc_batch_size=at_once, save_cpu_ram=True, verbose=False
@@ -168,6 +168,8 @@ def kernel_distance(samples: torch.Tensor, reference: torch.Tensor) -> dict[str,
 
     Shape: (N, dim), (M, dim) float32.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     size = min(SUBSET_SIZE, len(samples), len(reference))
     values = kid_features_to_metric(samples, reference, kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
     return {"kid": values[KEY_METRIC_KID_MEAN], "kid_std": values[KEY_METRIC_KID_STD], "kid_subset_size": size}

@@ -3,6 +3,7 @@
 A part is 256 consecutive images. Its features are one file that is written under a temporary name and renamed, so that
 a file that is there is complete; the same call again makes only what is missing. Part k is the business of process
 k % world_size, but nothing of its content depends on that: the numbers are the same for any number of processes.
+A folder serves one command at a time.
 """
 
 from __future__ import annotations
@@ -159,10 +160,10 @@ class Parts:
         share.wait()
         return count * share.world_size / seconds if count else None
 
-    def read(self) -> Iterator[dict[str, torch.Tensor]]:
+    def read(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
         """All features in the order of their images, a part at a time. Shape of a layer: (B, dim) float32."""
         for part in self._parts:
-            yield load_file(self._file(part))
+            yield load_file(self._file(part), device=str(device))
 
     def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any]) -> None:
         """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their parts."""
