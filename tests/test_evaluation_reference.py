@@ -63,7 +63,7 @@ def test_a_large_reference_is_compared_in_part(tmp_path: Path, colours: ColourFe
     folder = write_folder(tmp_path / "r", pixels)
     expected = measure(samples, every_third, metrics=["kid"], progress=False)
     seen, extract = [], ColourFeatures.extract
-    monkeypatch.setattr(ColourFeatures, "extract", lambda self, images: seen.append(len(images)) or extract(self, images))
+    monkeypatch.setattr(ColourFeatures, "extract", lambda self, new: seen.append(len(new)) or extract(self, new))
     assert measure(samples, folder, metrics=["kid"], progress=False).kid == pytest.approx(expected.kid, rel=1e-9)
     assert sum(seen) == 12 + 6  # the network sees no more of the reference than is needed
     both = measure(samples, folder, metrics=("fid", "kid"), progress=False)
