@@ -230,6 +230,8 @@ class FidSettings:
         self.metrics = parse_metrics(self.metrics)
         if (self.samples is None) == (self.checkpoint is None):
             raise InputError("give either --samples (images that exist) or --checkpoint (a snapshot to draw from)")
+        if self.reference is None and self.metrics != ["isc"]:
+            raise InputError(f"--metrics {' '.join(self.metrics)} compares with real images; give --reference")
         if self.checkpoint is None:
             for name in ("save_npz", "save_png", "work_dir"):
                 if getattr(self, name) is not None:

@@ -15,7 +15,7 @@ from d_emo.evaluation.statistics import FeatureStatistics
 SPLITS, SPLIT_SEED = 10, 2020  # of the Inception Score: torch-fidelity's
 NEIGHBOURS = 3  # whose distance is the radius around an image in precision and recall: ADM's and torch-fidelity's
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID: torch-fidelity's
-DISTANCES_AT_ONCE = 1 << 26  # in precision and recall: 256 MiB, whatever the number of images
+DISTANCES_AT_ONCE = 1 << 24  # in precision and recall: 64 MiB, whatever the number of images
 
 
 class InceptionScore:
