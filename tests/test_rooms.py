@@ -19,6 +19,9 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "stored"],
     "training": ["stop", "guard", "optimizer", "watch", "loop", "denoiser", "classifier", "vae"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
+    "evaluation": [
+        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
+    ],
 }
 
 
