@@ -71,6 +71,6 @@ def test_only_the_training_loop_and_its_watch_use_accelerate():
     assert users == {"loop.py", "watch.py"}
 
 
-def test_only_the_encoding_script_asks_accelerate_for_its_rank():
+def test_only_scripts_that_share_work_ask_accelerate_for_their_rank():
     users = {file.name for file in (PACKAGE.parent / "scripts").glob("*.py") if imported(file, "accelerate")}
-    assert users == {"encode_latents.py"}
+    assert users == {"encode_latents.py", "fid.py"}
