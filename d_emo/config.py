@@ -289,6 +289,8 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options["type"] = options["type"].__args__[0]
         else:
             options["required"] = True
+        if hints[each.name] is bool:  # --flag alone means --flag true
+            options["nargs"], options["const"] = "?", True
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
