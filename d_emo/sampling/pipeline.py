@@ -29,7 +29,7 @@ class DEMOPipeline(DiffusionPipeline):
         transformer: The denoiser.
         scheduler: From :func:`make_scheduler`, or any of diffusers' that fits the denoiser's objective.
         vae: None where the latents are pixels.
-        id2label: Class names by id.
+        id2label: Class names by id (a string, as JSON has it).
         label_dropout: Of the training; without any there is no guidance.
     """
 
@@ -39,14 +39,13 @@ class DEMOPipeline(DiffusionPipeline):
 
     def __init__(
         self, transformer: Denoiser, scheduler: Any, vae: AutoencoderKL | None = None,
-        id2label: dict[int | str, str] | None = None, label_dropout: float = 0.1,
+        id2label: dict[str, str] | None = None, label_dropout: float = 0.1,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = id2label or {label: str(label) for label in range(transformer.config.num_classes)}
-        self.register_to_config(
-            id2label={str(label): name for label, name in names.items()}, label_dropout=label_dropout
-        )
+        names = {str(label): name for label, name in names.items()}
+        self.register_to_config(id2label=names, label_dropout=label_dropout)
 
     @classmethod
     def from_snapshot(cls, snapshot: str | Path | DenoiserSnapshot, scheduler: str | None = None) -> DEMOPipeline:
@@ -55,7 +54,8 @@ class DEMOPipeline(DiffusionPipeline):
             snapshot = load_denoiser(snapshot)
         return cls(
             transformer=snapshot.model, scheduler=make_scheduler(scheduler, snapshot.scheduler_config),
-            vae=getattr(load_codec(snapshot.codec), "vae", None), id2label=dict(enumerate(snapshot.class_names)),
+            vae=getattr(load_codec(snapshot.codec), "vae", None),
+            id2label={str(label): name for label, name in enumerate(snapshot.class_names)},
             label_dropout=snapshot.label_dropout,
         )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
 
 from d_emo.config import InputError
 from d_emo.data import to_uint8
@@ -50,7 +51,7 @@ class Guidance:
 
 def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Denoiser:
     """Make a denoiser fast for sampling, in place: batch norms folded, cast, compiled. It cannot be saved any more."""
-    denoiser = fold_batch_norms(denoiser.eval()).to(dtype)
+    nn.Module.to(fold_batch_norms(denoiser.eval()), dtype)  # diffusers' own would warn of what the model sees to itself
     if compile:
         denoiser.compile()
     return denoiser
