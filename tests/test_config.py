@@ -82,11 +82,6 @@ def test_unknown_yaml_keys_are_refused(tmp_path):
         parse_settings(TrainSettings, "", ["--config", str(tmp_path / "x.yaml")])
 
 
-def test_switches_need_no_value():
-    settings = parse_settings(TrainSettings, "", ["--unconditional", "--compile", "--skip-corrupt", "false"])
-    assert (settings.unconditional, settings.compile, settings.skip_corrupt) == (True, True, False)
-    assert parse_settings(TrainSettings, "", []).unconditional is False
-
 
 def test_class_flag_takes_several_names():
     assert parse_settings(SampleSettings, "", ["--class", "207", "red circle"]).classes == ["207", "red circle"]
