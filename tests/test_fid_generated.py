@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.nn.init.normal_(parameter, 0, 0.05)
     scheduler = DDPMScheduler(clip_sample=False, variance_type="learned_range")
     checkpoint.save_denoiser(
-        folder / "snap", denoiser.eval(), scheduler=scheduler, meta=META, settings=TrainSettings(), card=""
+        folder / "snap", denoiser.eval(), scheduler=scheduler, meta=META, settings=TrainSettings()
     )
     options = {"num_classes": 10, "depths": [1, 1, 1, 1], "window_size": 1}
     classifier = create_model("emov2_1m", **options).eval()
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.nn.init.ones_(parameter)  # as layer scales start, all features are the same
     meta = {"class_names": META["class_names"], "image_size": 32, "step": 1, "weights": "ema"}
     meta["model"] = {"name": "emov2_1m", **options}
-    checkpoint.save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings(), card="")
+    checkpoint.save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings())
     load_script("make_reference").main([
         "--output", str(folder / "ref.npz"), "--dataset", "digits", "--image-size", "8", "--num-images", "90",
         "--kept-images", "30", "--features", f"emov2:{folder / 'judge'}",
