@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation"]
 INSIDE = {
     "models": [
-        "layers", "attention", "blocks", "denoiser", "backbone", "counting", "registry", "released", "table",
+        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released", "table",
         "timm_registry",
     ],
     "data": ["images", "shapes", "digits", "folder", "sampler"],

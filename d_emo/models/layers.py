@@ -87,16 +87,22 @@ class LocalConv(nn.Module):
         dim: channels.
         kernel_size: odd side length of the kernel.
         stride: 1, or 2 to halve the map (rounding up).
+        dilation: distance between the taps of the kernel.
         norm: norm after the convolution; the papers use batch norm.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C).
     """
 
-    def __init__(self, dim: int, *, kernel_size: int, stride: int = 1, norm: NormKind = "batch") -> None:
+    def __init__(
+        self, dim: int, *, kernel_size: int, stride: int = 1, dilation: int = 1, norm: NormKind = "batch"
+    ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd and positive, so that it has a centre, got {kernel_size!r}.")
-        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False)
+        if not isinstance(dilation, int) or dilation < 1:
+            raise InputError(f"dilation must be a positive integer, got {dilation!r}.")
+        padding = dilation * (kernel_size // 2)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, padding, dilation, groups=dim, bias=False)
         self.norm = make_norm(norm, dim)
         self.act = nn.SiLU()
 
@@ -112,8 +118,8 @@ class LocalConv(nn.Module):
         bn, conv = self.norm.bn, self.conv
         factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
         folded = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
-            device=conv.weight.device, dtype=conv.weight.dtype,
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
         folded.weight.copy_(conv.weight * factor[:, None, None, None])
         folded.bias.copy_(bn.bias - bn.running_mean * factor)
