@@ -149,6 +149,12 @@ def test_timm_builds_classifiers_and_feature_pyramids():
         ({"dims": (8, 8, 0, 16)}, "dims.*four positive"),
         ({"head_dims": (4, 4, 5, 8)}, "Width 12 of stage 3.*head width 5"),
         ({"kernel_sizes": (4, 3, 3, 3)}, "kernel_size.*odd.*4"),
+        ({"img_size": 31}, "img_size.*32 px.*31"),
+        ({"drop_rate": 1.0}, "drop_rate.*1.0"),
+        ({"global_pool": "max"}, "'max'"),
+        ({"norms": ("batch", "layer")}, "norms.*four"),
+        ({"attention_stages": (0, 1)}, "attention_stages.*1 to 4"),
+        ({"attention_mode": "wide"}, "'wide'"),
     ],
 )
 def test_impossible_settings_are_named(settings, words):

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation"]
 INSIDE = {
     "models": [
-        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released", "table",
-        "timm_registry",
+        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
+        "ablations", "table", "timm_registry",
     ],
     "data": ["images", "shapes", "digits", "folder", "sampler"],
 }
