@@ -192,6 +192,15 @@ class JudgeSettings:
 
 
 @dataclass(kw_only=True)
+class ConvertSettings:
+    """Settings of ``scripts/convert_weights.py``."""
+
+    source: str = setting(help="a released .pth file, or a snapshot folder of a classifier", flag="IN")
+    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT")
+    model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
+
+
+@dataclass(kw_only=True)
 class FidSettings:
     """Settings of ``scripts/fid.py``."""
 
@@ -226,7 +235,11 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
         else:
             options["required"] = True
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
-        parser.add_argument(flag, dest=each.name, **options)
+        if flag.isupper():  # the word for a positional argument in --help
+            options.pop("required", None)
+            parser.add_argument(each.name, metavar=flag, **options)
+        else:
+            parser.add_argument(flag, dest=each.name, **options)
     try:
         values = parser.parse_args(argv)
     except ArgumentError as error:

@@ -10,7 +10,7 @@ ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint"
 INSIDE = {
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
-        "ablations", "table", "timm_registry",
+        "ablations", "table", "timm_registry", "convert",
     ],
     "data": ["images", "shapes", "digits", "folder", "sampler"],
 }

@@ -126,7 +126,7 @@ def test_scales_and_biases_do_not_decay():
     ("img_size", "window"),
     [
         (224, 7), (256, 8), (512, 8), (448, 7), (384, 6), (288, 7), (64, 2), (32, 2), (96, 3), ((256, 512), 8),
-        ((224, 256), 7),
+        ((224, 256), 7), (1792, 8),
     ],
 )  # fmt: skip
 def test_the_window_follows_the_image_size(img_size, window):
