@@ -127,27 +127,73 @@ class TrainSettings(DataSettings, RunSettings):
 
 @dataclass(kw_only=True)
 class ClassifierSettings(DataSettings, RunSettings):
-    """Settings of ``scripts/train_classifier.py``."""
+    """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     model: str = setting("emov2_1m", "a classifier name of list_models()")
     model_options: dict[str, Any] | None = setting(
-        None, "changes to the named model; images below 224 px want a smaller window, e.g. '{window_size: 2}' at 64 px"
+        None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
-    image_size: int = setting(224, "side of the (centre-cropped) images in pixels")
-    learning_rate: float = setting(1.5e-3, "peak learning rate of AdamW")
+    val_dir: str | None = setting(
+        None, "folder of images to measure accuracy on, laid out as --data-dir. Default: --data-dir has train and val"
+    )
+    image_size: int = setting(224, "side of the images in pixels")
+    batch_size: int = setting(2048, "images per step over all processes (global)")
+    learning_rate: float = setting(6e-3, "peak learning rate of AdamW")
     weight_decay: float = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after the warm-up")
-    warmup_steps: int = setting(500, "steps of linear warm-up")
-    max_steps: int = setting(20_000, "optimizer steps of the whole run")
+    epochs: float | None = setting(None, "passes over the data; sets --max-steps, and --warmup-steps by warmup_epochs")
+    warmup_epochs: float = setting(20, "with --epochs: passes of linear warm-up, at most a tenth of them all")
+    warmup_steps: int = setting(12_511, "steps of linear warm-up; 20 epochs of ImageNet")
+    max_steps: int = setting(187_670, "optimizer steps of the whole run; 300 epochs of ImageNet")
+    snapshot_every: int = setting(12_511, "steps between snapshots, each with its accuracy; the last step has one")
     grad_clip: float | None = setting(5.0, "largest gradient norm")
     ema_decay: float = setting(0.9998, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy")
     shift: float = setting(0.0, "random translation of the training images, as a share of their side")
+    rand_augment: str | None = setting(
+        None, "timm's name of a RandAugment policy for --data-dir, or none. Default: rand-m9-mstd0.5-inc1, the paper's"
+    )
+    crop_scale: list[float] = setting([0.08, 1.0], "shares of an image's area that random crops of --data-dir have")
+    crop_share: float = setting(0.875, "when measuring: side of the centre crop over the image's shorter side")
+    teacher: str | None = setting(
+        None, "distillation: a timm model, a folder made by convert_weights.py, or a snapshot of a classifier"
+    )
+    teacher_weights: str | None = setting(None, "weights file of a timm teacher. Default: timm's pretrained ones")
+    distill_weight: float = setting(5.0, "weight of the teacher's soft logits beside the labels")
+    distill_tau: float = setting(1.0, "temperature of the soft logits")
 
     def __post_init__(self):
         super().__post_init__()
         self.output_dir = self.output_dir or self.run_folder(self.model)
+        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise InputError(f"--crop-scale must be two rising shares in (0, 1], not {self.crop_scale}")
+        for name in ("distill_tau", "crop_share", "epochs"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.crop_share > 1:
+            raise InputError(f"--crop-share must be at most 1, not {self.crop_share}")
+        if self.rand_augment is None:
+            self.rand_augment = "none" if self.data_dir is None else "rand-m9-mstd0.5-inc1"
+
+
+@dataclass(kw_only=True)
+class EvaluateClassifierSettings:
+    """Settings of ``scripts/evaluate_classifier.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL"
+    )
+    data_dir: str | None = setting(None, "folder with one sub-folder of images per class. Default: built-in data")
+    dataset: Literal["shapes", "digits"] | None = setting(
+        None, "held-out images of a built-in data set. Default: that of the snapshot"
+    )
+    image_size: int | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
+    crop_share: float = setting(0.875, "side of the centre crop over the image's shorter side")
+    num_images: int | None = setting(None, "measure on so many images. Default: a folder's all, else at most 2,000")
+    batch_size: int = setting(64, "images per forward pass")
+    num_workers: int = setting(0, "data loading processes")
+    output: str | None = setting(None, "JSON file to write the result to")
 
 
 @dataclass(kw_only=True)

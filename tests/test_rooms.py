@@ -12,7 +12,7 @@ INSIDE = {
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "sampler"],
+    "data": ["images", "shapes", "digits", "folder", "augmented", "sampler"],
 }
 
 

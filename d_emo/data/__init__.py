@@ -7,6 +7,7 @@ carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirror
 from __future__ import annotations
 
 from d_emo.config import InputError
+from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.images import ClassImages, load_uint8, to_uint8
@@ -14,6 +15,7 @@ from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 
 __all__ = [
+    "AugmentedFolder", "CentreCroppedFolder",
     "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "ImageFolder", "Shapes1000",
     "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "to_uint8",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,8 +31,15 @@ def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
     return image.crop((left, top, left + image_size, top + image_size))
 
 
-def load_image(path: Path, image_size: int) -> torch.Tensor:
-    """Read and centre-crop one image file.
+def load_image(
+    path: Path, image_size: int, crop: Callable[[Image.Image, int], Image.Image] = centre_crop
+) -> torch.Tensor:
+    """Read and crop one image file.
+
+    Args:
+        path: The file.
+        image_size: Side in pixels.
+        crop: Makes a square image out of (RGB image, side).
 
     Returns:
         float32 in [-1, 1]. Shape: (3, image_size, image_size).
@@ -42,7 +50,7 @@ def load_image(path: Path, image_size: int) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            return to_tensor(centre_crop(image.convert("RGB"), image_size))
+            return to_tensor(crop(image.convert("RGB"), image_size))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -89,11 +97,16 @@ class ImageFolder(ClassImages):
     def label(self, index: int) -> int:
         return self.labels[index]
 
+    def crop(self, image: Image.Image, index: int) -> Image.Image:
+        """The square part of image ``index`` that is used."""
+        return centre_crop(image, self.image_size)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         for offset in range(len(self.files)):
             at = (index + offset) % len(self.files)
             try:
-                return load_image(self.files[at], self.image_size), self.labels[at]
+                image = load_image(self.files[at], self.image_size, lambda image, size: self.crop(image, index))
+                return image, self.labels[at]
             except InputError:
                 if not self.skip_corrupt:
                     raise
