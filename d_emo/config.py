@@ -238,6 +238,33 @@ class JudgeSettings:
 
 
 @dataclass(kw_only=True)
+class ExplainSettings:
+    """Settings of ``scripts/explain.py``."""
+
+    image: str = setting(help="image file to look at", flag="IMAGE")
+    model: str = setting(
+        help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
+        "name of list_models() with random weights"
+    )
+    label: int | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
+    image_size: int | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Settings of ``scripts/export.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL"
+    )
+    output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
+    image_size: int | None = setting(None, "side of a classifier's images in pixels. Default: the classifier's")
+    tolerance: float = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+
+
+@dataclass(kw_only=True)
 class ConvertSettings:
     """Settings of ``scripts/convert_weights.py``."""
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
-ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation"]
+ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation",
+         "explain", "export"]
 INSIDE = {
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, pair
+from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -217,6 +217,11 @@ class EMO(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's grouping of parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)|^norm"}
+
+    def fuse(self) -> EMO:
+        """Fold batch norms and LayerScales into their neighbours, in place, for inference in eval mode."""
+        fold_batch_norms(self)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training; batch-norm statistics are still updated once per step."""

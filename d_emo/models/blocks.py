@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
-from d_emo.models.layers import NORM_EPS, LayerScale, LocalConv, NormKind, make_norm, modulate
+from d_emo.models.layers import NORM_EPS, ChannelsLastBatchNorm, LayerScale, LocalConv, NormKind, make_norm, modulate
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
@@ -188,6 +189,20 @@ class MetaMobileBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_scale(self.operator(self.norm(x)))  # (B, H', W', C_out)
         return x + self.drop_path(y) if self.residual else y
+
+    @torch.no_grad()
+    def fold_norm(self) -> None:
+        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it."""
+        expand, proj = self.operator.expand, self.operator.proj
+        # Attention pads with zeros between norm and expansion, so a norm before attention has to stay.
+        if isinstance(self.norm, ChannelsLastBatchNorm) and isinstance(expand, nn.Sequential):
+            factor, offset = self.norm.affine()
+            expand[0].bias.add_(expand[0].weight @ offset)
+            expand[0].weight.mul_(factor)
+            self.norm = nn.Identity()
+        if isinstance(self.layer_scale, LayerScale):
+            proj.weight.mul_(self.layer_scale.gamma[:, None])
+            self.layer_scale = nn.Identity()
 
 
 MOBILE_BLOCKS: dict[str, dict[str, Any]] = {

@@ -46,6 +46,11 @@ class ChannelsLastBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """What the norm does in eval mode: ``x * factor + offset``. Shape: -> 2 x (C,)."""
+        factor = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        return factor, self.bn.bias - self.bn.running_mean * factor
+
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
     """The norm called ``kind`` for channels-last maps of ``dim`` channels."""
@@ -111,24 +116,23 @@ class LocalConv(nn.Module):
         return self.act(self.norm(x))
 
     @torch.no_grad()
-    def fold_norm(self) -> bool:
-        """Absorb the batch norm's running statistics into the convolution; True if there was something to fold."""
+    def fold_norm(self) -> None:
+        """Absorb the batch norm's running statistics into the convolution, if it has one."""
         if not isinstance(self.norm, ChannelsLastBatchNorm):
-            return False
-        bn, conv = self.norm.bn, self.conv
-        factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+            return
+        conv = self.conv
+        factor, offset = self.norm.affine()
         folded = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
         folded.weight.copy_(conv.weight * factor[:, None, None, None])
-        folded.bias.copy_(bn.bias - bn.running_mean * factor)
+        folded.bias.copy_(offset)
         self.conv, self.norm = folded, nn.Identity()
-        return True
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Fold every depthwise convolution's batch norm into its weights, in place, for faster sampling.
+    """Fold batch norms into the convolutions and linear layers beside them, in place, for inference.
 
     In eval mode a batch norm is an affine map, so the output is unchanged up to rounding. The model can no longer be
     trained or saved as before: fold a copy, or fold last.
@@ -138,8 +142,8 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     """
     if model.training:
         raise InputError("fold_batch_norms needs a model in eval mode; call model.eval() first.")
-    for module in model.modules():
-        if isinstance(module, LocalConv):
+    for module in list(model.modules()):
+        if hasattr(module, "fold_norm"):
             module.fold_norm()
     return model.eval()
 

@@ -23,6 +23,15 @@ class ConvNorm(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
+    @torch.no_grad()
+    def fold_norm(self) -> None:
+        """Absorb the batch norm's running statistics into the convolution."""
+        if isinstance(self.norm, ChannelsLastBatchNorm):
+            factor, offset = self.norm.affine()
+            self.conv.weight.mul_(factor[:, None, None, None])
+            self.conv.bias.mul_(factor).add_(offset)
+            self.norm = nn.Identity()
+
 
 class SqueezeExcite(nn.Module):
     """Channel gates from the mean over positions, with no reduction.

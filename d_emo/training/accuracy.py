@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader, Subset
 from d_emo import checkpoint
 from d_emo.config import EvaluateClassifierSettings, InputError
 from d_emo.data import CentreCroppedFolder, ClassImages, open_dataset
+from d_emo.models import create_model
+from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
+from d_emo.models.registry import resolve_name
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.training.teacher import normalized
 
@@ -68,12 +71,17 @@ class Classifier:
 
 
 def open_classifier(source: str) -> Classifier:
-    """A snapshot or run folder of ours, a released EMOv1 or EMOv2 file, or a folder in timm's layout.
+    """A snapshot or run folder of ours, a released file, a folder in timm's layout, or a name (with random weights).
 
     Raises:
         InputError: if it is none of them, or damaged.
     """
     path = Path(source)
+    if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
+        if resolve_name(source) not in BACKBONES:
+            raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
+        torch.manual_seed(0)
+        return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
         snapshot = checkpoint.load_classifier(path)
         built_in = snapshot.meta.get("data")
