@@ -79,6 +79,17 @@ def test_every_epoch_sees_another_crop_and_another_policy(photos):
     assert plain.shape[1:] == (3, 32, 32) and not torch.equal(plain, served(augmented(photos), 0, 3, 0))
 
 
+def test_every_operation_runs_at_every_strength(photos):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    dataset, seen = augmented(photos), set()
+    for op in dataset.policy.ops:
+        seen.add(op.name)
+        op.prob, op.magnitude_std = 1.0, 0.0
+        for op.magnitude in range(11):
+            assert op(image).size == (32, 32)
+    assert {"PosterizeIncreasing", "Rotate", "SolarizeIncreasing"} <= seen
+
+
 def test_centre_crop_keeps_the_share_of_the_shorter_side(photos):
     image = np.zeros((100, 200, 3), dtype=np.uint8)
     image[6:94, 56:144] = 255  # 88 px of 100: a crop of 7/8, give or take a pixel

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from d_emo.config import InputError
 from d_emo.data.folder import ImageFolder
@@ -29,6 +29,13 @@ def seeded(*seed: int) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep ``bits`` bits of every channel. The strongest setting keeps none, which newer versions of Pillow refuse."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits) if bits < 8 else image
 
 
 class AugmentedFolder(ImageFolder):
@@ -68,6 +75,9 @@ class AugmentedFolder(ImageFolder):
                 raise InputError(
                     f"timm knows no RandAugment policy {rand_augment!r}; the paper's is 'rand-m9-mstd0.5-inc1'"
                 ) from error
+            for op in self.policy.ops:
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = posterize
 
     def crop(self, image: Image.Image, index: int) -> Image.Image:
         with seeded(self.seed, getattr(index, "epoch", 0), int(index)):

@@ -49,12 +49,13 @@ def load_image(
     """
     try:
         with Image.open(path) as image:
-            image.load()
-            return to_tensor(crop(image.convert("RGB"), image_size))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+            image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read the image {path} ({error}); repair it or use --skip-corrupt") from None
+    try:
+        return to_tensor(crop(image, image_size))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 class ImageFolder(ClassImages):

@@ -13,13 +13,10 @@ class EpochIndex(int):
 
     epoch: int
 
-    def __new__(cls, index: int, epoch: int) -> EpochIndex:
+    def __new__(cls, index: int, epoch: int = 0) -> EpochIndex:
         made = super().__new__(cls, index)
         made.epoch = epoch
         return made
-
-    def __getnewargs__(self) -> tuple[int, int]:  # on its way to a data worker
-        return int(self), self.epoch
 
 
 class StepSampler(Sampler[list[int]]):
