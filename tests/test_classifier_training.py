@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 import runpy
@@ -18,7 +19,7 @@ from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
-from d_emo.training.accuracy import measure_accuracy
+from d_emo.training.accuracy import Accuracy, measure_accuracy
 from d_emo.training.classifier import ClassifierTask, augment
 from d_emo.training.teacher import Normalized, distillation_loss
 
@@ -111,6 +112,15 @@ def test_classifier_training_resumes_exactly_and_reports_both_weights(tmp_path, 
     assert meta["accuracy"].keys() == {"ema", "raw"} and meta["accuracy"]["ema"]["images"] == 6
     card = (parts / "README.md").read_text()
     assert "EMA weights: top-1" in card and "Raw weights: top-1" in card and "100.00% of 6 images" in card
+
+
+def test_a_snapshot_tells_raw_from_averaged_weights(tmp_path, photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos)}))
+    task.measure = lambda model: Accuracy(0.25 if model is task.model else 0.75, 1.0, 6)
+    task.save_snapshot(tmp_path / "snapshot", copy.deepcopy(task.model), step=1, minutes=0)
+    meta = checkpoint.load_classifier(tmp_path / "snapshot").meta
+    assert {weights: each["top1"] for weights, each in meta["accuracy"].items()} == {"ema": 0.75, "raw": 0.25}
+    assert meta["held_out_accuracy"] == 0.75
 
 
 def test_accuracy_counts_the_first_and_the_first_five():
