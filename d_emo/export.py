@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from d_emo import checkpoint
 from d_emo.config import InputError
 from d_emo.models import Denoiser, create_model
+from d_emo.models.attention import PARTITIONS, FarPartition, WindowAttention
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.layers import fold_batch_norms
 from d_emo.training.accuracy import open_classifier
@@ -154,17 +157,54 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
     """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back."""
     import coremltools
 
-    inputs = network.example(1)
+    module = copy.deepcopy(network.module)
+    for attention in module.modules():
+        if isinstance(attention, WindowAttention):
+            attention.attend = functools.partial(attend_in_low_rank, attention)
     with torch.no_grad():
-        graph = torch.jit.trace(network.module, inputs)
-    types = [coremltools.TensorType(name, x.shape) for name, x in zip(network.input_names, inputs, strict=True)]
-    converted = coremltools.convert(
-        graph, inputs=types, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS16,
-        compute_precision=coremltools.precision.FLOAT32,
-    )  # fmt: skip
+        graph = torch.export.export(module, network.example(1)).run_decompositions({})
+    try:
+        converted = coremltools.convert(
+            graph, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17,
+            compute_precision=coremltools.precision.FLOAT32,
+        )
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"Core ML cannot express this network ({type(error).__name__}: {reason})") from error
     converted.save(str(path))
     coremltools.models.MLModel(str(path), skip_model_load=True)
     return None
+
+
+def gather(x: Tensor, groups: tuple[int, int]) -> Tensor:
+    """Reorder a map so that the tokens of a strided window lie side by side; with the other strides it is undone.
+
+    Shape: (B, H, W, C) -> same.
+    """
+    (h, w), (batch, height, width, dim) = groups, x.shape
+    x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
+    return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
+
+
+def attend_in_low_rank(attention: WindowAttention, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    """`WindowAttention.attend` with tensors of at most four axes, as Core ML wants them; the same result.
+
+    Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+    """
+    (h, w), (batch, height, width, _) = attention.window, q.shape
+    n, m = height // h, width // w
+    total = torch.zeros_like(value)
+    for partition in PARTITIONS[attention.mode]:
+        far = partition is FarPartition
+        heads = []
+        for x in (q, k, value):
+            x = gather(x, (h, w)) if far else x
+            x = x.reshape(batch * n, h, m, -1).transpose(1, 2)  # (B n, m, h, w C)
+            heads.append(x.reshape(batch * n * m, h * w, attention.num_heads, -1).transpose(1, 2))
+        mixed = functional.scaled_dot_product_attention(*heads).transpose(1, 2)  # (B n m, h w, heads, head width)
+        mixed = mixed.reshape(batch * n, m, h, -1).transpose(1, 2).reshape(batch, height, width, -1)
+        total = total + (gather(mixed, (n, m)) if far else mixed)
+    return total
 
 
 def open_portable(source: str, image_size: int | None = None) -> tuple[str, Portable]:

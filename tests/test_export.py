@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from d_emo.config import InputError
-from d_emo.export import export, portable_classifier, portable_denoiser
+from d_emo.export import attend_in_low_rank, export, portable_classifier, portable_denoiser
 from d_emo.models import create_model
+from d_emo.models.attention import WindowAttention
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +46,13 @@ def test_exported_networks_agree_with_pytorch_at_any_batch_size(kind, ending, tm
         example = network.example(2)
         own = model.eval()(*example) if kind == "classifier" else model(*example).sample
         torch.testing.assert_close(network.module(*example), own, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["near", "far", "spanning"])
+def test_attention_of_low_rank_is_the_same(mode):
+    attention = WindowAttention(8, 24, num_heads=2, window_size=(2, 3), mode=mode)
+    q, k, value = torch.randn(2, 8, 9, 8), torch.randn(2, 8, 9, 8), torch.randn(2, 8, 9, 24)
+    torch.testing.assert_close(attend_in_low_rank(attention, q, k, value), attention.attend(q, k, value))
 
 
 @pytest.mark.slow
