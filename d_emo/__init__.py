@@ -9,12 +9,12 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 
 __version__ = "0.1.0"
-__all__ = ["Denoiser", "EMO", "create_model", "list_models"]
+__all__ = ["DEMOPipeline", "Denoiser", "EMO", "create_model", "list_models"]
 
 
 def __getattr__(name: str):
     if name in __all__:
-        return getattr(import_module("d_emo.models"), name)
+        return getattr(import_module("d_emo.sampling.pipeline" if name == "DEMOPipeline" else "d_emo.models"), name)
     raise AttributeError(f"module 'd_emo' has no attribute {name!r}")
 
 

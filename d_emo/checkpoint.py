@@ -8,7 +8,9 @@ is a folder with ``state.pt`` and a manifest with its checksum. Both are written
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
+from d_emo.card import write_card
 from d_emo.config import InputError, write_yaml
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, Denoiser, create_model
+from d_emo.objective import objective_of
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
 _META, _MANIFEST = "snapshot.json", "manifest.json"
@@ -40,6 +46,16 @@ class DenoiserSnapshot:
     image_size: int
     meta: dict[str, Any]
 
+    @property
+    def objective(self) -> str:
+        """What it was trained for: "eps" or "flow"."""
+        return objective_of(self.scheduler_config)
+
+    @property
+    def label_dropout(self) -> float:
+        """Share of labels that were replaced by the null class; without any there is nothing to guide with."""
+        return self.meta.get("label_dropout", 0.1)
+
 
 @dataclass
 class ClassifierSnapshot:
@@ -56,25 +72,25 @@ class ClassifierSnapshot:
 
 
 def save_denoiser(
-    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any, card: str
+    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any
 ) -> None:
     """Write a denoiser's snapshot; ``meta`` must name codec, class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
-        _write_meta(temporary, "denoiser", meta, settings, card)
+        _write_meta(temporary, "denoiser", meta, settings)
 
     write_folder(folder, write)
 
 
-def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any, card: str) -> None:
+def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any) -> None:
     """Write a classifier's snapshot; ``meta`` must name class_names, image_size, step and weights."""
 
     def write(temporary: Path) -> None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()},
                   temporary / "model.safetensors")
-        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings, card)
+        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings)
 
     write_folder(folder, write)
 
@@ -93,6 +109,56 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         raise _damaged(path, error) from None
     return DenoiserSnapshot(path, model.eval(), scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
+
+
+def start_from(path: str | Path, model: Denoiser, *, class_names: list[str], objective: str) -> str:
+    """Copy a snapshot's weights into a new model for fine-tuning.
+
+    Classes and latent size may be others: the label table keeps the rows of classes with the same name and the null
+    row, and the position embedding stays the new model's. All else must be alike.
+
+    Args:
+        path: Snapshot folder, or a run folder for its newest one.
+        model: Freshly built; changed in place.
+        class_names: Of the new model.
+        objective: Of the new run.
+
+    Returns:
+        What was taken, in a sentence.
+
+    Raises:
+        InputError: No such snapshot, or one that does not fit; names what differs.
+    """
+    old = load_denoiser(path)
+    if old.objective != objective:
+        raise InputError(f"the snapshot {old.path} was trained with --objective {old.objective}, not {objective}")
+    theirs, mine = old.model.config, model.config
+    if theirs.in_channels != mine.in_channels:
+        raise InputError(
+            f"the snapshot {old.path} denoises latents of {theirs.in_channels} channels (codec {old.codec}), but the "
+            f"codec of this run has {mine.in_channels}; choose --vae {old.codec} or one with as many channels"
+        )
+    free = ("num_classes", "sample_size", "window_size")
+    parts = inspect.signature(Denoiser.__init__).parameters.keys() - {"self", *free}
+    differ = [f"{key} is {theirs[key]} there, {mine[key]} here" for key in sorted(parts) if theirs[key] != mine[key]]
+    if differ:
+        raise InputError(
+            f"the snapshot {old.path} is of another model ({'; '.join(differ)}); give the --model and --model-options "
+            "in its config.yaml"
+        )
+    state, fresh, known = old.model.state_dict(), model.state_dict(), 0
+    table = fresh["y_embedder.embedding_table.weight"].clone()
+    rows = state["y_embedder.embedding_table.weight"]
+    table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
+    if len(class_names) == 1:
+        table[0] = null
+    for label, name in enumerate(class_names):
+        if name in old.class_names:
+            table[label] = rows[old.class_names.index(name)]
+            known += 1
+    model.load_state_dict({**state, "y_embedder.embedding_table.weight": table, "pos_embed": fresh["pos_embed"]})
+    step = old.meta["step"]
+    return f"Weights from {old.path} (step {step:,}), which knows {known} of the {len(class_names)} classes by name."
 
 
 def load_classifier(path: str | Path) -> ClassifierSnapshot:
@@ -156,10 +222,10 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"the snapshot {path} is damaged or incomplete ({type(error).__name__}: {reason})")
 
 
-def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any, card: str) -> None:
+def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
     (folder / _META).write_text(json.dumps({"format": 1, "kind": kind, **meta}, indent=1) + "\n")
     write_yaml(settings, folder / "config.yaml")
-    (folder / "README.md").write_text(card)
+    write_card(folder)
 
 
 # ---- training states -------------------------------------------------------------------------------------------------
@@ -180,14 +246,43 @@ def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2)
     return folder
 
 
-def find_state(states: Path) -> Path | None:
-    """The newest complete state of a run, or None; a damaged one is named and passed over."""
+def find_state(states: Path, *, say: Callable[[str], None] = print) -> Path | None:
+    """The newest complete state of a run, or None; a damaged one is named (by ``say``) and passed over."""
     for folder in sorted(states.glob("step-*"), key=step_of, reverse=True):
         problem = _state_problem(folder)
         if problem is None:
             return folder
-        print(f"passing over the training state {folder}: {problem}", flush=True)
+        say(f"passing over the training state {folder}: {problem}")
     return None
+
+
+def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer as a state keeps them, whole also where they are sharded (FSDP2); runs on all processes."""
+
+    def whole(value: Any) -> Any:
+        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+    return tree_map(whole, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@torch.no_grad()
+def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what :func:`gather_training` gave, sharded as the model is now.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: The state is that of another model.
+    """
+
+    def sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(like, DTensor) or value.shape != like.shape:
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+    now = model.state_dict()
+    model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
+    optimizer.load_state_dict(state["optimizer"])
+    for parameter, moments in optimizer.state.items():
+        moments.update({name: sharded(value, parameter) for name, value in moments.items()})
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
@@ -235,9 +330,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+        for file in (*temporary.rglob("*"), temporary):
+            _flush(file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the file system write a file, or a folder's list of names, to the disk, so that a power cut spares it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def trained_parameters(model: nn.Module) -> int:

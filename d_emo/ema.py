@@ -24,6 +24,11 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup, self.step = decay, warmup, 0
 
+    @property
+    def current_decay(self) -> float:
+        """Decay of the next update."""
+        return min(self.decay, (1 + self.step) / (10 + self.step)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average one step towards ``model``.
@@ -34,15 +39,15 @@ class EMA:
         mine, theirs = self.model.state_dict(), model.state_dict()
         if mine.keys() != theirs.keys():
             raise ValueError(f"the averaged model lacks or adds {sorted(mine.keys() ^ theirs.keys())}")
-        decay = min(self.decay, (1 + self.step) / (10 + self.step)) if self.warmup else self.decay
         averaged, sources = [], []
         for name, value in mine.items():
+            source = theirs[name].full_tensor() if hasattr(theirs[name], "full_tensor") else theirs[name]  # sharded
             if value.is_floating_point():
                 averaged.append(value)
-                sources.append(theirs[name].to(value))
+                sources.append(source.to(value))
             else:
-                value.copy_(theirs[name])
-        torch._foreach_lerp_(averaged, sources, 1 - decay)
+                value.copy_(source)
+        torch._foreach_lerp_(averaged, sources, 1 - self.current_decay)
         self.step += 1
 
     def state_dict(self) -> dict:

@@ -1,16 +1,23 @@
-"""Training objective of the denoiser; the only owner of label dropout.
+"""Training objectives of the denoiser, eps and flow; the only owner of label dropout.
 
 The eps objective is that of improved DDPM (Nichol and Dhariwal, 2021) as DiT uses it: mean squared error of the noise,
 plus the variational bound, in bits per dimension, for the variance alone (the mean is detached there).
+
+The flow objective is that of SiT (Ma et al., 2024) with the linear path: x_t = (1 - t) x_0 + t noise, t uniform in
+[0, 1], mean squared error of the velocity dx_t / dt = noise - x_0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
+
+from d_emo.config import InputError
 
 
 class Draws(NamedTuple):
@@ -21,7 +28,7 @@ class Draws(NamedTuple):
 
     noise: torch.Tensor  # (B, C, H, W)
     posterior_noise: torch.Tensor  # (B, C, H, W), for the draw of latents from the VAE's posterior
-    timesteps: torch.Tensor  # (B,) int64
+    timesteps: torch.Tensor  # (B,) as the denoiser sees them: int64 for eps, float32 for flow
     drop_label: torch.Tensor  # (B,) bool
     flip: torch.Tensor  # (B,) bool
 
@@ -29,26 +36,65 @@ class Draws(NamedTuple):
         return Draws(*(field[rows] for field in self._asdict().values()))
 
 
-class EpsObjective(nn.Module):
-    """Noise prediction with a learned variance between the two bounds of DDPM ("learned range").
+class Objective(nn.Module):
+    """What the objectives share: the draw of a step's randomness, label dropout, the split of the output.
 
     Args:
-        num_train_timesteps: Diffusion steps T.
-        beta_start: First beta of the linear schedule.
-        beta_end: Last beta.
-        label_dropout: Probability that a label becomes ``null_class``.
         null_class: Class id that means "no class".
-        learn_sigma: Whether the denoiser also predicts the variance; without it the loss is the error alone.
+        label_dropout: Probability that a label becomes ``null_class``.
+        learn_sigma: Whether the denoiser's output has a second half, for the variance.
+        num_train_timesteps: The largest timestep that the denoiser sees, T.
     """
 
     def __init__(
-        self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True,
-        num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
+        self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True, num_train_timesteps: int = 1000
     ):
         super().__init__()
         self.null_class, self.label_dropout, self.learn_sigma = null_class, label_dropout, learn_sigma
         self.num_train_timesteps = num_train_timesteps
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+
+    def noise_schedule(self) -> Any:
+        """The diffusers scheduler whose config tells sampling what the denoiser was trained for."""
+        raise NotImplementedError
+
+    def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> Draws:
+        """Draw one step's randomness on the generator's device."""
+        device, shape = generator.device, (batch_size, *latent_shape)
+        return Draws(
+            noise=torch.randn(shape, generator=generator, device=device),
+            posterior_noise=torch.randn(shape, generator=generator, device=device),
+            timesteps=self._draw_timesteps(generator, batch_size),
+            drop_label=torch.rand(batch_size, generator=generator, device=device) < self.label_dropout,
+            flip=torch.rand(batch_size, generator=generator, device=device) < 0.5,
+        )
+
+    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _predict(
+        self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here."""
+        labels = torch.where(draws.drop_label, self.null_class, labels)
+        output = denoiser(noisy, timestep=draws.timesteps, class_labels=labels).sample.float()
+        return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
+
+
+class EpsObjective(Objective):
+    """Noise prediction with a learned variance between the two bounds of DDPM ("learned range").
+
+    Without learned sigma the loss is the error of the noise alone.
+
+    Args:
+        beta_start: First beta of the linear schedule.
+        beta_end: Last beta.
+        options: See :class:`Objective`.
+    """
+
+    def __init__(self, *, beta_start: float = 1e-4, beta_end: float = 0.02, **options: Any):
+        super().__init__(**options)
+        self.beta_start, self.beta_end = beta_start, beta_end
+        betas = torch.linspace(beta_start, beta_end, self.num_train_timesteps, dtype=torch.float64)
         abar = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior = betas * (1 - before) / (1 - abar)
@@ -64,16 +110,15 @@ class EpsObjective(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
-    def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> Draws:
-        """Draw one step's randomness on the generator's device."""
-        device, shape = generator.device, (batch_size, *latent_shape)
-        return Draws(
-            noise=torch.randn(shape, generator=generator, device=device),
-            posterior_noise=torch.randn(shape, generator=generator, device=device),
-            timesteps=torch.randint(self.num_train_timesteps, (batch_size,), generator=generator, device=device),
-            drop_label=torch.rand(batch_size, generator=generator, device=device) < self.label_dropout,
-            flip=torch.rand(batch_size, generator=generator, device=device) < 0.5,
+    def noise_schedule(self) -> DDPMScheduler:
+        return DDPMScheduler(
+            num_train_timesteps=self.num_train_timesteps, beta_start=self.beta_start, beta_end=self.beta_end,
+            beta_schedule="linear", clip_sample=False, prediction_type="epsilon", timestep_spacing="linspace",
+            variance_type="learned_range" if self.learn_sigma else "fixed_large",
         )
+
+    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
+        return torch.randint(self.num_train_timesteps, (batch_size,), generator=generator, device=generator.device)
 
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
         """Loss of a batch.
@@ -82,13 +127,10 @@ class EpsObjective(nn.Module):
         """
         t, noise = draws.timesteps, draws.noise
         noisy = self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * noise
-        labels = torch.where(draws.drop_label, self.null_class, labels)
-        output = denoiser(noisy, timestep=t, class_labels=labels).sample.float()
-        if not self.learn_sigma:
-            mse = (output - noise).square().mean()
-            return {"loss": mse, "mse": mse.detach()}
-        predicted, variance = output.chunk(2, dim=1)
+        predicted, variance = self._predict(denoiser, noisy, labels, draws)
         mse = (predicted - noise).square().mean()
+        if variance is None:
+            return {"loss": mse, "mse": mse.detach()}
         vb = self._bound(latents, noisy, t, predicted.detach(), variance).mean()
         return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
 
@@ -110,6 +152,43 @@ class EpsObjective(nn.Module):
         divergence = 0.5 * (gap.exp() - 1 - gap + (true_mean - mean).square() * (-log_variance).exp())
         likelihood = discretised_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where((t == 0)[:, None, None, None], -likelihood, divergence) / math.log(2)
+
+
+class FlowObjective(Objective):
+    """Velocity prediction on the straight path between data (t = 0) and noise (t = 1).
+
+    The denoiser sees the timestep T t, a float in [0, T]: the unit of its sinusoidal features, and what diffusers'
+    flow-matching schedulers hand out. (SiT's code feeds t itself.) A denoiser with learned sigma keeps its 2 C output
+    channels, as SiT does: the first half is the velocity, the second is ignored and receives no gradient.
+    """
+
+    def noise_schedule(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
+
+    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
+        return torch.rand(batch_size, generator=generator, device=generator.device) * self.num_train_timesteps
+
+    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
+        """Loss of a batch. Shape: latents (B, C, H, W), labels (B,) -> scalars "loss" and "mse", which are equal."""
+        t = (draws.timesteps / self.num_train_timesteps)[:, None, None, None]
+        velocity, _ = self._predict(denoiser, (1 - t) * latents + t * draws.noise, labels, draws)
+        mse = (velocity - (draws.noise - latents)).square().mean()
+        return {"loss": mse, "mse": mse.detach()}
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"eps": EpsObjective, "flow": FlowObjective}
+
+
+def objective_of(scheduler_config: Mapping[str, Any]) -> str:
+    """The objective that a snapshot's noise schedule belongs to; diffusers' flow matching names no prediction type.
+
+    Raises:
+        InputError: It belongs to none of ours.
+    """
+    kind = scheduler_config.get("prediction_type", "flow")
+    if kind not in ("epsilon", "flow"):
+        raise InputError(f"a denoiser with prediction_type {kind!r} cannot be used; epsilon and flow matching can")
+    return "eps" if kind == "epsilon" else "flow"
 
 
 def discretised_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:

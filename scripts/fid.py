@@ -1,9 +1,14 @@
-"""Measure the FID between two sets of images: folders, or .npz files in ADM's layout."""
+"""Measure images against real ones: FID, sFID, Inception Score, precision and recall, KID.
+
+The images exist (--samples), or are drawn here from a snapshot (--checkpoint), by as many processes as
+`accelerate launch` starts. Features of drawn images are kept as they are made, so that the same command goes on where
+it stopped.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from d_emo.config import FidSettings, parse_settings, run_cli
 
@@ -11,12 +16,63 @@ from d_emo.config import FidSettings, parse_settings, run_cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Read arguments, measure, print."""
     settings = parse_settings(FidSettings, __doc__, argv)
-    from d_emo.evaluation import measure_fid  # after parsing, so that --help and typing errors need no torch
+    from accelerate import PartialState  # after parsing, so that --help and typing errors need no torch
 
-    result = measure_fid(**vars(settings))
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(result)
+    from d_emo.evaluation import Measurement
+
+    state = PartialState()
+    options = ("metrics", "features", "inception_weights", "batch_size", "output")
+    measurement = Measurement(
+        settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}
+    )
+    if settings.samples is None:
+        result = draw_and_measure(settings, measurement, state)
+    elif state.is_main_process:
+        result = measurement.of_images(settings.samples, num_images=settings.num_images)
+    if state.is_main_process:
+        for warning in result.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{result}\n\n{result.to_markdown()}")
+
+
+def draw_and_measure(settings: FidSettings, measurement, state):
+    """Draw from the snapshot; an image depends on its index and the settings only."""
+    import diffusers
+    import torch
+
+    import d_emo
+    from d_emo.checkpoint import load_denoiser
+    from d_emo.evaluation import Share, draw_labels, fingerprint
+    from d_emo.latents import load_codec
+    from d_emo.sampling import make_scheduler, sample_images
+
+    snapshot = load_denoiser(settings.checkpoint)
+    model, codec = snapshot.model.to(state.device), load_codec(snapshot.codec).to(state.device)
+    scheduler, classes = make_scheduler(settings.scheduler, snapshot.scheduler_config), len(snapshot.class_names)
+
+    def generate(first: int, end: int) -> Iterator[torch.Tensor]:
+        labels = draw_labels(settings.labels, range(first, end), seed=settings.seed, num_classes=classes)
+        return sample_images(
+            model, scheduler, codec, labels, [settings.seed + index for index in range(first, end)],
+            num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, batch_size=settings.batch_size,
+        )  # fmt: skip
+
+    chosen = ("scheduler", "steps", "guidance_scale", "seed", "labels")
+    sampling = {name: getattr(settings, name) for name in chosen}
+    sampling |= {"weights": snapshot.meta["weights"], "step": snapshot.meta["step"]}
+    identity = {
+        "denoiser": fingerprint(model, 64),
+        "codec": [snapshot.codec, fingerprint(codec.vae, 64) if hasattr(codec, "vae") else None],
+        "noise_schedule": snapshot.scheduler_config,
+        "classes": classes,
+        "versions": {"d_emo": d_emo.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    return measurement.of_generated(
+        generate, settings.num_images, image_size=(snapshot.image_size, snapshot.image_size), name=str(snapshot.path),
+        sampling=sampling, identity=identity, work_dir=settings.work_dir, save_npz=settings.save_npz,
+        save_png=settings.save_png,
+        share=Share(state.process_index, state.num_processes, state.wait_for_everyone),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

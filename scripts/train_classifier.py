@@ -5,12 +5,20 @@ from d_emo.config import ClassifierSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(ClassifierSettings, __doc__)
+    from d_emo.checkpoint import load_classifier
+    from d_emo.hub import prepare_push, push_snapshot
     from d_emo.training import fit
     from d_emo.training.classifier import ClassifierTask
 
+    prepare_push(settings.push_to_hub)
     snapshot = fit(ClassifierTask(settings), settings)
     if snapshot is not None:
-        print(f"snapshot  {snapshot}\n{(snapshot / 'README.md').read_text()}")
+        print(f"snapshot  {snapshot}")
+        accuracy = load_classifier(snapshot).meta.get("held_out_accuracy")
+        if accuracy is not None:
+            print(f"accuracy  {accuracy:.2%} on held-out images")
+        if settings.push_to_hub:
+            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from d_emo.config import TrainSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(TrainSettings, __doc__)
+    from d_emo.hub import prepare_push, push_snapshot
     from d_emo.sampling import preview_grid
     from d_emo.training import fit
     from d_emo.training.denoiser import DenoiserTask
 
+    prepare_push(settings.push_to_hub)
     task = DenoiserTask(settings)
     preview = partial(
         preview_grid, scheduler_config=task.scheduler.config, codec=task.codec, class_names=task.images.class_names,
@@ -22,6 +24,8 @@ def main() -> None:
     snapshot = fit(task, settings, preview=preview)
     if snapshot is not None:
         print(f"snapshot  {snapshot}\nsample it  python scripts/sample.py --checkpoint {snapshot} --class 0")
+        if settings.push_to_hub:
+            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
 
 
 if __name__ == "__main__":

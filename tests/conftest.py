@@ -18,3 +18,36 @@ def tiny_denoiser():
             if "adaLN" in name or "final_layer" in name:
                 parameter.normal_(0, 0.02)
     return model.eval()
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """Let every measurement use ColourFeatures, whatever features it is asked for."""
+    from evaluation_sets import ColourFeatures
+
+    from d_emo.evaluation import measurement
+
+    extractor = ColourFeatures()
+    monkeypatch.setattr(measurement, "create_extractor", lambda *args, **kwargs: extractor)
+    return extractor
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    """Weights file of a random Inception, He-initialised: with torch's own initialisation the features vanish."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args, **kwargs):
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    torch.manual_seed(0)
+    network = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    network.fc.weight.data.mul_(30)  # classes that differ, or every Inception Score is 1
+    torch.save(network.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"

@@ -12,7 +12,14 @@ from d_emo.models.blocks import (
     MobileOperator,
     mobile_block,
 )
-from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm, sincos_position_embedding
+from d_emo.models.layers import (
+    LocalConv,
+    checkpoint_block,
+    depthwise_conv2d,
+    fold_batch_norms,
+    make_norm,
+    sincos_position_embedding,
+)
 
 NAMES = {"qk": "expand.qk", "v": "expand.v", "local": "local.conv", "norm": "local.norm.bn", "proj": "proj"}
 MODES = {"near": ("near",), "far": ("far",), "spanning": ("near", "far")}
@@ -192,6 +199,20 @@ def test_arrangements_equal_their_formulas(arrangement):
     assert operator(u[:, :7, :9]).shape == (1, 7, 9, 8)
 
 
+@pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"stride": 2}])
+def test_local_convolution_is_the_same_with_gradients(options):
+    conv = LocalConv(6, kernel_size=3, norm="none", **options).double()
+    x = torch.randn(2, 9, 8, 6, dtype=torch.float64, requires_grad=True)
+    own = conv.conv
+    expected = nn.functional.silu(
+        nn.functional.conv2d(x.permute(0, 3, 1, 2), own.weight, None, own.stride, own.padding, own.dilation, 6)
+    ).permute(0, 2, 3, 1)
+    got, grad = conv(x), torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(y, (x, own.weight), grad) for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_dilation_spreads_the_kernel():
     conv = LocalConv(1, kernel_size=3, dilation=2, norm="none").eval()
     conv.act = nn.Identity()
@@ -212,3 +233,16 @@ def test_dilation_spreads_the_kernel():
 def test_impossible_blocks_are_named(options, words):
     with pytest.raises(InputError, match=words):
         mobile_block("i2rmb", 8, num_heads=2, **options)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 2)])
+def test_depthwise_convolution_equals_the_library_with_its_gradients(kernel_size, size):
+    x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 1, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.conv2d(x, weight, padding=kernel_size // 2, groups=6)
+    got = depthwise_conv2d(x, weight)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, (x, weight), grad) for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)

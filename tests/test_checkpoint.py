@@ -15,7 +15,7 @@ META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_
 def snapshot(tmp_path, tiny_denoiser):
     folder = tmp_path / "run" / "snapshots" / "step-5"
     checkpoint.save_denoiser(
-        folder, tiny_denoiser, scheduler=DDPMScheduler(), meta=META, settings=TrainSettings(), card="# a card\n"
+        folder, tiny_denoiser, scheduler=DDPMScheduler(), meta=META, settings=TrainSettings()
     )
     return folder
 
@@ -25,13 +25,13 @@ def test_denoiser_snapshot_round_trip(snapshot, tiny_denoiser):
     torch.testing.assert_close(loaded.model.state_dict(), tiny_denoiser.state_dict(), rtol=0, atol=0)
     assert not loaded.model.training
     assert (loaded.codec, loaded.image_size, loaded.class_names) == ("pixels", 8, META["class_names"])
-    assert (snapshot / "README.md").read_text() == "# a card\n"
+    assert (snapshot / "README.md").read_text().startswith("---\nlibrary_name: d-emo")
 
 
 def test_classifier_snapshot_round_trip(tmp_path):
     model = create_model("emov2_1m", num_classes=3).eval()
     meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b", "c"]}
-    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=TrainSettings(), card="")
+    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=TrainSettings())
     loaded = checkpoint.load_classifier(tmp_path / "c")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_run_folder_stands_for_its_newest_snapshot(snapshot, tiny_denoiser):
     later = snapshot.with_name("step-40")
     meta = {**META, "step": 40}
     checkpoint.save_denoiser(
-        later, tiny_denoiser, scheduler=DDPMScheduler(), meta=meta, settings=TrainSettings(), card=""
+        later, tiny_denoiser, scheduler=DDPMScheduler(), meta=meta, settings=TrainSettings()
     )
     assert checkpoint.load_denoiser(snapshot.parents[1]).meta["step"] == 40
     assert checkpoint.newest_denoiser(snapshot.parents[2]) == later

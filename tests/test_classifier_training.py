@@ -3,6 +3,7 @@ import json
 import random
 import runpy
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from d_emo import checkpoint
 from d_emo.config import ClassifierSettings, InputError, parse_settings
-from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler
+from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler, TarShards
+from d_emo.data.sampler import EpochIndex
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
@@ -80,6 +82,14 @@ def test_every_epoch_sees_another_crop_and_another_policy(photos):
     assert plain.shape[1:] == (3, 32, 32) and not torch.equal(plain, served(augmented(photos), 0, 3, 0))
 
 
+def test_what_replaces_an_unreadable_image_is_cropped_anew_every_epoch_too(photos, capfd):
+    (photos / "train" / "ant" / "0.png").write_text("no image")
+    dataset = augmented(photos, skip_corrupt=True)
+    first, again, second = (dataset[EpochIndex(0, epoch)][0] for epoch in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(first, dataset[EpochIndex(1, 1)][0]) and capfd.readouterr().err.count("skipped") == 1
+
+
 def test_every_operation_runs_at_every_strength(photos):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     dataset, seen = augmented(photos), set()
@@ -111,7 +121,8 @@ def test_classifier_training_resumes_exactly_and_reports_both_weights(tmp_path, 
     meta = checkpoint.load_classifier(whole).meta
     assert meta["accuracy"].keys() == {"ema", "raw"} and meta["accuracy"]["ema"]["images"] == 6
     card = (parts / "README.md").read_text()
-    assert "EMA weights: top-1" in card and "Raw weights: top-1" in card and "100.00% of 6 images" in card
+    ema, raw = (f"{meta['accuracy'][kind]['top1']:.2%} | 100.00% | 6 |" for kind in ("ema", "raw"))
+    assert f"| moving average (EMA), these here | {ema}" in card and f"| raw | {raw}" in card
 
 
 def test_a_snapshot_tells_raw_from_averaged_weights(tmp_path, photos):
@@ -121,6 +132,48 @@ def test_a_snapshot_tells_raw_from_averaged_weights(tmp_path, photos):
     meta = checkpoint.load_classifier(tmp_path / "snapshot").meta
     assert {weights: each["top1"] for weights, each in meta["accuracy"].items()} == {"ema": 0.75, "raw": 0.25}
     assert meta["held_out_accuracy"] == 0.75
+
+
+def test_the_held_out_images_are_named_or_found_and_both_measures_use_them(tmp_path, photos):
+    changes = {"validate_every": 2, "validate_images": 5, "output_dir": str(tmp_path / "run")}
+    found = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), **changes}))
+    apart = {"data_dir": str(photos / "train"), "validate_dir": str(photos / "val")}
+    named = ClassifierTask(ClassifierSettings(**{**TINY, **apart, **changes}))
+    for task in (found, named):
+        assert type(task.held_out) is CentreCroppedFolder and task.held_out.files == found.held_out.files
+    torch.nn.init.normal_(found.model.head.weight)
+    shares = [found.validate(found.model, rank=rank, world_size=2) for rank in (0, 1)]
+    sums = {name: sum(share[name].item() for share in shares) for name in shares[0]}
+    expected = measure_accuracy(found.model, found.held_out, limit=5)  # spread(6, 5) are the first five
+    assert (sums["accuracy"] / 5, sums["top5"] / 5, sums["count"]) == (expected.top1, expected.top5, 5)
+    images = torch.stack([found.held_out[index][0] for index in range(5)])
+    labels = torch.tensor([found.held_out.label(index) for index in range(5)])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(found.model.eval()(images), labels, reduction="sum")
+    assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    alone = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train")}))
+    assert alone.held_out is None
+    with pytest.raises(InputError, match="give their folder as --validate-dir"):
+        ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train"), "validate_every": 2}))
+
+
+def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photos, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for label, name in enumerate(("ant", "bee")):
+            for file in sorted((photos / "train" / name).iterdir()):
+                archive.add(file, f"{name}{file.stem}.png")
+                (tmp_path / "cls").write_text(str(label))
+                archive.add(tmp_path / "cls", f"{name}{file.stem}.cls")
+    shards = f"wds:{tmp_path / 'shard.tar'}"
+    settings = ClassifierSettings(
+        **{**TINY, "data_dir": shards, "validate_dir": shards, "max_steps": 1, "output_dir": str(tmp_path / "run")}
+    )
+    task = ClassifierTask(settings)
+    assert type(task.dataset) is type(task.held_out) is TarShards and settings.rand_augment == "none"
+    assert checkpoint.load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
+    with pytest.raises(InputError, match="--rand-augment .* needs a folder"):
+        ClassifierSettings(**{**TINY, "data_dir": shards, "rand_augment": POLICY})
 
 
 def test_accuracy_counts_the_first_and_the_first_five():
@@ -227,7 +280,7 @@ def test_folders_that_cannot_work_are_refused(tmp_path, photos):
     with pytest.raises(InputError, match="knows 2 classes, but the data have 10"):
         ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "digits", "teacher": str(teacher)}))
     (photos / "val" / "bee").rename(photos / "val" / "wasp")
-    with pytest.raises(InputError, match="other classes.*bee"):
+    with pytest.raises(InputError, match="are not the 2 that are trained.*bee, wasp"):
         train(tmp_path / "run", photos)
     (photos / "val" / "wasp").rename(photos / "ant")
     with pytest.raises(InputError, match="only the class ant"):

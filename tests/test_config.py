@@ -15,6 +15,25 @@ def test_flags_override_the_yaml_file(tmp_path):
     assert settings.batch_size == 256 and settings.ema_decay == 0.9999
 
 
+def test_the_objective_follows_the_models_name_unless_given():
+    assert TrainSettings().objective == "eps"
+    assert TrainSettings(model="sit-b/4").objective == TrainSettings(model="SiT-XL-2").objective == "flow"
+    assert TrainSettings(model="DiT-S-2", objective="flow").objective == "flow"
+
+
+def test_without_label_dropout_there_is_no_guidance():
+    settings = TrainSettings(unconditional=True)
+    assert (settings.label_dropout, settings.preview_guidance) == (0, 1)
+    settings = SampleSettings()
+    settings.fill_in(objective="flow", label_dropout=0)
+    assert (settings.guidance_scale, settings.scheduler) == (1, "euler")
+    settings = SampleSettings(scheduler="ddpm")
+    settings.fill_in(objective="eps", label_dropout=0.1)
+    assert (settings.guidance_scale, settings.scheduler) == (4, "ddpm")
+    with pytest.raises(InputError, match="without label dropout"):
+        SampleSettings(guidance_scale=2.0).fill_in(objective="eps", label_dropout=0)
+
+
 def test_written_settings_read_back_the_same(tmp_path):
     settings = parse_settings(TrainSettings, "", ["--learning-rate", "3e-4", "--model-options", "{depth: 2}"])
     write_yaml(settings, tmp_path / "config.yaml")
@@ -35,7 +54,8 @@ def test_written_settings_read_back_the_same(tmp_path):
         (TrainSettings, ["--ema-decay", "1"], "--ema-decay"),
         (TrainSettings, ["--dataset", "cifar"], "dataset"),
         (TrainSettings, ["--config", "no-such.yaml"], "no-such.yaml"),
-        (SampleSettings, [], "--class 207"),
+        (TrainSettings, ["--model", "SiT-S/2", "--objective", "eps"], "--model DiT-S/2"),
+        (TrainSettings, ["--objective", "v"], "--objective"),
         (SampleSettings, ["--class", "1", "--steps", "1001"], "--steps"),
         (SampleSettings, ["--class", "1", "--guidance-scale", "-1"], "--guidance-scale"),
         (FidSettings, ["--samples", "a"], "reference"),
@@ -47,10 +67,20 @@ def test_wrong_settings_are_one_sentence(settings_class, argv, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_switches_need_no_value(tmp_path):
+    (tmp_path / "x.yaml").write_text("compile: true\n")
+    read = [parse_settings(TrainSettings, "", argv).compile for argv in (
+        [], ["--compile"], ["--compile", "--max-steps", "3"], ["--compile", "false"],
+        ["--config", str(tmp_path / "x.yaml")],
+    )]
+    assert read == [False, True, True, False, True]
+
+
 def test_unknown_yaml_keys_are_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("modle: DiT-S-2\n")
     with pytest.raises(InputError, match="modle"):
         parse_settings(TrainSettings, "", ["--config", str(tmp_path / "x.yaml")])
+
 
 
 def test_class_flag_takes_several_names():

@@ -267,3 +267,12 @@ def test_an_input_of_another_size_is_refused_naming_both(shape):
 def test_transformer_blocks_refuse_window_settings():
     with pytest.raises(InputError, match="DiT-S-2.*window_size"):
         create_model("DiT-S-2", window_size=4)
+
+
+def test_autocast_leaves_the_timestep_embedding_in_float32(tiny_denoiser):
+    t = torch.arange(1000)
+    expected = tiny_denoiser.t_embedder(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = tiny_denoiser.t_embedder(t)
+    assert embedded.dtype == torch.float32 and torch.equal(embedded, expected)
+    assert len(embedded.unique(dim=0)) == 1000

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from d_emo.config import InputError
-from d_emo.evaluation import fid
+from d_emo.evaluation import measure, measurement
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "fid.py"
@@ -25,11 +26,17 @@ SCRIPT = ROOT / "scripts" / "fid.py"
 class MeanColour:
     """Stands in for a network; a white image breaks it."""
 
-    name, dim, published = "mean-colour", 3, True
+    name, dim, spatial_dim, published = "mean-colour", 3, 3, True
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         means = images.double().mean(dim=(2, 3))
         return torch.where(means == 255, torch.nan, means)
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pooled": self(images), "spatial": images[:, :, 0, 0].double()}
+
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled / 100
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     spec = importlib.util.spec_from_file_location("fid_script", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(fid, "create_extractor", lambda *args, **kwargs: MeanColour())
+    monkeypatch.setattr(measurement, "create_extractor", lambda *args, **kwargs: MeanColour())
     return script.main
 
 
@@ -61,8 +68,9 @@ def test_prints_and_writes(main: Callable, good: Path, tmp_path: Path, capsys: p
     )
     printed = capsys.readouterr()
     written = json.loads((tmp_path / "o.json").read_text())
-    assert printed.out.startswith(f"FID-3  {written['fid']:.2f}  (features mean-colour, samples {samples}")
-    assert printed.out.count("\n") == 1
+    text, table = printed.out.split("\n\n")
+    assert text.startswith(f"FID-3      {written['fid']:.2f}\nfeatures   mean-colour\nsamples    {samples}\n")
+    assert table.splitlines()[2].startswith(f"| {written['fid']:.2f} | {samples} | {good} (4 images) | mean-colour |")
     assert "warning: FID falls" in printed.err and "warning: 3 of the 3 samples are JPEG" in printed.err
     assert written["num_samples"] == 3 and written["num_reference"] == 4 and len(written["warnings"]) == 2
 
@@ -82,7 +90,31 @@ def empty(at: Path) -> Path:
 
 def plain_file(at: Path) -> Path:
     at.mkdir()
+    (at / "set.tar").write_bytes(b"PK")
+    return at / "set.tar"
+
+
+def zip_none(at: Path) -> Path:
+    at.mkdir()
     (at / "set.zip").write_bytes(b"PK")
+    return at / "set.zip"
+
+
+def zip_empty(at: Path) -> Path:
+    at.mkdir()
+    with zipfile.ZipFile(at / "set.zip", "w") as archive:
+        archive.writestr("notes.txt", "none")
+    return at / "set.zip"
+
+
+def zip_damaged(at: Path) -> Path:
+    write_images(at, 3)
+    with zipfile.ZipFile(at / "set.zip", "w") as archive:
+        for path in sorted(at.glob("*.png")):
+            archive.write(path, f"class/{path.name}")
+    data = bytearray((at / "set.zip").read_bytes())
+    data[data.index(b"8px-1.png") + 100] ^= 255
+    (at / "set.zip").write_bytes(data)
     return at / "set.zip"
 
 
@@ -172,7 +204,10 @@ def npz_objects(at: Path) -> Path:
 BAD_SETS = [
     (missing, "the folder .*nowhere does not exist"),
     (empty, "holds no images"),
-    (plain_file, "set.zip is neither a folder of images nor an .npz file"),
+    (plain_file, "set.tar is neither a folder of images nor a .zip or .npz file"),
+    (zip_none, "set.zip is not an intact zip"),
+    (zip_empty, "the zip .*set.zip holds no images"),
+    (zip_damaged, "cannot read the image .*set.zip/class/8px-1.png"),
     (single, "holds 1 image; a covariance needs at least two"),
     (corrupt, "cannot read the image .*cut.png"),
     (not_an_image, "cannot read the image .*text.jpg"),
@@ -247,12 +282,12 @@ def test_bad_argument(main: Callable, good: Path, tmp_path: Path, arguments: lis
 @pytest.mark.parametrize("features", ["clip", "emov2", "emov2:", "Inception", ""])
 def test_unknown_features(good: Path, features: str) -> None:
     with pytest.raises(InputError, match="use inception or emov2:SNAPSHOT"):
-        fid.measure_fid(good, good, features=features)
+        measure(good, good, features=features)
 
 
 def test_weights_that_would_be_ignored(good: Path) -> None:
     with pytest.raises(InputError, match="--inception-weights has no use"):
-        fid.measure_fid(good, good, features="emov2:x", inception_weights="w.pth")
+        measure(good, good, features="emov2:x", inception_weights="w.pth")
 
 
 def test_exit_code_and_nothing_overwritten(good: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import Subset
 
 from d_emo.config import InputError
-from d_emo.data import Digits, ImageFolder
-from d_emo.latents import SHIPPED, SHIPPED_VAE, CachedLatents, PixelCodec, VAECodec, load_codec, sample_moments
+from d_emo.data import Digits
+from d_emo.latents import SHIPPED, SHIPPED_VAE, PixelCodec, VAECodec, load_codec, sample_moments
 
 
 @pytest.fixture(scope="module")
@@ -66,31 +68,13 @@ def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
         load_codec("nobody/no-such-vae")
 
 
-def test_cached_latents_are_the_moments_and_are_reused(vae, tmp_path, monkeypatch):
-    images, codec, path = Digits(16, split="test"), VAECodec(vae, "v"), tmp_path / "latents.safetensors"
-    cached = CachedLatents(images, codec, path=path, device=torch.device("cpu"))
-    moments, label = cached[7]
-    torch.testing.assert_close(moments.float(), codec.moments(images[7][0][None])[0], rtol=2e-3, atol=2e-3)
-    assert label == images.label(7) and len(cached) == len(images)
-    calls = []
-    monkeypatch.setattr(codec, "moments", lambda batch: calls.append(1) or VAECodec(vae, "v").moments(batch))
-    again = CachedLatents(images, codec, path=path, device=torch.device("cpu"))
-    assert not calls and torch.equal(again.moments, cached.moments)
-    CachedLatents(Digits(24, split="test"), codec, path=path, device=torch.device("cpu"))
-    assert calls
-
-
-def test_cached_latents_hold_both_mirrors_of_images_that_may_flip(vae, tmp_path):
-    from PIL import Image
-
-    (tmp_path / "a").mkdir()
-    Image.linear_gradient("L").rotate(90).resize((16, 16)).save(tmp_path / "a" / "x.png")
-    images, codec = ImageFolder(tmp_path, 16), VAECodec(vae, "v")
-    moments, _ = CachedLatents(images, codec, path=tmp_path / "l.safetensors", device=torch.device("cpu"))[0]
-    plain, mirrored = moments.float().chunk(2)
-    image = images[0][0][None]
-    torch.testing.assert_close(mirrored, codec.moments(image.flip(-1))[0], rtol=2e-3, atol=2e-3)
-    assert not torch.allclose(plain, mirrored, atol=1e-2)
+def test_an_encoder_is_known_by_its_weights_not_by_its_name_or_decoder(vae):
+    known, other = VAECodec(vae, "v").fingerprint, copy.deepcopy(vae)
+    with torch.no_grad():
+        other.decoder.conv_in.weight.add_(1)
+        assert VAECodec(other, "w").fingerprint == known
+        other.encoder.conv_in.weight[0, 0, 0, 0] += 1
+    assert VAECodec(other, "v").fingerprint != known
 
 
 def test_the_shipped_vae_reconstructs_as_its_card_says():

@@ -34,7 +34,7 @@ def test_published_figures_are_the_papers():
         "DiT-S-2": 32_963_360, "DiT-XL-2": 675_129_632, "emov2_5m": 5_126_440, "emov1_5m": 5_108_848,
     }  # fmt: skip
     assert {name: PUBLISHED[name]["params"] for name in headline} == headline
-    assert len(PUBLISHED) == 21
+    assert len(PUBLISHED) == 25
 
 
 def test_macs_do_not_depend_on_where_the_model_lives():
@@ -49,12 +49,20 @@ def test_macs_do_not_depend_on_where_the_model_lives():
 
 def test_every_registered_name_builds():
     names = list_models()
-    assert len(names) == len(set(names)) == 20 + 12 + 11
+    assert len(names) == len(set(names)) == 20 + 12 + 12 + 11
     for name in names:
         with torch.device("meta"):
             model = create_model(name, **({"sample_size": 16, "depth": 1} if "-" in name else {}))
         assert isinstance(model, Denoiser if "-" in name else EMO)
         assert count_parameters(model) > 0
+
+
+def test_sit_is_the_network_of_dit():
+    for name in list_models("SiT-*"):
+        with torch.device("meta"):
+            sit, dit = (create_model(family + name[3:], depth=1) for family in ("SiT", "DiT"))
+        assert dict(sit.config) == dict(dit.config) and sit.config.out_channels == 8
+    assert create_model("sit-s/2", depth=1, sample_size=4).config.hidden_size == 384
 
 
 def test_list_models_filters():

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from d_emo.objective import EpsObjective, discretised_log_likelihood
+from d_emo.config import InputError
+from d_emo.objective import EpsObjective, FlowObjective, discretised_log_likelihood, objective_of
 
 
 class Fixed(torch.nn.Module):
@@ -14,7 +15,7 @@ class Fixed(torch.nn.Module):
         self.output, self.labels = torch.nn.Parameter(output), None
 
     def forward(self, x, timestep, class_labels):
-        self.labels = class_labels
+        self.seen, self.timestep, self.labels = x, timestep, class_labels
         return type("Output", (), {"sample": self.output})
 
 
@@ -100,3 +101,51 @@ def test_discretised_likelihood_sums_to_one_over_all_bins():
     bins = torch.linspace(-1, 1, 256, dtype=torch.float64)
     log_p = discretised_log_likelihood(bins, torch.tensor(0.3).double(), torch.tensor(-1.0).double())
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_flow_objective_is_the_squared_error_of_the_velocity(learn_sigma):
+    generator = torch.Generator().manual_seed(0)
+    objective = FlowObjective(null_class=10, learn_sigma=learn_sigma, label_dropout=0.5)
+    draws = objective.draw(generator, 4, (3, 2, 2))
+    latents = torch.randn(4, 3, 2, 2, generator=generator)
+    model = Fixed(torch.randn(4, 6 if learn_sigma else 3, 2, 2, generator=generator))
+    losses = objective(model, latents, torch.tensor([1, 2, 3, 4]), draws)
+    total = 0.0
+    for i in range(4):
+        t = draws.timesteps[i].item() / 1000
+        for at in ((c, y, x) for c in range(3) for y in range(2) for x in range(2)):
+            x0, noise = latents[i][at].item(), draws.noise[i][at].item()
+            assert model.seen[i][at].item() == pytest.approx((1 - t) * x0 + t * noise, abs=1e-6)
+            total += (model.output[i][at].item() - (noise - x0)) ** 2
+    assert losses["loss"].item() == losses["mse"].item() == pytest.approx(total / 48, rel=1e-5)
+    assert torch.equal(model.timestep, draws.timesteps)
+    kept = [label for label, dropped in zip([1, 2, 3, 4], draws.drop_label.tolist(), strict=True) if not dropped]
+    assert 0 < len(kept) < 4 and [label for label in model.labels.tolist() if label != 10] == kept
+    losses["loss"].backward()
+    assert model.output.grad[:, :3].abs().min() > 0
+    assert not learn_sigma or not model.output.grad[:, 3:].any()
+
+
+def test_flow_timesteps_fill_the_path_evenly():
+    t = FlowObjective(null_class=1).draw(torch.Generator().manual_seed(0), 8000, (1, 1, 1)).timesteps
+    assert t.dtype == torch.float32 and t.unique().numel() > 7900
+    shares = torch.histc(t, bins=10, min=0, max=1000) / 8000
+    assert shares.sum() == 1 and (shares - 0.1).abs().max() < 0.015
+
+
+def test_noise_schedules_name_their_objective():
+    for name, kind in (("eps", EpsObjective), ("flow", FlowObjective)):
+        assert objective_of(kind(null_class=1).noise_schedule().config) == name
+    assert EpsObjective(null_class=1).noise_schedule().config.variance_type == "learned_range"
+    assert EpsObjective(null_class=1, learn_sigma=False).noise_schedule().config.variance_type == "fixed_large"
+    with pytest.raises(InputError, match="v_prediction"):
+        objective_of({"prediction_type": "v_prediction"})
+
+
+def test_the_noise_schedule_is_the_objectives():
+    objective = EpsObjective(null_class=1)
+    alphas = objective.noise_schedule().alphas_cumprod
+    torch.testing.assert_close(alphas.sqrt(), objective.sqrt_abar, rtol=1e-5, atol=1e-7)
+    flow = FlowObjective(null_class=1).noise_schedule()
+    torch.testing.assert_close(flow.timesteps, flow.sigmas * 1000)

@@ -6,14 +6,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
-ROOMS = ["config", "data", "latents", "models", "objective", "ema", "checkpoint", "training", "sampling", "evaluation",
-         "explain", "export"]
+ROOMS = [
+    "config", "data", "latents", "models", "objective", "ema", "card", "checkpoint", "hub", "training", "sampling",
+    "evaluation", "curves", "explain", "export",
+]
 INSIDE = {
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "augmented", "sampler"],
+    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "latents": ["codec", "shards", "encode", "stored"],
+    "training": [
+        "stop", "guard", "optimizer", "watch", "loop", "denoiser", "teacher", "accuracy", "classifier", "vae",
+    ],
+    "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
+    "evaluation": [
+        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
+    ],
 }
 
 
@@ -58,6 +68,11 @@ def test_files_inside_a_room_are_in_order_too(folder):
             assert ".".join(name.split(".")[:3]) not in below, f"{path.name} imports {name}"
 
 
-def test_only_the_training_loop_uses_accelerate():
+def test_only_the_training_loop_and_its_watch_use_accelerate():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
-    assert users == {"loop.py"}
+    assert users == {"loop.py", "watch.py"}
+
+
+def test_only_scripts_that_share_work_ask_accelerate_for_their_rank():
+    users = {file.name for file in (PACKAGE.parent / "scripts").glob("*.py") if imported(file, "accelerate")}
+    assert users == {"encode_latents.py", "fid.py"}

@@ -1,50 +1,217 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from d_emo import sampling
 from d_emo.config import InputError
-from d_emo.latents import PixelCodec
+from d_emo.latents import PixelCodec, load_codec
+from d_emo.sampling import sampler
 
 CONFIG = DDPMScheduler(
     beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
 ).config
+FLOW = FlowMatchEulerDiscreteScheduler(shift=1.0).config
+CONFIGS = {"euler": FLOW, "heun": FLOW}
 
 
 def draw(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), **options):
-    options = {"num_inference_steps": 4, **options}
-    return torch.cat(list(sampling.sample(model, sampling.make_scheduler(name, CONFIG), labels, seeds, **options)))
+    options, scheduler = {"num_inference_steps": 4, **options}, sampling.make_scheduler(name, CONFIGS.get(name, CONFIG))
+    return torch.cat(list(sampling.sample(model, scheduler, labels, seeds, **options)))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
-def test_samples_depend_on_their_seed_and_class_not_on_their_batch(tiny_denoiser, name):
-    whole = draw(tiny_denoiser, name)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("name", [*sampling.scheduler_names("eps"), *sampling.scheduler_names("flow")])
+def test_samples_depend_on_their_seed_and_class_not_on_their_batch(tiny_denoiser, name, scale):
+    whole = draw(tiny_denoiser, name, guidance_scale=scale)
     assert whole.shape == (3, 4, 8, 8) and whole.isfinite().all()
-    torch.testing.assert_close(draw(tiny_denoiser, name, batch_size=2), whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(draw(tiny_denoiser, name, labels=[3], seeds=[7]), whole[2:], rtol=1e-4, atol=1e-4)
+    for size in (1, 2):
+        assert torch.equal(draw(tiny_denoiser, name, batch_size=size, guidance_scale=scale), whole)
+    assert torch.equal(draw(tiny_denoiser, name, labels=[3], seeds=[7], guidance_scale=scale), whole[2:])
+    if scale > 1:
+        return
     assert not torch.allclose(draw(tiny_denoiser, name, seeds=[5, 6, 8])[2], whole[2], atol=1e-2)
     assert not torch.allclose(draw(tiny_denoiser, name, labels=[1, 2, 4])[2], whole[2], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(tmp_path, tiny_denoiser):
+    """Seeds 5 and 7 here, seed 6 in another process: the same bits as all three together."""
+    tiny_denoiser.save_pretrained(tmp_path / "model")
+    code = """
+import sys, torch
+sys.path.insert(0, "tests")
+from d_emo import Denoiser, sampling
+from test_sampling import draw
+torch.set_num_threads(int(sys.argv[1]))
+model = Denoiser.from_pretrained(sys.argv[2], low_cpu_mem_usage=False).eval()
+torch.save(draw(model, "ddpm", [2], [6], guidance_scale=2.0), sys.argv[3])
+"""
+    command = [sys.executable, "-c", code, str(torch.get_num_threads()), str(tmp_path / "model"), str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = draw(tiny_denoiser, "ddpm", guidance_scale=2.0)
+    assert torch.equal(torch.load(tmp_path / "x"), whole[1:2])
+    assert torch.equal(draw(tiny_denoiser, "ddpm", [1, 3], [5, 7], guidance_scale=2.0), whole[::2])
+
+
+def test_decoding_does_not_depend_on_the_batch():
+    codec, latents = load_codec("d-emo-f8"), torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = sampler.decode(codec, latents)
+    assert torch.equal(sampler.decode(codec, latents[1:2]), whole[1:2]) and whole.shape == (3, 3, 32, 32)
+
+
+class Recorded(torch.nn.Module):
+    """A denoiser with known answers, which notes what it was asked."""
+
+    config = SimpleNamespace(sample_size=12, in_channels=4, patch_size=1)
+    dtype, device, null_class = torch.float32, torch.device("cpu"), 10
+    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=11))
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, x, timestep, class_labels):
+        self.asked.append((int(timestep), class_labels.tolist()))
+        eps = torch.sin(3 * x + 0.1 * class_labels[:, None, None, None]) + 0.002 * timestep
+        return SimpleNamespace(sample=torch.cat([eps, torch.cos(eps + x)], dim=1))
+
+
+def plain_ddpm(denoiser, label, seed, steps):
+    """Improved DDPM's ancestral sampling on a respaced schedule, from the posterior's equations, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 12, 12, generator=generator).double()
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    kept = np.round(np.linspace(0, 999, steps)).astype(int)
+    bar = alpha_bar[kept]
+    before = np.concatenate([[1.0], bar[:-1]])
+    beta = 1 - bar / before
+    for i in reversed(range(steps)):
+        out = denoiser(x[None].float(), torch.tensor(kept[i]), torch.tensor([label])).sample[0].double()
+        eps, v = out[:4], out[4:]
+        x0 = (x - np.sqrt(1 - bar[i]) * eps) / np.sqrt(bar[i])
+        mean = np.sqrt(before[i]) * beta[i] / (1 - bar[i]) * x0
+        mean = mean + np.sqrt(1 - beta[i]) * (1 - before[i]) / (1 - bar[i]) * x
+        if i == 0:
+            return mean
+        log_low, log_high = np.log(beta[i] * (1 - before[i]) / (1 - bar[i])), np.log(beta[i])
+        log_variance = (v + 1) / 2 * log_high + (1 - v) / 2 * log_low
+        x = mean + (0.5 * log_variance).exp() * torch.randn(1, 4, 12, 12, generator=generator)[0].double()
+
+
+@pytest.mark.parametrize("steps", [10, 50, 250, 1000])
+def test_ddpm_is_improved_ddpms_sampler_at_any_number_of_steps(steps):
+    expected = plain_ddpm(Recorded(), 3, 8, steps)
+    denoiser = Recorded()
+    ours = draw(denoiser, "ddpm", [3], [8], num_inference_steps=steps)[0].double()
+    assert len(denoiser.asked) == steps and denoiser.asked[0][0] == 999 and denoiser.asked[-1][0] == 0
+    # relative to the values on the way: divided by sqrt(alpha-bar), float32 rounding grows and fades again
+    assert (ours - expected).abs().max() < 2e-3 * max(1, expected.abs().max())
+
+
+def test_guidance_of_three_channels_leaves_the_others_to_the_class():
+    x, t, labels = torch.randn(2, 4, 12, 12), torch.tensor(500), torch.tensor([1, 2])
+    given = Recorded()(x, t, labels).sample
+    null = Recorded()(x, t, torch.tensor([10, 10])).sample
+    guided = sampler._guided(Recorded(), x, t, labels, 3.0, "3")
+    torch.testing.assert_close(guided[:, :3], null[:, :3] + 3 * (given[:, :3] - null[:, :3]))
+    assert torch.equal(guided[:, 3:], given[:, 3:])
+    assert not torch.equal(guided, sampler._guided(Recorded(), x, t, labels, 3.0, "all"))
+
+
+def test_guidance_interval_costs_a_second_pass_only_inside():
+    denoiser = Recorded()
+    draw(denoiser, "ddim", [1], [0], num_inference_steps=10, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
+    guided = {t for t, labels in denoiser.asked if labels == [1, 10]}
+    plain = {t for t, labels in denoiser.asked if labels == [1]}
+    assert guided == {300, 400, 500, 600, 700} and plain == {0, 100, 200, 800, 900} and len(denoiser.asked) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": [1, 11, 2]}, "class label 11 is out of range.*0 to 9"),
+        ({"labels": [1, 2]}, "2 class labels and 3 seeds"),
+        ({"num_inference_steps": 0}, "positive integer, not 0"),
+        ({"num_inference_steps": 1001}, "1001 steps are more than the 1000"),
+        ({"name": "ddim", "num_inference_steps": 600}, "ddim cannot lay 600 steps.*use 1000"),
+        ({"guidance_scale": float("nan")}, "guidance scale must be finite"),
+        ({"guidance_channels": "2"}, "all or 3, not '2'"),
+        ({"guidance_interval": (0.7, 0.2)}, "two rising numbers"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said(options, words):
+    with pytest.raises(InputError, match=words):
+        draw(Recorded(), **options)
+
+
+def test_a_schedulers_config_makes_another(tiny_denoiser):
+    fast = sampling.make_scheduler("dpm++", CONFIG)
+    assert sampling.make_scheduler("ddpm", fast.config).config.variance_type == "learned_range"
+    fixed = {**CONFIG, "variance_type": "fixed_large"}
+    through = sampling.make_scheduler("dpm++", fixed)
+    assert sampling.make_scheduler("ddpm", through.config).config.variance_type == "fixed_large"
+
+
+def test_classes_are_mixed_from_end_to_end(tiny_denoiser):
+    plain = draw(tiny_denoiser, labels=[1, 4], seeds=[3, 3])
+    labels = sampling.mix_classes(tiny_denoiser, 1, 4, 3)
+    path = draw(tiny_denoiser, labels=labels, seeds=[3] * 3)
+    assert torch.equal(path[[0, 2]], plain)
+    assert not torch.equal(path[1], path[0]) and not torch.equal(path[1], path[2])
+    assert tiny_denoiser.null_class == 10
+
+
+def test_trajectories_keep_the_latents_on_the_way(tiny_denoiser):
+    trajectory = sampling.Trajectory(6, keep=3)
+    seen = []
+    final = draw(tiny_denoiser, num_inference_steps=6, batch_size=2,
+                 on_latents=lambda *step: (trajectory(*step), seen.append(step)))
+    assert sorted(trajectory.latents) == [1, 3, 5] and len(seen) == 12
+    assert torch.equal(torch.cat(trajectory.latents[5]), final)
+    assert torch.equal(trajectory.latents[1][0], seen[1][1])
+    frames = trajectory.images(SimpleNamespace(decode=lambda z: z[:, :3].clamp(-1, 1)), torch.device("cpu"))
+    assert frames.shape == (3, 3, 3, 8, 8) and frames.dtype == torch.uint8
+
+
+def test_a_prepared_denoiser_draws_the_same(tiny_denoiser):
+    plain = draw(tiny_denoiser)
+    for _ in range(20):  # statistics that are worth folding
+        tiny_denoiser.train()(torch.randn(8, 4, 8, 8) * 2, torch.tensor(3), torch.zeros(8, dtype=torch.long))
+    tiny_denoiser.eval()
+    trained = draw(tiny_denoiser)
+    assert not torch.allclose(trained, plain, atol=1e-3)
+    sampling.prepare_denoiser(tiny_denoiser)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in tiny_denoiser.modules())
+    torch.testing.assert_close(draw(tiny_denoiser), trained, rtol=1e-3, atol=1e-4)
+    half = sampling.prepare_denoiser(tiny_denoiser, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(draw(half), trained, rtol=0.1, atol=0.1)
 
 
 def test_guidance_of_one_is_a_single_pass_and_of_zero_ignores_the_class(tiny_denoiser):
     passes = []
     tiny_denoiser.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     draw(tiny_denoiser, guidance_scale=1.0)
-    assert passes == [3] * 4
+    assert passes == [8] * 4, "three images and five that fill up the part: one pass a step"
     passes.clear()
     one = draw(tiny_denoiser, guidance_scale=0.0, labels=(1, 1, 1))
-    assert passes == [6] * 4
+    assert passes == [16] * 4
     torch.testing.assert_close(one, draw(tiny_denoiser, guidance_scale=0.0, labels=(2, 3, 4)))
 
 
 def test_guidance_extrapolates_the_prediction_and_keeps_the_variance(tiny_denoiser):
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.tensor([1, 2])
     with torch.no_grad():
-        guided = sampling._guided(tiny_denoiser, x, t, labels, 3.0)
+        guided = sampler._guided(tiny_denoiser, x, t, labels, 3.0)
         given = tiny_denoiser(x, timestep=t, class_labels=labels).sample
         null = tiny_denoiser(x, timestep=t, class_labels=torch.tensor([10, 10])).sample
     torch.testing.assert_close(guided[:, :4], null[:, :4] + 3 * (given[:, :4] - null[:, :4]), rtol=1e-4, atol=1e-5)
@@ -55,6 +222,9 @@ def test_classes_are_found_by_id_and_by_name():
     names = ["cat", "dog", "horse"]
     assert sampling.find_classes(["1", "horse", "cat"], names) == [1, 2, 0]
     assert sampling.find_classes(["3"], list("9876543")) == [3]  # an id goes before a name that looks like one
+    assert sampling.find_classes([], ["all"]) == [0]
+    with pytest.raises(InputError, match="at least one class.*3 classes"):
+        sampling.find_classes([], names)
     for wrong, words in (("3", "out of range.*3 classes"), ("-1", "out of range"), ("hors", "did you mean horse")):
         with pytest.raises(InputError, match=words):
             sampling.find_classes([wrong], names)
@@ -107,3 +277,48 @@ def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
     palette = torch.tensor(list(GROUNDS.values())).double()
     nearest = torch.cdist(borders.median(dim=2).values, palette).argmin(dim=1)
     assert (nearest == torch.arange(10)).sum() >= 8, nearest
+
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity at x_t = (1 - t) x_0 + t noise when the data are N(mean, std^2)."""
+
+    config = SimpleNamespace(sample_size=40, in_channels=4, patch_size=1)
+    dtype, device = torch.float32, torch.device("cpu")
+    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=2))
+    mean, std = 0.7, 0.3
+
+    def forward(self, x, timestep, class_labels):
+        t = timestep / 1000
+        variance = ((1 - t) * self.std) ** 2 + t**2
+        slope = (t - (1 - t) * self.std**2) / variance
+        return SimpleNamespace(sample=-self.mean + slope * (x - (1 - t) * self.mean))
+
+
+@pytest.mark.parametrize(("name", "steps", "gain"), [("euler", 64, 2), ("heun", 32, 4)])
+def test_flow_samplers_carry_noise_to_the_data(name, steps, gain):
+    noise = torch.randn(4, 40, 40, generator=torch.Generator().manual_seed(3))
+    exact = Gaussian.mean + Gaussian.std * noise  # the flow of a Gaussian scales and shifts
+    samples, errors = {}, {}
+    for count in (steps, 2 * steps):
+        samples[count] = draw(Gaussian(), name, [0], [3], num_inference_steps=count)[0]
+        errors[count] = (samples[count] - exact).abs().max().item()
+    assert samples[steps].mean().item() == pytest.approx(exact.mean().item(), abs=5e-3)
+    assert samples[steps].std().item() == pytest.approx(exact.std().item(), abs=2e-2)
+    assert errors[steps] / errors[2 * steps] == pytest.approx(gain, rel=0.15), "the order of the method"
+
+
+def test_euler_steps_are_equal():
+    scheduler = sampling.make_scheduler("euler", FLOW)
+    sampling.set_steps(scheduler, 4)
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250] and scheduler.sigmas.tolist()[-1] == 0
+
+
+def test_schedulers_serve_their_objective_alone():
+    with pytest.raises(InputError, match="heun serves the flow objective.*trained with eps.*ddpm, ddim, dpm"):
+        sampling.make_scheduler("heun", CONFIG)
+    with pytest.raises(InputError, match="dpm.* serves the eps objective.*one of euler, heun"):
+        sampling.make_scheduler("dpm++", FLOW)
+    with pytest.raises(InputError, match="unknown scheduler 'eular'"):
+        sampling.make_scheduler("eular", FLOW)
+    assert isinstance(sampling.make_scheduler(None, FLOW), FlowMatchEulerDiscreteScheduler)
+    assert type(sampling.make_scheduler(None, CONFIG)).__name__ == "DPMSolverMultistepScheduler"

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,12 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from d_emo import checkpoint
-from d_emo.config import ClassifierSettings, InputError, TrainSettings
-from d_emo.training import fit, loop
+from d_emo.config import ClassifierSettings, InputError, RunError, TrainSettings
+from d_emo.training import fit
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.denoiser import DenoiserTask
+from d_emo.training.optimizer import learning_rate
+from d_emo.training.watch import Forecast
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -36,7 +37,12 @@ def train(folder, **changes):
 def test_a_run_folder_holds_what_it_promises(tmp_path):
     previews = []
     settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "log_every": 1, "snapshot_every": 2})
-    snapshot = fit(DenoiserTask(settings), settings, preview=lambda *args: previews.append(args))
+
+    def preview(path, model):
+        previews.append((path, model))
+        Image.new("RGB", (4, 4), "red").save(path)
+
+    snapshot = fit(DenoiserTask(settings), settings, preview=preview)
     assert snapshot == tmp_path / "snapshots" / "step-4"
     assert sorted(f.name for f in (tmp_path / "snapshots").iterdir()) == ["step-2", "step-4"]
     assert sorted(f.name for f in (tmp_path / "states").iterdir()) == ["step-2", "step-4"]
@@ -135,35 +141,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     before = {name: value.clone() for name, value in task.model.named_parameters()}
     plain = task.loss
     task.loss = lambda *args: {name: value * float("nan") for name, value in plain(*args).items()}
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(RunError, match="--nan skip"):
         fit(task, settings)
     assert all(torch.equal(before[name], value) for name, value in task.model.named_parameters())
-    assert not list((tmp_path / "states").iterdir())
 
 
 def test_learning_rate_follows_warm_up_and_cosine(tmp_path):
     settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "max_steps": 100, "warmup_steps": 10,
                                 "schedule": "cosine"})
-    run = loop._Run(DenoiserTask(settings), settings, None)
 
     def at(step):
-        run.step = step
-        return run._learning_rate() / settings.learning_rate
+        return learning_rate(settings, step) / settings.learning_rate
 
     assert at(0) == pytest.approx(0.1) and at(9) == at(10) == 1
     assert at(55) == pytest.approx(0.5) and at(100) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_hopeless_schedule_is_forecast():
-    said = []
-    forecast = loop._Forecast(TrainSettings(max_steps=400_000), 8, "Try less.", say=said.append)
-    for _ in range(5):
-        forecast.micro_batch_took(1.0)
-    assert len(said) == 1 and "about 37 days" in said[0] and said[0].endswith("Try less.")
-    forecast = loop._Forecast(TrainSettings(max_steps=100), 8, "", say=said.append)
-    for _ in range(5):
-        forecast.micro_batch_took(1.0)
-    assert len(said) == 1
+    forecast = Forecast(TrainSettings(max_steps=400_000), "Try less.")
+    said = [forecast.micro_batch_took(1.0, 8) for _ in range(5)]
+    assert [bool(line) for line in said] == [False, True, False, False, False]
+    assert "about 37 days" in said[1] and said[1].endswith("Try less.")
+    forecast = Forecast(TrainSettings(max_steps=100), "")
+    assert not any(forecast.micro_batch_took(1.0, 8) for _ in range(5))
 
 
 def run_script(*argv, launcher=(), **options):
@@ -191,21 +191,6 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(tmp_path, number,
     step = checkpoint.step_of(state)
     done = run_script("train_dit.py", "--config", config, "--max-steps", step + 1)
     assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stderr
-
-
-def test_two_processes_train_like_one(tmp_path):
-    """Same noise, same data, no BatchNorm: the averaged weights agree but for rounding."""
-    settings = {**TINY, "model_options": {**TINY["model_options"], "local_norm": "layer"}}
-    config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "two")}))
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no",
-                "--num_machines", "1", "--dynamo_backend", "no")
-    done = run_script("train_dit.py", "--config", config, launcher=launcher,
-                      env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
-    assert done.returncode == 0, done.stderr
-    one = train(tmp_path / "one", model_options=settings["model_options"])
-    two = checkpoint.load_denoiser(tmp_path / "two").model.state_dict()
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-5)
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):

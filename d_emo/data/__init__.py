@@ -1,4 +1,5 @@
-"""Data sets of class-labelled images: Shapes-1000 (drawn on the fly), digits (real scans), image folders.
+"""Data sets of class-labelled images: Shapes-1000 (drawn on the fly), digits (real scans), image folders, WebDataset's
+tar shards and data sets of the library ``datasets``.
 
 Every data set yields ``(image, label)`` with a float32 image of shape (3, H, W) in [-1, 1] and an integer label, and
 carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirrored image keeps its class).
@@ -6,35 +7,113 @@ carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirror
 
 from __future__ import annotations
 
-from d_emo.config import InputError
+from urllib.parse import parse_qsl
+
+from d_emo.config import DataSettings, InputError, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
-from d_emo.data.images import ClassImages, load_uint8, to_uint8
+from d_emo.data.hub import HubImages, HubStream
+from d_emo.data.images import ClassImages, OneClass, load_uint8, to_uint8
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
+from d_emo.data.tar import TarShards
 
 __all__ = [
-    "AugmentedFolder", "CentreCroppedFolder",
-    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "ImageFolder", "Shapes1000",
-    "StepSampler", "centre_crop", "load_image", "load_uint8", "open_dataset", "to_uint8",
+    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
+    "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler", "TarShards", "centre_crop",
+    "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
-    num_images: int | None = None, skip_corrupt: bool = False,
+    num_images: int | None = None, skip_corrupt: bool = False, one_class: bool = False, sequential: bool = False,
+    crop_share: float | None = None,
 ) -> ClassImages:
-    """Open the data set that the settings name.
+    """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
+
+    With ``crop_share`` the images of a folder are cropped as classifiers are measured, see `CentreCroppedFolder`.
 
     Raises:
-        InputError: Unknown data set, or see the data sets themselves.
+        InputError: Unknown data set; one that can only be read in order, unless ``sequential``; or see the data sets.
     """
     if data_dir is not None:
-        return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt)
+        options = {"skip_corrupt": skip_corrupt, "one_class": one_class, "crop_share": crop_share}
+        images = open_source(data_dir, image_size, **options)
+        if images.sequential and not sequential:
+            raise InputError(
+                f"{data_dir} is a stream, whose images cannot be had in random order; encode it first "
+                "(scripts/encode_latents.py --data-dir ... --output DIR) and train with --latents DIR"
+            )
+        return OneClass(images) if one_class and len(images.class_names) > 1 else images
+    if one_class:
+        known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
+        return OneClass(open_dataset(data_dir=None, **known))
     if dataset == "shapes":
         extra = {} if num_images is None else {"num_images": num_images}
         return Shapes1000(image_size, split=split, seed=seed, **extra)
     if dataset == "digits":
         return Digits(image_size, split=split)
     raise InputError(f"unknown data set {dataset!r}; known are shapes and digits, or give --data-dir")
+
+
+def open_source(
+    data_dir: str, image_size: int, *, skip_corrupt: bool = False, one_class: bool = False,
+    crop_share: float | None = None,
+) -> ClassImages:
+    """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
+
+    Raises:
+        InputError: An unknown option, or see the data sets themselves.
+    """
+    scheme, _, rest = data_dir.partition(":")
+    if is_folder(data_dir) and crop_share is not None:
+        return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, skip_corrupt=skip_corrupt)
+    if is_folder(data_dir):
+        return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
+    source, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    known = {"class_names"} if scheme == "wds" else {"config", "split", "image", "label", "streaming", "length"}
+    if not source or options.keys() - known:
+        wrong = ", ".join(sorted(options.keys() - known)) or "no name"
+        raise InputError(f"{data_dir}: {wrong} is not understood; after ? it takes {', '.join(sorted(known))}")
+    if scheme == "wds":
+        return TarShards(source, image_size, skip_corrupt=skip_corrupt, **options)
+    streaming, length = options.pop("streaming", "false"), options.pop("length", None)
+    if streaming not in ("true", "false") or not (length or "1").isdigit():
+        raise InputError(f"{data_dir}: streaming takes true or false, length a number")
+    if streaming == "true":
+        return HubStream(source, image_size, length=length and int(length), skip_corrupt=skip_corrupt, **options)
+    return HubImages(source, image_size, skip_corrupt=skip_corrupt, **options)
+
+
+def open_held_out(
+    settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
+) -> ClassImages:
+    """Open the images to validate on.
+
+    Raises:
+        InputError: There are none, or they have other classes.
+    """
+    own_data = settings.data_dir or getattr(settings, "latents", None)
+    if own_data is not None and settings.validate_dir is None:
+        raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
+    held_out = open_dataset(
+        dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
+        image_size=settings.image_size, skip_corrupt=settings.skip_corrupt, one_class=one_class,
+        crop_share=crop_share,
+    )
+    if held_out.class_names != class_names and not one_class:
+        odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
+        raise InputError(
+            f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
+            f"are trained{f'; only one of the two has {odd}' if odd else ', or in another order'}"
+        )
+    return held_out
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` indices, evenly spread over ``range(length)``."""
+    count = min(count, length)
+    return [index * length // count for index in range(count)]

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from d_emo.config import InputError
-from d_emo.data.folder import ImageFolder
+from d_emo.data.folder import ImageFolder, load_image
 
 GREY = (124, 116, 104)
 """ImageNet's mean colour, for what RandAugment uncovers."""
@@ -79,7 +80,11 @@ class AugmentedFolder(ImageFolder):
                 if op.name.startswith("Posterize"):
                     op.aug_fn = posterize
 
-    def crop(self, image: Image.Image, index: int) -> Image.Image:
+    def load(self, index: int) -> torch.Tensor:
+        return load_image(self.files[index], self.image_size, crop=lambda image, _: self.augment(image, index))
+
+    def augment(self, image: Image.Image, index: int) -> Image.Image:
+        """A crop of image ``index``, under the policy."""
         with seeded(self.seed, getattr(index, "epoch", 0), int(index)):
             image = self.random_crop(image)
             return image if self.policy is None else self.policy(image)
@@ -97,9 +102,12 @@ class CentreCroppedFolder(ImageFolder):
         super().__init__(root, image_size, skip_corrupt=skip_corrupt)
         self.shorter = round(image_size / crop_share)
 
-    def crop(self, image: Image.Image, index: int) -> Image.Image:
+    def load(self, index: int) -> torch.Tensor:
+        return load_image(self.files[index], self.image_size, crop=self.crop)
+
+    def crop(self, image: Image.Image, image_size: int) -> Image.Image:
         scale = self.shorter / min(image.size)
-        width, height = (max(self.image_size, round(n * scale)) for n in image.size)
+        width, height = (max(image_size, round(n * scale)) for n in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-        return image.crop((left, top, left + self.image_size, top + self.image_size))
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        return image.crop((left, top, left + image_size, top + image_size))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -32,13 +33,15 @@ def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def load_image(
-    path: Path, image_size: int, crop: Callable[[Image.Image, int], Image.Image] = centre_crop
+    source: Path | BytesIO, image_size: int, *, name: Callable[[], str] | None = None,
+    crop: Callable[[Image.Image, int], Image.Image] = centre_crop,
 ) -> torch.Tensor:
     """Read and crop one image file.
 
     Args:
-        path: The file.
+        source: The file, or its content.
         image_size: Side in pixels.
+        name: Gives what to call the image in a message. Default: the file.
         crop: Makes a square image out of (RGB image, side).
 
     Returns:
@@ -48,70 +51,104 @@ def load_image(
         InputError: The file cannot be read as an image or is too small; the sentence names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the image {path} ({error}); repair it or use --skip-corrupt") from None
+        reason = str(error) if isinstance(source, Path) else "not a readable image"
+        raise InputError(
+            f"cannot read the image {name() if name else source} ({reason}); repair it or use --skip-corrupt"
+        ) from None
     try:
         return to_tensor(crop(image, image_size))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{name() if name else source}: {error}") from None
 
 
-class ImageFolder(ClassImages):
+class StoredImages(ClassImages):
+    """Labelled images that are read from somewhere, some of which may be unreadable or too small.
+
+    A kind of storage gives :meth:`load` and :meth:`origin`.
+
+    Args:
+        labels: Class id of each image.
+        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+    """
+
+    flip = True
+
+    def __init__(self, labels: Sequence[int], class_names: list[str], image_size: int, *, skip_corrupt: bool = False):
+        check_image_size(image_size)
+        self.labels, self.class_names = labels, class_names
+        self.image_size, self.skip_corrupt = image_size, skip_corrupt
+        self.skipped = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # one count over all workers
+
+    def load(self, index: int) -> torch.Tensor:
+        """Image ``index``, or an :class:`InputError` that names it. Shape: (3, image_size, image_size)."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for offset in range(len(self)):
+            at = (index + offset) % len(self)
+            try:
+                return self.load(at), self.label(at)
+            except InputError:
+                if not self.skip_corrupt:
+                    raise
+                if not self.skipped[at]:
+                    self.skipped[at] = True
+                    print(f"skipped {self.origin(at)} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)
+        raise InputError("none of the images could be read")
+
+
+class ImageFolder(StoredImages):
     """Images in one sub-folder per class, as ImageNet is laid out; classes in the order of their folder names.
 
     Args:
         root: Folder of class folders.
         image_size: Side in pixels of the centre crop.
         skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        one_class: All images below ``root``, in sub-folders or not, are one class, named after the folder.
+
     Raises:
         InputError: The folder is missing, has no class folders, or a class folder holds no image.
     """
 
     name = "folder"
-    flip = True
 
-    def __init__(self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False):
+    def __init__(
+        self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False
+    ):
         check_image_size(image_size)
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"the data folder {root} does not exist; give a folder with one sub-folder per class")
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = [root.resolve()] if one_class else folders
         if not folders:
-            raise InputError(f"the data folder {root} has no sub-folders; put each class's images into one of its own")
-        self.image_size, self.skip_corrupt = image_size, skip_corrupt
-        self.class_names = [folder.name for folder in folders]
+            raise InputError(
+                f"the data folder {root} has no sub-folders; put each class's images into one of its own, or train "
+                "with --unconditional"
+            )
         self.files: list[Path] = []
-        self.labels: list[int] = []
+        labels: list[int] = []
         for label, folder in enumerate(folders):
             found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
                 raise InputError(f"the class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             self.files += found
-            self.labels += [label] * len(found)
-        self.skipped = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # one count over all workers
+            labels += [label] * len(found)
+        super().__init__(labels, [folder.name for folder in folders], image_size, skip_corrupt=skip_corrupt)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def load(self, index: int) -> torch.Tensor:
+        return load_image(self.files[index], self.image_size)
 
-    def label(self, index: int) -> int:
-        return self.labels[index]
-
-    def crop(self, image: Image.Image, index: int) -> Image.Image:
-        """The square part of image ``index`` that is used."""
-        return centre_crop(image, self.image_size)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        for offset in range(len(self.files)):
-            at = (index + offset) % len(self.files)
-            try:
-                image = load_image(self.files[at], self.image_size, lambda image, size: self.crop(image, index))
-                return image, self.labels[at]
-            except InputError:
-                if not self.skip_corrupt:
-                    raise
-                if not self.skipped[at]:
-                    self.skipped[at] = True
-                    print(f"skipped {self.files[at]} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)
-        raise InputError("none of the images could be read")
+    def origin(self, index: int) -> str:
+        return str(self.files[index])

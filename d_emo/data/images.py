@@ -18,16 +18,42 @@ class ClassImages(Dataset):
         class_names: One name per class id.
         image_size: Side of the square images in pixels.
         flip: Whether a mirrored image still belongs to its class.
+        sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
     """
 
     name: str
     class_names: list[str]
     image_size: int
     flip: bool = False
+    sequential: bool = False
 
     def label(self, index: int) -> int:
         """Class id of image ``index``, without loading it."""
         raise NotImplementedError
+
+    def origin(self, index: int) -> str:
+        """Where image ``index`` comes from, for messages about it."""
+        return f"image {index} of {self.name}"
+
+
+class OneClass(ClassImages):
+    """Another data set with its labels taken away: every image is of class 0."""
+
+    def __init__(self, images: ClassImages):
+        self.images, self.name, self.class_names = images, images.name, [images.name]
+        self.image_size, self.flip, self.seed = images.image_size, images.flip, getattr(images, "seed", 0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, index: int) -> int:
+        return 0
+
+    def origin(self, index: int) -> str:
+        return self.images.origin(index)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index][0], 0
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,10 @@ from torch.utils.data import Sampler
 
 
 class EpochIndex(int):
-    """An index into a data set that knows the pass over the data that asks for it; augmentation depends on both."""
+    """An index into a data set that knows the pass over the data that asks for it; augmentation depends on both.
+
+    The image that is taken in place of an unreadable one, ``(index + offset) % length``, knows it too.
+    """
 
     epoch: int
 
@@ -17,6 +20,12 @@ class EpochIndex(int):
         made = super().__new__(cls, index)
         made.epoch = epoch
         return made
+
+    def __add__(self, other: int) -> EpochIndex:
+        return EpochIndex(int(self) + other, self.epoch)
+
+    def __mod__(self, other: int) -> EpochIndex:
+        return EpochIndex(int(self) % other, self.epoch)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -49,6 +58,10 @@ class StepSampler(Sampler[list[int]]):
             for start in range(first, first + self.share, self.micro_batch_size):
                 yield [self._index(position) for position in range(start, start + self.micro_batch_size)]
             step += 1
+
+    def indices(self, step: int) -> list[int]:
+        """The images of one step, those of all processes."""
+        return [self._index(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self.length)

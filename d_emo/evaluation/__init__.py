@@ -1,7 +1,9 @@
-"""Measuring images: feature extractors, streaming statistics, the Frechet distance and class accuracy.
+"""Measuring images: feature extractors, streaming statistics, FID and its relatives, class accuracy.
 
 Reading order: ``statistics`` (numbers only), ``npz`` and ``images`` (where pixels come from), ``features`` (networks),
-``fid`` (all of it wired together). Knows no denoiser: it measures folders, ``.npz`` files and batches of bytes.
+``metrics`` (what is gathered and what comes out), ``reference`` (the other side), ``parts`` (images drawn on the spot,
+by many processes), ``result`` (the report), ``measurement`` (all of it wired together). Knows no denoiser: it measures
+folders, zips, ``.npz`` files and batches of bytes.
 """
 
 from d_emo.evaluation.features import (
@@ -10,28 +12,21 @@ from d_emo.evaluation.features import (
     InceptionFeatures,
     class_accuracy,
     create_extractor,
+    fingerprint,
 )
-from d_emo.evaluation.fid import FidResult, compute_statistics, measure_fid
-from d_emo.evaluation.images import FolderImages, IterableImages, open_images
+from d_emo.evaluation.images import FolderImages, IterableImages, ZipImages, open_images
+from d_emo.evaluation.measurement import Measurement, check_output, compute_statistics, measure
+from d_emo.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
 from d_emo.evaluation.npz import NpzImages, holds_statistics, read_statistics
+from d_emo.evaluation.parts import Parts, Share, draw_labels
+from d_emo.evaluation.reference import Reference, write_reference
+from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
 
 __all__ = [
-    "ClassifierFeatures",
-    "FeatureExtractor",
-    "FeatureStatistics",
-    "FidResult",
-    "FolderImages",
-    "InceptionFeatures",
-    "IterableImages",
-    "NpzImages",
-    "StoredStatistics",
-    "class_accuracy",
-    "compute_statistics",
-    "create_extractor",
-    "frechet_distance",
-    "holds_statistics",
-    "measure_fid",
-    "open_images",
-    "read_statistics",
-]
+    "ClassifierFeatures", "FeatureExtractor", "FeatureStatistics", "FolderImages", "InceptionFeatures",
+    "InceptionScore", "IterableImages", "Measurement", "NpzImages", "Parts", "Reference", "Result", "Share",
+    "StoredStatistics", "ZipImages", "check_output", "class_accuracy", "compute_statistics", "create_extractor",
+    "draw_labels", "fingerprint", "frechet_distance", "holds_statistics", "kernel_distance", "measure", "open_images",
+    "precision_recall", "read_statistics", "write_reference",
+]  # fmt: skip

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from d_emo.checkpoint import ClassifierSnapshot
 
 DOWNLOAD_TIMEOUT_S = 30
+SPATIAL_CHANNELS = 7
 
 
 class FeatureExtractor(Protocol):
@@ -27,20 +28,34 @@ class FeatureExtractor(Protocol):
     Attributes:
         name: What it is and which weights it has, for reports.
         dim: Length of a feature vector.
+        spatial_dim: Length of the spatial features that sFID takes; 0 if there are none.
         published: Whether the weights are those that published numbers were measured with, where there are such.
     """
 
     name: str
     dim: int
+    spatial_dim: int
     published: bool
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Shape: (B, 3, H, W) uint8 -> (B, dim) float."""
         ...
 
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All features: ``pooled`` (B, dim), and ``spatial`` (B, spatial_dim) where there are such."""
+        ...
+
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The network's classes, for the Inception Score. Shape: (B, dim) -> (B, classes) float."""
+        ...
+
 
 class InceptionFeatures:
-    """The 2048 pooled features of torch-fidelity's port of the 2015 TensorFlow Inception, which published FIDs use.
+    """Features of torch-fidelity's port of the 2015 TensorFlow Inception, which published FIDs use.
+
+    Pooled are the 2048 before the last layer. Spatial (Nash et al. 2021, as ADM measures sFID) are the first 7 channels
+    of the first convolution of TensorFlow's ``mixed_6``, after its ReLU, which is ``Mixed_6d.branch1x1`` in the port:
+    17 x 17 x 7 = 2023 numbers, channels last, the order of ``mu_s`` in ADM's reference files.
 
     Args:
         weights: Weights file; by default torch-fidelity's own, downloaded into torch's hub folder if it is not there.
@@ -54,6 +69,7 @@ class InceptionFeatures:
     """
 
     dim = 2048
+    spatial_dim = 17 * 17 * SPATIAL_CHANNELS
 
     def __init__(self, weights: str | Path | None = None, *, device: torch.device | str = "cpu"):
         from torch_fidelity.utils import create_feature_extractor
@@ -67,6 +83,8 @@ class InceptionFeatures:
         except RuntimeError as error:  # load_state_dict: names or shapes differ
             raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception") from error
         self._network = network.to(device)
+        self._spatial: torch.Tensor | None = None
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         digest = _sha256(path)
         self.published = digest.startswith(_published_digest())
         self.name = f"inception-v3-compat@{digest[:8]}"
@@ -76,6 +94,20 @@ class InceptionFeatures:
         """Shape: (B, 3, H, W) uint8 -> (B, 2048) float32."""
         (features,) = self._network(images)
         return features
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Shape: (B, 3, H, W) uint8 -> pooled (B, 2048) and spatial (B, 2023), float32."""
+        return {"pooled": self(images), "spatial": self._spatial}
+
+    @torch.no_grad()
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The last layer without its bias, as Inception Scores are measured. Shape: (B, 2048) -> (B, 1008)."""
+        weight = self._network.fc.weight
+        return pooled.to(weight) @ weight.T
+
+    def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        """Shape: output (B, 192, 17, 17)."""
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
 
 class ClassifierFeatures:
@@ -89,6 +121,7 @@ class ClassifierFeatures:
         InputError: Not a classifier snapshot.
     """
 
+    spatial_dim = 0
     published = True  # nothing to compare with: the name says which snapshot it is
 
     def __init__(self, snapshot: str | Path, *, device: torch.device | str = "cpu"):
@@ -99,13 +132,23 @@ class ClassifierFeatures:
         self._image_size = classifier.image_size
         blank = torch.zeros(1, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8, device=device)
         self.dim = self(blank).shape[1]
-        self.name = f"emov2:{classifier.path}@{_fingerprint(self._model)}"
+        self.name = f"emov2:{classifier.path}@{fingerprint(self._model)}"
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Shape: (B, 3, H, W) uint8 -> (B, dim) float."""
         images = scale_for_classifier(images, self._image_size)
         return self._model.forward_head(self._model.forward_features(images), pre_logits=True)
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Shape: (B, 3, H, W) uint8 -> pooled (B, dim) float."""
+        return {"pooled": self(images)}
+
+    @torch.no_grad()
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, dim) -> (B, classes) float."""
+        head = self._model.get_classifier()
+        return head(pooled.to(next(head.parameters())))
 
 
 def create_extractor(
@@ -233,10 +276,10 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Eight digits that change with any weight of a model, so that a report says which one it was."""
+def fingerprint(model: torch.nn.Module, digits: int = 8) -> str:
+    """Digits that change with any weight of a model, so that a report says which one it was."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:digits]

@@ -1,12 +1,14 @@
-"""Where the images to be measured come from: folders, ``.npz`` files, or batches made on the spot."""
+"""Where the images to be measured come from: folders, zips, ``.npz`` files, or batches made on the spot."""
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -55,17 +57,19 @@ class FolderImages:
 
     def __init__(self, folder: str | Path, *, num_images: int | None = None):
         self.name = str(folder)
-        found = _find_images(Path(folder))
-        self.files = [found[index] for index in choose_evenly(len(found), num_images, f"the folder {folder}")]
+        self._choose(_find_images(Path(folder)), num_images, f"the folder {folder}")
+
+    def _choose(self, found: list, num_images: int | None, name: str) -> None:
+        self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
-        self.image_size = _read_size(self.files[0])
+        self.image_size = self._read_size(self.files[0])
         for path in self.files[1:]:
-            size = _read_size(path)
+            size = self._read_size(path)
             if size != self.image_size:
                 raise InputError(
                     f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; "
-                    "bring all images of a folder to one size, as in training"
+                    "bring all images of a set to one size, as in training"
                 )
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
@@ -77,11 +81,67 @@ class FolderImages:
         with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
             ahead = None
             for chunk in in_chunks(self.files, batch_size):
-                decoding = pool.map(_read_image, chunk)
+                decoding = pool.map(self._read_image, chunk)
                 if ahead is not None:
                     yield torch.stack(list(ahead))
                 ahead = decoding
             yield torch.stack(list(ahead))
+
+    def _open(self, path: Path) -> IO[bytes]:
+        return path.open("rb")
+
+    def _read_size(self, path: Path) -> tuple[int, int]:
+        """Width and height from a file's header."""
+        try:
+            with self._open(path) as stream, Image.open(stream) as image:
+                mode, size = image.mode, image.size
+        except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+            raise self._unreadable(path, error) from error
+        if mode.startswith(("I", "F")):  # 16-bit and float pixels; Pillow would clip them at 255
+            raise InputError(f"{path} has more than 8 bits per channel (mode {mode}); convert it to 8-bit RGB")
+        return size
+
+    def _read_image(self, path: Path) -> torch.Tensor:
+        """Decode one file; grey, palette, CMYK and alpha become RGB. Shape: (3, H, W) uint8."""
+        try:
+            with self._open(path) as stream, Image.open(stream) as image:
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:
+            raise self._unreadable(path, error) from error
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _unreadable(self, path: Path, error: Exception) -> InputError:
+        return InputError(f"cannot read the image {path} ({error}); repair or remove it")
+
+
+class ZipImages(FolderImages):
+    """The images in a zip and all folders inside it, in the order of their names.
+
+    Args:
+        path: Zip of image files.
+        num_images: How many to take, spread evenly over the sorted names; all by default.
+
+    Raises:
+        InputError: Not an intact zip, or as for folders.
+    """
+
+    def __init__(self, path: str | Path, *, num_images: int | None = None):
+        self.name = str(path)
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{path} is not an intact zip ({error})") from error
+        self._names = {
+            Path(path, name.lstrip("/")): name
+            for name in self._archive.namelist()
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("__MACOSX/")
+        }
+        if not self._names:
+            raise InputError(f"the zip {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        self._choose(sorted(self._names), num_images, f"the zip {path}")
+
+    def _open(self, path: Path) -> IO[bytes]:
+        return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
 
 
 class IterableImages:
@@ -127,10 +187,10 @@ class IterableImages:
 
 
 def open_images(source: str | Path | Iterable[torch.Tensor], *, num_images: int | None = None) -> ImageSource:
-    """Open a folder, an ``.npz`` file or an iterable of batches.
+    """Open a folder, a zip, an ``.npz`` file or an iterable of batches.
 
     Raises:
-        InputError: Neither a folder nor an ``.npz`` file, or see the classes of this module.
+        InputError: None of these, or see the classes of this module.
     """
     if not isinstance(source, str | Path):
         return IterableImages(source, num_images=num_images)
@@ -138,7 +198,9 @@ def open_images(source: str | Path | Iterable[torch.Tensor], *, num_images: int 
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return NpzImages(path, num_images=num_images)
     if path.is_file():
-        raise InputError(f"{path} is neither a folder of images nor an .npz file")
+        if path.suffix.lower() != ".zip":
+            raise InputError(f"{path} is neither a folder of images nor a .zip or .npz file")
+        return ZipImages(path, num_images=num_images)
     return FolderImages(path, num_images=num_images)
 
 
@@ -159,29 +221,3 @@ def _find_images(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return sorted(found)
-
-
-def _read_size(path: Path) -> tuple[int, int]:
-    """Width and height from a file's header."""
-    try:
-        with Image.open(path) as image:
-            mode, size = image.mode, image.size
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise _unreadable(path, error) from error
-    if mode.startswith(("I", "F")):  # 16-bit and float pixels; Pillow would clip them at 255
-        raise InputError(f"{path} has more than 8 bits per channel (mode {mode}); convert it to 8-bit RGB")
-    return size
-
-
-def _read_image(path: Path) -> torch.Tensor:
-    """Decode one file; grey, palette, CMYK and alpha become RGB. Shape: (3, H, W) uint8."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"cannot read the image {path} ({error}); repair or remove it")

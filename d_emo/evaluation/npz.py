@@ -18,6 +18,8 @@ from d_emo.config import InputError
 from d_emo.evaluation.statistics import StoredStatistics
 
 IMAGES_KEY = "arr_0"
+COUNT_KEY, FEATURES_KEY = "num_images", "features"  # ours beside ADM's: what the statistics are over and of
+POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 
 
 def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int]:
@@ -72,7 +74,7 @@ class NpzImages:
             raise InputError(
                 f"{path} holds the keys {', '.join(sorted(keys)) or '(none)'}; "
                 f"images are expected as {IMAGES_KEY}, uint8 of shape (N, H, W, 3); "
-                "a reference for Inception features may hold mu and sigma instead"
+                "a reference may hold mu and sigma instead"
             )
         with _open_array(self.path, IMAGES_KEY) as stream:
             shape, fortran_order, dtype = _read_header(stream)
@@ -126,32 +128,96 @@ def holds_statistics(path: str | Path) -> bool:
         InputError: It is named ``.npz`` but is missing or no archive.
     """
     path = Path(path)
-    return path.suffix.lower() == ".npz" and not path.is_dir() and {"mu", "sigma"} <= archive_keys(path)
+    return path.suffix.lower() == ".npz" and not path.is_dir() and set(POOLED_KEYS) <= archive_keys(path)
 
 
-def read_statistics(path: str | Path, dim: int) -> StoredStatistics:
-    """Read ``mu`` and ``sigma`` of an ``.npz`` file.
+def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_KEYS) -> StoredStatistics:
+    """Read a mean and a covariance of an ``.npz`` file.
 
     Args:
         path: File in ADM's layout.
         dim: Number of features that the statistics must be over.
+        keys: Their names: ``mu`` and ``sigma``, or ``mu_s`` and ``sigma_s`` for the spatial features.
 
     Raises:
         InputError: Not an archive, or statistics that are not finite numbers over ``dim`` features.
     """
-    path, arrays = Path(path), []
-    for key in ("mu", "sigma"):
-        with _open_array(path, key) as stream:
-            arrays.append(np.lib.format.read_array(stream, allow_pickle=False))
-    mu, sigma = arrays
+    path = Path(path)
+    mu, sigma = (read_array(path, key) for key in keys)
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise InputError(
-            f"{path} holds mu of shape {mu.shape} and sigma of shape {sigma.shape}, but the features in use have "
-            f"{dim} dimensions; take statistics of the same features"
+            f"{path} holds {keys[0]} of shape {mu.shape} and {keys[1]} of shape {sigma.shape}, but the features in use "
+            f"have {dim} dimensions; take statistics of the same features"
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise InputError(f"mu and sigma of {path} must be finite floating-point numbers")
-    return StoredStatistics(torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)))
+        raise InputError(f"{keys[0]} and {keys[1]} of {path} must be finite floating-point numbers")
+    moments = (torch.from_numpy(each.astype(np.float64)) for each in (mu, sigma))
+    count = read_array(path, COUNT_KEY) if COUNT_KEY in archive_keys(path) else None
+    return StoredStatistics(*moments, None if count is None else int(count))
+
+
+def read_text(path: Path, key: str) -> str | None:
+    """A string of an ``.npz`` file, or None if it has no such entry."""
+    return str(read_array(path, key)) if key in archive_keys(path) else None
+
+
+def read_array(path: Path, key: str) -> np.ndarray:
+    """One array of an ``.npz`` file.
+
+    Raises:
+        InputError: It is damaged or holds objects.
+    """
+    with _open_array(path, key) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+class NpzWriter:
+    """Writes an ``.npz`` file under a temporary name and renames it when all is in; images are streamed.
+
+    Use as a context manager. Images must be complete before other arrays are written.
+
+    Args:
+        path: File to write.
+        num_images: How many images ``arr_0`` will hold.
+        image_size: (width, height) in pixels.
+    """
+
+    def __init__(self, path: Path, num_images: int, image_size: tuple[int, int]):
+        self.path, self._temporary = path, path.with_name(f".tmp-{path.name}")
+        self._left, self._shape = num_images, (num_images, image_size[1], image_size[0], 3)
+
+    def __enter__(self) -> NpzWriter:
+        self._archive = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED)
+        if self._left:
+            self._stream = self._archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True)
+            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(self._stream, header)
+        return self
+
+    def append(self, images: torch.Tensor) -> None:
+        """Add images to ``arr_0``. Shape: (B, 3, H, W) uint8."""
+        self._left -= len(images)
+        assert self._left >= 0 and images.shape[2:] == self._shape[1:3]
+        self._stream.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        if self._left == 0:
+            self._stream.close()
+
+    def add(self, **arrays: np.ndarray | str | int) -> None:
+        """Write arrays beside the images."""
+        for key, value in arrays.items():
+            with self._archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asarray(value), allow_pickle=False)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            if self._left:
+                self._stream.close()
+            self._archive.close()
+            self._temporary.unlink(missing_ok=True)
+            return
+        self._archive.close()
+        assert self._left == 0
+        self._temporary.rename(self.path)
 
 
 @contextmanager

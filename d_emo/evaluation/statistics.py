@@ -12,20 +12,21 @@ from d_emo.config import InputError
 
 # An eigenvalue this far below zero, relative to the largest, is no rounding: float32 statistics reach about -1e-6.
 NEGATIVE_EIGENVALUE_TOLERANCE = 1e-4
+CONSTANT_SPREAD = 1e-12  # variance over squared mean that float32 features of one and the same image can reach
 
 
 class StoredStatistics(NamedTuple):
-    """Mean and covariance read from a file, which does not say over how many images.
+    """Mean and covariance read from a file.
 
     Attributes:
         mean: Shape: (dim,) float64.
         covariance: Shape: (dim, dim) float64.
-        count: Always None, unknown.
+        count: Over how many images; None if the file does not say.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
-    count: None = None
+    count: int | None = None
 
 
 class FeatureStatistics:
@@ -113,6 +114,11 @@ class FeatureStatistics:
     def _require(self, needed: int) -> None:
         if self.count < needed:
             raise InputError(f"statistics over {self.count} images were asked for; at least {needed} are needed")
+
+
+def is_constant(statistics: FeatureStatistics | StoredStatistics) -> bool:
+    """Whether the features vary by no more than float32 rounding."""
+    return bool(statistics.covariance.trace().abs() <= CONSTANT_SPREAD * statistics.mean.square().sum())
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:

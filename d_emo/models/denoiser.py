@@ -43,12 +43,13 @@ DENOISERS: dict[str, dict[str, Any]] = {
     for size, row in SIZES.items()
     for patch in (1, 2, 4, 8)
 } | {
-    f"DiT-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
+    f"{family}-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
+    for family in ("DiT", "SiT")
     for size, row in SIZES.items()
     if size != "Ti"
     for patch in (2, 4, 8)
 }
-"""Every named denoiser as the constructor arguments that make it."""
+"""Every named denoiser as the constructor arguments that make it. SiT is DiT trained with the flow objective."""
 
 I2RMB_ONLY = ("attention_mode", "window_size", "kernel_size", "local_norm")
 """Settings that mean nothing to DiT's block."""
@@ -159,6 +160,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (D-EMO) or 'dit'.")
         self.blocks = nn.ModuleList(blocks)
+        self._no_split_modules = [type(self.blocks[0]).__name__]  # FSDP's wrapping wants no class that is not there
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=block == "i2rmb")
         self.gradient_checkpointing = False
         self.initialize_weights()

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from d_emo.config import InputError
@@ -33,7 +35,7 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
 class ChannelsLastBatchNorm(nn.Module):
     """BatchNorm over the last axis.
 
-    The plain ``BatchNorm2d`` is kept as a child, not as a base class, so that ``SyncBatchNorm`` conversion works.
+    The plain ``BatchNorm2d`` is a child, not the base class, so that `synchronise_batch_norms` can exchange it.
     The permutations are views.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
@@ -85,6 +87,48 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class _DepthwiseConv2d(torch.autograd.Function):
+    """Depthwise convolution of stride 1 that keeps the size; see `depthwise_conv2d`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        channels, _, size, _ = weight.shape
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=size // 2, groups=channels)
+        if ctx.needs_input_grad[1]:
+            x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # (B, H, W, C)
+            x, (height, width) = F.pad(x, (0, 0) + 4 * (size // 2,)), grad.shape[1:3]
+            taps = [
+                (x[:, i : i + height, j : j + width] * grad).sum((0, 1, 2))
+                for i in range(size)
+                for j in range(size)
+            ]  # k * k x (C,)
+            grad_weight = torch.stack(taps, dim=1).view_as(weight).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs.
+
+    The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
+    convolution. Here it is one product and one sum per tap of the kernel.
+
+    Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> (B, C, H, W).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _DepthwiseConv2d.apply(x, weight)
+
+
 class LocalConv(nn.Module):
     """Depthwise k x k convolution without bias, then norm, then SiLU.
 
@@ -112,8 +156,13 @@ class LocalConv(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H', W', C); both permutations are views
-        return self.act(self.norm(x))
+        x = x.permute(0, 3, 1, 2)  # (B, C, H, W); this and the permutation back are views
+        plain = self.conv.stride == self.conv.dilation == (1, 1) and self.conv.bias is None
+        if plain and x.device.type == "cpu" and torch.is_grad_enabled():
+            x = depthwise_conv2d(x, self.conv.weight)
+        else:
+            x = self.conv(x)
+        return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
 
     @torch.no_grad()
     def fold_norm(self) -> None:
@@ -146,6 +195,46 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         if hasattr(module, "fold_norm"):
             module.fold_norm()
     return model.eval()
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose batch is that of all processes together, on any device; equal shares are assumed.
+
+    PyTorch's own ``SyncBatchNorm`` runs on GPUs only. Statistics are computed in float32: the mean first, then the
+    squared distances from it, each summed over the processes by a differentiable all-reduce.
+
+    Shape: (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * distributed.get_world_size()
+        mean = all_reduce(x.float().sum((0, 2, 3))) / count  # (C,)
+        centred = x.float() - mean[:, None, None]  # (B, C, H, W)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var) * (count / max(1, count - 1)), self.momentum)
+        factor = self.weight * torch.rsqrt(variance + self.eps)  # (C,)
+        return (centred * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norms(model: nn.Module) -> None:
+    """Make every batch norm of a model use the batch of all processes; parameters, buffers and names stay."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, SyncedBatchNorm2d):
+                synced = SyncedBatchNorm2d(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+                synced._parameters, synced._buffers = norm._parameters, norm._buffers
+                setattr(parent, name, synced.train(norm.training))
+
+
+def norm_buffers(model: nn.Module) -> list[Tensor]:
+    """The running statistics of all batch norms, which every forward pass in training mode changes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 @contextlib.contextmanager
@@ -204,7 +293,8 @@ class TimestepEmbedder(nn.Module):
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
+        with torch.autocast(t.device.type, enabled=False):  # a small network that every block depends on
+            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
 
 
 class LabelEmbedder(nn.Module):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from d_emo import checkpoint
 from d_emo.config import EvaluateClassifierSettings, InputError
-from d_emo.data import CentreCroppedFolder, ClassImages, open_dataset
+from d_emo.data import ClassImages, open_dataset
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import resolve_name
 from d_emo.models.timm_registry import default_cfgs
+from d_emo.training.stop import ignore_interrupts
 from d_emo.training.teacher import normalized
 
 
@@ -33,7 +36,6 @@ class Accuracy:
         return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images"
 
 
-@torch.no_grad()
 def measure_accuracy(
     model: nn.Module, dataset: ClassImages, *, batch_size: int = 64, limit: int | None = None, num_workers: int = 0
 ) -> Accuracy:
@@ -46,16 +48,29 @@ def measure_accuracy(
         limit: number of images. Default: all.
         num_workers: data loading processes.
     """
-    device, training = next(model.parameters()).device, model.training
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    right = torch.zeros(2, dtype=torch.long)
+    sums = sum_over(model, dataset, range(count), batch_size=batch_size, num_workers=num_workers)
+    return Accuracy(sums["accuracy"].item() / count, sums["top5"].item() / count, count)
+
+
+@torch.no_grad()
+def sum_over(
+    model: nn.Module, dataset: ClassImages, indices: Sequence[int], *, batch_size: int = 64, num_workers: int = 0
+) -> dict[str, Tensor]:
+    """Sums over some images, in eval mode: "loss" (cross-entropy), "accuracy" (right answers), "top5" and "count"."""
+    device, training = next(model.parameters()).device, model.training
+    totals = torch.zeros(4, dtype=torch.float64)
     model.eval()
-    for images, labels in DataLoader(Subset(dataset, range(count)), batch_size=batch_size, num_workers=num_workers):
-        logits = model(images.to(device)).cpu()
+    loader = DataLoader(
+        Subset(dataset, indices), batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupts
+    )
+    for images, labels in loader:
+        logits = model(images.to(device)).float().cpu()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
-        right += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.tensor(len(labels))])
     model.train(training)
-    return Accuracy(right[0].item() / count, right[1].item() / count, count)
+    return dict(zip(("loss", "accuracy", "top5", "count"), totals.float().to(device), strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,9 +124,8 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
         InputError: if no images are named and the classifier knows none, or they have other classes.
     """
     size, built_in = settings.image_size or classifier.image_size, settings.dataset or classifier.dataset
-    images: ClassImages
     if settings.data_dir is not None:
-        images = CentreCroppedFolder(settings.data_dir, size, crop_share=settings.crop_share)
+        images = open_dataset(dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share)
     elif built_in is not None:
         limit = {} if built_in == "digits" else {"num_images": settings.num_images or 2000}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)

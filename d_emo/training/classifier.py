@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo import checkpoint
-from d_emo.config import ClassifierSettings, InputError
-from d_emo.data import AugmentedFolder, CentreCroppedFolder, ClassImages, open_dataset
+from d_emo.card import describe_hardware
+from d_emo.config import ClassifierSettings, InputError, is_folder
+from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.registry import resolve_name
-from d_emo.training.accuracy import Accuracy, measure_accuracy
+from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
 
 BUILT_IN_HELD_OUT = 2000
@@ -36,8 +39,8 @@ class Augmentation(NamedTuple):
 class ClassifierTask:
     """Cross-entropy with label smoothing, and optionally a teacher's soft logits, on augmented images.
 
-    Images of a folder are cropped at random and pass RandAugment; those of built-in data sets are randomly shifted.
-    Images are mirrored where the data allow it.
+    Images of a folder are cropped at random and pass RandAugment; others can be randomly shifted. All are mirrored
+    where the data allow it.
 
     Args:
         settings: Resolved settings.
@@ -53,8 +56,7 @@ class ClassifierTask:
         if resolve_name(settings.model) not in BACKBONES:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
         self.settings = settings
-        self.dataset, self.held_out = open_train(settings), open_held_out(settings)
-        self._check_classes()
+        self.dataset, self.held_out = open_both(settings)
         if settings.epochs is not None:
             per_epoch = len(self.dataset) / settings.batch_size
             settings.max_steps = max(1, round(settings.epochs * per_epoch))
@@ -65,16 +67,6 @@ class ClassifierTask:
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, len(self.dataset.class_names))
-
-    def _check_classes(self) -> None:
-        names = self.dataset.class_names
-        if len(names) < 2:
-            raise InputError(f"{self.settings.data_dir} has only the class {names[0]}; a classifier needs two or more")
-        if self.held_out is not None and self.held_out.class_names != names:
-            odd = sorted(set(names) ^ set(self.held_out.class_names))
-            raise InputError(
-                f"the folders of training and validation images have other classes: only one of them has {odd[:3]}"
-            )
 
     def introduction(self) -> list[str]:
         settings = self.settings
@@ -108,35 +100,40 @@ class ClassifierTask:
             losses["loss"] = losses["loss"] + settings.distill_weight * losses["distillation"]
         return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums of loss and right answers over this process's share of the held-out images, and their number."""
+        share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
+        return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
         meta: dict[str, Any] = {
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
-            "class_names": self.dataset.class_names, "training_minutes": round(minutes, 1),
+            "class_names": self.dataset.class_names, "num_images": len(self.dataset),
+            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "hardware": describe_hardware(next(model.parameters()).device),
         }
-        held_out = ""
         if self.held_out is not None:
-            measured = {"ema": self.measure(model), "raw": self.measure(self.model)}
+            measured = {"ema": self.measure(model)}
+            if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+                measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
             meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
             meta["held_out_accuracy"] = round(measured["ema"].top1, 4)
-            held_out = f"""* Accuracy on held-out images (the EMA's top-1: {meta["held_out_accuracy"]:.2%}):
-  * EMA weights: {measured["ema"]}.
-  * Raw weights: {measured["raw"]}.
-"""
-        card = f"""# {settings.model} on {settings.data_dir or settings.dataset}, {settings.image_size} px
-
-* Training: {step:,} steps of batch {settings.batch_size}, {minutes:.1f} minutes.
-* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
-{held_out}"""
-        checkpoint.save_classifier(folder, model, meta=meta, settings=settings, card=card)
+        checkpoint.save_classifier(folder, model, meta=meta, settings=settings)
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of ``model`` on the held-out images."""
         built_in = self.settings.data_dir is None
         return measure_accuracy(
             model, self.held_out, limit=BUILT_IN_HELD_OUT if built_in else None,
-            num_workers=self.settings.num_workers or 0,
+            num_workers=self._workers(1),
         )
+
+    def _workers(self, world_size: int) -> int:
+        """Data loading processes for the held-out images; built-in ones are quick to make."""
+        if self.settings.num_workers is not None or self.settings.data_dir is None or not torch.cuda.is_available():
+            return self.settings.num_workers or 0
+        return min(8, (os.cpu_count() or 1) // world_size)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
@@ -150,34 +147,32 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def open_train(settings: ClassifierSettings) -> ClassImages:
-    """The training images that the settings name."""
-    if settings.data_dir is None:
-        return open_dataset(
-            dataset=settings.dataset, data_dir=None, image_size=settings.image_size, num_images=settings.num_images
-        )
-    policy = None if settings.rand_augment == "none" else settings.rand_augment
-    return AugmentedFolder(
-        _train_and_val(settings)[0], settings.image_size, crop_scale=settings.crop_scale, rand_augment=policy,
-        seed=settings.seed, skip_corrupt=settings.skip_corrupt,
-    )  # fmt: skip
+def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
+    """The images to train on, and those to measure accuracy on: None where a data set of one's own comes without.
 
+    A folder with sub-folders train and val, as ImageNet is laid out, stands for these two.
 
-def open_held_out(settings: ClassifierSettings) -> ClassImages | None:
-    """The images to measure accuracy on, or None where a folder comes without."""
-    if settings.data_dir is None:
-        return open_dataset(dataset=settings.dataset, data_dir=None, image_size=settings.image_size, split="test")
-    folder = _train_and_val(settings)[1]
-    if folder is None:
-        return None
-    return CentreCroppedFolder(
-        folder, settings.image_size, crop_share=settings.crop_share, skip_corrupt=settings.skip_corrupt
-    )
-
-
-def _train_and_val(settings: ClassifierSettings) -> tuple[Path, Path | None]:
-    """The folder itself, or its sub-folders train and val where it has both, as ImageNet is laid out."""
-    root, val = Path(settings.data_dir), settings.val_dir
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root / "train", Path(val) if val else root / "val"
-    return root, Path(val) if val else None
+    Raises:
+        InputError: Data that cannot be opened, have one class only, or do not belong together.
+    """
+    data_dir, size = settings.data_dir, settings.image_size
+    if data_dir is not None and (Path(data_dir) / "train").is_dir() and (Path(data_dir) / "val").is_dir():
+        settings.validate_dir = settings.validate_dir or str(Path(data_dir) / "val")
+        data_dir = str(Path(data_dir) / "train")
+    images: ClassImages
+    if data_dir is not None and is_folder(data_dir):
+        images = AugmentedFolder(
+            data_dir, size, crop_scale=settings.crop_scale, seed=settings.seed, skip_corrupt=settings.skip_corrupt,
+            rand_augment=None if settings.rand_augment == "none" else settings.rand_augment,
+        )  # fmt: skip
+    else:
+        images = open_dataset(
+            dataset=settings.dataset, data_dir=data_dir, image_size=size, num_images=settings.num_images,
+            skip_corrupt=settings.skip_corrupt,
+        )  # fmt: skip
+    names = images.class_names
+    if len(names) < 2:
+        raise InputError(f"{data_dir} has only the class {names[0]}; a classifier needs two or more")
+    if data_dir is not None and settings.validate_dir is None and settings.validate_every is None:
+        return images, None
+    return images, open_held_out(settings, names, crop_share=settings.crop_share)

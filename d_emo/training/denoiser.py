@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from d_emo import checkpoint
+from d_emo.card import describe_hardware
 from d_emo.config import InputError, TrainSettings
-from d_emo.data import open_dataset
-from d_emo.latents import SHIPPED_VAE, CachedLatents, load_codec, sample_moments
+from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
+from d_emo.latents import Codec, StoredLatents, default_codec, encode, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.registry import resolve_name
-from d_emo.objective import Draws, EpsObjective
+from d_emo.objective import OBJECTIVES, Draws
 
 
 class DenoiserTask:
-    """Class-conditional diffusion in the latents of a codec, by the eps objective.
+    """Class-conditional diffusion in the latents of a codec, by the eps or the flow objective.
 
     Args:
-        settings: Resolved settings; ``vae`` is filled in if it was left open.
+        settings: Resolved settings; ``vae`` and ``image_size`` are filled in if they were left open.
 
     Raises:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
@@ -36,13 +34,12 @@ class DenoiserTask:
         if resolve_name(settings.model) not in DENOISERS:
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
         self.settings = settings
-        if settings.vae is None:
-            settings.vae = SHIPPED_VAE if settings.data_dir is None else "stabilityai/sd-vae-ft-ema"
-        self.dataset = self.images = open_dataset(
-            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
-            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt,
-        )
-        self.codec = load_codec(settings.vae)
+        self.dataset, self.codec = _open_data(settings)
+        self.images = self.dataset
+        self.held_out = None
+        if settings.validate_every:
+            self.held_out = open_held_out(settings, self.images.class_names, one_class=settings.unconditional)
+        self.encoded = settings.latents is not None or settings.cache_latents
         if settings.image_size % self.codec.downsample:
             raise InputError(
                 f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
@@ -54,23 +51,24 @@ class DenoiserTask:
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
         torch.nn.init.normal_(self.model.y_embedder.embedding_table.weight, std=settings.label_init_std)
+        self.start = ""
+        if settings.init_from is not None:
+            self.start = checkpoint.start_from(
+                settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective
+            )
         self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels
-        self.objective = EpsObjective(
+        self.objective = OBJECTIVES[settings.objective](
             null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma
         )
-        self.scheduler = DDPMScheduler(  # the objective's noise schedule, in diffusers' words
-            num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
-            prediction_type="epsilon", timestep_spacing="linspace",
-            variance_type="learned_range" if learn_sigma else "fixed_large",
-        )
+        self.scheduler = self.objective.noise_schedule()
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
         lines = []
-        if settings.data_dir is None and settings.dataset == "shapes":
+        if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
                 "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
                 "/path/to/imagenet/train"
@@ -80,13 +78,14 @@ class DenoiserTask:
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{channels} x {height} x {width} from {self.codec.name}, {len(self.images):,} images; run folder "
             f"{settings.output_dir}"
-        ]
+        ] + ([self.start] if self.start else [])
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
         self.objective.to(device)
-        if self.settings.cache_latents:
-            self.dataset = CachedLatents(self.images, self.codec, path=folder / "latents.safetensors", device=device)
+        if self.encoded and self.settings.latents is None:
+            encode(self.images, self.codec, folder / "latents", device=device)
+            self.dataset = StoredLatents(folder / "latents")
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
         return self.objective.draw(generator, batch_size, self.latent_shape)
@@ -97,9 +96,9 @@ class DenoiserTask:
 
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Latents of images or of cached moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
+        """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
         flip = draws.flip[:, None, None, None] & self.images.flip
-        if self.dataset is self.images:
+        if not self.encoded:
             moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
         else:
             moments = values.float()
@@ -108,32 +107,55 @@ class DenoiserTask:
                 moments = torch.where(flip, mirrored, plain)
         return sample_moments(moments, draws.posterior_noise)
 
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums of the losses over this process's share of the held-out images, and their number.
+
+        Noise and timestep of an image come from its index alone; no label is dropped.
+        """
+        device, batch_size = next(model.parameters()).device, 32
+        share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
+        totals: dict[str, torch.Tensor] = {}
+        for start in range(0, max(1, len(share)), batch_size):
+            indices = share[start : start + batch_size]
+            count, indices = len(indices), indices or [0]  # a process without a share still names its sums
+            images, labels = (torch.stack(part) for part in zip(
+                *((image, torch.tensor(label)) for image, label in map(self.held_out.__getitem__, indices)), strict=True
+            ))
+            draws = Draws(*(torch.cat(part).to(device) for part in zip(
+                *(self.draw(torch.Generator().manual_seed(index), 1) for index in indices), strict=True
+            )))
+            draws = draws._replace(drop_label=torch.zeros_like(draws.drop_label))
+            latents = sample_moments(self.codec.moments(images.to(device)), draws.posterior_noise)
+            losses = self.objective(model, latents, labels.to(device), draws)
+            for name, value in {**losses, "count": torch.ones((), device=device)}.items():
+                totals[name] = totals.get(name, 0) + value.float() * count
+        return totals
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
         meta = {
             "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
             "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
-            "training_minutes": round(minutes, 1),
+            "label_dropout": settings.label_dropout, "num_images": len(self.images),
+            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "hardware": describe_hardware(next(model.parameters()).device),
         }
-        checkpoint.save_denoiser(
-            folder, model, scheduler=self.scheduler, meta=meta, settings=settings, card=self._card(meta)
+        checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+
+
+def _open_data(settings: TrainSettings) -> tuple[ClassImages | StoredLatents, Codec]:
+    """Images or latents, and their codec; settles what the settings leave to them."""
+    if settings.latents is None:
+        settings.vae = settings.vae or default_codec(settings.data_dir)
+        images = open_dataset(
+            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
+            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
+            sequential=settings.cache_latents,
         )
-
-    def _card(self, meta: dict[str, Any]) -> str:
-        settings, device = self.settings, next(self.model.parameters()).device
-        on_gpu = device.type == "cuda"
-        where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        options = f" with {json.dumps(settings.model_options)}" if settings.model_options else ""
-        data = settings.data_dir or settings.dataset
-        return f"""# {settings.model} on {data}, {settings.image_size} px
-
-A class-conditional denoiser of D-EMO: {settings.model}{options}, {len(self.images.class_names)} classes,
-{checkpoint.trained_parameters(self.model) / 1e6:.2f} M trained parameters, latents of the codec `{self.codec.name}`.
-
-* Data: {data}, {len(self.images):,} images at {settings.image_size} px.
-* Training: {meta["step"]:,} of {settings.max_steps:,} steps of batch {settings.batch_size}
-  ({meta["step"] * settings.batch_size:,} images seen), AdamW {settings.learning_rate:g}, objective
-  {settings.objective}, label dropout {settings.label_dropout}; {meta["training_minutes"]} minutes on {where}.
-* Weights: moving average (EMA, decay {settings.ema_decay}) of parameters and BatchNorm statistics.
-* Sampling: `python scripts/sample.py --checkpoint FOLDER --class 0`.
-"""
+        return images, load_codec(settings.vae)
+    latents = StoredLatents(settings.latents)
+    settings.vae = settings.vae or latents.codec
+    settings.image_size = settings.image_size or latents.image_size
+    codec = load_codec(settings.vae)
+    latents.check(codec, settings.image_size)
+    return OneClass(latents) if settings.unconditional else latents, codec

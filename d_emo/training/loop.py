@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,20 +14,25 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from d_emo import checkpoint
-from d_emo.config import InputError, RunSettings, write_yaml
+from d_emo.config import InputError, RunError, RunSettings, write_yaml
 from d_emo.data import StepSampler
 from d_emo.ema import EMA
+from d_emo.models.layers import norm_buffers, synchronise_batch_norms
+from d_emo.training.guard import NonFiniteGuard
+from d_emo.training.optimizer import learning_rate, make_optimizer
+from d_emo.training.stop import Stop, StopWatch, ignore_interrupts
+from d_emo.training.watch import Watch
 
 # Settings that a resumed run may change without becoming another run.
 _FREE_ON_RESUME = {
-    "output_dir", "max_steps", "resume", "compile", "num_workers", "log_every", "snapshot_every", "state_every",
-    "mixed_precision", "micro_batch_size", "preview_guidance", "gradient_checkpointing", "data_dir", "skip_corrupt",
+    "output_dir", "max_steps", "max_minutes", "resume", "nan", "compile", "num_workers", "log_every", "tracker",
+    "snapshot_every", "state_every", "validate_every", "validate_images", "mixed_precision", "micro_batch_size",
+    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "latents", "skip_corrupt", "push_to_hub",
 }
 
 
@@ -53,6 +56,9 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
         """Scalars of a micro-batch, under "loss" the one to minimise."""
 
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         """Write the averaged model."""
 
@@ -60,7 +66,7 @@ class Task(Protocol):
 def fit(
     task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None
 ) -> Path | None:
-    """Train until ``settings.max_steps``, or until SIGINT or SIGTERM; the same command goes on from there.
+    """Train until ``settings.max_steps``, a signal or the time limit; the same command goes on from there.
 
     Args:
         task: Model, data and loss.
@@ -72,8 +78,8 @@ def fit(
 
     Raises:
         InputError: Settings that cannot work together, an unwritable run folder, an unusable state.
-        FloatingPointError: The loss is no longer finite.
-        SystemExit: After a signal: code 0 for SIGINT, 143 for SIGTERM; the state is saved.
+        RunError: A loss or gradient is not finite, or something cannot be saved; the last good state stays.
+        SystemExit: After a signal or the time limit: code 143 for SIGTERM, else 0; the state is saved.
     """
     return _Run(task, settings, preview).go()
 
@@ -87,23 +93,33 @@ class _Run:
         on_gpu = torch.cuda.is_available()
         precision = settings.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
         world = int(os.environ.get("WORLD_SIZE", 1))
-        per_rank, rest = divmod(settings.batch_size, world)
+        self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
             raise InputError(f"--batch-size {settings.batch_size} (global) cannot be divided by {world} processes")
-        self.micro = min(settings.micro_batch_size or (per_rank if on_gpu else 32), per_rank)
-        if per_rank % self.micro:
+        self.micro = min(settings.micro_batch_size or (self.per_rank if on_gpu else 8), self.per_rank)
+        if self.per_rank % self.micro:
             raise InputError(
-                f"--micro-batch-size {self.micro} does not divide the {per_rank} images per process and step"
+                f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
             )
         self.accelerator = Accelerator(
-            mixed_precision=precision, log_with="tensorboard", project_dir=self.folder,
-            gradient_accumulation_steps=per_rank // self.micro,
+            mixed_precision=precision, log_with=None if settings.tracker == "none" else settings.tracker,
+            project_dir=self.folder, gradient_accumulation_steps=self.per_rank // self.micro,
         )
+        if self.accelerator.num_processes != world:
+            raise InputError(
+                f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
+                "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise InputError(
+                "DeepSpeed makes its updates out of this loop's sight, so states could not be exact; shard with "
+                "--config_file configs/accelerate/fsdp.yaml instead"
+            )
         if self.accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # the launcher sets one, unasked
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.per_rank, self.step, self.minutes = per_rank, 0, 0.0
+        self.step, self.minutes = 0, 0.0
 
     # -- set-up --
 
@@ -111,28 +127,35 @@ class _Run:
         state = self._open_run_folder()
         task, accelerator, settings = self.task, self.accelerator, self.settings
         set_seed(settings.seed)
+        self.watch = Watch(accelerator, settings)
         for line in task.introduction():
-            self._say(line)
-        with accelerator.local_main_process_first():
+            self.watch.say(line)
+        with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
+        if settings.sync_batchnorm:
+            synchronise_batch_norms(model)
         self.ema = EMA(model, settings.ema_decay, warmup=settings.ema_warmup)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, settings.weight_decay, task.lr_scales), lr=settings.learning_rate,
-            fused=accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(model, settings, task.lr_scales, accelerator.device)
         if settings.compile:
             model.compile()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.bare_model = accelerator.unwrap_model(self.model)
+        self.guard = NonFiniteGuard(norm_buffers(self.bare_model), settings.nan)
         if state is not None:
             self._restore(state)
-            self._say(f"resuming at step {self.step} of {settings.max_steps}")
+            self.watch.say(f"resuming at step {self.step} of {settings.max_steps}")
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
-        accelerator.init_trackers("logs")
-        with _signals() as received:
-            self._loop(received)
+        accelerator.wait_for_everyone()
+        with StopWatch(settings.max_minutes) as stop_watch, self.watch.following(self.step, task.smaller):
+            stop = self._loop(stop_watch)
         accelerator.end_training()
+        if stop and self.step < settings.max_steps:
+            self.watch.say(
+                f"stopped by {stop.reason} at step {self.step}; the state is saved, the same command goes on"
+            )
+            sys.exit(stop.exit_code)
         return self._snapshot_folder() if accelerator.is_main_process else None
 
     def _open_run_folder(self) -> dict[str, Any] | None:
@@ -148,7 +171,10 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use --resume auto or another --output-dir")
             return None
-        found = checkpoint.find_state(states) if settings.resume == "auto" else Path(settings.resume)
+        if settings.resume == "auto":
+            found = checkpoint.find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
+        else:
+            found = Path(settings.resume)
         if found is None:
             return None
         self._check_same_run(self.folder / "config.yaml")
@@ -168,111 +194,128 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+            checkpoint.restore_training(self.bare_model, self.optimizer.optimizer, state)
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
 
     # -- the loop --
 
-    def _loop(self, received: list[int]) -> None:
-        settings, accelerator = self.settings, self.accelerator
-        batches = self._batches()
-        bar = tqdm(total=settings.max_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process,
-                   desc="training", dynamic_ncols=True)
-        forecast = _Forecast(settings, accelerator.gradient_accumulation_steps, self.task.smaller, say=self._say)
+    def _loop(self, stop_watch: StopWatch) -> Stop:
+        """Train until the last step or a wish to stop; returns that wish."""
+        settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
-        while self.step < settings.max_steps:
-            began = time.perf_counter()
-            losses = self._train_step(batches, forecast)
-            speed = settings.batch_size / (time.perf_counter() - began)
+        while self.step < settings.max_steps and not stop:
+            figures, stop = self._train_step(batches, stop_watch)
             self.step += 1
-            bar.update()
-            bar.set_postfix(loss=f"{losses['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
-            if self.step % settings.log_every == 0 or self.step == settings.max_steps:
-                rates = {"images_per_second": speed, "learning_rate": self._learning_rate()}
-                accelerator.log({**losses, **rates}, step=self.step)
             last = self.step == settings.max_steps
-            stop = self._agree_to_stop(received)
+            with self._saving("curves"):
+                self.watch.step_done(self.step, figures)
+            if settings.validate_every and (last or self.step % settings.validate_every == 0):
+                self._validate()
             if last or self.step % settings.snapshot_every == 0:
                 self._save_snapshot()
             if last or stop or self.step % settings.state_every == 0:
                 self._save_state()
-            if stop and not last:
-                bar.close()
-                self._say(f"stopped by a signal at step {self.step}; the state is saved, the same command goes on")
-                accelerator.end_training()
-                sys.exit(143 if stop == signal.SIGTERM else 0)
-        bar.close()
-        if not self._snapshot_folder().exists():  # a run resumed after its last step, its snapshot removed
-            self._save_snapshot()
+        if self.step == settings.max_steps and not self._snapshot_folder().exists():
+            self._save_snapshot()  # a run resumed after its last step, its snapshot removed
+        return stop
 
-    def _train_step(self, batches: Iterator, forecast: _Forecast) -> dict[str, float]:
-        task, accelerator = self.task, self.accelerator
+    def _train_step(self, batches: Iterator, stop_watch: StopWatch) -> tuple[dict[str, float], Stop]:
+        """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
+        task, accelerator, settings, rank = self.task, self.accelerator, self.settings, self.accelerator.process_index
+        began, waited, parts = time.perf_counter(), 0.0, []
         self.model.train()
+        self.guard.remember()
+        rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate() * group["lr_scale"]
-        seed = int(np.random.SeedSequence([self.settings.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator(accelerator.device).manual_seed(seed)
-        draws = task.draw(generator, self.settings.batch_size)
-        torch.manual_seed(seed % 2**32 + accelerator.process_index)  # for drop path and the like
-        start, parts = accelerator.process_index * self.per_rank, []
+            group["lr"] = rate * group["lr_scale"]
+        seed = int(np.random.SeedSequence([settings.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
+        draws = task.draw(torch.Generator(accelerator.device).manual_seed(seed), settings.batch_size)
+        torch.manual_seed((seed + rank) % 2**63)  # for drop path and the like
+        start = rank * self.per_rank
         for row in range(start, start + self.per_rank, self.micro):
-            began = time.perf_counter()
+            asked = time.perf_counter()
             batch = [part.to(accelerator.device, non_blocking=True) for part in next(batches)]
+            waited += time.perf_counter() - asked
             with accelerator.accumulate(self.model):
                 losses = task.loss(self.model, batch, draws[row : row + self.micro])  # autocast inside the model
                 accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients and self.settings.grad_clip is not None:
-                    accelerator.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-                parts.append({name: value.detach().float() for name, value in losses.items()})
-                if accelerator.sync_gradients:
-                    means = self._means(parts)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            forecast.micro_batch_took(time.perf_counter() - began)
-        self.ema.update(accelerator.unwrap_model(self.model))
-        return means
+            parts.append({name: value.detach().float() for name, value in losses.items()})
+            self.watch.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.grad_clip or float("inf"))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        means, stop = self._agree(parts, norm, stop_watch.wish)
+        self._update(means, rate)
+        took = time.perf_counter() - began
+        return {
+            **means, "learning_rate": rate, "images_per_second": settings.batch_size / took,
+            "data_wait_share": waited / took, "ema_decay": self.ema.current_decay, "skipped_steps": self.guard.skipped,
+        }, stop
 
-    def _means(self, parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Means over micro-batches and processes; stops before the update when the loss is not finite."""
+    def _agree(
+        self, parts: list[dict[str, torch.Tensor]], norm: torch.Tensor, wish: Stop
+    ) -> tuple[dict[str, float], Stop]:
+        """Means over micro-batches and processes, and the strongest wish to stop: one exchange, one wait a step."""
         means = torch.stack([torch.stack(list(part.values())) for part in parts]).mean(dim=0)
-        means = dict(zip(parts[0], self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {self.step} (learning rate {self._learning_rate():.2e}); the "
-                f"last good state is in {self.folder / 'states'}. Try a lower --learning-rate or --mixed-precision no"
-            )
-        return means
+        wishes = torch.zeros(len(Stop), device=means.device)
+        wishes[wish] = 1
+        everything = torch.cat([means, norm.detach().float().reshape(1), wishes])
+        *values, = self.accelerator.reduce(everything, "mean").tolist()
+        means = dict(zip([*parts[0], "gradient_norm"], values, strict=False))
+        return means, max(each for each, share in zip(Stop, values[-len(Stop):], strict=True) if share > 0)
 
-    def _learning_rate(self) -> float:
-        """Learning rate of the coming update, from the step alone."""
-        settings = self.settings
-        peak = settings.learning_rate
-        if self.step < settings.warmup_steps:
-            return peak * (self.step + 1) / settings.warmup_steps
-        if settings.schedule == "constant":
-            return peak
-        done = (self.step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    def _update(self, means: dict[str, float], rate: float) -> None:
+        """The optimizer's step, unless the loss or the gradient is not finite."""
+        accelerator = self.accelerator
+        try:
+            if self.guard.allows(means, fp16=accelerator.scaler is not None):
+                self.optimizer.step()
+                if not accelerator.optimizer_step_was_skipped:
+                    self.ema.update(self.bare_model)
+            else:
+                self.watch.say(self.guard.record(
+                    self.folder, self.step, rate, means, self._sampler().indices(self.step),
+                    write=accelerator.is_main_process,
+                ))
+                self.guard.insist()
+        except RunError:
+            if not (self.folder / "states" / f"step-{self.step}").exists():
+                self._save_state()  # the update was not made, so this state is good
+            raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _sampler(self) -> StepSampler:
+        return StepSampler(
+            len(self.task.dataset), self.settings.batch_size, self.micro, seed=self.settings.seed, start_step=self.step,
+            rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
+        )
 
     def _batches(self) -> Iterator:
         workers = self.settings.num_workers
         if workers is None:
             on_cpu = self.accelerator.device.type == "cpu"
             workers = 0 if on_cpu else min(8, (os.cpu_count() or 1) // self.accelerator.num_processes)
-        sampler = StepSampler(
-            len(self.task.dataset), self.settings.batch_size, self.micro, seed=self.settings.seed, start_step=self.step,
-            rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
-        )
         return iter(DataLoader(
-            self.task.dataset, batch_sampler=sampler, num_workers=workers, worker_init_fn=_ignore_interrupts,
+            self.task.dataset, batch_sampler=self._sampler(), num_workers=workers, worker_init_fn=ignore_interrupts,
             pin_memory=self.accelerator.device.type == "cuda", persistent_workers=workers > 0,
         ))
+
+    def _validate(self) -> None:
+        accelerator = self.accelerator
+        with torch.no_grad():
+            sums = self.task.validate(
+                self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes
+            )
+        totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+        totals = dict(zip(sums, totals, strict=True))
+        count = totals.pop("count")
+        self.watch.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
 
     # -- what is saved --
 
@@ -281,87 +324,38 @@ class _Run:
 
     def _save_snapshot(self) -> None:
         if self.accelerator.is_main_process:
-            self.task.save_snapshot(self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes())
-            if self.preview is not None:
-                picture = self.folder / "samples" / f"step-{self.step}.png"
-                picture.parent.mkdir(exist_ok=True)
-                self.preview(picture, self.ema.model)
+            with self._saving("snapshot"):
+                self.task.save_snapshot(
+                    self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes()
+                )
+                if self.preview is not None:
+                    picture = self.folder / "samples" / f"step-{self.step}.png"
+                    picture.parent.mkdir(exist_ok=True)
+                    self.preview(picture, self.ema.model)
+                    self.watch.picture(self.step, picture)
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:
+        state = checkpoint.gather_training(self.bare_model, self.optimizer.optimizer)  # on all processes
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            checkpoint.save_state(self.folder / "states", self.step, {
-                "step": self.step,
-                "minutes": self._minutes(),
-                "model": self.accelerator.unwrap_model(self.model).state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            })
+            with self._saving("training state"):
+                checkpoint.save_state(self.folder / "states", self.step, {
+                    **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
+                    "guard": self.guard.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
+                })
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _saving(self, what: str) -> Iterator[None]:
+        """Say plainly what could not be saved and what there is to go on from."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            good = checkpoint.find_state(self.folder / "states", say=lambda line: None)
+            left = f"the last good state is {good}" if good else "no state was saved before"
+            raise RunError(f"cannot save the {what} of step {self.step} in {self.folder}: {reason}; {left}") from error
 
     def _minutes(self) -> float:
         return self.minutes + (time.time() - self.started) / 60
-
-    def _agree_to_stop(self, received: list[int]) -> int:
-        """The signal that any process got, or 0."""
-        mine = torch.tensor(max(received, default=0), device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max()) if self.accelerator.num_processes > 1 else int(mine)
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
-
-
-class _Forecast:
-    """Tells early when a run would take days."""
-
-    def __init__(self, settings: RunSettings, micro_batches: int, smaller: str, *, say: Callable[[str], None]):
-        self.settings, self.micro_batches, self.smaller, self.say = settings, micro_batches, smaller, say
-        self.seen = 0
-
-    def micro_batch_took(self, seconds: float) -> None:
-        self.seen += 1
-        if self.seen != 2:  # the first one pays for warming up
-            return
-        per_step, steps = seconds * self.micro_batches, self.settings.max_steps
-        days = per_step * steps / 86400
-        if days > 3:
-            self.say(
-                f"At {per_step:.1f} s a step, the {steps:,} steps of this run would take about {days:,.0f} days on "
-                f"this machine. {self.smaller}"
-            )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, float]) -> list[dict[str, Any]]:
-    """Decay matrices and kernels, not biases, norms and scales; named parameters may have a learning rate apart."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((decay, lr_scales.get(name, 1.0)), []).append(parameter)
-    return [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()]

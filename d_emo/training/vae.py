@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from d_emo.card import describe_hardware, write_card_file
 from d_emo.config import VAESettings, write_yaml
 from d_emo.data import ClassImages, Digits, Shapes1000
 from d_emo.latents import VAECodec
@@ -115,17 +116,20 @@ def _write_card(output: Path, settings: VAESettings, vae, psnr: dict[str, float]
     millions = sum(p.numel() for p in vae.parameters()) / 1e6
     write_yaml(settings, output / "config.yaml")
     (output / "psnr.json").write_text(json.dumps({k: round(v, 2) for k, v in psnr.items()}) + "\n")
-    (output / "README.md").write_text(f"""# d-emo-f8: a small VAE
-
-An `AutoencoderKL` (diffusers) with {millions:.2f} M parameters that maps an RGB image to 4 channels at an eighth of its
-side; scaling factor {vae.config.scaling_factor}, weights in float16. It serves the built-in data sets of D-EMO and is
-no VAE for photographs: use one such as `stabilityai/sd-vae-ft-mse` there.
+    about = f"""An `AutoencoderKL` (diffusers) with {millions:.2f} M parameters that maps an RGB image to 4 channels
+at an eighth of its side; scaling factor {vae.config.scaling_factor}, weights in float16. It serves the built-in data
+sets of D-EMO and is no VAE for photographs: use one such as `stabilityai/sd-vae-ft-mse` there.
 
 * Data: Shapes-1000 and scikit-learn's digits (share {settings.digits_share}) at {settings.image_size} px.
-* Training: {settings.max_steps} steps of batch {settings.batch_size}, {minutes:.0f} minutes on
-  {torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"}, by
-  `python scripts/train_vae.py` with `config.yaml` beside this file.
+* Training: {settings.max_steps:,} steps of batch {settings.batch_size}, {minutes:.0f} minutes on
+  {describe_hardware(vae.device)}, by `python scripts/train_vae.py` with `config.yaml` beside this file.
 * Reconstruction PSNR on held-out images: {psnr["shapes"]:.2f} dB on 1,000 of Shapes-1000, {psnr["digits"]:.2f} dB on
   359 digits.
-* Licence: Apache-2.0.
-""")
+
+![Held-out images above their reconstructions](reconstructions.png)"""
+    licence = """## Licence
+
+Apache-2.0. The digits are scans from the UCI repository, which gives them under CC BY 4.0."""
+    write_card_file(
+        output, title="d-emo-f8: a small VAE", sections=[about, licence], library_name="diffusers", tags=["vae"]
+    )

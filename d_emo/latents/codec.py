@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from d_emo.config import InputError
-from d_emo.data import ClassImages
 
-SHIPPED = Path(__file__).parent / "pretrained"
+SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
 
 
@@ -26,11 +23,17 @@ class Codec(Protocol):
         name: The name that :func:`load_codec` takes to open the same codec again.
         downsample: Pixels per latent position along a side.
         channels: Latent channels.
+        scaling: Factor of the latents, after ``shift`` was subtracted.
+        shift: What is subtracted from the latents.
+        fingerprint: Tells encoders apart: equal for two codecs that give the same latents but for scaling and shift.
     """
 
     name: str
     downsample: int
     channels: int
+    scaling: float
+    shift: float
+    fingerprint: str
 
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         """Scaled mean and standard deviation of each latent. Shape: (B, 3, H, W) -> (B, 2 C, H / f, W / f)."""
@@ -51,7 +54,7 @@ def sample_moments(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 class PixelCodec:
     """No codec: the latents are the pixels."""
 
-    name, downsample, channels = "pixels", 1, 3
+    name, downsample, channels, scaling, shift, fingerprint = "pixels", 1, 3, 1.0, 0.0, "pixels"
 
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([images, torch.zeros_like(images)], dim=1)
@@ -73,6 +76,16 @@ class VAECodec:
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = vae.config.latent_channels
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the encoder's weights: a name may move, and VAEs that differ in the decoder alone share latents."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vae.state_dict().items()):
+            if not name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
@@ -87,6 +100,11 @@ class VAECodec:
     def to(self, device: torch.device) -> VAECodec:
         self.vae.to(device)
         return self
+
+
+def default_codec(data_dir: str | None) -> str:
+    """The codec where none is named: the one that ships for built-in data, Stable Diffusion's for the user's own."""
+    return SHIPPED_VAE if data_dir is None else "stabilityai/sd-vae-ft-ema"
 
 
 def load_codec(name: str) -> Codec:
@@ -126,57 +144,6 @@ def load_codec(name: str) -> Codec:
             f"copy FOLDER here and give --vae FOLDER; or use --vae {SHIPPED_VAE}, which needs no network"
         ) from None
     return VAECodec(vae, name)
-
-
-class CachedLatents(Dataset):
-    """Posterior moments of every image of a data set, in memory; an item is (moments, label).
-
-    With a data set that may be flipped, the moments of the mirror image follow along the channels: a latent itself
-    cannot be mirrored. The moments are stored in float16 and written to ``path`` for the next start.
-
-    Args:
-        images: The data set.
-        codec: Its moments are stored.
-        path: File of an earlier pass; used if it was made from the same images and codec, written otherwise.
-        device: Where to encode.
-    """
-
-    def __init__(self, images: ClassImages, codec: Codec, *, path: Path, device: torch.device, batch_size: int = 64):
-        self.images = images
-        made_from = {
-            "data": images.name, "images": str(len(images)), "image_size": str(images.image_size), "codec": codec.name,
-            "seed": str(getattr(images, "seed", 0)), "scaling": str(getattr(codec, "scaling", 1.0)),
-        }
-        if _metadata(path) != made_from:
-            moments = self._encode(codec, device, batch_size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            labels = torch.tensor([images.label(index) for index in range(len(images))])
-            save_file({"moments": moments, "labels": labels}, path, metadata=made_from)
-        stored = load_file(path)
-        self.moments, self.labels = stored["moments"], stored["labels"]
-
-    def _encode(self, codec: Codec, device: torch.device, batch_size: int) -> torch.Tensor:
-        parts = []
-        for start in tqdm(range(0, len(self.images), batch_size), desc="encoding the data set", unit="batch"):
-            rows = range(start, min(start + batch_size, len(self.images)))
-            batch = torch.stack([self.images[index][0] for index in rows]).to(device)
-            moments = [codec.moments(batch)] + ([codec.moments(batch.flip(-1))] if self.images.flip else [])
-            parts.append(torch.cat(moments, dim=1).half().cpu())
-        return torch.cat(parts)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.moments[index], int(self.labels[index])
-
-
-def _metadata(path: Path) -> dict[str, str] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata()
-    except (OSError, SafetensorError):
-        return None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,282 @@
+"""All of it wired together: two sets of images in, distances and scores out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from d_emo.config import PUBLISHED_COUNT, FidSettings, InputError, parse_metrics
+from d_emo.evaluation.features import FeatureExtractor, create_extractor
+from d_emo.evaluation.images import ImageSource, as_text, open_images
+from d_emo.evaluation.metrics import Gathered, check_count, kernel_distance, precision_recall
+from d_emo.evaluation.parts import ALONE, Generate, Parts, Share, claim_folder, digest, read_provenance
+from d_emo.evaluation.reference import Reference
+from d_emo.evaluation.result import Result
+from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
+
+
+def compute_statistics(
+    source: str | Path | Iterable[torch.Tensor],
+    extractor: FeatureExtractor,
+    *,
+    num_images: int | None = None,
+    batch_size: int = FidSettings.batch_size,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> FeatureStatistics:
+    """Mean and covariance of the features of a set of images, one batch in memory at a time.
+
+    Args:
+        source: Folder, zip, ``.npz`` file, or batches. Shape of a batch: (B, 3, H, W) uint8.
+        extractor: Feature network.
+        num_images: How many images to take; from stored sets, spread evenly over their order.
+        batch_size: Images per call of the network, for folders and files.
+        device: Where the extractor runs; batches are moved there.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        InputError: The images cannot be used, see ``open_images``, or a feature is not finite.
+    """
+    check_batch_size(batch_size)
+    statistics = FeatureStatistics(extractor.dim)
+    for batch in _show(open_images(source, num_images=num_images), batch_size, progress):
+        statistics.update(extractor(batch.to(device)))
+    return statistics
+
+
+class Measurement:
+    """A measurement whose arguments have been checked as far as can be done before a network runs.
+
+    Args:
+        reference: Folder, zip, or ``.npz`` (images, or statistics of the same features); may be None for ``isc`` alone.
+        metrics: Of fid, sfid, isc, prc, kid.
+        features: ``inception`` or ``emov2:SNAPSHOT``.
+        inception_weights: Weights file of the Inception network; torch-fidelity's own by default.
+        batch_size: Images per call of the network.
+        output: JSON file to write; never overwritten.
+        device: Where the network runs; by default the GPU if there is one.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        InputError: Any of these cannot be used; one sentence says which and why.
+    """
+
+    def __init__(
+        self, reference: str | Path | None, *, metrics: Sequence[str] = ("fid",), features: str = FidSettings.features,
+        inception_weights: str | Path | None = None, batch_size: int = FidSettings.batch_size,
+        output: str | Path | None = None, device: torch.device | str | None = None, progress: bool = True,
+    ):  # fmt: skip
+        self._metrics = parse_metrics(metrics)
+        check_batch_size(batch_size)
+        if output is not None:
+            check_output(Path(output))
+        if reference is None and self._metrics != ["isc"]:
+            raise InputError(f"--metrics {' '.join(self._metrics)} compares with real images; give --reference")
+        if "sfid" in self._metrics and features != "inception":
+            raise InputError(f"sFID is measured in Inception's spatial features, not in {features}; leave sfid out")
+        self._reference = None if reference is None else Reference(reference, self._metrics, features)
+        self._features, self._inception_weights = features, inception_weights
+        self._batch_size, self._output, self._progress = batch_size, output, progress
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def of_images(self, samples: str | Path, *, num_images: int | None = None) -> Result:
+        """Measure stored images; ``num_images`` of them, spread evenly over their order, or all.
+
+        Raises:
+            InputError: The images cannot be used, or see the class.
+        """
+        images = open_images(samples, num_images=num_images)
+        self._prepare(images.num_images)
+        with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
+            sampled = self._gathered(images.num_images, Path(folder))
+            sampled.update_all(self._run(images))
+            return self._finish(sampled, images, str(samples), read_provenance(samples), Path(folder))
+
+    def of_generated(
+        self, generate: Generate, num_images: int, *, image_size: tuple[int, int], name: str, sampling: dict[str, Any],
+        identity: dict[str, Any], work_dir: str | Path | None = None, save_npz: str | Path | None = None,
+        save_png: str | Path | None = None, share: Share = ALONE,
+    ) -> Result | None:  # fmt: skip
+        """Draw images and measure them in one go; the same call goes on where an earlier one stopped.
+
+        Args:
+            generate: Draws images by their indices; an image must depend on nothing but its index.
+            num_images: How many.
+            image_size: (width, height) in pixels.
+            name: Where the samples come from, for the report.
+            sampling: How they are drawn, for the report.
+            identity: Everything that the images depend on, beside their index.
+            work_dir: Where features are kept, 4 bytes a number: 16 kB an image with Inception.
+            save_npz: File to write the images to, in ADM's layout.
+            save_png: Folder to write the images to.
+            share: This process's share of the work.
+
+        Returns:
+            The result in process 0, None in others.
+
+        Raises:
+            InputError: As of the class; or a folder holds something else.
+        """
+        if save_npz is not None:
+            check_output(Path(save_npz))
+        self._prepare(num_images)
+        identity = {**identity, "sampling": sampling, "features": self.extractor.name}
+        folder = Path(work_dir or Path("results", "fid", digest(identity)))
+        if share.rank == 0:
+            claim_folder(folder, identity)
+            if save_png is not None:
+                claim_folder(Path(save_png), {**identity, "features": None})
+        share.wait()
+        layers = {"pooled": self.extractor.dim, "spatial": self.extractor.spatial_dim}
+        parts = Parts(
+            folder, num_images, {layer: dim for layer, dim in layers.items() if dim},
+            png_folder=save_png and Path(save_png), keep_pixels=save_npz is not None,
+        )  # fmt: skip
+        if share.rank == 0:
+            left = sum(map(len, parts.missing()))
+            if left < num_images:
+                print(f"going on in {folder}: {num_images - left:,} of {num_images:,} images are there", flush=True)
+            else:
+                print(f"features of {num_images:,} images go to {folder}; the same command goes on there", flush=True)
+        speed = parts.write(generate, self.extractor, share, device=self._device, progress=self._progress)
+        if share.rank != 0:
+            return None
+        if save_npz is not None:
+            parts.write_npz(Path(save_npz), image_size, sampling)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as rows:
+            sampled = self._gathered(num_images, Path(rows)).update_all(parts.read(self._device))
+            return self._finish(sampled, _Drawn(name, image_size), name, sampling, Path(rows), speed)
+
+    def _prepare(self, num_images: int) -> None:
+        """Open the network; refuse what a look at the numbers of images and of features is enough for."""
+        check_count(self._metrics, num_images)
+        self.extractor = create_extractor(
+            self._features, inception_weights=self._inception_weights, device=self._device
+        )
+        if self._reference is not None:
+            self._reference.read(self.extractor)
+
+    def _gathered(self, count: int, folder: Path) -> Gathered:
+        what = {"fid": "pooled", "sfid": "spatial", "isc": "score", "prc": "rows", "kid": "rows"}
+        needed = {what[name] for name in self._metrics} | {"pooled"}  # pooled: tells whether the images differ
+        return Gathered(self.extractor, needed, count, folder=folder)
+
+    def _run(self, images: ImageSource) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in _show(images, self._batch_size, self._progress):
+            yield self.extractor.extract(batch.to(self._device))
+
+    def _finish(
+        self, sampled: Gathered, images: ImageSource, name: str, sampling: dict[str, Any], folder: Path,
+        speed: float | None = None,
+    ) -> Result:  # fmt: skip
+        reference = self._reference
+        if reference is not None:
+            (folder / "reference").mkdir()
+            reference.gather(self.extractor, self._run, folder / "reference")
+        result = Result(
+            values=self._values(sampled),
+            num_samples=sampled.pooled.count,
+            num_reference=reference and reference.num_images,
+            num_compared=len(reference.rows) if reference and reference.rows is not None else None,
+            features=self.extractor.name,
+            samples=name,
+            reference=reference and reference.name,
+            sampling=sampling,
+            images_per_second=speed,
+            warnings=tuple(self._warnings(images, sampled.pooled)),
+        )
+        if self._output is not None:
+            write_new(Path(self._output), result.to_json())
+        return result
+
+    def _values(self, sampled: Gathered) -> dict[str, float]:
+        reference, values = self._reference, {}
+        for metric in self._metrics:
+            if metric in ("fid", "sfid"):
+                ours, theirs = (
+                    (sampled.pooled, reference.pooled) if metric == "fid" else (sampled.spatial, reference.spatial)
+                )
+                values[metric] = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
+            elif metric == "isc":
+                values |= sampled.score.result()
+            elif metric == "prc":
+                values |= precision_recall(sampled.rows.tensor().to(self._device), reference.rows.to(self._device))
+            else:
+                values |= kernel_distance(sampled.rows.tensor(), reference.rows)
+        return values
+
+    def _warnings(self, samples: ImageSource, sampled: FeatureStatistics) -> Iterator[str]:
+        count, reference = sampled.count, self._reference and self._reference.images
+        if count < PUBLISHED_COUNT:
+            yield (
+                f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
+                f"published tables use {PUBLISHED_COUNT} samples"
+            )
+        if samples.num_jpegs:
+            yield (
+                f"{samples.num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
+                "save samples as PNG"
+            )
+        if reference is not None and samples.image_size != reference.image_size:
+            yield (
+                f"the samples are {as_text(samples.image_size)} px and the reference {as_text(reference.image_size)} "
+                "px; the resizing enters the FID"
+            )
+        if not self.extractor.published:
+            yield "these are not the published Inception weights; the FID compares with no published one"
+        if is_constant(sampled):
+            yield f"all {count} samples have the same features; they are one picture, or close to it"
+
+
+def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:
+    """Measure stored images against a reference; ``options`` are those of :class:`Measurement`."""
+    return Measurement(reference, **options).of_images(samples, num_images=num_images)
+
+
+class _Drawn:
+    """Stands for drawn images where a report asks what they were."""
+
+    num_images, num_jpegs = None, 0
+
+    def __init__(self, name: str, image_size: tuple[int, int]):
+        self.name, self.image_size = name, image_size
+
+
+def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torch.Tensor]:
+    """The batches of a set, with a progress bar on a terminal."""
+    hidden = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=images.num_images, desc=images.name, unit="image", disable=hidden, leave=False) as bar:
+        for batch in images.batches(batch_size):
+            yield batch
+            bar.update(len(batch))
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch that holds nothing."""
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is too small; use at least 1")
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that exists or cannot be written."""
+    if path.exists():
+        raise InputError(f"the output {path} exists and is not overwritten; remove it or name another")
+    if not path.parent.is_dir():
+        raise InputError(f"the output {path} cannot be written: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"the output {path} cannot be written: no permission to write into {path.parent}")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that does not exist yet."""
+    try:
+        with path.open("x") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise InputError(f"the output {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,171 @@
+"""The other side of a measurement: real images, or statistics of them that were stored in ADM's layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from d_emo.config import InputError
+from d_emo.evaluation.features import FeatureExtractor
+from d_emo.evaluation.images import ImageSource, open_images
+from d_emo.evaluation.metrics import Gathered, check_count
+from d_emo.evaluation.npz import (
+    COUNT_KEY,
+    FEATURES_KEY,
+    IMAGES_KEY,
+    POOLED_KEYS,
+    SPATIAL_KEYS,
+    NpzWriter,
+    archive_keys,
+    choose_evenly,
+    read_statistics,
+    read_text,
+)
+from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, is_constant
+
+COMPARED = 10_000  # reference images in precision, recall and KID, as in ADM's files; their features are stored
+
+
+class Reference:
+    """A reference that has been opened and checked as far as can be done before a network runs.
+
+    ADM's files hold statistics of a whole training set (``mu``, ``sigma``; ``mu_s``, ``sigma_s``) and 10,000 of its
+    images (``arr_0``): FID and sFID are measured against the statistics, precision, recall and KID against the images.
+
+    Args:
+        path: Folder, zip, or ``.npz``.
+        metrics: What is to be measured.
+        features: ``inception`` or ``emov2:SNAPSHOT``. Statistics in a file serve the features that it names, and
+            Inception if it names none.
+
+    Attributes:
+        name: The path.
+        images: Images to run through the network, or None if stored statistics are all that is needed.
+        pooled, spatial: Statistics, after :meth:`gather`; None where no metric needs them.
+        rows: Features of at most 10,000 single images, after :meth:`gather`; None where no metric needs them.
+
+    Raises:
+        InputError: It cannot be used, or lacks what a metric needs.
+    """
+
+    def __init__(self, path: str | Path, metrics: Sequence[str], features: str):
+        self.name = str(path)
+        self._path, needs = Path(path), {"fid": "pooled", "sfid": "spatial", "prc": "rows", "kid": "rows"}
+        self._needs = {needs[name] for name in metrics if name in needs}
+        is_npz = self._path.suffix.lower() == ".npz" and not self._path.is_dir()
+        keys = archive_keys(self._path) if is_npz else set()
+        self._stored = set(POOLED_KEYS) <= keys and (features == "inception" or FEATURES_KEY in keys)
+        if self._stored and "sfid" in metrics and not set(SPATIAL_KEYS) <= keys:
+            raise InputError(f"{path} holds mu and sigma but not mu_s and sigma_s, which sFID needs; leave sfid out")
+        if self._stored and "rows" in self._needs and IMAGES_KEY not in keys:
+            raise InputError(
+                f"{path} holds statistics but no images ({IMAGES_KEY}), which precision, recall and KID need; "
+                "leave prc and kid out, or write another with scripts/make_reference.py"
+            )
+        from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
+        self.images: ImageSource | None = open_images(path) if from_images else None
+        if from_images == {"rows"} and self.images.num_images > COMPARED:
+            self.images = open_images(path, num_images=COMPARED)
+        if "rows" in from_images:
+            check_count({"prc"} & set(metrics), self.images.num_images)
+        self._from_images = from_images
+        self.pooled: FeatureStatistics | StoredStatistics | None = None
+        self.spatial: FeatureStatistics | StoredStatistics | None = None
+        self.rows: torch.Tensor | None = None
+
+    def read(self, extractor: FeatureExtractor) -> None:
+        """Read stored statistics, if there are any.
+
+        Raises:
+            InputError: They are damaged, or of other features.
+        """
+        if not self._stored:
+            return
+        found = read_text(self._path, FEATURES_KEY)
+        if found is not None and _content(found) != _content(extractor.name):
+            raise InputError(
+                f"{self._path} holds statistics of the features {found}, not of {extractor.name}, which are in use; "
+                "measure with the same, or write another with scripts/make_reference.py"
+            )
+        if "pooled" in self._needs:
+            self.pooled = read_statistics(self._path, extractor.dim)
+        if "spatial" in self._needs:
+            self.spatial = read_statistics(self._path, extractor.spatial_dim, SPATIAL_KEYS)
+        self._check_spread()
+
+    def gather(
+        self, extractor: FeatureExtractor, run: Callable[[ImageSource], Iterable[dict[str, torch.Tensor]]], folder: Path
+    ) -> None:
+        """Run the images through the network, if that is needed.
+
+        Args:
+            extractor: The network.
+            run: Yields features of a set of images.
+            folder: Where features of single images go.
+        """
+        if self.images is None:
+            return
+        count = self.images.num_images
+        kept = choose_evenly(count, min(count, COMPARED), self.name)
+        gathered = Gathered(extractor, self._from_images, count, folder=folder, kept=kept)
+        gathered.update_all(run(self.images))
+        self.pooled, self.spatial = self.pooled or gathered.pooled, self.spatial or gathered.spatial
+        self.rows = None if gathered.rows is None else gathered.rows.tensor()
+        self._check_spread()
+
+    def _check_spread(self) -> None:
+        if self.pooled is not None and is_constant(self.pooled):
+            raise InputError(
+                f"all images of the reference {self.name} have the same features; they are one picture, or the feature "
+                "network is untrained"
+            )
+
+    @property
+    def num_images(self) -> int | None:
+        """How many images the statistics are over (or, without any, were compared with); None if unknown."""
+        statistics = self.pooled or self.spatial
+        return statistics.count if statistics is not None else len(self.rows)
+
+
+def write_reference(
+    path: Path, batches: Iterable[torch.Tensor], extractor: FeatureExtractor, *, num_images: int,
+    image_size: tuple[int, int], kept_images: int,
+) -> None:
+    """Write a reference in ADM's layout: statistics of all images, and some of the images.
+
+    Beside ADM's arrays the file says over how many images the statistics are, and of which features.
+
+    Args:
+        path: ``.npz`` file to write.
+        batches: Images. Shape: (B, 3, H, W) uint8.
+        extractor: Feature network.
+        num_images: How many images will come.
+        image_size: (width, height) in pixels.
+        kept_images: How many of them are stored, spread evenly.
+
+    Raises:
+        InputError: A feature is not finite.
+    """
+    what = {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}
+    gathered = Gathered(extractor, what, num_images)
+    kept = {index * num_images // kept_images for index in range(kept_images)}
+    with NpzWriter(path, kept_images, image_size) as writer:
+        seen = 0
+        for images in batches:
+            gathered.update(extractor.extract(images))
+            chosen = [row for row in range(len(images)) if seen + row in kept]
+            if chosen:
+                writer.append(images[chosen].cpu())
+            seen += len(images)
+        writer.add(mu=gathered.pooled.mean, sigma=gathered.pooled.covariance)
+        if gathered.spatial is not None:
+            writer.add(mu_s=gathered.spatial.mean, sigma_s=gathered.spatial.covariance)
+        writer.add(**{COUNT_KEY: seen, FEATURES_KEY: extractor.name})
+
+
+def _content(features: str) -> tuple[str, str]:
+    """Kind and digest of features, without the path that their weights had."""
+    return re.split("[:@]", features)[0], features.rpartition("@")[2]

@@ -1,0 +1,107 @@
+"""The report of a measurement: the numbers, and all that is needed to compare them with others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Distances and scores, and how they were measured.
+
+    Attributes:
+        values: Number by name: fid, sfid, inception_score, precision, recall, kid, and deviations (``_std``).
+        num_samples: How many samples were measured.
+        num_reference: How many reference images the statistics are over; None if their file does not say.
+        num_compared: How many reference images precision, recall and KID were measured against, if they were.
+        features: Name of the feature extractor and of its weights.
+        samples: Where the samples came from.
+        reference: Where the reference came from.
+        sampling: How samples were drawn: scheduler, steps, guidance_scale, seed, labels, weights, step; may be empty.
+        images_per_second: Speed of drawing and extracting features, over all processes, if it was done now.
+        warnings: What a reader must know before comparing, one sentence each.
+    """
+
+    values: dict[str, float]
+    num_samples: int
+    num_reference: int | None
+    features: str
+    samples: str
+    reference: str | None
+    num_compared: int | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    images_per_second: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> float:
+        """The numbers are attributes too: ``result.fid``."""
+        if name != "values" and name in self.values:
+            return self.values[name]
+        raise AttributeError(name)
+
+    def __str__(self) -> str:
+        rows = [*self._numbers(), ("features", self.features), ("samples", self._samples())]
+        if self.reference is not None:
+            rows.append(("reference", self._reference()))
+        how = "{sampler}, {steps} steps, guidance {guidance}, seed {seed}, {labels} labels, {weights} weights"
+        rows.append(("sampling", how.format_map(dict(self._sampling())) if self.sampling else NOT_RECORDED))
+        if self.images_per_second is not None:
+            rows.append(("speed", f"{self.images_per_second:.1f} images/s, features included"))
+        width = max(len(title) for title, _ in rows) + 2
+        return "\n".join(f"{title:<{width}}{text}" for title, text in rows)
+
+    def to_json(self) -> str:
+        """The result as a flat JSON object: the numbers, then one field per attribute."""
+        fields = {name: value for name, value in vars(self).items() if name != "values"}
+        return json.dumps({**self.values, **fields}, indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """The result as a table of one row, with its head."""
+        titles, cells = zip(*self._columns(), strict=True)
+        rule = "|".join("---" for _ in titles)
+        return f"| {' | '.join(titles)} |\n|{rule}|\n| {' | '.join(str(cell) for cell in cells)} |"
+
+    def _columns(self) -> list[tuple[str, str]]:
+        where = [("samples", self._samples()), ("reference", self._reference()), ("features", self.features)]
+        return self._numbers() + where + self._sampling()
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        values, count = self.values, self.num_samples
+        rows = [(f"{title}-{count}", _short(values[name])) for name, title in _DISTANCES.items() if name in values]
+        if "inception_score" in values:
+            score = f"{values['inception_score']:.2f} +- {values['inception_score_std']:.2f}"
+            rows.append((f"IS-{count}", score))
+        rows += [(f"{name}-{count}", f"{values[name]:.4f}") for name in ("precision", "recall") if name in values]
+        if "kid" in values:
+            rows.append((f"KID-{count}", f"{_short(values['kid'])} +- {_short(values['kid_std'])}"))
+        return rows
+
+    def _sampling(self) -> list[tuple[str, str]]:
+        return [(title, str(self.sampling.get(key, NOT_RECORDED))) for key, title in _SAMPLING.items()]
+
+    def _samples(self) -> str:
+        step = self.sampling.get("step")
+        return self.samples if step is None else f"{self.samples} (step {step:,})"
+
+    def _reference(self) -> str:
+        if self.reference is None:
+            return "none"
+        count = "stored statistics" if self.num_reference is None else f"{self.num_reference:,} images"
+        compared = self.num_compared not in (None, self.num_reference)
+        note = f", precision, recall and KID: {self.num_compared:,} images" if compared else ""
+        return f"{self.reference} ({count}{note})"
+
+
+_DISTANCES = {"fid": "FID", "sfid": "sFID"}
+_SAMPLING = {
+    "scheduler": "sampler", "steps": "steps", "guidance_scale": "guidance", "seed": "seed", "labels": "labels",
+    "weights": "weights",
+}  # fmt: skip
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

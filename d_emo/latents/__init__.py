@@ -1,0 +1,21 @@
+"""Codecs between images and latents, and data sets that were encoded once to be trained on often."""
+
+from __future__ import annotations
+
+from d_emo.latents.codec import (
+    SHIPPED,
+    SHIPPED_VAE,
+    Codec,
+    PixelCodec,
+    VAECodec,
+    default_codec,
+    load_codec,
+    sample_moments,
+)
+from d_emo.latents.encode import encode
+from d_emo.latents.stored import StoredLatents
+
+__all__ = [
+    "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "StoredLatents", "VAECodec", "default_codec", "encode",
+    "load_codec", "sample_moments",
+]

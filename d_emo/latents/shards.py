@@ -1,0 +1,194 @@
+"""Files of encoded latents: a folder of safetensors shards and ``index.json``, which is written when all are there.
+
+Shard k holds images k S to (k + 1) S in the data set's order, S being the shard size, as ``moments`` (what
+``Codec.moments`` gives; where images may be mirrored those of the mirror image follow along the channels) of shape
+(n, C', h, w), and ``labels`` (n,). Its header carries what it was made from and a checksum, so a shard can be judged
+alone, and whoever finishes last can write the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from d_emo.config import InputError, RunError
+from d_emo.data import ClassImages
+from d_emo.latents.codec import Codec
+
+INDEX, FORMAT = "index.json", 1
+REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
+
+
+class ShardError(Exception):
+    """A file that is not a readable shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a folder of latents was made from; the same for each of its shards."""
+
+    data: str
+    seed: int
+    images: int
+    classes: str
+    image_size: int
+    codec: str
+    encoder: str
+    scaling: float
+    shift: float
+    dtype: str
+    mirrored: bool
+    shard_size: int
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
+        return cls(
+            data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
+            classes=hashlib.sha256(json.dumps(images.class_names).encode()).hexdigest()[:16], codec=codec.name,
+            encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, mirrored=images.flip,
+            shard_size=shard_size,
+        )
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.images // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """The images of one shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
+
+    def check_same(self, other: dict[str, Any], folder: Path) -> None:
+        """Refuse latents that were made from something else; a codec's name may change, its encoder may not."""
+        changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
+                   if key != "codec" and other.get(key) != value]
+        if changed:
+            raise InputError(
+                f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "
+                "folder"
+            )
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05}.safetensors"
+
+
+def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin: Origin) -> None:
+    """Write one shard, all or nothing.
+
+    Raises:
+        RunError: The disk is full, say; what was finished before stays.
+    """
+    tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
+    header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
+    content = save(tensors, metadata={"d_emo": header})  # one entry: the order of several is not always the same
+    write_atomically(path, content, "the finished shards stay, and the same command goes on from there")
+
+
+def write_atomically(path: Path, content: bytes, comfort: str) -> None:
+    """Write a file under a temporary name, down to the disk, and rename it."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path} ({error.strerror}); {comfort}") from None
+
+
+def shard_problem(path: Path, origin: Origin) -> str | None:
+    """What is wrong with a shard, or None; reads all of it.
+
+    Raises:
+        InputError: It is intact, but was made from something else.
+    """
+    if not path.exists():
+        return "is missing"
+    try:
+        header, tensors = read_shard(path)
+    except ShardError:
+        return "cannot be read"
+    if header["sha256"] != _checksum(header["made_from"], tensors):
+        return "does not match its checksum"
+    origin.check_same(json.loads(header["made_from"]), path.parent)
+    return None
+
+
+def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Header and tensors of a shard. The tensors are maps of the file: nothing is read until it is looked at.
+
+    Raises:
+        ShardError: The file is missing, or not a shard.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("moments", "labels")}
+            header = json.loads(file.metadata()["d_emo"])
+            return {name: str(header[name]) for name in ("made_from", "sha256")}, tensors
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ShardError(type(error).__name__) from None
+
+
+def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
+    """Write ``index.json`` if every shard is there, and say whether."""
+    shards, shape = [], None
+    for shard in range(origin.num_shards):
+        path = shard_path(folder, shard)
+        try:
+            header, tensors = read_shard(path)
+        except ShardError:  # another process is not done yet
+            return False
+        shape = list(tensors["moments"].shape[1:])
+        shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
+                       "sha256_of_content": header["sha256"]})
+    index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
+    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
+    return True
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a finished folder of latents.
+
+    Raises:
+        InputError: There is none, or a shard is missing or not of its size.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder of latents {folder}; scripts/encode_latents.py makes one")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        if index["format"] != FORMAT:
+            raise InputError(f"the latents in {folder} have format {index['format']}, this D-EMO reads {FORMAT}")
+        for entry in index["shards"]:
+            if (folder / entry["file"]).stat().st_size != entry["bytes"]:
+                raise InputError(f"the shard {folder / entry['file']} is not of its size; {REPEAT}")
+    except FileNotFoundError as error:
+        missing, begun = Path(error.filename), len(list(folder.glob("shard-*.safetensors")))
+        if missing.name == INDEX and not begun:
+            raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them") from None
+        raise InputError(f"the latents in {folder} are not complete ({missing.name} is missing); {REPEAT}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / INDEX} cannot be read ({type(error).__name__}); {REPEAT}") from None
+    return index
+
+
+def _checksum(made_from: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(made_from.encode())
+    for name in ("moments", "labels"):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""From what people call classes to the labels that a denoiser takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from d_emo.config import InputError
+from d_emo.models import Denoiser
+
+
+def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """Class ids for ids or names; where there is only one class, it need not be named.
+
+    Raises:
+        InputError: No class named, an id out of range or an unknown name; says what there is.
+    """
+    ids, last = [], len(class_names) - 1
+    if not wanted and last == 0:
+        return [0]
+    known = f"this snapshot knows {last + 1} classes, 0 ({class_names[0]}) to {last} ({class_names[last]})"
+    if not wanted:
+        raise InputError(f"name at least one class, e.g. --class {last // 2}: {known}")
+    for name in map(str, wanted):
+        if name in class_names and not (name.isdigit() and int(name) < len(class_names)):
+            ids.append(class_names.index(name))
+        elif name.lstrip("-").isdigit():
+            if not 0 <= int(name) < len(class_names):
+                raise InputError(f"class {name} is out of range: {known}")
+            ids.append(int(name))
+        else:
+            near = difflib.get_close_matches(name, class_names, n=3)
+            guess = f"did you mean {', '.join(near)}? " if near else ""
+            raise InputError(f"no class is called {name!r}: {guess}{known}")
+    return ids
+
+
+@torch.no_grad()
+def mix_classes(denoiser: Denoiser, first: int, last: int, count: int) -> list[int]:
+    """Labels that lead from one class to another in even steps, both ends included.
+
+    The rows between are appended to the denoiser's label table, behind the null class; do not save it afterwards.
+    """
+    old = denoiser.y_embedder.embedding_table.weight
+    shares = torch.linspace(0, 1, count, device=old.device, dtype=old.dtype)[:, None]
+    rows = torch.cat([old, torch.lerp(old[first], old[last], shares)])
+    denoiser.y_embedder.embedding_table = nn.Embedding.from_pretrained(rows)
+    return list(range(len(old), len(rows)))

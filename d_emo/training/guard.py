@@ -1,0 +1,96 @@
+"""What happens when a loss or a gradient is not finite: no update is made with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from d_emo.config import RunError
+
+_MOST_IN_A_ROW = 10
+_MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; from 65,536 it takes 16 to reach 1
+
+
+class NonFiniteGuard:
+    """Judges each step before its update; a refused step leaves the model as it was, running statistics included.
+
+    Args:
+        buffers: Running statistics, which a forward pass changes before anybody can judge it.
+        policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.
+    """
+
+    def __init__(self, buffers: list[torch.Tensor], policy: Literal["stop", "skip"]):
+        self.buffers, self.policy = buffers, policy
+        self.kept = [buffer.clone() for buffer in buffers]
+        self.skipped = self.in_a_row = 0
+
+    def remember(self) -> None:
+        """Keep the running statistics of before the step."""
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
+
+    def allows(self, means: dict[str, float], *, fp16: bool) -> bool:
+        """Whether the update may be made: loss and gradient norm are finite.
+
+        Under fp16 an infinite gradient is the gradient scaler's business, which skips the step by itself.
+
+        Raises:
+            RunError: The scaler has skipped thirty steps in a row.
+        """
+        finite = math.isfinite(means["loss"])
+        overflow = finite and not math.isfinite(means["gradient_norm"])
+        if finite and not overflow:
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if fp16 and overflow:
+            if self.in_a_row >= _MOST_OVERFLOWS_IN_A_ROW:
+                raise RunError(f"the gradients overflowed fp16 {self.in_a_row} times in a row; try bf16 or a lower "
+                               "--learning-rate")
+            return True
+        return False
+
+    @torch.no_grad()
+    def record(
+        self, run: Path, step: int, learning_rate: float, means: dict[str, float], indices: list[int], *, write: bool
+    ) -> str:
+        """Undo what the step did to the running statistics; write what is known of it to the run folder.
+
+        Returns:
+            A sentence for the user.
+        """
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.kept)
+        self.evidence = run / "nonfinite" / f"step-{step}.json"
+        if write:
+            self.evidence.parent.mkdir(exist_ok=True)
+            figures = {name: value if math.isfinite(value) else str(value) for name, value in means.items()}
+            known = {"step": step, "learning_rate": learning_rate, "figures": figures, "indices": indices}
+            self.evidence.write_text(json.dumps(known) + "\n")
+        self.finding = (
+            f"step {step}: loss {means['loss']:.4g}, gradient norm {means['gradient_norm']:.4g}, learning rate "
+            f"{learning_rate:.2e}; no update was made, its images are listed in {self.evidence}"
+        )
+        return self.finding
+
+    def insist(self) -> None:
+        """Raise RunError if the policy, or the number of refused steps in a row, does not let the run go on."""
+        if self.policy == "stop":
+            raise RunError(
+                "stopped, because a loss or gradient is not finite. The state before this step is saved: the same "
+                "command with --nan skip passes over the step; a lower --learning-rate, --grad-clip 1 or "
+                "--mixed-precision no may help a new run"
+            )
+        if self.in_a_row >= _MOST_IN_A_ROW:
+            raise RunError(f"stopped after {self.in_a_row} steps in a row whose loss or gradient was not finite")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,0 +1,43 @@
+"""AdamW's parameter groups and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from d_emo.config import RunSettings
+
+
+def make_optimizer(
+    model: nn.Module, settings: RunSettings, lr_scales: dict[str, float], device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices and kernels, not biases, norms and scales; fused where the device has it.
+
+    Args:
+        model: Its trainable parameters are optimised.
+        settings: ``learning_rate`` and ``weight_decay``.
+        lr_scales: By parameter name, where the learning rate is not that of the rest.
+        device: Where the parameters are.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, lr_scales.get(name, 1.0)), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()],
+        lr=settings.learning_rate, fused=device.type in ("cuda", "cpu"),
+    )
+
+
+def learning_rate(settings: RunSettings, step: int) -> float:
+    """Learning rate of the update that follows ``step`` done ones: linear warm-up, then constant or cosine."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, settings.max_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,46 @@
+"""Encode a data set into latents, once, so that training need not: scripts/train_dit.py --latents DIR reads them.
+
+Run it with `accelerate launch scripts/encode_latents.py` (any number of processes and GPUs) or with plain `python`. The
+latents depend on the images, their size and the VAE, not on the model that is trained on them.
+"""
+
+from d_emo.config import EncodeSettings, parse_settings, run_cli
+
+
+def main() -> None:
+    settings = parse_settings(EncodeSettings, __doc__)
+    import os
+
+    import torch
+    from accelerate import PartialState
+
+    from d_emo.data import open_dataset
+    from d_emo.latents import default_codec, encode, load_codec
+
+    process = PartialState()
+    on_cpu, workers = process.device.type == "cpu", settings.num_workers
+    if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher sets one thread, unasked
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.num_processes))
+    if workers is None:
+        workers = 0 if on_cpu else min(8, (os.cpu_count() or 1) // process.num_processes)
+    with process.local_main_process_first():
+        images = open_dataset(
+            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
+            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, sequential=True,
+        )
+        codec = load_codec(settings.vae or default_codec(settings.data_dir)).to(process.device)
+    if images.sequential:
+        workers = 0
+    complete = encode(
+        images, codec, settings.output, device=process.device, dtype=settings.dtype, batch_size=settings.batch_size,
+        shard_size=settings.shard_size, num_workers=workers, rank=process.process_index,
+        world_size=process.num_processes,
+    )
+    process.destroy_process_group()
+    if complete:
+        print(f"latents   {settings.output}  ({len(images):,} images of {len(images.class_names)} classes)\n"
+              f"train     accelerate launch scripts/train_dit.py --latents {settings.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

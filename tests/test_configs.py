@@ -1,0 +1,146 @@
+"""Every file in configs/ loads, fits every model it is meant for, and trains a step; accelerate reads its own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from PIL import Image
+
+from d_emo.checkpoint import load_denoiser
+from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
+from d_emo.models import create_model, list_models
+from d_emo.models.backbone import BACKBONES
+from d_emo.models.denoiser import DENOISERS
+from d_emo.training import fit
+from d_emo.training.denoiser import DenoiserTask
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = {
+    str(file.relative_to(CONFIGS).with_suffix("")): yaml.safe_load(file.read_text())
+    for file in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("classifier/*.yaml")])
+}
+DENOISER_RUNS = [name for name, values in RUNS.items() if values["model"] in DENOISERS]
+LAUNCHERS = sorted(file.stem for file in (CONFIGS / "accelerate").glob("*.yaml"))
+
+
+def load(name, *arguments):
+    kind = ClassifierSettings if RUNS[name]["model"] in BACKBONES else TrainSettings
+    return parse_settings(kind, "", ["--config", str(CONFIGS / f"{name}.yaml"), *arguments])
+
+
+def build(settings, **options):
+    """The model of some settings, of one block where it is a denoiser's, without weights."""
+    own = settings.model_options or {}
+    if isinstance(settings, TrainSettings):
+        options = {"sample_size": settings.image_size // 8, "num_classes": 1000, **own, "depth": 1}
+    else:
+        options = {"num_classes": 1000, "img_size": settings.image_size, **own}
+    with torch.device("meta"):
+        return create_model(settings.model, **options)
+
+
+def test_the_configs_that_the_readme_names_are_there():
+    assert {"imagenet256", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"} <= RUNS.keys()
+    assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_loads_and_says_what_it_changes(name):
+    settings = load(name)
+    assert {key: getattr(settings, key) for key in RUNS[name]} == RUNS[name]
+    build(settings)
+
+
+@pytest.mark.parametrize("name", ["imagenet256", "imagenet512"])
+@pytest.mark.parametrize("model", DENOISERS)
+def test_the_imagenet_configs_serve_every_denoiser(name, model):
+    settings = load(name, "--model", model, "--data-dir", "train")
+    denoiser = build(settings)
+    side = settings.image_size // 8
+    assert denoiser.sample_size == (side, side) and denoiser.config.num_classes == 1000
+    assert settings.batch_size % 64 == 0, "shared out over up to 64 GPUs"
+    assert model in settings.output_dir, "models must not share a run folder"
+
+
+def test_all_families_are_in_that_matrix():
+    assert {name.split("-")[0] for name in DENOISERS} >= {"D", "DiT"} and set(DENOISERS) < set(list_models())
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for label, colour in enumerate(("red", "green", "blue")):
+        (tmp_path / "pictures" / colour).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8 + number, 9), (80 * label, 80 * number, 90)).save(
+                tmp_path / "pictures" / colour / f"{number}.png"
+            )
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("name", DENOISER_RUNS)
+def test_every_denoiser_config_trains_a_step_on_a_folder(name, pictures, tmp_path):
+    settings = load(
+        name, "--data-dir", str(pictures), "--output-dir", str(tmp_path / "run"), "--image-size", "8",
+        "--vae", "pixels", "--model-options", "{depth: 1, hidden_size: 48, num_heads: 3}", "--batch-size", "4",
+        "--micro-batch-size", "2", "--max-steps", "1", "--num-workers", "0",
+    )
+    snapshot = load_denoiser(fit(DenoiserTask(settings), settings))
+    assert snapshot.class_names == ["blue", "green", "red"] and snapshot.meta["step"] == 1
+
+
+# ---- accelerate's own files ------------------------------------------------------------------------------------------
+
+
+def launch(name, *flags):
+    """The arguments that ``accelerate launch --config_file`` ends up with."""
+    parser = launch_command_parser()
+    arguments = parser.parse_args(
+        ["--config_file", str(CONFIGS / "accelerate" / f"{name}.yaml"), *flags, "scripts/train_dit.py"]
+    )
+    return _validate_launch_command(arguments)[0]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """What the launcher would give its processes, put into effect."""
+
+    def enter(variables):
+        for key, value in variables.items():
+            if key.startswith(("FSDP_", "ACCELERATE_")) and os.environ.get(key) != value:
+                monkeypatch.setenv(key, value)
+
+    return enter
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_accelerate_reads_every_launcher_file(name):
+    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == (DistributedType.FSDP if name == "fsdp" else DistributedType.MULTI_GPU)
+    arguments = launch(name, "--num_processes", "4")
+    assert arguments.num_processes == 4 and arguments.mixed_precision == "bf16"
+
+
+def test_two_machines_share_the_processes():
+    arguments = launch("multi_node", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    prepare_multi_gpu_env(arguments)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "10.0.0.1:29500")
+
+
+@pytest.mark.parametrize(("model", "block"), [("D-EMOv2-S-2", "AdaLNMobileBlock"), ("DiT-S-2", "DiTBlock")])
+def test_fsdp_makes_every_block_a_unit(environment, model, block):
+    variables = prepare_multi_gpu_env(launch("fsdp"))
+    assert variables["ACCELERATE_USE_FSDP"] == "true"
+    environment(variables)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, False)
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.cpu_ram_efficient_loading
+    with torch.device("meta"):
+        plugin.set_auto_wrap_policy(create_model(model, depth=2))
+    assert {kind.__name__ for kind in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {block}

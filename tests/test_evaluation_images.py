@@ -1,0 +1,121 @@
+"""Image sources against each other: folders, zips, ``.npz`` files, batches."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_sets import ColourFeatures, assert_close, make_pixels, read_all, write_folder
+from PIL import Image
+
+from d_emo.evaluation import compute_statistics, open_images
+
+
+def test_folder_gives_every_image_of_every_class_in_path_order(tmp_path: Path) -> None:
+    pixels = make_pixels(5)
+    for name, each in zip(["n02/b.BMP", "n01/z.png", "n02/a.PNG", "n01/deep/c.webp", "n03.png"], pixels, strict=True):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(each).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    (tmp_path / "n01" / "notes.txt").write_text("not an image")
+    images = open_images(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in images.files] == [
+        "n01/deep/c.webp", "n01/z.png", "n02/a.PNG", "n02/b.BMP", "n03.png"
+    ]  # fmt: skip
+    assert (images.num_images, images.num_jpegs, images.image_size) == (5, 0, (8, 8))
+    expected = torch.from_numpy(pixels[[3, 1, 2, 0, 4]]).permute(0, 3, 1, 2)
+    assert torch.equal(read_all(tmp_path), expected)
+
+
+def test_linked_class_folders_are_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "elsewhere", make_pixels(3))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "class").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(read_all(tmp_path / "set")) == 3
+
+
+def test_other_modes_become_rgb(tmp_path: Path) -> None:
+    image = Image.fromarray(make_pixels(1)[0])
+    for mode, suffix in [("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg")]:
+        image.convert(mode).save(tmp_path / f"{mode}.{suffix}")
+    images = open_images(tmp_path)
+    assert images.num_jpegs == 1
+    by_mode = dict(zip([path.stem for path in images.files], read_all(tmp_path), strict=True))
+    assert torch.equal(by_mode["RGBA"], by_mode["RGB"])
+    assert torch.equal(by_mode["L"], torch.from_numpy(np.array(image.convert("L"))).expand(3, 8, 8))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_npz_equals_folder(tmp_path: Path, packed: bool) -> None:
+    pixels = make_pixels(10)
+    pixels = np.concatenate([pixels, pixels], axis=2)  # 8 x 16: sides must not be mixed up
+    (np.savez_compressed if packed else np.savez)(tmp_path / "set.npz", pixels)
+    folder = write_folder(tmp_path / "set", pixels)
+    assert open_images(tmp_path / "set.npz").image_size == open_images(folder).image_size == (16, 8)
+    assert torch.equal(read_all(tmp_path / "set.npz"), read_all(folder))
+    assert torch.equal(read_all(tmp_path / "set.npz", num_images=4), read_all(folder, num_images=4))
+
+
+def test_zip_equals_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", make_pixels(5))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in reversed(sorted(folder.iterdir())):
+            archive.write(path, f"class/{path.name}")
+        archive.write(path, "__MACOSX/class/._0000.png")
+    images = open_images(tmp_path / "set.zip")
+    assert (images.num_images, images.num_jpegs, images.image_size) == (5, 0, (8, 8))
+    assert torch.equal(read_all(tmp_path / "set.zip"), read_all(folder))
+    assert torch.equal(read_all(tmp_path / "set.zip", num_images=2), read_all(folder, num_images=2))
+
+
+def test_a_part_of_a_set_is_spread_over_it(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", make_pixels(10))
+    chosen = open_images(folder, num_images=4).files
+    assert [path.stem for path in chosen] == ["0000", "0002", "0005", "0007"]
+    assert len(set(open_images(folder, num_images=9).files)) == 9
+
+
+def test_npz_is_never_whole_in_memory(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", make_pixels(500, size=64))  # 6.1 MB
+    tracemalloc.start()
+    statistics = compute_statistics(tmp_path / "set.npz", ColourFeatures(), batch_size=16, progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert statistics.count == 500
+    assert peak < 2e6
+
+
+def test_batches_made_on_the_spot() -> None:
+    pixels = torch.from_numpy(make_pixels(10)).permute(0, 3, 1, 2)
+    whole = compute_statistics(pixels.split(4), ColourFeatures(), progress=False)
+    features = ColourFeatures()(pixels)
+    assert_close(whole, features)
+    part = compute_statistics((batch for batch in pixels.split(4)), ColourFeatures(), num_images=6, progress=False)
+    assert_close(part, features[:6])
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        ([torch.zeros(2, 3, 8, 8)], "must be uint8"),
+        ([torch.zeros(2, 1, 8, 8, dtype=torch.uint8)], r"\(2, 1, 8, 8\)"),
+        ([torch.zeros(2, 3, side, side, dtype=torch.uint8) for side in (8, 9)], r"\(8, 8\) and of \(9, 9\) px"),
+        ([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], "5 images were asked for, but only 2 came"),
+    ],
+)
+def test_batches_refused(batches: list[torch.Tensor], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        compute_statistics(batches, ColourFeatures(), num_images=5, progress=False)
+
+
+def test_statistics_do_not_depend_on_file_names_or_batches(tmp_path: Path) -> None:
+    pixels = make_pixels(11)
+    one = compute_statistics(write_folder(tmp_path / "a", pixels), ColourFeatures(), batch_size=3, progress=False)
+    two = compute_statistics(write_folder(tmp_path / "b", pixels[::-1]), ColourFeatures(), batch_size=4, progress=False)
+    features = ColourFeatures()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert_close(one, features)
+    assert_close(two, features)

@@ -1,0 +1,197 @@
+"""``scripts/fid.py --checkpoint`` and ``scripts/make_reference.py``: draw and measure in one go."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from evaluation_sets import read_all
+
+from d_emo import checkpoint
+from d_emo.config import InputError, TrainSettings
+from d_emo.evaluation import draw_labels
+from d_emo.models import create_model
+
+ROOT = Path(__file__).parents[1]
+META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("abcdefghij")}
+METRICS = "fid,isc,prc,kid"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A denoiser of 8 x 8 pixels, a classifier whose features are measured, and a reference of digits."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    denoiser = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, sample_size=8, num_classes=10, in_channels=3)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.05)
+    scheduler = DDPMScheduler(clip_sample=False, variance_type="learned_range")
+    checkpoint.save_denoiser(
+        folder / "snap", denoiser.eval(), scheduler=scheduler, meta=META, settings=TrainSettings(), card=""
+    )
+    options = {"num_classes": 10, "depths": [1, 1, 1, 1], "window_size": 1}
+    classifier = create_model("emov2_1m", **options).eval()
+    for name, parameter in classifier.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(parameter)  # as layer scales start, all features are the same
+    meta = {"class_names": META["class_names"], "image_size": 32, "step": 1, "weights": "ema"}
+    meta["model"] = {"name": "emov2_1m", **options}
+    checkpoint.save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings(), card="")
+    load_script("make_reference").main([
+        "--output", str(folder / "ref.npz"), "--dataset", "digits", "--image-size", "8", "--num-images", "90",
+        "--kept-images", "30", "--features", f"emov2:{folder / 'judge'}",
+    ])  # fmt: skip
+    return {name: folder / name for name in ("snap", "judge", "ref.npz")}
+
+
+def arguments(made: dict[str, Path], output: Path, *more: object) -> list[str]:
+    fixed = [
+        "--checkpoint", made["snap"], "--reference", made["ref.npz"], "--features", f"emov2:{made['judge']}",
+        "--metrics", METRICS, "--scheduler", "dpm++", "--steps", 2, "--output", output,
+        "--work-dir", output.with_suffix(""),
+    ]  # fmt: skip
+    return [str(each) for each in (*fixed, *more)]
+
+
+def numbers(output: Path) -> dict:
+    written = json.loads(output.read_text())
+    written.pop("images_per_second")
+    return written
+
+
+def test_reference_of_built_in_data(made: dict[str, Path]) -> None:
+    with np.load(made["ref.npz"], allow_pickle=False) as archive:
+        assert archive["arr_0"].shape == (30, 8, 8, 3) and int(archive["num_images"]) == 90
+        assert str(archive["features"]).startswith(f"emov2:{made['judge']}@") and archive["arr_0"].std() > 50
+
+
+def test_draws_and_measures(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main = load_script("fid").main
+    output, png = tmp_path / "one.json", tmp_path / "png"
+    main(arguments(made, output, "--num-images", 24, "--save-png", png, "--seed", 7, "--labels", "balanced"))
+    printed = capsys.readouterr()
+    assert "FID-24" in printed.out and f"samples       {made['snap']} (step 5)" in printed.out
+    assert "sampling      dpm++, 2 steps, guidance 1.0, seed 7, balanced labels, ema weights" in printed.out
+    assert "| dpm++ | 2 | 1.0 | 7 | balanced | ema |" in printed.out and "warning: FID falls" in printed.err
+    written = numbers(output)
+    assert written["num_samples"] == 24 and (written["num_reference"], written["num_compared"]) == (90, 30)
+    images = read_all(png)
+    main(arguments(made, tmp_path / "later.json", "--num-images", 12, "--save-png", tmp_path / "more", "--seed", 12))
+    later = read_all(tmp_path / "more")  # image i starts from the noise of seed + i; but labels are random here
+    random = draw_labels("random", range(12), seed=12, num_classes=10)
+    same = [index for index in range(12) if random[index] == (index + 5) % 10]
+    assert same
+    torch.testing.assert_close(later[same].float(), images[5:17][same].float(), rtol=0, atol=1)
+    main([
+        "--samples", str(png), "--reference", str(made["ref.npz"]), "--features", f"emov2:{made['judge']}", "--metrics",
+        METRICS, "--output", str(tmp_path / "stored.json"),
+    ])  # fmt: skip
+    stored = numbers(tmp_path / "stored.json")
+    assert stored["sampling"] == written["sampling"]
+    assert stored["fid"] == pytest.approx(written["fid"], rel=1e-4)
+
+
+def test_two_processes_measure_like_one(made: dict[str, Path], tmp_path: Path) -> None:
+    load_script("fid").main(arguments(made, tmp_path / "one.json", "--num-images", 300))
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no",
+                "--num_machines", "1", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "fid.py")]
+    done = subprocess.run(
+        [*command, *arguments(made, tmp_path / "two.json", "--num-images", 300)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FID-300") == 2  # text and table, once each
+    assert numbers(tmp_path / "two.json") == numbers(tmp_path / "one.json")
+
+
+@pytest.mark.slow
+def test_a_killed_measurement_goes_on(made: dict[str, Path], tmp_path: Path) -> None:
+    whole = arguments(made, tmp_path / "whole.json", "--num-images", 1500)
+    load_script("fid").main(whole)
+    killed = arguments(made, tmp_path / "killed.json", "--num-images", 1500)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "fid.py"), *killed], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    while not (tmp_path / "killed" / "features-0000256.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed.json").exists()
+    assert 2 <= len(list((tmp_path / "killed").glob("features-*"))) < 6
+    load_script("fid").main(killed)
+    assert numbers(tmp_path / "killed.json") == numbers(tmp_path / "whole.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--samples", "x"], "give either --samples .* or --checkpoint"),
+        (["--num-images", "1"], "1 images were asked for .* at least two"),
+        (["--num-images", "9"], "Inception Score of 9 images .* at least 10"),
+        (["--steps", "0"], "--steps must lie between 1 and 1000, not 0"),
+        (["--steps", "1001"], "--steps must lie between 1 and 1000, not 1001"),
+        (["--guidance-scale", "-1"], "--guidance-scale must be finite and not negative, not -1"),
+        (["--guidance-scale", "nan"], "--guidance-scale: Expected a float"),
+        (["--num-images", "3", "--metrics", "prc"], "precision and recall need more than 3 images .* not 3"),
+        (["--metrics", "fid", "clip"], "unknown metric 'clip' .* known are fid, sfid, isc, prc, kid"),
+        (["--metrics", ","], "--metrics names nothing"),
+        (["--labels", "uniform"], "labels"),
+        (["--scheduler", "karras"], "unknown scheduler 'karras'"),
+        (["--metrics", "sfid"], "sFID is measured in Inception's"),
+        (["--checkpoint", "none"], "there is no snapshot folder none"),
+        (["--batch-size", "0"], "--batch-size 0 is too small"),
+    ],
+)
+def test_bad_arguments(made: dict[str, Path], tmp_path: Path, more: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as raised:
+        load_script("fid").main([*arguments(made, tmp_path / "o.json", "--num-images", 20), *more])
+    assert "\n" not in str(raised.value) and not (tmp_path / "o.json").exists()
+    assert not (tmp_path / "o").exists()  # nothing was drawn
+
+
+def test_images_can_be_saved_only_if_drawn(tmp_path: Path) -> None:
+    for flag in ("--save-npz", "--save-png", "--work-dir"):
+        with pytest.raises(InputError, match=f"{flag} is for images drawn from a --checkpoint"):
+            load_script("fid").main(["--samples", str(tmp_path), "--reference", "r", flag, "x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data-dir", "{tmp}/none"], "the data folder .*none does not exist"),
+        (["--image-size", "4"], "--image-size 4 is too small"),
+        (["--num-images", "1"], "at least two"),
+        (["--dataset", "digits", "--num-images", "5000"], "5000 images were asked for .* holds 1438"),
+        (["--output", "{tmp}"], "exists and is not overwritten"),
+        (["--output", "{tmp}/none/r.npz"], "the folder .*none does not exist"),
+        (["--output", "{tmp}/r.txt"], "r.txt must end in .npz"),
+        (["--kept-images", "-1"], "--kept-images must not be negative"),
+        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--features", "clip"], "unknown --features 'clip'"),
+    ],
+)
+def test_bad_reference_arguments(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    arguments = [each.replace("{tmp}", str(tmp_path)) for each in ["--output", "{tmp}/r.npz", *arguments]]
+    with pytest.raises(InputError, match=sentence):
+        load_script("make_reference").main(arguments)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,154 @@
+"""The flow objective in the loop, fine-tuning from a snapshot, unconditional training."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d_emo import checkpoint
+from d_emo.config import InputError, TrainSettings
+from d_emo.data import OneClass, open_dataset
+from d_emo.training import fit
+from d_emo.training.denoiser import DenoiserTask
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": "D-EMOv2-Ti-2", "model_options": {"depth": 1, "hidden_size": 48}, "dataset": "digits", "image_size": 8,
+    "vae": "pixels", "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.9,
+}
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def task(folder, **changes):
+    return DenoiserTask(TrainSettings(**{**TINY, "output_dir": str(folder), **changes}))
+
+
+def train(folder, **changes):
+    run = task(folder, **changes)
+    return checkpoint.load_denoiser(fit(run, run.settings))
+
+
+def image_folder(root, *names, count=4, size=(12, 9)):
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = np.random.default_rng([number, index]).integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("model", ["D-EMOv2-Ti-2", "SiT-S-2"])
+def test_flow_training_lowers_the_loss(tmp_path, model):
+    losses = []
+    run = task(tmp_path, model=model, objective="flow", max_steps=60, batch_size=32)
+    plain = run.loss
+    run.loss = lambda *args: losses.append(plain(*args)["loss"].item()) or plain(*args)
+    snapshot = checkpoint.load_denoiser(fit(run, run.settings))
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
+    assert snapshot.objective == "flow"
+    assert snapshot.scheduler_config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    assert snapshot.scheduler_config["shift"] == 1
+
+
+def test_a_flow_run_resumes_as_if_it_never_stopped(tmp_path):
+    whole = train(tmp_path / "whole", objective="flow", max_steps=4).model.state_dict()
+    train(tmp_path / "parts", objective="flow", max_steps=2)
+    parts = train(tmp_path / "parts", objective="flow", max_steps=4).model.state_dict()
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("digits"))
+
+
+def test_the_same_classes_and_size_start_from_every_weight(tmp_path, digits):
+    run = task(tmp_path, init_from=str(digits.path))
+    torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
+    assert run.start in run.introduction() and "knows 10 of the 10 classes" in run.start
+
+
+def test_other_classes_change_the_label_table_alone(tmp_path, digits):
+    data = image_folder(tmp_path / "data", "7", "cat", "dog")
+    run = task(tmp_path / "run", init_from=str(digits.path), data_dir=data)
+    old, new = digits.model.state_dict(), run.model.state_dict()
+    assert new.keys() == old.keys()
+    for name in new.keys() - {TABLE}:
+        assert torch.equal(new[name], old[name]), name
+    assert new[TABLE].shape == (4, 48)
+    assert torch.equal(new[TABLE][0], old[TABLE][7]) and torch.equal(new[TABLE][3], old[TABLE][10])
+    assert not (new[TABLE][1:3, None] == old[TABLE]).all(dim=2).any()
+    assert fit(run, run.settings) is not None
+
+
+def test_another_image_size_recomputes_the_position_embedding(tmp_path, digits):
+    run = task(tmp_path, init_from=str(digits.path), image_size=20)
+    old, new = digits.model.state_dict(), run.model.state_dict()
+    assert [name for name in new if new[name].shape != old[name].shape] == ["pos_embed"]
+    assert torch.equal(new["pos_embed"], task(tmp_path, image_size=20).model.pos_embed)
+    assert digits.model.grid == (4, 4) and run.model.grid == (10, 10)
+    assert fit(run, run.settings) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vae": "d-emo-f8", "image_size": 16}, "3 channels .codec pixels., but the codec of this run has 4"),
+        ({"model_options": {"depth": 2, "hidden_size": 48}}, "depth is 1 there, 2 here"),
+        ({"model": "DiT-S-2"}, "block is i2rmb there, dit here"),
+        ({"model_options": {**TINY["model_options"], "num_heads": 4}}, "num_heads is 3 there, 4 here"),
+        ({"model_options": {**TINY["model_options"], "learn_sigma": False}}, "learn_sigma is True there, False here"),
+        ({"objective": "flow"}, "--objective eps, not flow"),
+        ({"init_from": "no/such/snapshot"}, "no snapshot folder no/such/snapshot"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_is_refused(tmp_path, digits, changes, words):
+    with pytest.raises(InputError, match=words):
+        task(tmp_path, **{"init_from": str(digits.path), **changes})
+
+
+def test_unconditional_training_sees_one_class_and_samples_without_naming_it(tmp_path, monkeypatch, capsys):
+    data = image_folder(tmp_path / "data", ".", "more", count=3)
+    run = task(tmp_path / "run", data_dir=data, unconditional=True)
+    assert (len(run.images), run.images.class_names, run.model.config.num_classes) == (6, ["data"], 1)
+    assert run.settings.label_dropout == 0 and run.draw(torch.Generator(), 50).drop_label.sum() == 0
+    snapshot = fit(run, run.settings)
+    command = ["sample.py", "--checkpoint", str(snapshot), "--num-images", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "a.png")])
+    runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
+    assert "guidance 1\n" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert json.loads(picture.text["d-emo"])["classes"] == [0]
+    monkeypatch.setattr(sys, "argv", [*command, "--guidance-scale", "2"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
+    assert stop.value.code == 2 and "without label dropout" in capsys.readouterr().err
+
+
+def test_built_in_data_become_one_class_too(tmp_path):
+    digits = open_dataset(dataset="digits", data_dir=None, image_size=8)
+    one = open_dataset(dataset="digits", data_dir=None, image_size=8, one_class=True)
+    assert isinstance(one, OneClass) and len(one) == len(digits) and one.class_names == ["digits"]
+    assert torch.equal(one[5][0], digits[5][0]) and one[5][1] == one.label(5) == 0 != digits.label(5)
+    assert train(tmp_path, unconditional=True, cache_latents=True).class_names == ["digits"]
+
+
+def test_a_single_class_and_no_class_start_from_each_other(tmp_path, digits):
+    single = task(tmp_path / "a", init_from=str(digits.path), unconditional=True)
+    rows, old = single.model.state_dict()[TABLE], digits.model.state_dict()[TABLE]
+    assert torch.equal(rows[0], old[10]) and torch.equal(rows[1], old[10])
+    snapshot = fit(single, single.settings)
+    trained = checkpoint.load_denoiser(snapshot).model.state_dict()[TABLE]
+    assert not torch.equal(trained[0], trained[1])
+    assert torch.equal(task(tmp_path / "b", init_from=str(snapshot)).model.state_dict()[TABLE][10], trained[0])
+
+
+def test_a_flat_folder_without_unconditional_is_told_so(tmp_path):
+    data = image_folder(tmp_path / "data", ".")
+    with pytest.raises(InputError, match="no sub-folders.*--unconditional"):
+        task(tmp_path / "run", data_dir=data)

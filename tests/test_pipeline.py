@@ -1,0 +1,196 @@
+"""DEMOPipeline, and scripts/sample.py from end to end."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTPipeline, EulerAncestralDiscreteScheduler
+from PIL import Image
+
+import d_emo
+from d_emo import checkpoint, sampling
+from d_emo.config import InputError, TrainSettings
+from d_emo.latents import load_codec
+from d_emo.models import create_model
+from d_emo.objective import OBJECTIVES
+
+NAMES = [*"012345678", "a nine"]
+
+
+def snapshot(folder, denoiser, *, objective="eps", codec="d-emo-f8", **meta):
+    meta = {"step": 5, "weights": "ema", "codec": codec, "image_size": 64, "class_names": NAMES, **meta}
+    schedule = OBJECTIVES[objective](null_class=10).noise_schedule()
+    checkpoint.save_denoiser(folder, denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
+    return folder
+
+
+@pytest.fixture
+def pipe(tmp_path, tiny_denoiser):
+    pipe = d_emo.DEMOPipeline.from_snapshot(snapshot(tmp_path / "snapshot", tiny_denoiser))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_the_pipeline_draws_what_the_sampler_draws(pipe, tiny_denoiser):
+    for name in ("dpm++", "ddpm"):
+        pipe.scheduler = sampling.make_scheduler(name, pipe.scheduler.config)
+        drawn = pipe(["a nine", 3], 2.0, 4, seeded(5, 6), output_type="pt").images
+        expected = torch.cat(list(sampling.sample_images(
+            tiny_denoiser, sampling.make_scheduler(name, pipe.scheduler.config), load_codec("d-emo-f8"), [9, 3], [5, 6],
+            num_inference_steps=4, guidance_scale=2.0,
+        )))
+        assert drawn.shape == (2, 3, 64, 64)
+        torch.testing.assert_close(drawn * 255, expected.float(), rtol=0, atol=0.6)
+
+
+def test_save_and_load_keep_pictures_and_names(pipe, tmp_path):
+    before = pipe([3, 9], num_inference_steps=3, generator=seeded(0, 1), output_type="np").images
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = d_emo.DEMOPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.class_names == NAMES and loaded.get_label_ids("a nine") == [9] and loaded.get_label_ids([2]) == [2]
+    after = loaded(["3", "a nine"], num_inference_steps=3, generator=seeded(0, 1), output_type="np").images
+    assert np.array_equal(before, after) and before.shape == (2, 64, 64, 3) and before.std() > 0
+
+
+def test_pixel_and_flow_pipelines_round_trip(tmp_path):
+    model = create_model("SiT-S-2", depth=1, hidden_size=48, sample_size=8, in_channels=3, num_classes=1).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight, 0, 0.1)
+    folder = snapshot(tmp_path / "a", model, objective="flow", codec="pixels", class_names=["all"], label_dropout=0.0)
+    pipe = d_emo.DEMOPipeline.from_snapshot(folder, scheduler="heun")
+    pipe.save_pretrained(tmp_path / "b")
+    loaded = d_emo.DEMOPipeline.from_pretrained(tmp_path / "b")
+    assert loaded.vae is None and type(loaded.scheduler).__name__ == "FlowMatchHeunDiscreteScheduler"
+    calls = []
+    loaded.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    first, second = (each(num_inference_steps=3, generator=seeded(4)).images[0] for each in (pipe, loaded))
+    assert first.size == (8, 8) and first.tobytes() == second.tobytes()
+    assert calls == [1] * 5, "one class, so no guidance; Heun looks twice in every step but the last"
+
+
+def test_every_step_uses_the_generator_and_the_first_sees_unit_noise(pipe):
+    inputs = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for scheduler in (
+        sampling.make_scheduler("ddpm", pipe.scheduler.config),
+        EulerAncestralDiscreteScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+    ):
+        pipe.scheduler = scheduler
+        inputs.clear()
+        torch.manual_seed(1)
+        first = pipe(3, num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="latent").images
+        torch.manual_seed(2)
+        again = pipe(3, num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="latent").images
+        other = pipe(3, num_inference_steps=4, generator=torch.Generator().manual_seed(8), output_type="latent").images
+        assert torch.equal(first, again) and not torch.allclose(first, other, atol=1e-2)
+        assert inputs[0].std().item() == pytest.approx(1, abs=0.1), "also where a scheduler scales its noise"
+
+
+def test_the_callback_sees_and_changes_the_latents(pipe):
+    seen = []
+
+    def callback(pipeline, index, timestep, tensors):
+        seen.append((pipeline is pipe, index, int(timestep), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if index == 3 else {}
+
+    out = pipe([1, 2], num_inference_steps=4, output_type="latent", callback_on_step_end=callback).images
+    assert [(ok, index, shape) for ok, index, _, shape in seen] == [(True, i, (2, 4, 8, 8)) for i in range(4)]
+    assert [t for *_, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+    assert not out.any()
+
+
+def test_wrong_calls_are_one_sentence(pipe):
+    for arguments, words in (
+        ({"class_labels": "nine"}, "no class is called 'nine'.*a nine"),
+        ({"class_labels": [10]}, "class 10 is out of range"),
+        ({"class_labels": []}, "name at least one class"),
+        ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
+        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance scale"),
+        ({"class_labels": [1, 2], "generator": seeded(1)}, "1 generators were given for 2 pictures"),
+        ({"class_labels": [1], "latents": torch.zeros(2, 4, 8, 8)}, "must have the shape .1, 4, 8, 8"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pipe(**arguments)
+
+
+def test_the_stock_pipeline_still_runs(pipe):
+    stock = DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler)
+    stock.set_progress_bar_config(disable=True)
+    ours = pipe([3], 1.0, 3, torch.Generator().manual_seed(0), output_type="np").images
+    theirs = stock([3], 1.0, torch.Generator().manual_seed(0), 3, output_type="np").images
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+# ---- scripts/sample.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path, tiny_denoiser, monkeypatch, capsys):
+    folder = snapshot(tmp_path / "snapshot", tiny_denoiser)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), "--steps", "3", *argv])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "sample.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_single_pngs_carry_what_makes_them_again(script, tmp_path):
+    code, printed = script("--class", "a nine", "1", "--num-images", "2", "--seed", "5", "--format", "png")
+    assert code == 0 and "images/s" in printed.out
+    folder = tmp_path / "samples" / "class-9-1-seed5"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "class-1_seed-7.png", "class-1_seed-8.png", "class-9_seed-5.png", "class-9_seed-6.png"
+    ]
+    with Image.open(folder / "class-1_seed-8.png") as picture:
+        made_by, pixels = json.loads(picture.text["d-emo"]), np.array(picture)
+    assert (made_by["classes"], made_by["seed"], made_by["scheduler"], made_by["steps"]) == ([1], 8, "dpm++", 3)
+    assert made_by["guidance_scale"] == 4 and made_by["weights"] == "ema" and pixels.shape == (64, 64, 3)
+    assert script("--class", "1", "--num-images", "1", "--seed", "8", "--format", "png", "--output", "again")[0] == 0
+    with Image.open(tmp_path / "again" / "class-1_seed-8.png") as picture:
+        assert np.array_equal(np.array(picture), pixels)
+
+
+def test_trajectories_and_interpolations_are_drawn(script, tmp_path):
+    assert script("--class", "1", "2", "--num-images", "1", "--trajectory", "strip")[0] == 0
+    with Image.open(tmp_path / "samples" / "trajectory-1-2-seed0.png") as strip:
+        assert strip.size == (3 * 132 + 4, 2 * 150 + 4)
+    assert script("--class", "1", "--num-images", "2", "--trajectory", "gif")[0] == 0
+    with Image.open(tmp_path / "samples" / "trajectory-1-seed0.gif") as gif:
+        assert gif.n_frames == 3 and json.loads(gif.info["comment"])["classes"] == [1]
+    assert script("--interpolate", "1", "a nine", "--num-images", "3")[0] == 0
+    with Image.open(tmp_path / "samples" / "interpolate-1-9-seed0.png") as row:
+        assert row.size == (3 * 132 + 4, 150 + 4) and json.loads(row.text["d-emo"])["interpolate"] == ["1", "a nine"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "at least one class"),
+        (("--class", "10"), "class 10 is out of range"),
+        (("--class", "1", "--scheduler", "euler"), "euler serves the flow objective"),
+        (("--class", "1", "--guidance-interval", "0.5", "0.2"), "--guidance-interval"),
+        (("--interpolate", "1"), "interpolate"),
+        (("--interpolate", "1", "2", "--class", "3"), "no --class"),
+        (("--class", "1", "--format", "png", "--trajectory", "gif"), "--format png"),
+        (("--class", "1", "--guidance-channels", "4"), "guidance-channels"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(script, tmp_path, argv, words):
+    code, printed = script(*argv)
+    assert code == 2 and words in printed.err and "Traceback" not in printed.err
+    assert not (tmp_path / "samples").exists()

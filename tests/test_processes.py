@@ -1,0 +1,207 @@
+"""Several processes and accumulation only divide the global batch: the result is that of one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from test_resume import TINY, last_state, logged, same, train
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from d_emo import checkpoint
+from d_emo.ema import EMA
+from d_emo.models import create_model
+from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
+
+ROOT = Path(__file__).parents[1]
+LAYER_NORM = {**TINY["model_options"], "local_norm": "layer"}
+
+
+def in_processes(count, work):
+    """Run ``work(rank)`` in forked processes that accelerate and torch.distributed take for one CPU job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=port, ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE=str(count))
+            torch.set_num_threads(1)
+            AcceleratorState._reset_state(True)
+            PartialState._reset_state()
+            code = 1
+            try:
+                work(rank)
+                code = 0
+            except BaseException as error:
+                print(f"rank {rank}: {error!r}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def close(one, other):
+    torch.testing.assert_close(one["ema"]["model"], other["ema"]["model"], rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_and_accumulation_give_the_losses_of_one_process(tmp_path):
+    options = {"model_options": LAYER_NORM, "max_steps": 6}
+    train(tmp_path / "one", **options)
+    assert in_processes(2, lambda rank: train(tmp_path / "two", **options)) == [0, 0]
+    train(tmp_path / "parts", **options, micro_batch_size=1)
+    one, two, parts = (logged(tmp_path / name) for name in ("one", "two", "parts"))
+    assert len(one) == 6 and len(set(one.values())) == 6
+    assert two == pytest.approx(one, rel=1e-4) and parts == pytest.approx(one, rel=1e-4)
+    norms = [logged(tmp_path / name, "gradient_norm") for name in ("one", "two", "parts")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[2] == pytest.approx(norms[0], rel=1e-3)
+    close(last_state(tmp_path / "two", 6), last_state(tmp_path / "one", 6))
+
+
+def test_synchronised_batch_norm_makes_two_processes_agree_with_one(tmp_path):
+    options = {"learning_rate": 1e-2}  # the gates start at zero: it takes some steps until BatchNorm matters
+    train(tmp_path / "one", **options)
+    assert in_processes(2, lambda rank: train(tmp_path / "two", sync_batchnorm=True, **options)) == [0, 0]
+    assert in_processes(2, lambda rank: train(tmp_path / "apart", **options)) == [0, 0]
+    one, two, apart = (logged(tmp_path / name)[12] for name in ("one", "two", "apart"))
+    assert abs(two - one) < 1e-4 * one < 1e-3 * one < abs(apart - one)
+    norms = [name for name in last_state(tmp_path / "one")["model"] if "running" in name]
+    one, two = ({name: last_state(tmp_path / run)["model"][name] for name in norms} for run in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_resume_bitwise(tmp_path):
+    options = {"max_steps": 8, "state_every": 3}
+    assert in_processes(2, lambda rank: train(tmp_path / "whole", **options)) == [0, 0]
+
+    def killed(rank):
+        from d_emo.training import loop
+
+        done = loop.Watch.step_done
+
+        def die(self, step, figures):
+            done(self, step, figures)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loop.Watch.step_done = die
+        train(tmp_path / "parts", **options)
+
+    assert in_processes(2, killed) == [-signal.SIGKILL] * 2
+    assert in_processes(2, lambda rank: train(tmp_path / "parts", **options)) == [0, 0]
+    assert same(last_state(tmp_path / "parts", 8), last_state(tmp_path / "whole", 8))
+
+
+def test_validation_is_the_same_for_any_number_of_processes(tmp_path):
+    options = {"max_steps": 2, "validate_every": 2, "validate_images": 11, "model_options": LAYER_NORM}
+    train(tmp_path / "one", **options)
+    assert in_processes(2, lambda rank: train(tmp_path / "two", **options)) == [0, 0]
+    one, two = (logged(tmp_path / name, "validation_loss") for name in ("one", "two"))
+    assert list(one) == [2] and two == pytest.approx(one, rel=1e-4)
+
+
+def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_path):
+    """Outputs, gradients and running statistics; the loss of a process is the mean over its share."""
+    torch.manual_seed(0)
+    images, weights = torch.randn(6, 5, 3, 4) * 3 + 1, torch.randn(6, 5, 3, 4)
+    plain = nn.Sequential(nn.BatchNorm2d(5))
+    nn.init.normal_(plain[0].weight)
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    inputs = images.clone().requires_grad_()
+    output = plain(inputs)
+    (output * weights).mean().backward()
+
+    def work(rank):
+        distributed.init_process_group("gloo")
+        synced = nn.Sequential(nn.BatchNorm2d(5))
+        synced.load_state_dict(start)
+        synchronise_batch_norms(synced)
+        assert isinstance(synced[0], SyncedBatchNorm2d)
+        share = images[3 * rank : 3 * rank + 3].clone().requires_grad_()
+        mine = synced(share)
+        (mine * weights[3 * rank : 3 * rank + 3]).mean().backward()
+        torch.save({"output": mine.detach(), "grad": share.grad / 2, "weight": synced[0].weight.grad / 2,
+                    "bias": synced[0].bias.grad / 2, "state": synced.state_dict()}, tmp_path / str(rank))
+
+    assert in_processes(2, work) == [0, 0]
+    shares = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    torch.testing.assert_close(torch.cat([share["output"] for share in shares]), output.detach())
+    torch.testing.assert_close(torch.cat([share["grad"] for share in shares]), inputs.grad)
+    torch.testing.assert_close(sum(share["weight"] for share in shares), plain[0].weight.grad)
+    torch.testing.assert_close(sum(share["bias"] for share in shares), plain[0].bias.grad)
+    for share in shares:
+        torch.testing.assert_close(share["state"], plain.state_dict())
+
+
+def test_sharded_models_have_whole_states_and_averages(tmp_path):
+    """FSDP2 on two CPU processes: what a state holds, what it restores, and the average, all equal one process's."""
+
+    def build():
+        torch.manual_seed(0)
+        model = create_model("D-EMOv2-Ti-2", depth=2, hidden_size=48, sample_size=4, num_classes=3, local_norm="layer")
+        nn.init.normal_(model.final_layer.linear.weight)
+        return model
+
+    def step(model, optimizer, ema, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(4, 4, 4, 4, generator=generator), torch.tensor([0, 1, 2, 3])
+        model(x, torch.tensor([1, 10, 100, 999]), y).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+
+    def run(model, steps, state=None, average=None):
+        ema = EMA(build(), 0.9)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if state is not None:
+            checkpoint.restore_training(model, optimizer, state)
+            ema.load_state_dict(average)
+        for seed in steps:
+            step(model, optimizer, ema, seed)
+        return checkpoint.gather_training(model, optimizer), ema.state_dict()
+
+    def work(rank):
+        distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        results = []
+        for start in (None, results):
+            model = build()
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            results.append(run(model, (0, 1) if start is None else (2, 3), *(results[0] if start else ())))
+        if rank == 0:
+            torch.save(results[1], tmp_path / "sharded")
+
+    assert in_processes(2, work) == [0, 0]
+    whole = run(build(), range(4))
+    sharded = torch.load(tmp_path / "sharded")
+    for one, other in zip(whole, sharded, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=2e-5)
+
+
+def test_accelerate_launches_two_processes(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "max_steps": 4, "model_options": LAYER_NORM,
+                                      "output_dir": str(tmp_path / "two")}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision",
+               "no", "--num_machines", "1", "--dynamo_backend", "no", str(ROOT / "scripts" / "train_dit.py"),
+               "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained parameters") == 1  # one process speaks
+    train(tmp_path / "one", model_options=LAYER_NORM, max_steps=4)
+    close(last_state(tmp_path / "two", 4), last_state(tmp_path / "one", 4))
