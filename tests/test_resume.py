@@ -232,11 +232,12 @@ def check_kills(folder, kills):
     """Kill a run at random moments, also while it writes states, until it is done; then compare."""
     folder.mkdir(exist_ok=True)
     changes = {"max_steps": 60, "state_every": 1, "snapshot_every": 20, "log_every": 100}
+    began = time.monotonic()
     train(folder / "whole", **changes)
-    chance, done, reached = random.Random(0), 0, []
+    takes, chance, done, reached = time.monotonic() - began, random.Random(0), 0, []
     while done < kills:
         shutil.rmtree(folder / "parts", ignore_errors=True)
-        while not killed(folder / "parts", chance.uniform(0.2, 3), **changes):
+        while not killed(folder / "parts", takes * chance.uniform(0.02, 0.8), **changes):
             done += 1
             state = checkpoint.find_state(folder / "parts" / "states") if (folder / "parts").exists() else None
             reached.append(checkpoint.step_of(state) if state else 0)
