@@ -293,7 +293,8 @@ class TimestepEmbedder(nn.Module):
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        with torch.autocast(t.device.type, enabled=False):  # a small network that every block depends on
+        device = "cpu" if t.device.type == "meta" else t.device.type  # without data there is nothing to cast
+        with torch.autocast(device, enabled=False):  # a small network that every block depends on
             return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
 
 
