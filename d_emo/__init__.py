@@ -1,9 +1,12 @@
 """D-EMO: class-conditional image generation with light, fast denoisers.
 
-The names below are loaded when first used, so that ``import d_emo.config`` stays free of torch.
+The names below are loaded when first used, so that ``import d_emo.config`` stays free of torch. The classifiers are
+known to timm after ``import d_emo`` all the same: at once if timm is there already, else as soon as it is imported.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 
 __version__ = "0.1.0"
 __all__ = ["DEMOPipeline", "Denoiser", "EMO", "create_model", "list_models"]
@@ -13,3 +16,30 @@ def __getattr__(name: str):
     if name in __all__:
         return getattr(import_module("d_emo.sampling.pipeline" if name == "DEMOPipeline" else "d_emo.models"), name)
     raise AttributeError(f"module 'd_emo' has no attribute {name!r}")
+
+
+class _AfterTimm:
+    """An import hook that runs once, when ``timm.models`` has been imported, and registers our classifiers there."""
+
+    @classmethod
+    def find_spec(cls, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name != "timm.models":
+            return None
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module) -> None:
+                execute(module)
+                if "d_emo.models" not in sys.modules:  # else it is what imports timm, and registers when it is done
+                    import_module("d_emo.models")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "timm.models" in sys.modules:
+    import_module("d_emo.models")
+else:
+    sys.meta_path.insert(0, _AfterTimm)

@@ -202,6 +202,11 @@ def _measured(measurements: list[dict[str, Any]], meta: dict[str, Any]) -> str:
     parts = []
     if "held_out_accuracy" in meta:
         parts.append(f"Accuracy on held-out images, at the end of training: {meta['held_out_accuracy']:.2%}.")
+    if "accuracy" in meta:
+        weights = {"ema": "moving average (EMA), these here", "raw": "raw"}
+        rows = (f"| {weights[kind]} | {each['top1']:.2%} | {each['top5']:.2%} | {each['images']:,} |"
+                for kind, each in meta["accuracy"].items())
+        parts.append("\n".join(["| weights | top-1 | top-5 | images |", "|---|---:|---:|---:|", *rows]))
     for measurement in measurements:
         conditions = f" ({measurement['conditions']})" if "conditions" in measurement else ""
         rows = (f"| {row['name']} | {row['value']:,} | {row['remark']} |" for row in measurement["figures"])

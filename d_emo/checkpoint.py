@@ -182,6 +182,13 @@ def newest_denoiser(results: Path = Path("results")) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else SHIPPED_SNAPSHOT
 
 
+def kind_of(path: str | Path) -> str | None:
+    """ "denoiser" or "classifier" for a snapshot or a run folder, None for anything else."""
+    path = Path(path)
+    newest = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
+    return _kind((path if (path / _META).exists() else newest) / _META)
+
+
 def _kind(meta_file: Path) -> str | None:
     try:
         return json.loads(meta_file.read_text()).get("kind")

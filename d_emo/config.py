@@ -109,6 +109,11 @@ class RunSettings:
             raise InputError(f"--ema-decay must lie in [0, 1), not {self.ema_decay}")
 
 
+def is_folder(data_dir: str) -> bool:
+    """Whether ``--data-dir`` names an image folder, not tar shards or a data set of the library ``datasets``."""
+    return data_dir.partition(":")[0] not in ("wds", "hf")
+
+
 @dataclass(kw_only=True)
 class DataSettings:
     """Which images to train on."""
@@ -128,7 +133,7 @@ class DataSettings:
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = Path(rest.partition("?")[0] if scheme in ("wds", "hf") else self.data_dir).resolve()
+            path = Path(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 
@@ -213,27 +218,79 @@ class EncodeSettings(DataSettings):
 
 @dataclass(kw_only=True)
 class ClassifierSettings(DataSettings, RunSettings):
-    """Settings of ``scripts/train_classifier.py``."""
+    """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     model: str = setting("emov2_1m", "a classifier name of list_models()")
     model_options: dict[str, Any] | None = setting(
-        None, "changes to the named model; images below 224 px want a smaller window, e.g. '{window_size: 2}' at 64 px"
+        None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
-    image_size: int = setting(224, "side of the (centre-cropped) images in pixels")
-    learning_rate: float = setting(1.5e-3, "peak learning rate of AdamW")
+    validate_dir: str | None = setting(
+        None, "such data of held-out images, with the same classes. Default: the folder val in --data-dir, where that "
+        "has both train and val"
+    )
+    image_size: int = setting(224, "side of the images in pixels")
+    batch_size: int = setting(2048, "images per step over all processes (global)")
+    learning_rate: float = setting(6e-3, "peak learning rate of AdamW")
     weight_decay: float = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
     schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after the warm-up")
-    warmup_steps: int = setting(500, "steps of linear warm-up")
-    max_steps: int = setting(20_000, "optimizer steps of the whole run")
+    epochs: float | None = setting(None, "passes over the data; sets --max-steps, and --warmup-steps by warmup_epochs")
+    warmup_epochs: float = setting(20, "with --epochs: passes of linear warm-up, at most a tenth of them all")
+    warmup_steps: int = setting(12_511, "steps of linear warm-up; 20 epochs of ImageNet")
+    max_steps: int = setting(187_670, "optimizer steps of the whole run; 300 epochs of ImageNet")
+    snapshot_every: int = setting(12_511, "steps between snapshots, each with its accuracy; the last step has one")
     grad_clip: float | None = setting(5.0, "largest gradient norm")
     ema_decay: float = setting(0.9998, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     label_smoothing: float = setting(0.1, "label smoothing of the cross-entropy")
     shift: float = setting(0.0, "random translation of the training images, as a share of their side")
+    rand_augment: str | None = setting(
+        None, "timm's name of a RandAugment policy for folders, or none. Default: rand-m9-mstd0.5-inc1, the paper's"
+    )
+    crop_scale: list[float] = setting([0.08, 1.0], "shares of an image's area that random crops of folders have")
+    crop_share: float = setting(0.875, "when measuring: side of the centre crop over the image's shorter side")
+    teacher: str | None = setting(
+        None, "distillation: a timm model, a folder made by convert_weights.py, or a snapshot of a classifier"
+    )
+    teacher_weights: str | None = setting(None, "weights file of a timm teacher. Default: timm's pretrained ones")
+    distill_weight: float = setting(5.0, "weight of the teacher's soft logits beside the labels")
+    distill_tau: float = setting(1.0, "temperature of the soft logits")
 
     def __post_init__(self):
         super().__post_init__()
         self.output_dir = self.output_dir or self.run_folder(self.model)
+        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise InputError(f"--crop-scale must be two rising shares in (0, 1], not {self.crop_scale}")
+        for name in ("distill_tau", "crop_share", "epochs"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.crop_share > 1:
+            raise InputError(f"--crop-share must be at most 1, not {self.crop_share}")
+        if self.rand_augment is None:
+            folder = self.data_dir is not None and is_folder(self.data_dir)
+            self.rand_augment = "rand-m9-mstd0.5-inc1" if folder else "none"
+        if self.rand_augment != "none" and self.data_dir is not None and not is_folder(self.data_dir):
+            raise InputError(
+                f"--rand-augment {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
+            )
+
+
+@dataclass(kw_only=True)
+class EvaluateClassifierSettings:
+    """Settings of ``scripts/evaluate_classifier.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL"
+    )
+    data_dir: str | None = setting(None, "folder with one sub-folder of images per class. Default: built-in data")
+    dataset: Literal["shapes", "digits"] | None = setting(
+        None, "held-out images of a built-in data set. Default: that of the snapshot"
+    )
+    image_size: int | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
+    crop_share: float = setting(0.875, "side of the centre crop over the image's shorter side")
+    num_images: int | None = setting(None, "measure on so many images. Default: a folder's all, else at most 2,000")
+    batch_size: int = setting(64, "images per forward pass")
+    num_workers: int = setting(0, "data loading processes")
+    output: str | None = setting(None, "JSON file to write the result to")
 
 
 @dataclass(kw_only=True)
@@ -326,6 +383,42 @@ class JudgeSettings:
 METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000
 """FID falls with the number of samples; tables are measured with this many."""
+
+
+@dataclass(kw_only=True)
+class ExplainSettings:
+    """Settings of ``scripts/explain.py``."""
+
+    image: str = setting(help="image file to look at", flag="IMAGE")
+    model: str = setting(
+        help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
+        "name of list_models() with random weights"
+    )
+    label: int | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
+    image_size: int | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Settings of ``scripts/export.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL"
+    )
+    output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
+    image_size: int | None = setting(None, "side of a classifier's images in pixels. Default: the classifier's")
+    tolerance: float = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+
+
+@dataclass(kw_only=True)
+class ConvertSettings:
+    """Settings of ``scripts/convert_weights.py``."""
+
+    source: str = setting(help="a released .pth file, or a snapshot folder of a classifier", flag="IN")
+    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT")
+    model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
 
 
 @dataclass(kw_only=True)
@@ -464,7 +557,11 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
         flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
-        parser.add_argument(flag, dest=each.name, **options)
+        if flag.isupper():  # the word for a positional argument in --help
+            options.pop("required", None)
+            parser.add_argument(each.name, metavar=flag, **options)
+        else:
+            parser.add_argument(flag, dest=each.name, **options)
     try:
         values = parser.parse_args(argv)
     except ArgumentError as error:

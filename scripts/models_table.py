@@ -4,15 +4,16 @@ import argparse
 import sys
 
 from d_emo.config import InputError
-from d_emo.models.table import models_table
+from d_emo.models.table import ablations_table, models_table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--match", metavar="PATTERN", help="only names that match, e.g. 'D-EMO*' or emov2")
+    parser.add_argument("--ablations", action="store_true", help="the switches of emov2_5m instead of the models")
     arguments = parser.parse_args()
     try:
-        print(models_table(arguments.match))
+        print(ablations_table() if arguments.ablations else models_table(arguments.match))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

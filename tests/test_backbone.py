@@ -149,8 +149,27 @@ def test_timm_builds_classifiers_and_feature_pyramids():
         ({"dims": (8, 8, 0, 16)}, "dims.*four positive"),
         ({"head_dims": (4, 4, 5, 8)}, "Width 12 of stage 3.*head width 5"),
         ({"kernel_sizes": (4, 3, 3, 3)}, "kernel_size.*odd.*4"),
+        ({"img_size": 31}, "img_size.*32 px.*31"),
+        ({"drop_rate": 1.0}, "drop_rate.*1.0"),
+        ({"global_pool": "max"}, "'max'"),
+        ({"norms": ("batch", "layer")}, "norms.*four"),
+        ({"attention_stages": (0, 1)}, "attention_stages.*1 to 4"),
+        ({"attention_mode": "wide"}, "'wide'"),
     ],
 )
 def test_impossible_settings_are_named(settings, words):
     with pytest.raises(InputError, match=words):
         EMO(**{**TINY, **settings})
+
+
+@pytest.mark.parametrize("options", [{"block": "irmb"}, {}, {"norms": ["batch"] * 4, "dilations": [2] * 4}])
+def test_fusing_keeps_the_output(options):
+    model = opened(**{"block": "i2rmb", **options}).double()
+    for _ in range(2):
+        model(torch.randn(4, 3, 96, 96, dtype=torch.float64) + 1)  # statistics that are not those of the start
+    x = torch.randn(2, 3, 70, 90, dtype=torch.float64)
+    before = model.eval()(x)
+    kinds = [type(m) for m in model.fuse().modules()]
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-10)
+    attention_norms = 3 if "norms" in options else 0  # in stages 3 and 4, one down-sampling block each has none
+    assert kinds.count(nn.BatchNorm2d) == (2 if attention_norms else 0)

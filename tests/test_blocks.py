@@ -4,7 +4,14 @@ import torch
 from torch import nn
 
 from d_emo.config import InputError
-from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, MetaMobileBlock, MobileOperator, mobile_block
+from d_emo.models.blocks import (
+    ARRANGEMENTS,
+    AdaLNMobileBlock,
+    DiTBlock,
+    MetaMobileBlock,
+    MobileOperator,
+    mobile_block,
+)
 from d_emo.models.layers import (
     LocalConv,
     checkpoint_block,
@@ -166,6 +173,66 @@ def test_impossible_settings_are_named(settings, words):
 def test_unknown_block_is_named():
     with pytest.raises(InputError, match="'i3rmb'"):
         mobile_block("i3rmb", 8)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_arrangements_equal_their_formulas(arrangement):
+    operator = reference.randomize(ARRANGEMENTS[arrangement](8, num_heads=2, window_size=4, expand_ratio=2, dilation=1))
+    u = torch.randn(1, 8, 12, 8, dtype=torch.float64)
+    p, image = operator.state_dict(), u[0].permute(2, 0, 1)
+    q, k = reference.pointwise(image, p["expand.qk.weight"], p["expand.qk.bias"]).chunk(2)
+    v = reference.gelu(reference.pointwise(image, p["expand.v.weight"], p["expand.v.bias"]))
+
+    def attention(value):
+        return reference.attend(q, k, value, 2, (4, 4), ["near", "far"])
+
+    def conv(value):
+        convolved = reference.depthwise(value, p["local.conv.weight"])
+        return reference.silu(reference.batch_norm(convolved, p, "local.norm.bn"))
+
+    inside = {
+        "attention-conv": lambda: attention(v) + conv(attention(v)), "conv-attention": lambda: attention(v + conv(v)),
+        "parallel": lambda: attention(v) + conv(v),
+    }  # fmt: skip
+    expected = reference.pointwise(inside[arrangement](), p["proj.weight"])
+    torch.testing.assert_close(operator(u)[0].permute(2, 0, 1), expected, rtol=0, atol=1e-9)
+    assert operator(u[:, :7, :9]).shape == (1, 7, 9, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"stride": 2}])
+def test_local_convolution_is_the_same_with_gradients(options):
+    conv = LocalConv(6, kernel_size=3, norm="none", **options).double()
+    x = torch.randn(2, 9, 8, 6, dtype=torch.float64, requires_grad=True)
+    own = conv.conv
+    expected = nn.functional.silu(
+        nn.functional.conv2d(x.permute(0, 3, 1, 2), own.weight, None, own.stride, own.padding, own.dilation, 6)
+    ).permute(0, 2, 3, 1)
+    got, grad = conv(x), torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(y, (x, own.weight), grad) for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dilation_spreads_the_kernel():
+    conv = LocalConv(1, kernel_size=3, dilation=2, norm="none").eval()
+    conv.act = nn.Identity()
+    nn.init.ones_(conv.conv.weight)
+    image = torch.zeros(1, 7, 7, 1)
+    image[0, 3, 3] = 1
+    assert conv(image)[0, :, :, 0].nonzero().tolist() == [[i, j] for i in (1, 3, 5) for j in (1, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"arrangement": "sideways"}, "'sideways'.*'parallel'"),
+        ({"arrangement": "parallel", "attention_order": "pre"}, "attention_order 'post'"),
+        ({"dilation": 0}, "dilation.*0"),
+    ],
+)
+def test_impossible_blocks_are_named(options, words):
+    with pytest.raises(InputError, match=words):
+        mobile_block("i2rmb", 8, num_heads=2, **options)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])

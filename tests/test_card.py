@@ -63,11 +63,13 @@ def test_the_card_holds_what_the_run_was(snapshot):
 
 def test_a_classifier_has_its_own_card(tmp_path):
     model = create_model("emov2_1m", num_classes=10)
-    meta = {**META, "held_out_accuracy": 0.9876}
+    measured = {"ema": {"top1": 0.98764, "top5": 1, "images": 359}, "raw": {"top1": 0.5, "top5": 0.75, "images": 359}}
+    meta = {**META, "held_out_accuracy": 0.9876, "accuracy": measured}
     checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
     text = text_of(tmp_path / "c")
     for fact in ("# emov2_1m on", "label smoothing 0.1", "weight decay 0.05", "98.76%", "load_classifier"):
         assert fact in text, fact
+    assert "(EMA), these here | 98.76% | 100.00% | 359 |" in text and "| raw | 50.00% | 75.00% | 359 |" in text
     assert "arXiv:2301.01146" in text and "arXiv:2212.09748" not in text
     assert ModelCard.load(tmp_path / "c" / "README.md").data.pipeline_tag == "image-classification"
 

@@ -21,7 +21,10 @@ from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RUNS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(CONFIGS.glob("*.yaml"))}
+RUNS = {
+    str(file.relative_to(CONFIGS).with_suffix("")): yaml.safe_load(file.read_text())
+    for file in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("classifier/*.yaml")])
+}
 DENOISER_RUNS = [name for name, values in RUNS.items() if values["model"] in DENOISERS]
 LAUNCHERS = sorted(file.stem for file in (CONFIGS / "accelerate").glob("*.yaml"))
 
@@ -37,7 +40,7 @@ def build(settings, **options):
     if isinstance(settings, TrainSettings):
         options = {"sample_size": settings.image_size // 8, "num_classes": 1000, **own, "depth": 1}
     else:
-        options = {"num_classes": 1000, **own}
+        options = {"num_classes": 1000, "img_size": settings.image_size, **own}
     with torch.device("meta"):
         return create_model(settings.model, **options)
 

@@ -8,7 +8,8 @@ import torch
 
 from d_emo.config import InputError
 from d_emo.models import EMO, Denoiser, count_macs, count_parameters, create_model, list_models
-from d_emo.models.table import models_table, published_figures
+from d_emo.models.ablations import ABLATIONS, matches
+from d_emo.models.table import ablations_table, models_table, published_figures
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = published_figures()
@@ -100,6 +101,34 @@ def test_table_shows_ours_beside_the_published():
     assert "| emov1_5m | 5,108,848 | 5.1M | 903M | 903M |" in lines
     assert re.match(r"\| emov1_20m \| 20,540,128 \| 20.5M \| 3,594M \| 3808M \[1\] \|", lines[7])
     assert lines[-1].startswith("[1] Never released")
+
+
+PRINTED = {  # typed in from the paper once more
+    "attention none": "4.3M 802M", "attention near": "5.1M 967M", "attention far": "5.1M 967M",
+    "attention in stage 4": "4.7M 832M", "attention in stages 2-4": "5.1M 1096M",
+    "attention in stages 1-4": "5.2M 1213M", "kernel 1": "4.8M 969M", "kernel 3": "4.9M 991M",
+    "kernel 7": "5.3M 1102M", "kernel 9, 7 in stage 4": "5.5M 1184M", "attention spanning (EMOv2)": "5.1M 1035M",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ABLATIONS, ids=lambda row: row.name)
+def test_ablations_cost_what_the_paper_prints(row):
+    assert f"{row.params} {row.macs}" == PRINTED.get(row.name, "- -")
+    with torch.device("meta"):
+        model = create_model("emov2_5m", **row.options)
+    for count, printed in ((count_parameters(model), row.params), (count_macs(model), row.macs)):
+        assert printed == "-" or matches(count, printed)
+
+
+def test_figures_match_when_rounded_or_cut_off():
+    assert matches(5.157e6, "5.2M") and matches(5.199e6, "5.1M") and matches(1184.4e6, "1184M")
+    assert not matches(5.2e6, "5.1M") and not matches(5.14e6, "5.2M") and not matches(1190e6, "1184M")
+
+
+def test_ablations_table_explains_what_differs():
+    table = ablations_table()
+    assert "| attention in stage 4 | `{attention_stages: [4]}` | 4,714,280 | 4.7M | 832M | 832M |" in table
+    assert "reason is not known" not in table and "[1] The paper cuts" in table
 
 
 @pytest.mark.parametrize("pattern, code", [("D-EMOv2-S-2", 0), ("nothing", 2)])

@@ -8,16 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = [
     "config", "data", "latents", "models", "objective", "ema", "card", "checkpoint", "hub", "training", "sampling",
-    "evaluation", "curves",
+    "evaluation", "curves", "explain", "export",
 ]
 INSIDE = {
     "models": [
-        "layers", "attention", "blocks", "denoiser", "backbone", "counting", "registry", "released", "table",
-        "timm_registry",
+        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
+        "ablations", "table", "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "tar", "hub", "sampler"],
+    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
-    "training": ["stop", "guard", "optimizer", "watch", "loop", "denoiser", "classifier", "vae"],
+    "training": [
+        "stop", "guard", "optimizer", "watch", "loop", "denoiser", "teacher", "accuracy", "classifier", "vae",
+    ],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",

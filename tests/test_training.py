@@ -224,6 +224,9 @@ def test_classifier_learns_digits(tmp_path):
     snapshot = fit(ClassifierTask(settings), settings)
     loaded = checkpoint.load_classifier(snapshot)
     assert loaded.meta["held_out_accuracy"] > 0.5
+    assert loaded.meta["accuracy"]["ema"]["top1"] == pytest.approx(loaded.meta["held_out_accuracy"], abs=1e-4)
+    assert all(0.5 < each["top1"] <= each["top5"] <= 1 for each in loaded.meta["accuracy"].values())
+    assert loaded.meta["accuracy"]["raw"]["images"] == 359
     assert f"{loaded.meta['held_out_accuracy']:.2%}" in (snapshot / "README.md").read_text()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
-from d_emo.config import DataSettings, InputError
+from d_emo.config import DataSettings, InputError, is_folder
+from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.hub import HubImages, HubStream
@@ -19,24 +20,27 @@ from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
 
 __all__ = [
-    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "ClassImages", "Digits", "HubImages", "HubStream",
-    "ImageFolder", "OneClass", "Shapes1000", "StepSampler", "TarShards", "centre_crop", "load_image", "load_uint8",
-    "open_dataset", "open_held_out", "spread",
-    "to_uint8",
+    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
+    "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler", "TarShards", "centre_crop",
+    "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
     num_images: int | None = None, skip_corrupt: bool = False, one_class: bool = False, sequential: bool = False,
+    crop_share: float | None = None,
 ) -> ClassImages:
     """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
+
+    With ``crop_share`` the images of a folder are cropped as classifiers are measured, see `CentreCroppedFolder`.
 
     Raises:
         InputError: Unknown data set; one that can only be read in order, unless ``sequential``; or see the data sets.
     """
     if data_dir is not None:
-        images = open_source(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
+        options = {"skip_corrupt": skip_corrupt, "one_class": one_class, "crop_share": crop_share}
+        images = open_source(data_dir, image_size, **options)
         if images.sequential and not sequential:
             raise InputError(
                 f"{data_dir} is a stream, whose images cannot be had in random order; encode it first "
@@ -55,7 +59,8 @@ def open_dataset(
 
 
 def open_source(
-    data_dir: str, image_size: int, *, skip_corrupt: bool = False, one_class: bool = False
+    data_dir: str, image_size: int, *, skip_corrupt: bool = False, one_class: bool = False,
+    crop_share: float | None = None,
 ) -> ClassImages:
     """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
 
@@ -63,7 +68,9 @@ def open_source(
         InputError: An unknown option, or see the data sets themselves.
     """
     scheme, _, rest = data_dir.partition(":")
-    if scheme not in ("wds", "hf"):
+    if is_folder(data_dir) and crop_share is not None:
+        return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, skip_corrupt=skip_corrupt)
+    if is_folder(data_dir):
         return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
     source, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -81,7 +88,9 @@ def open_source(
     return HubImages(source, image_size, skip_corrupt=skip_corrupt, **options)
 
 
-def open_held_out(settings: DataSettings, class_names: list[str], *, one_class: bool = False) -> ClassImages:
+def open_held_out(
+    settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
+) -> ClassImages:
     """Open the images to validate on.
 
     Raises:
@@ -93,11 +102,13 @@ def open_held_out(settings: DataSettings, class_names: list[str], *, one_class: 
     held_out = open_dataset(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
         image_size=settings.image_size, skip_corrupt=settings.skip_corrupt, one_class=one_class,
+        crop_share=crop_share,
     )
     if held_out.class_names != class_names and not one_class:
+        odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
         raise InputError(
             f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
-            "are trained"
+            f"are trained{f'; only one of the two has {odd}' if odd else ', or in another order'}"
         )
     return held_out
 

@@ -33,14 +33,16 @@ def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def load_image(
-    source: Path | BytesIO, image_size: int, *, name: Callable[[], str] | None = None
+    source: Path | BytesIO, image_size: int, *, name: Callable[[], str] | None = None,
+    crop: Callable[[Image.Image, int], Image.Image] = centre_crop,
 ) -> torch.Tensor:
-    """Read and centre-crop one image file.
+    """Read and crop one image file.
 
     Args:
         source: The file, or its content.
         image_size: Side in pixels.
         name: Gives what to call the image in a message. Default: the file.
+        crop: Makes a square image out of (RGB image, side).
 
     Returns:
         float32 in [-1, 1]. Shape: (3, image_size, image_size).
@@ -50,15 +52,16 @@ def load_image(
     """
     try:
         with Image.open(source) as image:
-            image.load()
-            return to_tensor(centre_crop(image.convert("RGB"), image_size))
-    except InputError as error:
-        raise InputError(f"{name() if name else source}: {error}") from None
+            image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = str(error) if isinstance(source, Path) else "not a readable image"
         raise InputError(
             f"cannot read the image {name() if name else source} ({reason}); repair it or use --skip-corrupt"
         ) from None
+    try:
+        return to_tensor(crop(image, image_size))
+    except InputError as error:
+        raise InputError(f"{name() if name else source}: {error}") from None
 
 
 class StoredImages(ClassImages):

@@ -8,6 +8,26 @@ import torch
 from torch.utils.data import Sampler
 
 
+class EpochIndex(int):
+    """An index into a data set that knows the pass over the data that asks for it; augmentation depends on both.
+
+    The image that is taken in place of an unreadable one, ``(index + offset) % length``, knows it too.
+    """
+
+    epoch: int
+
+    def __new__(cls, index: int, epoch: int = 0) -> EpochIndex:
+        made = super().__new__(cls, index)
+        made.epoch = epoch
+        return made
+
+    def __add__(self, other: int) -> EpochIndex:
+        return EpochIndex(int(self) + other, self.epoch)
+
+    def __mod__(self, other: int) -> EpochIndex:
+        return EpochIndex(int(self) % other, self.epoch)
+
+
 class StepSampler(Sampler[list[int]]):
     """Indices of each micro-batch, from the step alone; so any run can go on at any step, and processes agree.
 
@@ -48,4 +68,4 @@ class StepSampler(Sampler[list[int]]):
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
-        return int(self._order[place])
+        return EpochIndex(int(self._order[place]), epoch)

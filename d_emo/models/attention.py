@@ -133,10 +133,21 @@ class WindowAttention(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         height, width = u.shape[1:3]
         u = pad_to_multiple(u, self.window)  # (B, H', W', C)
-        q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H', W', C)
-        value = self.act(self.v(u)) if self.order == "post" else u  # (B, H', W', M or C)
-        mixed = self.attend(q, k, value)[:, :height, :width]  # (B, H, W, M or C)
-        return mixed if self.order == "post" else self.act(self.v(mixed))  # (B, H, W, M)
+        value = self.value(u) if self.order == "post" else u  # (B, H', W', M or C)
+        mixed = self.mix(u, value)[:, :height, :width]  # (B, H, W, M or C)
+        return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
+
+    def value(self, u: Tensor) -> Tensor:
+        """The expanded value ``act(Wv u)``. Shape: (B, H, W, C) -> (B, H, W, M)."""
+        return self.act(self.v(u))
+
+    def mix(self, u: Tensor, value: Tensor) -> Tensor:
+        """``value`` weighed by the map of ``u``, whose size the window divides.
+
+        Shape: u (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+        """
+        q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H, W, C)
+        return self.attend(q, k, value)
 
     def attend(self, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
         """Attention within the windows of every partition of the mode, summed over the partitions.

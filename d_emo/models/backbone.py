@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from d_emo.config import InputError
-from d_emo.models.blocks import mobile_block
-from d_emo.models.layers import NORM_EPS, ChannelsLastBatchNorm, LocalConv, checkpoint_block, pair
+from d_emo.models.attention import AttentionMode, AttentionOrder
+from d_emo.models.blocks import Arrangement, mobile_block
+from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
+from d_emo.models.stem import SqueezeExcite, Stem
 
-STAGE_NORMS = ("batch", "batch", "layer", "layer")
-STAGE_ATTENTION = (False, False, True, True)
+REDUCTION = 32
+"""Pixels of the image for one token of the last stage's map, in each direction."""
 
 
 def row(
@@ -51,80 +54,39 @@ BACKBONES: dict[str, dict[str, Any]] = {
 """Every named classifier as the constructor arguments that make it."""
 
 
-class ConvNorm(nn.Module):
-    """The first layer: 3 x 3 convolution of stride 2 with bias, then batch norm; from image layout to channels-last.
+def window_for(img_size: int | tuple[int, int]) -> int:
+    """The window for images of a size: one that divides the last two stages' maps, up to 8 and as near to it as can be.
 
-    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
+    That is 7 at 224 px, and 8 at 256 and 512 px, as published. Where no window of 5 to 8 divides the maps it is 7, and
+    the maps are padded; maps below 5 tokens get a window of their own size.
+
+    Args:
+        img_size: pixels, one number or (height, width).
+
+    Raises:
+        InputError: below 32 px.
     """
-
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, dim, 3, stride=2, padding=1)
-        self.norm = ChannelsLastBatchNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gates from the mean over positions, with no reduction.
-
-    Shape: (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv_reduce = nn.Linear(dim, dim)
-        self.act = nn.SiLU()
-        self.conv_expand = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
-        return x * self.conv_expand(self.act(self.conv_reduce(mean))).sigmoid()
-
-
-class Stem(nn.Module):
-    """Strided convolution, depthwise convolution, pointwise projection; EMOv1 has a squeeze-excite and one SiLU less.
-
-    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
-    """
-
-    def __init__(self, in_channels: int, dim: int, *, first_act: nn.Module, gate: nn.Module) -> None:
-        super().__init__()
-        self.conv = ConvNorm(in_channels, dim)
-        self.act = first_act
-        self.local = LocalConv(dim, kernel_size=3)
-        self.gate = gate
-        self.proj = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv(x))  # (B, H', W', C)
-        return self.proj(self.gate(self.local(x)))  # (B, H', W', C)
+    size = pair(img_size, "img_size")
+    if min(size) < REDUCTION:
+        raise InputError(f"img_size must be at least {REDUCTION} px, the stride of the last map, got {img_size!r}.")
+    last = [-(-n // REDUCTION) for n in size]
+    if max(last) < 5:
+        return max(2, *last)
+    return next((window for window in (8, 7, 6, 5) if not any(n % window for n in last)), 7)
 
 
 def make_stage(
-    stage: int,
-    dim_in: int,
-    *,
-    block: str,
-    depth: int,
-    dim: int,
-    expand_ratio: float,
-    head_dim: int,
-    kernel_size: int,
-    window_size: tuple[int, int],
-    drop_paths: Sequence[float],
-) -> nn.Sequential:
+    stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
+    drop_paths: Sequence[float], **options: Any,
+) -> nn.Sequential:  # fmt: skip
     """A down-sampling block and ``depth - 1`` blocks that keep the map; stages count from 0."""
-    if STAGE_ATTENTION[stage] and dim % head_dim:
+    if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
     return nn.Sequential(
         *(
             mobile_block(
-                block, dim if i else dim_in, dim, stride=1 if i else 2, norm=STAGE_NORMS[stage],
-                attention=STAGE_ATTENTION[stage], num_heads=max(1, dim // head_dim), expand_ratio=expand_ratio,
-                kernel_size=kernel_size, window_size=window_size, drop_path=drop_paths[i],
+                block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention,
+                num_heads=max(1, dim // head_dim), drop_path=drop_paths[i], **options,
             )
             for i in range(depth)
         )
@@ -139,9 +101,18 @@ class EMO(nn.Module):
         depths, dims, expand_ratios, head_dims, kernel_sizes: one entry per stage.
         num_classes: outputs of the head; 0 leaves the head out.
         in_channels: channels of the image.
+        img_size: pixels of the images to come, for the choice of the window; any other size works too.
         window_size: window of the attention in tokens; a map it does not divide is padded, smaller ones included.
-            Published: 7 at 224 px, 8 at 256 and 512 px.
+            Default: `window_for` the image size.
+        drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        global_pool: "avg", or "" to give the head every position.
+        dilations: of the depthwise convolutions, one entry per stage; the strided ones are never dilated.
+        norms: of the blocks, one entry per stage; a layer norm goes with GELU, a batch norm with SiLU.
+        attention_stages: stages with attention, from 1; a stage's first block never has it.
+        attention_mode: "none", "near", "far" or "spanning". Default: the block's.
+        attention_order: "post" or "pre". Default: the block's.
+        arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
 
     Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free.
 
@@ -159,19 +130,30 @@ class EMO(nn.Module):
         kernel_sizes: Sequence[int] = (5, 5, 5, 5),
         num_classes: int = 1000,
         in_channels: int = 3,
-        window_size: int | tuple[int, int] = 7,
+        img_size: int | tuple[int, int] = 224,
+        window_size: int | tuple[int, int] | None = None,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"),
+        attention_stages: Sequence[int] = (3, 4),
+        attention_mode: AttentionMode | Literal["none"] | None = None,
+        attention_order: AttentionOrder | None = None,
+        arrangement: Arrangement = "attention-conv",
     ) -> None:
         super().__init__()
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
-            "kernel_sizes": kernel_sizes,
+            "kernel_sizes": kernel_sizes, "dilations": dilations,
         }  # fmt: skip
         check_rows(**rows)
+        check_stages(norms, attention_stages)
         if not isinstance(in_channels, int) or in_channels < 1:
             raise InputError(f"in_channels must be a positive integer, got {in_channels!r}.")
-        if not 0 <= drop_path_rate < 1:
-            raise InputError(f"drop_path_rate must be in [0, 1), got {drop_path_rate!r}.")
+        for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
+            if not 0 <= rate < 1:
+                raise InputError(f"{name} must be in [0, 1), got {rate!r}.")
         if block == "i2rmb":
             stem_dim, first_act, gate = dims[0] // 2, nn.SiLU(), nn.Identity()
         elif block == "irmb":
@@ -181,30 +163,43 @@ class EMO(nn.Module):
         self.block, self.config, self.grad_checkpointing = block, {}, False
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        size = window_for(img_size)
+        options: dict[str, Any] = {
+            "window_size": pair(size if window_size is None else window_size, "window_size"),
+            "arrangement": arrangement,
+        }
+        if attention_mode not in (None, "none"):
+            options["attention_mode"] = attention_mode
+        if attention_order is not None:
+            options["attention_order"] = attention_order
         self.stages = nn.ModuleList(
             make_stage(
-                stage, dim_in, block=block, window_size=pair(window_size, "window_size"),
-                drop_paths=drop_paths[stage].tolist(), **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
+                norm=norms[stage], drop_paths=drop_paths[stage].tolist(), **options,
+                **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
-        self.num_features = dims[-1]
+        self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [  # timm's description of the four maps
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
-        self.reset_classifier(num_classes)
+        self.drop_rate = drop_rate
+        self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one; 0 classes removes it. ``global_pool`` is timm's and has one value, "avg"."""
+        """Replace the head by a new one; 0 classes removes it, ``global_pool`` "" removes the mean over positions."""
         if not isinstance(num_classes, int) or num_classes < 0:
             raise InputError(f"num_classes must be a positive integer, or 0 for no head, got {num_classes!r}.")
-        if global_pool not in (None, "avg"):
-            raise InputError(f"EMO pools by the mean over positions ('avg'), not by {global_pool!r}.")
+        if global_pool not in (None, "avg", ""):
+            raise InputError(f"EMO pools by the mean over positions ('avg') or not at all, not by {global_pool!r}.")
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = nn.Identity()
         if self.config:
-            self.config["num_classes"] = num_classes
+            self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
         if num_classes:
             like = self.stem.proj.weight
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -214,6 +209,19 @@ class EMO(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: the LayerScales."""
+        return {name for name, _ in self.named_parameters() if name.endswith("layer_scale.gamma")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's grouping of parameters by depth, for layer-wise learning rates."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)|^norm"}
+
+    def fuse(self) -> EMO:
+        """Fold batch norms and LayerScales into their neighbours, in place, for inference in eval mode."""
+        fold_batch_norms(self)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training; batch-norm statistics are still updated once per step."""
@@ -238,10 +246,14 @@ class EMO(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map and classify it.
 
-        Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``.
+        Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
+        if self.global_pool == "":
+            x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+            x = x if pre_logits else self.head(functional.dropout(x, self.drop_rate, self.training))
+            return x.permute(0, 3, 1, 2)  # (B, C or num_classes, H, W)
         x = x.mean(dim=(2, 3))  # (B, C)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(functional.dropout(x, self.drop_rate, self.training))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -298,6 +310,14 @@ def check_rows(**rows: Sequence[float]) -> None:
     for name, values in rows.items():
         if not isinstance(values, Sequence) or len(values) != 4 or any(v <= 0 for v in values):
             raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
+
+
+def check_stages(norms: Sequence[str], attention_stages: Sequence[int]) -> None:
+    """Raise InputError unless there are four norms and the stages with attention lie in 1..4."""
+    if not isinstance(norms, Sequence) or isinstance(norms, str) or len(norms) != 4:
+        raise InputError(f"norms must name four norms, one per stage, got {norms!r}.")
+    if not isinstance(attention_stages, Sequence) or not set(attention_stages) <= {1, 2, 3, 4}:
+        raise InputError(f"attention_stages must be a list of stages from 1 to 4, got {attention_stages!r}.")
 
 
 def build_backbone(name: str, **overrides: Any) -> EMO:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from d_emo.config import InputError
-from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention
-from d_emo.models.layers import NORM_EPS, LayerScale, LocalConv, NormKind, make_norm, modulate
+from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
+from d_emo.models.layers import NORM_EPS, ChannelsLastBatchNorm, LayerScale, LocalConv, NormKind, make_norm, modulate
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
@@ -34,7 +35,7 @@ class MobileOperator(nn.Module):
         attention: switch of the window attention; off gives the expansion ``act(W u)`` alone.
         local_conv: switch of the depthwise convolution.
         num_heads, window_size, attention_mode, attention_order: see `WindowAttention`; unused without attention.
-        kernel_size, stride, local_norm: see `LocalConv`; unused without local convolution.
+        kernel_size, stride, dilation, local_norm: see `LocalConv`; unused without local convolution.
         inner_skip: add the input of the depthwise convolution to its output.
         act: activation class of the expansion.
 
@@ -55,6 +56,7 @@ class MobileOperator(nn.Module):
         attention_order: AttentionOrder = "post",
         kernel_size: int = 5,
         stride: int = 1,
+        dilation: int = 1,
         local_norm: NormKind = "batch",
         inner_skip: bool = True,
         act: type[nn.Module] = nn.GELU,
@@ -74,7 +76,9 @@ class MobileOperator(nn.Module):
             self.expand = nn.Sequential(nn.Linear(dim, mid_dim), act())
         self.inner_skip = inner_skip
         self.local = (
-            LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, norm=local_norm) if local_conv else None
+            LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
+            if local_conv
+            else None
         )
         self.proj = nn.Linear(mid_dim, out_dim or dim, bias=False)
 
@@ -84,6 +88,53 @@ class MobileOperator(nn.Module):
             y = self.local(a)  # (B, H', W', M)
             a = a + y if self.inner_skip else y  # eq. 5
         return self.proj(a)  # (B, H', W', C_out)
+
+
+class ReorderedOperator(MobileOperator):
+    """A `MobileOperator` whose attention and convolution meet in another way, for ablations; the weights are the same.
+
+    Both parts are needed, and the value has to be expanded before it is mixed (the post order).
+
+    Shape: (B, H, W, C) -> (B, H, W, out_dim).
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None, **options: Any) -> None:
+        super().__init__(dim, out_dim, **options)
+        if self.local is None or not self.inner_skip or getattr(self.expand, "order", None) != "post":
+            raise InputError(
+                "arrangement 'conv-attention' and 'parallel' need attention with attention_order 'post', the local "
+                "convolution and its skip; use 'attention-conv'."
+            )
+
+    def forward(self, u: Tensor) -> Tensor:
+        height, width = u.shape[1:3]
+        u = pad_to_multiple(u, self.expand.window)  # (B, H', W', C)
+        return self.proj(self.operate(u, self.expand.value(u))[:, :height, :width])  # (B, H, W, C_out)
+
+    def operate(self, u: Tensor, value: Tensor) -> Tensor:
+        """Shape: u (B, H, W, C), value (B, H, W, M) -> (B, H, W, M)."""
+        raise NotImplementedError
+
+
+class ConvFirstOperator(ReorderedOperator):
+    """F = Attention(DWConv(.)): the convolution refines the value before the map mixes it."""
+
+    def operate(self, u: Tensor, value: Tensor) -> Tensor:
+        return self.expand.mix(u, value + self.local(value))
+
+
+class ParallelOperator(ReorderedOperator):
+    """F = Attention(.) + DWConv(.), side by side on the same value."""
+
+    def operate(self, u: Tensor, value: Tensor) -> Tensor:
+        return self.expand.mix(u, value) + self.local(value)
+
+
+Arrangement = Literal["attention-conv", "conv-attention", "parallel"]
+ARRANGEMENTS: dict[str, type[MobileOperator]] = {
+    "attention-conv": MobileOperator, "conv-attention": ConvFirstOperator, "parallel": ParallelOperator,
+}  # fmt: skip
+"""How attention and convolution meet; the papers' operator is the first, a cascade."""
 
 
 class MetaMobileBlock(nn.Module):
@@ -97,6 +148,7 @@ class MetaMobileBlock(nn.Module):
             residual are off; LayerScale stays.
         layer_scale: start value of LayerScale, or None for no LayerScale (EMOv1).
         drop_path: probability of dropping the residual branch of an image in training.
+        arrangement: a key of `ARRANGEMENTS`; blocks without attention have nothing to arrange.
         expand_ratio, attention, options: see `MobileOperator`.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
@@ -113,16 +165,23 @@ class MetaMobileBlock(nn.Module):
         drop_path: float = 0.0,
         expand_ratio: float = 4.0,
         attention: bool = True,
+        arrangement: Arrangement = "attention-conv",
         **options: Any,
     ) -> None:
         super().__init__()
+        if arrangement not in ARRANGEMENTS:
+            known = ", ".join(map(repr, ARRANGEMENTS))
+            raise InputError(f"Unknown arrangement {arrangement!r}; choose one of {known}.")
         out_dim = out_dim or dim
         down = stride != 1
         self.residual = not down and out_dim == dim
         self.norm = make_norm(norm, dim)
-        self.operator = MobileOperator(
-            dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention and not down,
-            stride=stride, inner_skip=self.residual, act=ACTIVATIONS[norm], **options,
+        attention = attention and not down
+        if down:
+            options["dilation"] = 1
+        self.operator = ARRANGEMENTS[arrangement if attention else "attention-conv"](
+            dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention, stride=stride,
+            inner_skip=self.residual, act=ACTIVATIONS[norm], **options,
         )  # fmt: skip
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(out_dim, layer_scale)
         self.drop_path = DropPath(drop_path)
@@ -130,6 +189,20 @@ class MetaMobileBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_scale(self.operator(self.norm(x)))  # (B, H', W', C_out)
         return x + self.drop_path(y) if self.residual else y
+
+    @torch.no_grad()
+    def fold_norm(self) -> None:
+        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it."""
+        expand, proj = self.operator.expand, self.operator.proj
+        # Attention pads with zeros between norm and expansion, so a norm before attention has to stay.
+        if isinstance(self.norm, ChannelsLastBatchNorm) and isinstance(expand, nn.Sequential):
+            factor, offset = self.norm.affine()
+            expand[0].bias.add_(expand[0].weight @ offset)
+            expand[0].weight.mul_(factor)
+            self.norm = nn.Identity()
+        if isinstance(self.layer_scale, LayerScale):
+            proj.weight.mul_(self.layer_scale.gamma[:, None])
+            self.layer_scale = nn.Identity()
 
 
 MOBILE_BLOCKS: dict[str, dict[str, Any]] = {

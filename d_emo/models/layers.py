@@ -48,6 +48,11 @@ class ChannelsLastBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """What the norm does in eval mode: ``x * factor + offset``. Shape: -> 2 x (C,)."""
+        factor = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        return factor, self.bn.bias - self.bn.running_mean * factor
+
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
     """The norm called ``kind`` for channels-last maps of ``dim`` channels."""
@@ -131,46 +136,52 @@ class LocalConv(nn.Module):
         dim: channels.
         kernel_size: odd side length of the kernel.
         stride: 1, or 2 to halve the map (rounding up).
+        dilation: distance between the taps of the kernel.
         norm: norm after the convolution; the papers use batch norm.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C).
     """
 
-    def __init__(self, dim: int, *, kernel_size: int, stride: int = 1, norm: NormKind = "batch") -> None:
+    def __init__(
+        self, dim: int, *, kernel_size: int, stride: int = 1, dilation: int = 1, norm: NormKind = "batch"
+    ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd and positive, so that it has a centre, got {kernel_size!r}.")
-        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False)
+        if not isinstance(dilation, int) or dilation < 1:
+            raise InputError(f"dilation must be a positive integer, got {dilation!r}.")
+        padding = dilation * (kernel_size // 2)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, padding, dilation, groups=dim, bias=False)
         self.norm = make_norm(norm, dim)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W); this and the permutation back are views
-        if x.device.type == "cpu" and torch.is_grad_enabled() and self.conv.stride == (1, 1) and self.conv.bias is None:
+        plain = self.conv.stride == self.conv.dilation == (1, 1) and self.conv.bias is None
+        if plain and x.device.type == "cpu" and torch.is_grad_enabled():
             x = depthwise_conv2d(x, self.conv.weight)
         else:
             x = self.conv(x)
         return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
 
     @torch.no_grad()
-    def fold_norm(self) -> bool:
-        """Absorb the batch norm's running statistics into the convolution; True if there was something to fold."""
+    def fold_norm(self) -> None:
+        """Absorb the batch norm's running statistics into the convolution, if it has one."""
         if not isinstance(self.norm, ChannelsLastBatchNorm):
-            return False
-        bn, conv = self.norm.bn, self.conv
-        factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+            return
+        conv = self.conv
+        factor, offset = self.norm.affine()
         folded = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
-            device=conv.weight.device, dtype=conv.weight.dtype,
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
         folded.weight.copy_(conv.weight * factor[:, None, None, None])
-        folded.bias.copy_(bn.bias - bn.running_mean * factor)
+        folded.bias.copy_(offset)
         self.conv, self.norm = folded, nn.Identity()
-        return True
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Fold every depthwise convolution's batch norm into its weights, in place, for faster sampling.
+    """Fold batch norms into the convolutions and linear layers beside them, in place, for inference.
 
     In eval mode a batch norm is an affine map, so the output is unchanged up to rounding. The model can no longer be
     trained or saved as before: fold a copy, or fold last.
@@ -180,8 +191,8 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     """
     if model.training:
         raise InputError("fold_batch_norms needs a model in eval mode; call model.eval() first.")
-    for module in model.modules():
-        if isinstance(module, LocalConv):
+    for module in list(model.modules()):
+        if hasattr(module, "fold_norm"):
             module.fold_norm()
     return model.eval()
 
@@ -282,7 +293,8 @@ class TimestepEmbedder(nn.Module):
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        with torch.autocast(t.device.type, enabled=False):  # a small network that every block depends on
+        device = "cpu" if t.device.type == "meta" else t.device.type  # without data there is nothing to cast
+        with torch.autocast(device, enabled=False):  # a small network that every block depends on
             return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
 
 

@@ -182,14 +182,20 @@ def explain(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int
         return ": it has another number of classes; build the model with the file's num_classes"
     if different == {"pos_embed"}:
         return ": it was trained at another sample_size; build the model with that one"
-    # The file's shapes without the class rows identify a variant; meta tensors make the comparison cheap.
+    variant = variant_of(found)
+    return f": it holds the weights of {variant}, so build that model" if variant else ""
+
+
+def variant_of(found: Mapping[str, tuple[int, ...]], pattern: str = "") -> str | None:
+    """The model whose release has these names and shapes, class rows aside; among names that start as ``pattern``."""
+    # Meta tensors make the comparison cheap.
     telling = {name: shape for name, shape in found.items() if name not in (*CLASS_ROWS, "pos_embed")}
     for name in list_models():
-        if DENOISERS.get(name, {}).get("block") == "i2rmb":
+        if DENOISERS.get(name, {}).get("block") == "i2rmb" or not re.match(pattern, name):
             continue
         with torch.device("meta"):
             candidate = create_model(name)
         shapes = released_shapes(candidate, released_names(candidate))
         if {key: shape for key, shape in shapes.items() if key not in (*CLASS_ROWS, "pos_embed")} == telling:
-            return f": it holds the weights of {name}, so build that model"
-    return ""
+            return name
+    return None

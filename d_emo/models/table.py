@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from d_emo.config import InputError
+from d_emo.models.ablations import ABLATIONS, matches
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.registry import create_model, list_models
 
@@ -50,4 +51,29 @@ def models_table(pattern: str | None = None) -> str:
             f"| {name} | {count_parameters(model):,} | {figures.get('paper_params', '-')} "
             f"| {count_macs(model) / 1e6:,.0f}M | {figures.get('paper_macs', '-')}{mark} |"
         )
-    return "\n".join([*lines, *(f"\n[{i}] {note}" for i, note in enumerate(notes, 1))])
+    return "\n".join([*lines, *footer(notes)])
+
+
+def ablations_table() -> str:
+    """A markdown table of the switches of EMOv2-5M: the arguments, parameters and MACs, ours beside the published."""
+    lines = ["| emov2_5m with | model_options | parameters | published | MACs | published |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
+    notes: list[str] = []
+    for row in ABLATIONS:
+        with torch.device("meta"):
+            model = create_model("emov2_5m", **row.options)
+        params, macs, note = count_parameters(model), count_macs(model), row.note
+        if not note and not (matches(params, row.params) and matches(macs, row.macs)):
+            note = "This figure differs from the paper's, and the reason is not known."
+        notes = notes if note in ("", *notes) else [*notes, note]
+        mark = f" [{notes.index(note) + 1}]" if note else ""
+        options = json.dumps(row.options).replace('"', "")
+        lines.append(
+            f"| {row.name} | `{options}` | {params:,} | {row.params} | {macs / 1e6:,.0f}M | {row.macs}{mark} |"
+        )
+    return "\n".join([*lines, *footer(notes)])
+
+
+def footer(notes: list[str]) -> list[str]:
+    """Numbered notes below a table."""
+    return [f"\n[{i}] {note}" for i, note in enumerate(notes, 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,7 +34,8 @@ def entrypoint(name: str) -> Callable[..., EMO]:
     """timm's constructor function for one of our names; ``in_chans`` is timm's word for ``in_channels``."""
 
     def build(in_chans: int = 3, **settings: Any) -> EMO:
-        settings.pop("img_size", None)  # any image size works
+        if isinstance(settings.get("img_size"), Sequence):
+            settings["img_size"] = tuple(settings["img_size"])
         return build_backbone(name, in_channels=in_chans, **settings)
 
     def create(pretrained: bool = False, **kwargs: Any) -> EMO:

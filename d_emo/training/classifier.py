@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo import checkpoint
 from d_emo.card import describe_hardware
-from d_emo.config import ClassifierSettings, InputError
-from d_emo.data import ClassImages, open_dataset, open_held_out, spread
+from d_emo.config import ClassifierSettings, InputError, is_folder
+from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.registry import resolve_name
+from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
+from d_emo.training.teacher import distillation_loss, load_teacher
+
+BUILT_IN_HELD_OUT = 2000
+"""Images of a built-in data set that a snapshot is measured on, at most."""
 
 
 class Augmentation(NamedTuple):
@@ -29,7 +37,10 @@ class Augmentation(NamedTuple):
 
 
 class ClassifierTask:
-    """Cross-entropy with label smoothing on randomly shifted (and, where the data allow, mirrored) images.
+    """Cross-entropy with label smoothing, and optionally a teacher's soft logits, on augmented images.
+
+    Images of a folder are cropped at random and pass RandAugment; others can be randomly shifted. All are mirrored
+    where the data allow it.
 
     Args:
         settings: Resolved settings.
@@ -45,21 +56,30 @@ class ClassifierTask:
         if resolve_name(settings.model) not in BACKBONES:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
         self.settings = settings
-        self.dataset = _open(settings, "train")
-        self.held_out = open_held_out(settings, self.dataset.class_names) if settings.validate_every else None
+        self.dataset, self.held_out = open_both(settings)
+        if settings.epochs is not None:
+            per_epoch = len(self.dataset) / settings.batch_size
+            settings.max_steps = max(1, round(settings.epochs * per_epoch))
+            settings.warmup_steps = round(min(settings.warmup_epochs, settings.epochs / 10) * per_epoch)
         torch.manual_seed(settings.seed)
-        options = {"num_classes": len(self.dataset.class_names), **(settings.model_options or {})}
-        self.model = create_model(settings.model, **options)
+        given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
+        self.model = create_model(settings.model, **{**given, **(settings.model_options or {})})
+        self.teacher = None
+        if settings.teacher is not None:
+            self.teacher = load_teacher(settings.teacher, settings.teacher_weights, len(self.dataset.class_names))
 
     def introduction(self) -> list[str]:
         settings = self.settings
         return [
             f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
-            f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}"
+            f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
+            *([] if settings.teacher is None else [f"teacher: {settings.teacher}"]),
         ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
-        """Nothing to prepare: images are read as they are needed."""
+        """Images are read as they are needed; only the teacher has to move."""
+        if self.teacher is not None:
+            self.teacher.to(device)
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Augmentation:
         device = generator.device
@@ -69,24 +89,21 @@ class ClassifierTask:
         )
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Augmentation) -> dict[str, torch.Tensor]:
-        images, labels = batch
-        logits = model(augment(images, draws)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        settings, (images, labels) = self.settings, batch
+        images = augment(images, draws)
+        logits = model(images).float()
+        losses = {"loss": F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)}
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(images)
+            losses["distillation"] = distillation_loss(logits, wanted, settings.distill_tau)
+            losses["loss"] = losses["loss"] + settings.distill_weight * losses["distillation"]
+        return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
-        device, batch_size = next(model.parameters()).device, 64
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
-        totals = torch.zeros(3, device=device)
-        for start in range(0, len(share), batch_size):
-            items = [self.held_out[index] for index in share[start : start + batch_size]]
-            labels = torch.tensor([label for _, label in items], device=device)
-            logits = model(torch.stack([image for image, _ in items]).to(device)).float()
-            right = (logits.argmax(dim=1) == labels).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack([loss, right.sum(), torch.ones_like(right).sum()])
-        return dict(zip(("loss", "accuracy", "count"), totals, strict=True))
+        return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
@@ -96,9 +113,27 @@ class ClassifierTask:
             "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
-        if settings.data_dir is None:
-            meta["held_out_accuracy"] = round(accuracy(model, _open(settings, "test")), 4)
+        if self.held_out is not None:
+            measured = {"ema": self.measure(model)}
+            if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+                measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
+            meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
+            meta["held_out_accuracy"] = round(measured["ema"].top1, 4)
         checkpoint.save_classifier(folder, model, meta=meta, settings=settings)
+
+    def measure(self, model: nn.Module) -> Accuracy:
+        """Accuracy of ``model`` on the held-out images."""
+        built_in = self.settings.data_dir is None
+        return measure_accuracy(
+            model, self.held_out, limit=BUILT_IN_HELD_OUT if built_in else None,
+            num_workers=self._workers(1),
+        )
+
+    def _workers(self, world_size: int) -> int:
+        """Data loading processes for the held-out images; built-in ones are quick to make."""
+        if self.settings.num_workers is not None or self.settings.data_dir is None or not torch.cuda.is_available():
+            return self.settings.num_workers or 0
+        return min(8, (os.cpu_count() or 1) // world_size)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
@@ -112,20 +147,32 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, dataset: ClassImages, batch_size: int = 64, limit: int = 2000) -> float:
-    """Top-1 accuracy over the first ``limit`` images; the model is in eval mode."""
-    device, right, count = next(model.parameters()).device, 0, min(limit, len(dataset))
-    for start in range(0, count, batch_size):
-        items = [dataset[index] for index in range(start, min(start + batch_size, count))]
-        labels = torch.tensor([label for _, label in items])
-        logits = model(torch.stack([image for image, _ in items]).to(device))
-        right += int((logits.argmax(dim=1).cpu() == labels).sum())
-    return right / count
+def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
+    """The images to train on, and those to measure accuracy on: None where a data set of one's own comes without.
 
+    A folder with sub-folders train and val, as ImageNet is laid out, stands for these two.
 
-def _open(settings: ClassifierSettings, split: str) -> ClassImages:
-    return open_dataset(
-        dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=split,
-        num_images=settings.num_images if split == "train" else None, skip_corrupt=settings.skip_corrupt,
-    )
+    Raises:
+        InputError: Data that cannot be opened, have one class only, or do not belong together.
+    """
+    data_dir, size = settings.data_dir, settings.image_size
+    if data_dir is not None and (Path(data_dir) / "train").is_dir() and (Path(data_dir) / "val").is_dir():
+        settings.validate_dir = settings.validate_dir or str(Path(data_dir) / "val")
+        data_dir = str(Path(data_dir) / "train")
+    images: ClassImages
+    if data_dir is not None and is_folder(data_dir):
+        images = AugmentedFolder(
+            data_dir, size, crop_scale=settings.crop_scale, seed=settings.seed, skip_corrupt=settings.skip_corrupt,
+            rand_augment=None if settings.rand_augment == "none" else settings.rand_augment,
+        )  # fmt: skip
+    else:
+        images = open_dataset(
+            dataset=settings.dataset, data_dir=data_dir, image_size=size, num_images=settings.num_images,
+            skip_corrupt=settings.skip_corrupt,
+        )  # fmt: skip
+    names = images.class_names
+    if len(names) < 2:
+        raise InputError(f"{data_dir} has only the class {names[0]}; a classifier needs two or more")
+    if data_dir is not None and settings.validate_dir is None and settings.validate_every is None:
+        return images, None
+    return images, open_held_out(settings, names, crop_share=settings.crop_share)

@@ -1,0 +1,228 @@
+"""Networks for use without Python: ONNX, torch.export and Core ML, each compared with PyTorch after it was written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d_emo import checkpoint
+from d_emo.config import InputError
+from d_emo.models import Denoiser, create_model
+from d_emo.models.attention import PARTITIONS, FarPartition, WindowAttention
+from d_emo.models.denoiser import DENOISERS
+from d_emo.models.layers import fold_batch_norms
+from d_emo.training.accuracy import open_classifier
+
+OPSET = 18
+BATCHES = (1, 3)
+"""Batch sizes that an exported network is compared at; it is traced with another one."""
+
+
+class DenoiserOutput(nn.Module):
+    """A denoiser as a plain function of three tensors.
+
+    Shape: latents (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C_out, H, W).
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        return self.denoiser(latents, timesteps, class_labels, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A network ready for export: a plain module in eval mode, batch norms folded, and inputs to try it with."""
+
+    module: nn.Module
+    input_names: tuple[str, ...]
+    example: Callable[[int], tuple[Tensor, ...]]
+
+
+def portable_classifier(network: nn.Module, image_size: int, channels: int = 3) -> Portable:
+    """A classifier of images in [-1, 1], on a copy.
+
+    Args:
+        network: an `EMO`, or a module around one.
+        image_size: side of the square images in pixels.
+        channels: of the images.
+    """
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(batch)
+        return (torch.rand(batch, channels, image_size, image_size, generator=generator) * 2 - 1,)
+
+    return Portable(fold_batch_norms(copy.deepcopy(network).cpu().float().eval()), ("images",), example)
+
+
+def portable_denoiser(denoiser: Denoiser) -> Portable:
+    """A denoiser at its own sample size, on a copy; timesteps are float32."""
+    height, width = denoiser.sample_size if isinstance(denoiser.sample_size, tuple) else (denoiser.sample_size,) * 2
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(batch)
+        latents = torch.randn(batch, denoiser.config.in_channels, height, width, generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator).float()
+        return latents, timesteps, torch.randint(denoiser.null_class + 1, (batch,), generator=generator)
+
+    module = DenoiserOutput(fold_batch_norms(copy.deepcopy(denoiser).cpu().float().eval()))
+    return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example)
+
+
+def export(network: Portable, path: Path) -> float | None:
+    """Write a network in the format of the path's ending, run the file, and compare.
+
+    Args:
+        network: see `portable_classifier` and `portable_denoiser`.
+        path: ends in .onnx, .pt2 or .mlpackage.
+
+    Returns:
+        The largest difference from PyTorch's outputs over several batch sizes, as a share of the largest output; None
+        where the file cannot be run here (Core ML, outside of macOS).
+
+    Raises:
+        InputError: for another ending, a path that cannot be written, or a package that is not installed.
+    """
+    writers = {".onnx": write_onnx, ".pt2": write_torch, ".mlpackage": write_coreml}
+    if path.suffix not in writers:
+        raise InputError(f"{path} ends in none of {', '.join(writers)}; the ending names the format")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} does not exist; make it first")
+    try:
+        run = writers[path.suffix](network, path)
+    except ImportError as error:
+        extra = "coreml" if path.suffix == ".mlpackage" else "export"
+        raise InputError(f'{path.suffix} needs a package ({error}): pip install "d-emo[{extra}]"') from error
+    if run is None:
+        return None
+    worst = 0.0
+    for batch in BATCHES:
+        inputs = network.example(batch)
+        with torch.no_grad():
+            expected = network.module(*inputs)
+        worst = max(worst, ((run(*inputs) - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+Runner = Callable[..., Tensor]
+
+
+def traced(network: Portable) -> torch.export.ExportedProgram:
+    """The network as a graph whose batch size is free."""
+    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
+    with torch.no_grad():
+        return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+
+
+def write_torch(network: Portable, path: Path) -> Runner:
+    """A ``.pt2`` file, for ``torch.export.load``."""
+    torch.export.save(traced(network), path)
+    return torch.export.load(path).module()
+
+
+def write_onnx(network: Portable, path: Path) -> Runner:
+    """An ONNX file, checked by onnxruntime."""
+    import onnxruntime
+    import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
+
+    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            network.module, inputs, str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
+            output_names=["output"], dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=False,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*tensors: Tensor) -> Tensor:
+        feed = {name: tensor.numpy() for name, tensor in zip(network.input_names, tensors, strict=True)}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run
+
+
+def write_coreml(network: Portable, path: Path) -> Runner | None:
+    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back."""
+    import coremltools
+
+    module = copy.deepcopy(network.module)
+    for attention in module.modules():
+        if isinstance(attention, WindowAttention):
+            attention.attend = functools.partial(attend_in_low_rank, attention)
+    with torch.no_grad():
+        graph = torch.export.export(module, network.example(1)).run_decompositions({})
+    try:
+        converted = coremltools.convert(
+            graph, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17,
+            compute_precision=coremltools.precision.FLOAT32,
+        )
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"Core ML cannot express this network ({type(error).__name__}: {reason})") from error
+    converted.save(str(path))
+    coremltools.models.MLModel(str(path), skip_model_load=True)
+    return None
+
+
+def gather(x: Tensor, groups: tuple[int, int]) -> Tensor:
+    """Reorder a map so that the tokens of a strided window lie side by side; with the other strides it is undone.
+
+    Shape: (B, H, W, C) -> same.
+    """
+    (h, w), (batch, height, width, dim) = groups, x.shape
+    x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
+    return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
+
+
+def attend_in_low_rank(attention: WindowAttention, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    """`WindowAttention.attend` with tensors of at most four axes, as Core ML wants them; the same result.
+
+    Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+    """
+    (h, w), (batch, height, width, _) = attention.window, q.shape
+    n, m = height // h, width // w
+    total = torch.zeros_like(value)
+    for partition in PARTITIONS[attention.mode]:
+        far = partition is FarPartition
+        heads = []
+        for x in (q, k, value):
+            x = gather(x, (h, w)) if far else x
+            x = x.reshape(batch * n, h, m, -1).transpose(1, 2)  # (B n, m, h, w C)
+            heads.append(x.reshape(batch * n * m, h * w, attention.num_heads, -1).transpose(1, 2))
+        mixed = functional.scaled_dot_product_attention(*heads).transpose(1, 2)  # (B n m, h w, heads, head width)
+        mixed = mixed.reshape(batch * n, m, h, -1).transpose(1, 2).reshape(batch, height, width, -1)
+        total = total + (gather(mixed, (n, m)) if far else mixed)
+    return total
+
+
+def open_portable(source: str, image_size: int | None = None) -> tuple[str, Portable]:
+    """What it is called, and the network: a snapshot or run folder, a released file, a timm folder or a model's name.
+
+    Raises:
+        InputError: if it is none of them, or an image size is given for a denoiser.
+    """
+    denoiser = None
+    if Path(source).is_dir() and checkpoint.kind_of(source) == "denoiser":
+        snapshot = checkpoint.load_denoiser(source)
+        name, denoiser = str(snapshot.path), snapshot.model
+    elif not Path(source).exists() and source.replace("/", "-") in DENOISERS:
+        torch.manual_seed(0)
+        name, denoiser = f"{source} with random weights", create_model(source).eval()
+    if denoiser is None:
+        classifier = open_classifier(source)
+        return classifier.name, portable_classifier(classifier.model, image_size or classifier.image_size)
+    if image_size is not None:
+        raise InputError("--image-size is for classifiers; a denoiser has a sample size of its own")
+    return name, portable_denoiser(denoiser)

@@ -1,0 +1,69 @@
+"""The stems of EMOv1 and EMOv2: from an image to the first feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d_emo.models.layers import ChannelsLastBatchNorm, LocalConv
+
+
+class ConvNorm(nn.Module):
+    """The first layer: 3 x 3 convolution of stride 2 with bias, then batch norm; from image layout to channels-last.
+
+    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
+    """
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, dim, 3, stride=2, padding=1)
+        self.norm = ChannelsLastBatchNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+
+    @torch.no_grad()
+    def fold_norm(self) -> None:
+        """Absorb the batch norm's running statistics into the convolution."""
+        if isinstance(self.norm, ChannelsLastBatchNorm):
+            factor, offset = self.norm.affine()
+            self.conv.weight.mul_(factor[:, None, None, None])
+            self.conv.bias.mul_(factor).add_(offset)
+            self.norm = nn.Identity()
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the mean over positions, with no reduction.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Linear(dim, dim)
+        self.act = nn.SiLU()
+        self.conv_expand = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+        return x * self.conv_expand(self.act(self.conv_reduce(mean))).sigmoid()
+
+
+class Stem(nn.Module):
+    """Strided convolution, depthwise convolution, pointwise projection; EMOv1 has a squeeze-excite and one SiLU less.
+
+    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
+    """
+
+    def __init__(self, in_channels: int, dim: int, *, first_act: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.conv = ConvNorm(in_channels, dim)
+        self.act = first_act
+        self.local = LocalConv(dim, kernel_size=3)
+        self.gate = gate
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))  # (B, H', W', C)
+        return self.proj(self.gate(self.local(x)))  # (B, H', W', C)

@@ -1,0 +1,140 @@
+"""Top-1 and top-5 accuracy of a classifier, and where classifiers and images to measure on come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+from d_emo import checkpoint
+from d_emo.config import EvaluateClassifierSettings, InputError
+from d_emo.data import ClassImages, open_dataset
+from d_emo.models import create_model
+from d_emo.models.backbone import BACKBONES
+from d_emo.models.convert import read_released_classifier
+from d_emo.models.registry import resolve_name
+from d_emo.models.timm_registry import default_cfgs
+from d_emo.training.stop import ignore_interrupts
+from d_emo.training.teacher import normalized
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images whose class is the likeliest, and among the five likeliest, over ``images`` images."""
+
+    top1: float
+    top5: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images"
+
+
+def measure_accuracy(
+    model: nn.Module, dataset: ClassImages, *, batch_size: int = 64, limit: int | None = None, num_workers: int = 0
+) -> Accuracy:
+    """Classify the first ``limit`` images in eval mode; the model's mode is left as it was.
+
+    Args:
+        model: takes images in [-1, 1].
+        dataset: images and labels.
+        batch_size: images per forward pass.
+        limit: number of images. Default: all.
+        num_workers: data loading processes.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    sums = sum_over(model, dataset, range(count), batch_size=batch_size, num_workers=num_workers)
+    return Accuracy(sums["accuracy"].item() / count, sums["top5"].item() / count, count)
+
+
+@torch.no_grad()
+def sum_over(
+    model: nn.Module, dataset: ClassImages, indices: Sequence[int], *, batch_size: int = 64, num_workers: int = 0
+) -> dict[str, Tensor]:
+    """Sums over some images, in eval mode: "loss" (cross-entropy), "accuracy" (right answers), "top5" and "count"."""
+    device, training = next(model.parameters()).device, model.training
+    totals = torch.zeros(4, dtype=torch.float64)
+    model.eval()
+    loader = DataLoader(
+        Subset(dataset, indices), batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupts
+    )
+    for images, labels in loader:
+        logits = model(images.to(device)).float().cpu()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.tensor(len(labels))])
+    model.train(training)
+    return dict(zip(("loss", "accuracy", "top5", "count"), totals.float().to(device), strict=True))
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier of images in [-1, 1], in eval mode, and what is known of the images it was trained on."""
+
+    name: str
+    model: nn.Module
+    num_classes: int
+    class_names: list[str] | None
+    image_size: int
+    dataset: str | None
+
+
+def open_classifier(source: str) -> Classifier:
+    """A snapshot or run folder of ours, a released file, a folder in timm's layout, or a name (with random weights).
+
+    Raises:
+        InputError: if it is none of them, or damaged.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
+        if resolve_name(source) not in BACKBONES:
+            raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
+        torch.manual_seed(0)
+        return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
+    if path.is_dir() and not (path / "config.json").exists():
+        snapshot = checkpoint.load_classifier(path)
+        built_in = snapshot.meta.get("data")
+        return Classifier(str(snapshot.path), snapshot.model, len(snapshot.class_names), snapshot.class_names,
+                          snapshot.image_size, built_in if built_in in ("shapes", "digits") else None)
+    if path.is_dir():
+        try:
+            model = timm.create_model(f"local-dir:{path}", pretrained=True)
+        except Exception as error:  # timm raises a dozen types for a damaged folder
+            reason = " ".join(str(error).split())
+            raise InputError(f"timm cannot open {path} ({type(error).__name__}: {reason})") from error
+    else:
+        model = read_released_classifier(path)
+        model.pretrained_cfg = default_cfgs[model.config["name"]].default.to_dict()
+    cfg = model.pretrained_cfg
+    labels = cfg.get("label_names")
+    return Classifier(source, normalized(model).eval(), model.num_classes, list(labels) if labels else None,
+                      cfg["input_size"][-1], None)
+
+
+def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) -> ClassImages:
+    """The images to measure on: a folder, or the held-out part of a built-in data set.
+
+    Raises:
+        InputError: if no images are named and the classifier knows none, or they have other classes.
+    """
+    size, built_in = settings.image_size or classifier.image_size, settings.dataset or classifier.dataset
+    if settings.data_dir is not None:
+        images = open_dataset(dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share)
+    elif built_in is not None:
+        limit = {} if built_in == "digits" else {"num_images": settings.num_images or 2000}
+        images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)
+    else:
+        raise InputError(f"{classifier.name} was trained on a folder of images; name one with --data-dir")
+    names, known = images.class_names, classifier.class_names
+    if len(names) != classifier.num_classes or (known is not None and known != names):
+        raise InputError(
+            f"{classifier.name} knows {classifier.num_classes} classes, but the images have {len(names)} "
+            f"({', '.join(names[:3])}, ...), or the same under other names; they have to be the same"
+        )
+    return images

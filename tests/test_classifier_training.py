@@ -1,0 +1,332 @@
+import copy
+import json
+import random
+import runpy
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from d_emo import checkpoint
+from d_emo.config import ClassifierSettings, InputError, parse_settings
+from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler, TarShards
+from d_emo.data.sampler import EpochIndex
+from d_emo.models import create_model
+from d_emo.models.convert import write_timm_folder
+from d_emo.training import fit
+from d_emo.training.accuracy import Accuracy, measure_accuracy
+from d_emo.training.classifier import ClassifierTask, augment
+from d_emo.training.teacher import Normalized, distillation_loss
+
+ROOT = Path(__file__).parents[1]
+POLICY = "rand-m9-mstd0.5-inc1"
+TINY = {
+    "model": "emov2_1m", "model_options": {"depths": [1, 1, 1, 1]}, "image_size": 32, "batch_size": 4, "max_steps": 4,
+    "warmup_steps": 1, "learning_rate": 1e-3, "state_every": 2, "snapshot_every": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six images of noise in two classes, as ImageNet lays them out, three to train on and three to measure on."""
+    for part in ("train", "val"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "photos" / part / label
+            folder.mkdir(parents=True)
+            for index in range(3):
+                pixels = np.random.default_rng([index, len(part)]).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def augmented(photos, **options):
+    settings = {"crop_scale": (0.08, 1.0), "rand_augment": POLICY, "seed": 3, **options}
+    return AugmentedFolder(photos / "train", 32, **settings)
+
+
+def train(folder, photos, **changes):
+    settings = ClassifierSettings(**{**TINY, "output_dir": str(folder), "data_dir": str(photos), **changes})
+    return fit(ClassifierTask(settings), settings)
+
+
+def served(dataset, start, steps, workers):
+    sampler = StepSampler(len(dataset), 4, 2, seed=1, start_step=start)
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    return torch.cat([next(batches)[0] for _ in range(2 * steps)])
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(photos):
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    whole = served(augmented(photos), 0, 5, 0)
+    assert random.getstate() == before[0] and np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(served(augmented(photos), 3, 2, 2), whole[12:])  # a later start, in other processes
+    other = served(augmented(photos, seed=4), 0, 1, 0)
+    assert not torch.equal(other, whole[:4])
+
+
+def test_every_epoch_sees_another_crop_and_another_policy(photos):
+    for options in ({"rand_augment": None}, {"crop_scale": (1.0, 1.0)}):
+        images = served(augmented(photos, **options), 0, 30, 0)  # 20 epochs of 6 images
+        distinct = {tuple(image.flatten()[:500].tolist()) for image in images}
+        assert len(distinct) > 20
+    plain = served(augmented(photos, rand_augment=None), 0, 3, 0)
+    assert plain.shape[1:] == (3, 32, 32) and not torch.equal(plain, served(augmented(photos), 0, 3, 0))
+
+
+def test_what_replaces_an_unreadable_image_is_cropped_anew_every_epoch_too(photos, capfd):
+    (photos / "train" / "ant" / "0.png").write_text("no image")
+    dataset = augmented(photos, skip_corrupt=True)
+    first, again, second = (dataset[EpochIndex(0, epoch)][0] for epoch in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(first, dataset[EpochIndex(1, 1)][0]) and capfd.readouterr().err.count("skipped") == 1
+
+
+def test_every_operation_runs_at_every_strength(photos):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    dataset, seen = augmented(photos), set()
+    for op in dataset.policy.ops:
+        seen.add(op.name)
+        op.prob, op.magnitude_std = 1.0, 0.0
+        for op.magnitude in range(11):
+            assert op(image).size == (32, 32)
+    assert {"PosterizeIncreasing", "Rotate", "SolarizeIncreasing"} <= seen
+
+
+def test_centre_crop_keeps_the_share_of_the_shorter_side(photos):
+    image = np.zeros((100, 200, 3), dtype=np.uint8)
+    image[6:94, 56:144] = 255  # 88 px of 100: a crop of 7/8, give or take a pixel
+    (photos / "val" / "ant").joinpath("0.png").unlink()
+    Image.fromarray(image).save(photos / "val" / "ant" / "0.png")
+    inner = CentreCroppedFolder(photos / "val", 56, crop_share=0.875)[0][0]
+    assert inner.shape == (3, 56, 56) and inner[:, 2:-2, 2:-2].min() > 0.9
+    outer = CentreCroppedFolder(photos / "val", 64, crop_share=1.0)[0][0]
+    assert outer[:, :2].max() < -0.9 and outer[:, :, :2].max() < -0.9
+
+
+def test_classifier_training_resumes_exactly_and_reports_both_weights(tmp_path, photos):
+    whole = train(tmp_path / "whole", photos)
+    train(tmp_path / "parts", photos, max_steps=2)
+    parts = train(tmp_path / "parts", photos, num_workers=1)
+    one, two = (checkpoint.load_state(tmp_path / run / "states" / "step-4")["model"] for run in ("whole", "parts"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    meta = checkpoint.load_classifier(whole).meta
+    assert meta["accuracy"].keys() == {"ema", "raw"} and meta["accuracy"]["ema"]["images"] == 6
+    card = (parts / "README.md").read_text()
+    ema, raw = (f"{meta['accuracy'][kind]['top1']:.2%} | 100.00% | 6 |" for kind in ("ema", "raw"))
+    assert f"| moving average (EMA), these here | {ema}" in card and f"| raw | {raw}" in card
+
+
+def test_a_snapshot_tells_raw_from_averaged_weights(tmp_path, photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos)}))
+    task.measure = lambda model: Accuracy(0.25 if model is task.model else 0.75, 1.0, 6)
+    task.save_snapshot(tmp_path / "snapshot", copy.deepcopy(task.model), step=1, minutes=0)
+    meta = checkpoint.load_classifier(tmp_path / "snapshot").meta
+    assert {weights: each["top1"] for weights, each in meta["accuracy"].items()} == {"ema": 0.75, "raw": 0.25}
+    assert meta["held_out_accuracy"] == 0.75
+
+
+def test_the_held_out_images_are_named_or_found_and_both_measures_use_them(tmp_path, photos):
+    changes = {"validate_every": 2, "validate_images": 5, "output_dir": str(tmp_path / "run")}
+    found = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), **changes}))
+    apart = {"data_dir": str(photos / "train"), "validate_dir": str(photos / "val")}
+    named = ClassifierTask(ClassifierSettings(**{**TINY, **apart, **changes}))
+    for task in (found, named):
+        assert type(task.held_out) is CentreCroppedFolder and task.held_out.files == found.held_out.files
+    torch.nn.init.normal_(found.model.head.weight)
+    shares = [found.validate(found.model, rank=rank, world_size=2) for rank in (0, 1)]
+    sums = {name: sum(share[name].item() for share in shares) for name in shares[0]}
+    expected = measure_accuracy(found.model, found.held_out, limit=5)  # spread(6, 5) are the first five
+    assert (sums["accuracy"] / 5, sums["top5"] / 5, sums["count"]) == (expected.top1, expected.top5, 5)
+    images = torch.stack([found.held_out[index][0] for index in range(5)])
+    labels = torch.tensor([found.held_out.label(index) for index in range(5)])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(found.model.eval()(images), labels, reduction="sum")
+    assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    alone = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train")}))
+    assert alone.held_out is None
+    with pytest.raises(InputError, match="give their folder as --validate-dir"):
+        ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train"), "validate_every": 2}))
+
+
+def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photos, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for label, name in enumerate(("ant", "bee")):
+            for file in sorted((photos / "train" / name).iterdir()):
+                archive.add(file, f"{name}{file.stem}.png")
+                (tmp_path / "cls").write_text(str(label))
+                archive.add(tmp_path / "cls", f"{name}{file.stem}.cls")
+    shards = f"wds:{tmp_path / 'shard.tar'}"
+    settings = ClassifierSettings(
+        **{**TINY, "data_dir": shards, "validate_dir": shards, "max_steps": 1, "output_dir": str(tmp_path / "run")}
+    )
+    task = ClassifierTask(settings)
+    assert type(task.dataset) is type(task.held_out) is TarShards and settings.rand_augment == "none"
+    assert checkpoint.load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
+    with pytest.raises(InputError, match="--rand-augment .* needs a folder"):
+        ClassifierSettings(**{**TINY, "data_dir": shards, "rand_augment": POLICY})
+
+
+def test_accuracy_counts_the_first_and_the_first_five():
+    class Oracle(torch.nn.Module):
+        """Puts the true digit, told by its place in the list, first or third or sixth."""
+
+        def __init__(self):
+            super().__init__()
+            self.seen, self.weight = 0, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            logits = torch.zeros(len(images), 10)
+            for row in range(len(images)):
+                label, rank = digits.label(self.seen), (0, 2, 5)[self.seen % 3]
+                order = [c for c in range(10) if c != label]
+                order.insert(rank, label)
+                logits[row, order] = torch.arange(10.0, 0, -1)
+                self.seen += 1
+            return logits
+
+    digits = Digits(8, split="test")
+    accuracy = measure_accuracy(Oracle(), digits, batch_size=7, limit=30)
+    assert (accuracy.top1, accuracy.top5, accuracy.images) == (pytest.approx(1 / 3), pytest.approx(2 / 3), 30)
+    assert str(accuracy) == "top-1 33.33%, top-5 66.67% of 30 images"
+
+
+def test_distillation_loss_is_the_divergence():
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    assert distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
+    p, q = (torch.softmax(logits.double() / 2, dim=1) for logits in (teacher, student))
+    expected = 4 * (p * (p / q).log()).sum(dim=1).mean()
+    assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
+    model = create_model("emov2_1m", num_classes=2, depths=[1, 1, 1, 1]).eval()
+    torch.nn.init.normal_(model.head.weight)
+    write_timm_folder(model, tmp_path / "folder", input_size=32)
+    torch.save(timm.create_model("resnet18", num_classes=2).state_dict(), tmp_path / "resnet.pth")
+    snapshot = train(tmp_path / "snapshot", photos, max_steps=1)
+    images, seen = torch.rand(2, 3, 32, 32) * 2 - 1, []
+    for options in (
+        {"teacher": str(tmp_path / "folder")}, {"teacher": str(snapshot)},
+        {"teacher": "resnet18", "teacher_weights": str(tmp_path / "resnet.pth")},
+    ):  # fmt: skip
+        settings = ClassifierSettings(**{**TINY, "output_dir": "x", "data_dir": str(photos), **options})
+        task = ClassifierTask(settings)
+        draws = task.draw(torch.Generator(), 2)
+        losses = task.loss(task.model.eval(), [images, torch.tensor([0, 1])], draws)
+        settings.distill_weight = 0.0
+        alone = task.loss(task.model, [images, torch.tensor([0, 1])], draws)["loss"]
+        torch.testing.assert_close(losses["loss"], alone + 5 * losses["distillation"])
+        inputs = augment(images, draws)
+        expected = distillation_loss(task.model(inputs), task.teacher(inputs), 1.0)
+        torch.testing.assert_close(losses["distillation"], expected)
+        assert not any(p.requires_grad for p in task.teacher.parameters())
+        seen.append(losses["distillation"].item())
+    assert len(set(seen)) == 3
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    expected = (images * 0.5 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(Normalized(torch.nn.Identity(), mean, std)(images), expected)
+    train(tmp_path / "run", photos, teacher=str(snapshot), max_steps=1)
+
+
+def test_epochs_become_steps(photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "epochs": 30}))
+    assert (task.settings.max_steps, task.settings.warmup_steps) == (45, 4)  # 6 images in batches of 4
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "classifier").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_the_papers_recipe(config):
+    settings = parse_settings(ClassifierSettings, "", ["--config", str(config), "--data-dir", "IMAGENET"])
+    assert (settings.batch_size, settings.learning_rate, settings.weight_decay) == (2048, 6e-3, 0.05)
+    assert (settings.label_smoothing, settings.rand_augment, settings.grad_clip) == (0.1, POLICY, 5.0)
+    epoch = 1_281_167 / 2048
+    assert settings.warmup_steps == pytest.approx(20 * epoch, rel=1e-4)
+    assert settings.max_steps == pytest.approx((1000 if "1000" in config.stem else 300) * epoch, rel=1e-4)
+    with torch.device("meta"):
+        model = create_model(settings.model, img_size=settings.image_size, **(settings.model_options or {}))
+    window = model.stages[2][1].operator.expand.window
+    assert window == ((7, 7) if settings.image_size == 224 else (8, 8))
+    assert settings.teacher is None or timm.is_model_pretrained(settings.teacher)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 31}, "img_size must be at least 32"),
+        ({"rand_augment": "randm9"}, "no RandAugment policy 'randm9'"),
+        ({"teacher": "no_such_net"}, "cannot load the teacher no_such_net"),
+        ({"teacher": "resnet18", "teacher_weights": "none.pth"}, "cannot load the teacher resnet18 with none.pth"),
+        ({"crop_scale": [0.5, 0.1]}, "--crop-scale"),
+        ({"distill_tau": 0}, "--distill-tau"),
+        ({"crop_share": 1.5}, "--crop-share"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, photos, changes, words):
+    with pytest.raises(InputError, match=words):
+        train(tmp_path / "run", photos, **changes)
+
+
+def test_folders_that_cannot_work_are_refused(tmp_path, photos):
+    teacher = train(tmp_path / "teacher", photos, max_steps=1)
+    with pytest.raises(InputError, match="knows 2 classes, but the data have 10"):
+        ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "digits", "teacher": str(teacher)}))
+    (photos / "val" / "bee").rename(photos / "val" / "wasp")
+    with pytest.raises(InputError, match="are not the 2 that are trained.*bee, wasp"):
+        train(tmp_path / "run", photos)
+    (photos / "val" / "wasp").rename(photos / "ant")
+    with pytest.raises(InputError, match="only the class ant"):
+        train(tmp_path / "run", photos / "val")
+    with pytest.raises(InputError, match="no sub-folders"):
+        train(tmp_path / "run", photos / "ant")
+    (photos / "train" / "ant" / "0.png").write_text("no image")
+    with pytest.raises(InputError, match="cannot read the image .*0.png"):
+        served(augmented(photos), 0, 3, 0)
+
+
+def evaluate(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["evaluate_classifier.py", *map(str, argv)])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "evaluate_classifier.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatch, capsys):
+    snapshot = train(tmp_path / "run", photos, max_steps=1)
+    output = ("--output", tmp_path / "a.json")
+    code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", *output)
+    assert code == 0 and "32 px: top-1" in printed.out and "of 6 images" in printed.out
+    written, meta = json.loads((tmp_path / "a.json").read_text()), checkpoint.load_classifier(snapshot).meta
+    assert written["top1"] == meta["accuracy"]["ema"]["top1"]
+    shapes = json.loads((ROOT / "tests" / "data" / "emov2_5m_released_state_dict.json").read_text())
+    shapes |= {"head.weight": [2, shapes["head.weight"][1]], "head.bias": [2]}
+    released = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    released["head.bias"] = torch.tensor([0.0, 1.0])  # always the second class
+    torch.save({"net": released}, tmp_path / "released.pth")
+    options = ("--data-dir", photos / "val", "--image-size", 32)
+    code, printed = evaluate(monkeypatch, capsys, tmp_path / "released.pth", *options)
+    assert code == 0 and "top-1 50.00%, top-5 100.00% of 6 images" in printed.out
+    for argv, words in (
+        ((snapshot,), "name one with --data-dir"),
+        ((snapshot, "--dataset", "digits"), "knows 2 classes, but the images have 10"),
+        ((tmp_path / "none.pth", *options), "no checkpoint file"),
+    ):
+        code, printed = evaluate(monkeypatch, capsys, *argv)
+        assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1
+
+
+def test_shipped_demo_recipe_stays_light():
+    settings = parse_settings(ClassifierSettings, "", ["--config", str(ROOT / "configs" / "demo_classifier.yaml")])
+    assert settings.rand_augment == "none" and settings.teacher is None and settings.max_steps == 250
+    assert yaml.safe_load((ROOT / "configs" / "demo_classifier.yaml").read_text())["batch_size"] == 32

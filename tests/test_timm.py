@@ -1,0 +1,149 @@
+"""What timm's own tests ask of a model, asked of every EMO in the registry: a new variant is tested by existing."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+
+import d_emo
+from d_emo.config import InputError
+from d_emo.models.backbone import BACKBONES, window_for
+
+LARGE = ("emov1_10m", "emov1_20m", "emov2_20m", "emov2_50m")
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in BACKBONES]
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def create(name, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"num_classes": 5, "img_size": 64, **options})
+
+
+@pytest.mark.parametrize("code", ["import d_emo, timm", "import timm, d_emo"])
+def test_timm_knows_the_classifiers_in_any_order_of_imports(code):
+    code += "; assert len(timm.list_models('emov*')) == 11; timm.create_model('emov2_1m')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@every
+def test_forward(name):
+    model = create(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = model(x)
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), logits)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert logits.shape == (2, 5) and logits.isfinite().all()
+
+
+@every
+def test_backward_reaches_every_parameter(name):
+    model = create(name, drop_rate=0.1, drop_path_rate=0.0)
+    model.set_grad_checkpointing()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("gamma"):
+                parameter.fill_(1)
+    logits = model(torch.randn(2, 3, 64, 64))
+    logits.square().sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing and logits.isfinite().all()
+    assert sum(p.grad.abs().max() > 0 for p in model.parameters()) == len(list(model.parameters()))
+
+
+@every
+def test_default_cfg_tells_the_truth(name):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        cfg, state = model.default_cfg, model.state_dict()
+        features = model.forward_features(torch.zeros(1, *cfg["input_size"]))
+        assert tuple(features.shape[-2:]) == cfg["pool_size"] == (7, 7)
+        model.reset_classifier(0)
+        assert model.num_classes == 0 and model(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features, 2, 2)
+        bare = timm.create_model(name, num_classes=0, global_pool="")
+        assert bare(torch.zeros(2, 3, 64, 64)).shape == (2, model.num_features, 2, 2)
+    assert state[cfg["classifier"] + ".weight"].shape[0] == cfg["num_classes"] == 1000
+    assert state[cfg["first_conv"] + ".weight"].shape[1] == 3
+    assert (cfg["mean"], cfg["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (cfg["crop_pct"], cfg["interpolation"], model.head_hidden_size) == (0.875, "bicubic", model.num_features)
+
+
+@every
+def test_feature_pyramid(name):
+    dims = list(BACKBONES[name]["dims"])
+    model = timm.create_model(name, features_only=True, in_chans=4, img_size=64).eval()
+    assert model.feature_info.channels() == dims and model.feature_info.reduction() == [4, 8, 16, 32]
+    x = torch.randn(1, 4, 64, 96)
+    with torch.no_grad():
+        maps = model(x)
+    sizes = [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [tuple(m.shape) for m in maps] == [(1, dim, *size) for dim, size in zip(dims, sizes, strict=True)]
+    two = timm.create_model(name, features_only=True, out_indices=(1, 2))
+    assert two.feature_info.channels() == dims[1:3] and len(two(x[:, :3])) == 2
+
+
+@every
+def test_intermediates(name):
+    model = create(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        assert torch.equal(last, model.forward_features(x))
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+        assert [64 // m.shape[-1] for m in maps] == [info["reduction"] for info in model.feature_info]
+        early, one = model.forward_intermediates(x, indices=[1], stop_early=True)
+        assert torch.equal(one[0], maps[1]) and torch.equal(early, maps[1])
+        model.prune_intermediate_layers([2], prune_norm=True)
+        assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], maps[2])
+
+
+@every
+def test_weights_survive_a_file(name, tmp_path):
+    model = create(name).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    again = timm.create_model(name, num_classes=5, img_size=64, checkpoint_path=str(path)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
+def test_scales_and_biases_do_not_decay():
+    model = create("emov2_1m")
+    decayed = next(g for g in param_groups_weight_decay(model, 0.05, model.no_weight_decay()) if g["weight_decay"])
+    assert len(model.no_weight_decay()) == 15
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in model.parameters() if p.ndim > 1}
+
+
+@pytest.mark.parametrize(
+    ("img_size", "window"),
+    [
+        (224, 7), (256, 8), (512, 8), (448, 7), (384, 6), (288, 7), (64, 2), (32, 2), (96, 3), ((256, 512), 8),
+        ((224, 256), 7), (1792, 8),
+    ],
+)  # fmt: skip
+def test_the_window_follows_the_image_size(img_size, window):
+    assert window_for(img_size) == window
+    with torch.device("meta"):
+        model = timm.create_model("emov2_1m", img_size=img_size)
+        assert model.stages[3][1].operator.expand.window == (window, window)
+        assert model(torch.zeros(1, 3, 100, 75)).shape == (1, 1000)  # any other size works
+
+
+@pytest.mark.parametrize("img_size", [31, (16, 224), 0])
+def test_images_below_32_px_are_refused(img_size):
+    with pytest.raises(InputError, match="img_size"):
+        timm.create_model("emov2_1m", img_size=img_size)
+
+
+def test_no_weights_are_promised_that_do_not_exist():
+    with pytest.raises(RuntimeError, match="[Nn]o pretrained weights"):
+        timm.create_model("emov2_1m", pretrained=True)
+    assert d_emo.list_models("emov2_1m") == ["emov2_1m"]
