@@ -51,3 +51,12 @@ def random_inception(tmp_path_factory):
     network.fc.weight.data.mul_(30)  # classes that differ, or every Inception Score is 1
     torch.save(network.state_dict(), folder / "weights.pth")
     return folder / "weights.pth"
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread, for tests that fork: OpenMP's threads do not survive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

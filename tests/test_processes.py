@@ -22,6 +22,7 @@ from d_emo.ema import EMA
 from d_emo.models import create_model
 from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 LAYER_NORM = {**TINY["model_options"], "local_norm": "layer"}
 

@@ -20,6 +20,7 @@ from d_emo.config import InputError, RunError, TrainSettings
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     "model": "D-EMOv2-Ti-2", "model_options": {"depth": 1, "hidden_size": 48}, "dataset": "digits", "image_size": 8,
     "vae": "pixels", "batch_size": 4, "max_steps": 12, "state_every": 5, "snapshot_every": 12, "learning_rate": 1e-3,
