@@ -440,7 +440,7 @@ class FidSettings:
     )
     batch_size: int = setting(64, "images per forward pass, of sampling and of the feature network")
     labels: Literal["random", "balanced"] = setting("random", "classes to draw: uniformly random, as ADM, or in turn")
-    scheduler: str = setting("ddpm", "sampler")
+    scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots")
     steps: int = setting(250, "denoising steps")
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
     seed: int = setting(0, "image i starts from the noise of seed + i")

@@ -47,6 +47,7 @@ def draw_and_measure(settings: FidSettings, measurement, state):
     from d_emo.sampling import make_scheduler, sample_images
 
     snapshot = load_denoiser(settings.checkpoint)
+    settings.scheduler = settings.scheduler or ("ddpm" if snapshot.objective == "eps" else "euler")
     model, codec = snapshot.model.to(state.device), load_codec(snapshot.codec).to(state.device)
     scheduler, classes = make_scheduler(settings.scheduler, snapshot.scheduler_config), len(snapshot.class_names)
 
