@@ -89,7 +89,7 @@ def test_class_flag_takes_several_names():
 
 def test_run_cli_turns_input_errors_into_exit_code_2(capsys):
     def main():
-        raise InputError("Caught InputError in DataLoader worker\nTraceback ...\nd_emo.config.InputError: a bad image")
+        raise InputError(f"Caught it in a worker\nTraceback ...\n{InputError.__module__}.InputError: a bad image")
 
     with pytest.raises(SystemExit) as caught:
         run_cli(main)

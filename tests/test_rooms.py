@@ -11,6 +11,7 @@ ROOMS = [
     "evaluation", "curves", "explain", "export",
 ]
 INSIDE = {
+    "config": ["base", "training", "sampling", "measuring", "exporting"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",

@@ -1,0 +1,73 @@
+"""Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
+
+from __future__ import annotations
+
+from d_emo.config.base import (
+    InputError,
+    RunError,
+    parse_settings,
+    run_cli,
+    setting,
+    write_yaml,
+)
+from d_emo.config.exporting import (
+    ConvertSettings,
+    ExportSettings,
+)
+from d_emo.config.measuring import (
+    METRICS,
+    PUBLISHED_COUNT,
+    EvaluateClassifierSettings,
+    ExplainSettings,
+    FidSettings,
+    JudgeSettings,
+    PlotSettings,
+    ReferenceSettings,
+    parse_metrics,
+)
+from d_emo.config.sampling import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_SCHEDULERS,
+    DEFAULT_STEPS,
+    SampleSettings,
+)
+from d_emo.config.training import (
+    ClassifierSettings,
+    DataSettings,
+    EncodeSettings,
+    RunSettings,
+    TrainSettings,
+    VAESettings,
+    is_folder,
+)
+
+__all__ = [
+    "ClassifierSettings",
+    "ConvertSettings",
+    "DEFAULT_GUIDANCE",
+    "DEFAULT_SCHEDULERS",
+    "DEFAULT_STEPS",
+    "DataSettings",
+    "EncodeSettings",
+    "EvaluateClassifierSettings",
+    "ExplainSettings",
+    "ExportSettings",
+    "FidSettings",
+    "InputError",
+    "JudgeSettings",
+    "METRICS",
+    "PUBLISHED_COUNT",
+    "PlotSettings",
+    "ReferenceSettings",
+    "RunError",
+    "RunSettings",
+    "SampleSettings",
+    "TrainSettings",
+    "VAESettings",
+    "is_folder",
+    "parse_metrics",
+    "parse_settings",
+    "run_cli",
+    "setting",
+    "write_yaml",
+]

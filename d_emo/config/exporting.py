@@ -1,0 +1,29 @@
+"""Settings of what leaves for other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d_emo.config.base import setting
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Settings of ``scripts/export.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL"
+    )
+    output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
+    image_size: int | None = setting(None, "side of a classifier's images in pixels. Default: the classifier's")
+    tolerance: float = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+
+
+@dataclass(kw_only=True)
+class ConvertSettings:
+    """Settings of ``scripts/convert_weights.py``."""
+
+    source: str = setting(help="a released .pth file, or a snapshot folder of a classifier", flag="IN")
+    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT")
+    model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")

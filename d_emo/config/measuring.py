@@ -1,0 +1,171 @@
+"""Settings of what measures and shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from d_emo.config.base import InputError, setting
+
+METRICS = ("fid", "sfid", "isc", "prc", "kid")
+PUBLISHED_COUNT = 50_000
+"""FID falls with the number of samples; tables are measured with this many."""
+
+
+@dataclass(kw_only=True)
+class EvaluateClassifierSettings:
+    """Settings of ``scripts/evaluate_classifier.py``."""
+
+    model: str = setting(
+        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL"
+    )
+    data_dir: str | None = setting(None, "folder with one sub-folder of images per class. Default: built-in data")
+    dataset: Literal["shapes", "digits"] | None = setting(
+        None, "held-out images of a built-in data set. Default: that of the snapshot"
+    )
+    image_size: int | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
+    crop_share: float = setting(0.875, "side of the centre crop over the image's shorter side")
+    num_images: int | None = setting(None, "measure on so many images. Default: a folder's all, else at most 2,000")
+    batch_size: int = setting(64, "images per forward pass")
+    num_workers: int = setting(0, "data loading processes")
+    output: str | None = setting(None, "JSON file to write the result to")
+
+
+@dataclass(kw_only=True)
+class JudgeSettings:
+    """Settings of ``scripts/judge.py``."""
+
+    checkpoint: str = setting(help="snapshot or run folder of the denoiser")
+    classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
+    data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
+    num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
+    steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
+    output: str = setting(
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON; written anew "
+        "every time"
+    )
+    write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
+
+
+@dataclass(kw_only=True)
+class ExplainSettings:
+    """Settings of ``scripts/explain.py``."""
+
+    image: str = setting(help="image file to look at", flag="IMAGE")
+    model: str = setting(
+        help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
+        "name of list_models() with random weights"
+    )
+    label: int | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
+    image_size: int | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
+
+
+@dataclass(kw_only=True)
+class FidSettings:
+    """Settings of ``scripts/fid.py``."""
+
+    samples: str | None = setting(None, "images to judge: folder, zip, or .npz in ADM's layout")
+    checkpoint: str | None = setting(None, "snapshot or run folder to sample from and judge, instead of --samples")
+    reference: str | None = setting(
+        None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
+    )
+    metrics: list[str] = setting(
+        ["fid"], f"any of {' '.join(METRICS)} (prc: precision and recall; isc: Inception Score)"
+    )
+    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
+    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
+    num_images: int | None = setting(
+        None, f"how many samples to measure. Default: all of --samples, {PUBLISHED_COUNT:,} of --checkpoint"
+    )
+    batch_size: int = setting(64, "images per forward pass, of sampling and of the feature network")
+    labels: Literal["random", "balanced"] = setting("random", "classes to draw: uniformly random, as ADM, or in turn")
+    scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots")
+    steps: int = setting(250, "denoising steps")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    seed: int = setting(0, "image i starts from the noise of seed + i")
+    save_npz: str | None = setting(None, "write the images that were drawn to this .npz, in ADM's layout")
+    save_png: str | None = setting(None, "write the images that were drawn into this folder")
+    work_dir: str | None = setting(
+        None, "where features of drawn images are kept, to go on after a stop. Default: results/fid/<settings' digest>"
+    )
+    output: str | None = setting(None, "JSON file to write the result to")
+
+    def __post_init__(self):
+        self.metrics = parse_metrics(self.metrics)
+        if (self.samples is None) == (self.checkpoint is None):
+            raise InputError("give either --samples (images that exist) or --checkpoint (a snapshot to draw from)")
+        if self.reference is None and self.metrics != ["isc"]:
+            raise InputError(f"--metrics {' '.join(self.metrics)} compares with real images; give --reference")
+        if self.checkpoint is None:
+            for name in ("save_npz", "save_png", "work_dir"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--{name.replace('_', '-')} is for images drawn from a --checkpoint only")
+            return
+        self.num_images = PUBLISHED_COUNT if self.num_images is None else self.num_images
+        if self.num_images < 2:
+            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+        if not 1 <= self.steps <= 1000:
+            raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+
+
+def parse_metrics(names: Sequence[str]) -> list[str]:
+    """Metric names, separated by commas or one by one, in the order of tables and each once.
+
+    Raises:
+        InputError: A name that is none.
+    """
+    wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    for name in wanted:
+        if name not in METRICS:
+            raise InputError(f"unknown metric {name!r} (--metrics); known are {', '.join(METRICS)}")
+    if not wanted:
+        raise InputError(f"--metrics names nothing to measure; known are {', '.join(METRICS)}")
+    return [name for name in METRICS if name in wanted]
+
+
+@dataclass(kw_only=True)
+class ReferenceSettings:
+    """Settings of ``scripts/make_reference.py``."""
+
+    output: str = setting(help=".npz to write, in ADM's layout")
+    dataset: Literal["shapes", "digits"] = setting("shapes", "built-in data set, when --data-dir is not given")
+    data_dir: str | None = setting(None, "folder with one sub-folder of images per class, as ImageNet's train folder")
+    split: Literal["train", "test"] = setting("train", "which part of a built-in data set")
+    image_size: int = setting(256, "side of the images in pixels, cropped as in training")
+    num_images: int | None = setting(None, "how many images, spread evenly. Default: all (50,000 of Shapes-1000)")
+    kept_images: int = setting(10_000, "images stored for precision, recall and KID, spread evenly; ADM's number")
+    skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
+    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
+    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
+    batch_size: int = setting(64, "images per forward pass")
+    num_workers: int = setting(0, "processes that decode images")
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size} is too small; use at least 1")
+        if Path(self.output).suffix.lower() != ".npz" and not Path(self.output).is_dir():
+            raise InputError(f"--output {self.output} must end in .npz")
+        if self.num_workers < 0:
+            raise InputError(f"--num-workers must not be negative, not {self.num_workers}")
+        if self.kept_images < 0:
+            raise InputError(f"--kept-images must not be negative, not {self.kept_images}")
+
+
+@dataclass(kw_only=True)
+class PlotSettings:
+    """Settings of ``scripts/plot_loss.py``."""
+
+    runs: list[str] = setting(help="run folders", flag="runs")
+    output: str = setting("samples/loss.png", "PNG to write; written anew every time")
+    published: str = setting("auto", "published curve on top: auto (of the runs' models), none, or a model's name")
+    smooth: int = setting(0, "draw running means over so many steps")
+
+    def __post_init__(self):
+        if self.smooth < 0:
+            raise InputError(f"--smooth must not be negative, not {self.smooth}")

@@ -1,0 +1,83 @@
+"""Settings of drawing pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from d_emo.config.base import InputError, setting
+
+DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
+"""The sampler of each objective, where none is named."""
+DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
+"""Of pictures; tables say their own."""
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """Settings of ``scripts/sample.py``."""
+
+    classes: list[str] = setting(
+        [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none", flag="--class"
+    )
+    checkpoint: str | None = setting(
+        None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
+    )
+    num_images: int = setting(8, "images per class")
+    guidance_scale: float | None = setting(
+        None, "classifier-free guidance; 1 is none. Default: 4, or 1 for a snapshot trained without label dropout"
+    )
+    scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis", "euler", "heun"] | None = setting(
+        None, "sampler; flow snapshots take euler or heun, the others the rest. Default: dpm++, or euler for flow"
+    )
+    guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+    )
+    steps: int = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
+    seed: int = setting(0, "image i starts from the noise of seed + i")
+    batch_size: int = setting(64, "images denoised at once")
+    format: Literal["grid", "png"] = setting("grid", "one picture of all, or one PNG for each image in a folder")
+    trajectory: Literal["strip", "gif"] | None = setting(
+        None, "show the denoising instead: a strip of its steps for each image, or a GIF of the grid"
+    )
+    interpolate: list[str] | None = setting(
+        None, "two classes: draw --num-images pictures on the way from one to the other, all from the same noise",
+        nargs=2,
+    )
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; pictures change a bit")
+    compile: bool = setting(False, "torch.compile the denoiser; pays for itself after some hundred images")
+    output: str | None = setting(
+        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
+    )
+
+    def __post_init__(self):
+        for name in ("num_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.steps > 1000:
+            raise InputError(f"--steps must be at most 1000, not {self.steps}")
+        low, *rest = self.guidance_interval
+        if len(rest) != 1 or not 0 <= low <= rest[0] <= 1:
+            raise InputError(f"--guidance-interval must be two rising numbers in [0, 1], not {self.guidance_interval}")
+        if self.interpolate is not None and (len(self.interpolate) != 2 or self.classes or self.num_images < 2):
+            raise InputError("--interpolate takes two classes, at least two --num-images, and no --class")
+        if self.format == "png" and (self.trajectory or self.interpolate):
+            raise InputError("--format png writes single images; leave it out with --trajectory or --interpolate")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+
+    def fill_in(self, *, objective: str, label_dropout: float) -> None:
+        """Settle what depends on how the snapshot was trained.
+
+        Raises:
+            InputError: Guidance from a denoiser that never saw the null class.
+        """
+        self.scheduler = self.scheduler or DEFAULT_SCHEDULERS[objective]
+        if label_dropout == 0 and self.guidance_scale not in (None, 1):
+            raise InputError(
+                f"--guidance-scale {self.guidance_scale:g} needs a null class, but this snapshot was trained without "
+                "label dropout; use --guidance-scale 1"
+            )
+        if self.guidance_scale is None:
+            self.guidance_scale = DEFAULT_GUIDANCE if label_dropout else 1.0
