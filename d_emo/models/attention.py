@@ -134,7 +134,9 @@ class WindowAttention(nn.Module):
         height, width = u.shape[1:3]
         u = pad_to_multiple(u, self.window)  # (B, H', W', C)
         value = self.value(u) if self.order == "post" else u  # (B, H', W', M or C)
-        mixed = self.mix(u, value)[:, :height, :width]  # (B, H, W, M or C)
+        mixed = self.mix(u, value)  # (B, H', W', M or C)
+        if mixed.shape[1:3] != (height, width):
+            mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Task(Protocol):
         """Lines that tell the user what is about to be trained on what."""
 
     def prepare(self, device: torch.device, folder: Path) -> None:
-        """Move helpers to the device, build caches under ``folder``; may replace ``dataset``."""
+        """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Any:
         """All randomness of one step for the global batch; slices give a process its share."""
