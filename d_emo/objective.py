@@ -44,14 +44,17 @@ class Objective(nn.Module):
         label_dropout: Probability that a label becomes ``null_class``.
         learn_sigma: Whether the denoiser's output has a second half, for the variance.
         num_train_timesteps: The largest timestep that the denoiser sees, T.
+        logit_normal: (mean, std) of the logit of t / T, as in Stable Diffusion 3 (Esser et al., 2024, section 3.1);
+            None draws t uniformly, as DiT and SiT.
     """
 
     def __init__(
-        self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True, num_train_timesteps: int = 1000
+        self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True,
+        num_train_timesteps: int = 1000, logit_normal: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.null_class, self.label_dropout, self.learn_sigma = null_class, label_dropout, learn_sigma
-        self.num_train_timesteps = num_train_timesteps
+        self.num_train_timesteps, self.logit_normal = num_train_timesteps, logit_normal
 
     def noise_schedule(self) -> Any:
         """The diffusers scheduler whose config tells sampling what the denoiser was trained for."""
@@ -69,7 +72,13 @@ class Objective(nn.Module):
         )
 
     def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        raise NotImplementedError
+        """Timesteps in [0, T). Shape: -> (B,), float32."""
+        if self.logit_normal is None:
+            share = torch.rand(batch_size, generator=generator, device=generator.device)
+        else:
+            mean, std = self.logit_normal
+            share = torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
+        return share * self.num_train_timesteps
 
     def _predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, draws: Draws
@@ -118,7 +127,7 @@ class EpsObjective(Objective):
         )
 
     def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        return torch.randint(self.num_train_timesteps, (batch_size,), generator=generator, device=generator.device)
+        return super()._draw_timesteps(generator, batch_size).long().clamp(max=self.num_train_timesteps - 1)
 
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
         """Loss of a batch.
@@ -164,9 +173,6 @@ class FlowObjective(Objective):
 
     def noise_schedule(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
-
-    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        return torch.rand(batch_size, generator=generator, device=generator.device) * self.num_train_timesteps
 
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
         """Loss of a batch. Shape: latents (B, C, H, W), labels (B,) -> scalars "loss" and "mse", which are equal."""

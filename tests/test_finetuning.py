@@ -42,6 +42,21 @@ def image_folder(root, *names, count=4, size=(12, 9)):
     return str(root)
 
 
+def test_label_rows_of_classes_that_share_words_start_alike(tmp_path):
+    options = {"dataset": "shapes", "num_images": 8, "label_init": "names", "label_init_std": 0.5}
+    table = task(tmp_path, **options).model.get_parameter(TABLE).detach()
+    assert table[:1000].std().item() == pytest.approx(0.5, abs=0.1)
+
+    def likeness(a, b):
+        return torch.cosine_similarity(table[a], table[b], dim=0).item()
+
+    assert likeness(207, 208) > 0.5 and likeness(207, 297) > 0.5  # red triangle on sky; another ground, another colour
+    assert likeness(207, 208) > likeness(207, 318) + 0.3  # nothing in common but "on"
+    torch.testing.assert_close(table[207] - table[208], table[317] - table[318])  # sky - ground 8, whatever the shape
+    again = task(tmp_path, **options, seed=1).model.get_parameter(TABLE)
+    assert torch.cosine_similarity(table[207], again[207], dim=0) < 0.5
+
+
 @pytest.mark.parametrize("model", ["D-EMOv2-Ti-2", "SiT-S-2"])
 def test_flow_training_lowers_the_loss(tmp_path, model):
     losses = []

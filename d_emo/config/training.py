@@ -131,11 +131,21 @@ class TrainSettings(DataSettings, RunSettings):
         None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
         "straight path from data to noise, as SiT. Default: flow for SiT models, else eps"
     )
+    timestep_sampling: Literal["uniform", "logit-normal"] = setting(
+        "uniform", "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of "
+        "t / T is normal, so that the middle comes more often and short runs learn shapes sooner"
+    )
+    logit_mean: float = setting(0.0, "of logit-normal: mean of the logit; 0 is half-way, negative is less noise")
+    logit_std: float = setting(1.0, "of logit-normal: standard deviation of the logit")
     init_from: str | None = setting(
         None, "fine-tune: start from this snapshot's weights. Classes and image size may be others; the rest may not"
     )
     unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
+    label_init: Literal["normal", "names"] = setting(
+        "normal", "label table at the start: normal, each class by itself; names, sums of random vectors, one for each "
+        "word of the class name, so that 'red star on sky' and 'red ring on sky' start out alike"
+    )
     label_init_std: float = setting(
         0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
         "learn to draw before they learn to obey the class"
@@ -158,6 +168,8 @@ class TrainSettings(DataSettings, RunSettings):
         self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
+        if not self.logit_std > 0:
+            raise InputError(f"--logit-std must be positive, not {self.logit_std}")
         is_sit = self.model.lower().startswith("sit-")
         if is_sit and self.objective == "eps":
             raise InputError(

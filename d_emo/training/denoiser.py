@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ class DenoiserTask:
         options = {"sample_size": size, "in_channels": self.codec.channels, "num_classes": len(self.images.class_names)}
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
-        torch.nn.init.normal_(self.model.y_embedder.embedding_table.weight, std=settings.label_init_std)
+        _init_labels(self.model.y_embedder.embedding_table.weight, self.images.class_names, settings)
         self.start = ""
         if settings.init_from is not None:
             self.start = checkpoint.start_from(
@@ -61,7 +63,8 @@ class DenoiserTask:
             self.model.enable_gradient_checkpointing()
         learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels
         self.objective = OBJECTIVES[settings.objective](
-            null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma
+            null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma,
+            logit_normal=(settings.logit_mean, settings.logit_std) if settings.timestep_sampling != "uniform" else None,
         )
         self.scheduler = self.objective.noise_schedule()
 
@@ -141,6 +144,18 @@ class DenoiserTask:
             "hardware": describe_hardware(next(model.parameters()).device),
         }
         checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+
+
+@torch.no_grad()
+def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSettings) -> None:
+    """Start values of the label table. Shape: table (classes + 1, C); the last row is the null class."""
+    torch.nn.init.normal_(table, std=settings.label_init_std)
+    if settings.label_init == "names":
+        for row, name in zip(table, class_names, strict=False):
+            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in re.findall(r"\w+", name.lower())]
+            if seeds:
+                parts = [torch.randn(len(row), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+                row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 
 
 def _open_data(settings: TrainSettings) -> tuple[ClassImages | StoredLatents, Codec]:
