@@ -111,7 +111,9 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
                             meta["image_size"], meta)
 
 
-def start_from(path: str | Path, model: Denoiser, *, class_names: list[str], objective: str) -> str:
+def start_from(
+    path: str | Path, model: Denoiser, *, class_names: list[str], objective: str, keep_labels: bool = True
+) -> str:
     """Copy a snapshot's weights into a new model for fine-tuning.
 
     Classes and latent size may be others: the label table keeps the rows of classes with the same name and the null
@@ -122,6 +124,7 @@ def start_from(path: str | Path, model: Denoiser, *, class_names: list[str], obj
         model: Freshly built; changed in place.
         class_names: Of the new model.
         objective: Of the new run.
+        keep_labels: Off leaves all classes the new model's rows.
 
     Returns:
         What was taken, in a sentence.
@@ -153,12 +156,13 @@ def start_from(path: str | Path, model: Denoiser, *, class_names: list[str], obj
     if len(class_names) == 1:
         table[0] = null
     for label, name in enumerate(class_names):
-        if name in old.class_names:
+        if keep_labels and name in old.class_names:
             table[label] = rows[old.class_names.index(name)]
             known += 1
     model.load_state_dict({**state, "y_embedder.embedding_table.weight": table, "pos_embed": fresh["pos_embed"]})
     step = old.meta["step"]
-    return f"Weights from {old.path} (step {step:,}), which knows {known} of the {len(class_names)} classes by name."
+    rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
+    return f"Weights from {old.path} (step {step:,}), {rows}."
 
 
 def load_classifier(path: str | Path) -> ClassifierSnapshot:

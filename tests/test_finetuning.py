@@ -88,6 +88,14 @@ def test_the_same_classes_and_size_start_from_every_weight(tmp_path, digits):
     assert run.start in run.introduction() and "knows 10 of the 10 classes" in run.start
 
 
+def test_a_new_label_table_is_made_for_known_classes_where_it_is_asked_for(tmp_path, digits):
+    run = task(tmp_path, init_from=str(digits.path), label_init="names", label_init_std=1.0)
+    old, new = digits.model.state_dict(), run.model.state_dict()
+    assert not (new[TABLE][:10] == old[TABLE][:10]).any() and torch.equal(new[TABLE][10], old[TABLE][10])
+    assert all(torch.equal(new[name], old[name]) for name in new.keys() - {TABLE})
+    assert "with a new label table" in run.start
+
+
 def test_other_classes_change_the_label_table_alone(tmp_path, digits):
     data = image_folder(tmp_path / "data", "7", "cat", "dog")
     run = task(tmp_path / "run", init_from=str(digits.path), data_dir=data)

@@ -142,15 +142,16 @@ class TrainSettings(DataSettings, RunSettings):
     )
     unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
-    label_init: Literal["normal", "names"] = setting(
-        "normal", "label table at the start: normal, each class by itself; names, sums of random vectors, one for each "
-        "word of the class name, so that 'red star on sky' and 'red ring on sky' start out alike"
+    label_init: Literal["normal", "names"] | None = setting(
+        None, "label table at the start: normal, each class by itself; names, sums of random vectors, one for each "
+        "word of the class name, so that 'red star on sky' and 'red ring on sky' start out alike. Default: normal, or "
+        "with --init-from that snapshot's rows, where it knows the class"
     )
     label_init_std: float = setting(
         0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
         "learn to draw before they learn to obey the class"
     )
-    label_lr_scale: float = setting(1.0, "learning rate of the label table over that of the rest; as above, about 30")
+    label_lr_scale: float = setting(1.0, "learning rate of the label table over that of the rest; as above, 3 to 30")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     preview_guidance: float = setting(4.0, "guidance scale of the sample grids")
 

@@ -56,7 +56,8 @@ class DenoiserTask:
         self.start = ""
         if settings.init_from is not None:
             self.start = checkpoint.start_from(
-                settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective
+                settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
+                keep_labels=settings.label_init is None,
             )
         self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
         if settings.gradient_checkpointing:
