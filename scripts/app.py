@@ -1,5 +1,8 @@
 """Open a page in the browser to draw pictures of classes with a trained denoiser; prints its address."""
 
+import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +22,9 @@ def main() -> None:
         snapshot, mixed_precision=settings.mixed_precision, max_images=settings.max_images,
         preview_share=settings.preview_share,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="d-emo-page-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # so that nothing is left behind
         blocks = page.build_page(studio, Path(folder))
         address = page.launch(blocks, settings)
         print(f"page      {address} (Ctrl-C ends it)")

@@ -116,10 +116,12 @@ def build_page(studio: Studio, folder: Path) -> Any:
             return [gr.update(interactive=True), gr.update(interactive=False)]
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], **quick).then(
+        drawing = gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], **quick).then(
             run, list(fields.values()), [status, pictures, download, command], show_progress="hidden",
             concurrency_limit=1, scroll_to_output=True, api_name="draw",
-        ).then(end, None, [draw, stop], **quick)
+        )
+        drawing.success(end, None, [draw, stop], **quick)
+        drawing.failure(end, None, [draw, stop], **quick)
         stop.click(leave, None, None, **quick)
         page.unload(leave)
     return page
@@ -266,7 +268,8 @@ def _about(studio: Studio) -> str:
     return (
         "# D-EMO\n\n"
         "Pictures of a class, out of noise: latent diffusion as in DiT, with EMOv2's light i2RMB blocks.  \n"
-        f"This is {name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on {studio.device.type}.  \n"
+        f"This is {name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on "
+        f"{studio.device.type}.  \n"
         f"`{snapshot.path}`, step {snapshot.meta['step']:,}, {snapshot.meta.get('weights', 'ema')} weights."
     )
 
