@@ -26,10 +26,10 @@ _STYLE = """
 footer { display: none !important; }
 #about p { margin: 0; line-height: 1.6; }
 #about code { overflow-wrap: anywhere; }
-#random { align-self: end; }
+#random { align-self: end; white-space: nowrap; padding-inline: 4px; }
 #status .html-container, #pictures .html-container { padding: 0; }
 #status p { margin: 0 0 6px; font-variant-numeric: tabular-nums; }
-#status .wrong { color: var(--error-text-color); font-weight: 600; }
+#status .wrong { color: #ef4444; font-weight: 600; }
 #status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 #status .bar div { height: 100%; background: var(--color-accent); }
 #pictures h3 { margin: 0 0 6px; font-size: var(--text-md); font-weight: 600; }
@@ -40,6 +40,9 @@ footer { display: none !important; }
 #pictures .small img { image-rendering: pixelated; }
 #command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
 """
+
+_SHOW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({ behavior: 'smooth' }) }"
+"""Where the results lie below the controls, goes down to them."""
 
 
 def import_gradio() -> Any:
@@ -116,9 +119,9 @@ def build_page(studio: Studio, folder: Path) -> Any:
             return [gr.update(interactive=True), gr.update(interactive=False)]
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        drawing = gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], **quick).then(
+        drawing = gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], js=_SHOW, **quick).then(
             run, list(fields.values()), [status, pictures, download, command], show_progress="hidden",
-            concurrency_limit=1, scroll_to_output=True, api_name="draw",
+            concurrency_limit=1, api_name="draw",
         )
         drawing.success(end, None, [draw, stop], **quick)
         drawing.failure(end, None, [draw, stop], **quick)
@@ -185,8 +188,9 @@ class _Visits:
             yield [_finished(studio, view), gr.skip(), file, studio.command(settings)]
         except InputError as error:
             words = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", " "), str(error))  # a page has no flags
+            words = words[0].upper() + words[1:]
             yield [_status(words, wrong=True), gr.skip(), gr.skip(), gr.skip()]
-            raise gr.Error(html.escape(words), title="Not drawn", print_exception=False) from None
+            raise gr.Error(html.escape(words), print_exception=False) from None
         finally:
             if self.stops.get(visit) is stop:
                 del self.stops[visit]
