@@ -71,6 +71,12 @@ class Studio:
         self.model = prepare_denoiser(snapshot.model.to(self.device), dtype=dtype)
 
     @property
+    def path(self) -> Path:
+        """Where the snapshot is, the shorter way."""
+        path = self.snapshot.path
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of a picture, in pixels."""
         _, height, width = latent_shape(self.model)
@@ -127,9 +133,7 @@ class Studio:
 
     def command(self, settings: SampleSettings) -> str:
         """The command line that draws the same pictures."""
-        path = self.snapshot.path
-        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        words = ["python", "scripts/sample.py", "--checkpoint", str(path)]
+        words = ["python", "scripts/sample.py", "--checkpoint", self.path]
         if len(self.snapshot.class_names) > 1:
             words += ["--class", *settings.classes]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]

@@ -274,7 +274,7 @@ def _about(studio: Studio) -> str:
         "Pictures of a class, out of noise: latent diffusion as in DiT, with EMOv2's light i2RMB blocks.  \n"
         f"This is {name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on "
         f"{studio.device.type}.  \n"
-        f"`{snapshot.path}`, step {snapshot.meta['step']:,}, {snapshot.meta.get('weights', 'ema')} weights."
+        f"`{studio.path}`, step {snapshot.meta['step']:,}, {snapshot.meta.get('weights', 'ema')} weights."
     )
 
 
