@@ -21,7 +21,7 @@ INSIDE = {
     "training": [
         "stop", "guard", "optimizer", "watch", "loop", "denoiser", "teacher", "accuracy", "classifier", "vae",
     ],
-    "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
+    "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
     ],

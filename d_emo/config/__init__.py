@@ -29,6 +29,7 @@ from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_SCHEDULERS,
     DEFAULT_STEPS,
+    AppSettings,
     SampleSettings,
 )
 from d_emo.config.training import (
@@ -42,6 +43,7 @@ from d_emo.config.training import (
 )
 
 __all__ = [
+    "AppSettings",
     "ClassifierSettings",
     "ConvertSettings",
     "DEFAULT_GUIDANCE",

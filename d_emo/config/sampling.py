@@ -81,3 +81,28 @@ class SampleSettings:
             )
         if self.guidance_scale is None:
             self.guidance_scale = DEFAULT_GUIDANCE if label_dropout else 1.0
+
+
+@dataclass(kw_only=True)
+class AppSettings:
+    """Settings of ``scripts/app.py``."""
+
+    checkpoint: str | None = setting(
+        None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
+    )
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines of the network in")
+    port: int = setting(7860, "port to listen on")
+    share: bool = setting(False, "also open a public address, through Gradio's servers: the only use of the internet")
+    max_images: int = setting(64, "pictures that a visitor may draw at once")
+    preview_share: float = setting(
+        0.25, "share of the time that decoding unfinished pictures may take; 0 shows finished ones only"
+    )
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; pictures change a bit")
+
+    def __post_init__(self):
+        if not 1 <= self.port <= 65535:
+            raise InputError(f"--port must be from 1 to 65535, not {self.port}")
+        if self.max_images < 1:
+            raise InputError(f"--max-images must be at least 1, not {self.max_images}")
+        if not 0 <= self.preview_share < 1:
+            raise InputError(f"--preview-share must be at least 0 and below 1, not {self.preview_share}")
