@@ -130,13 +130,13 @@ def test_layers_are_grouped_by_depth():
     model = create("emov2_1m")
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups["stem.conv.conv.weight"] == 0 and groups["stages.0.0.operator.proj.weight"] == 1
-    assert groups["stages.3.2.operator.proj.weight"] == 15 and groups["norm.weight"] == 16  # 15 blocks
-    assert groups["head.weight"] == 17
+    assert groups["stages.3.2.operator.proj.weight"] == 15  # 15 blocks
+    assert groups["norm.weight"] == 15 and groups["head.weight"] == 16
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert coarse["stem.conv.conv.weight"] == 0 and coarse["stages.3.1.operator.proj.weight"] == 4
     assert coarse["norm.bias"] == coarse["head.bias"] == 5
     scales = {group["lr_scale"] for group in param_groups_layer_decay(model, 0.05, model.no_weight_decay(), 0.5)}
-    assert max(scales) == 1 and min(scales) == 0.5**17
+    assert max(scales) == 1 and min(scales) == 0.5**16
 
 
 def test_graph_features_of_timm_are_those_of_the_model():

@@ -76,10 +76,13 @@ class ExplainSettings:
     )
     label: int | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
     image_size: int | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    stage: int = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
     output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
 
     def __post_init__(self):
         check_image_side(self.image_size)
+        if not 1 <= self.stage <= 4:
+            raise InputError(f"--stage must be from 1 to 4, not {self.stage}")
 
 
 @dataclass(kw_only=True)
