@@ -244,6 +244,7 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
     ):  # fmt: skip
         settings = ClassifierSettings(**{**TINY, "output_dir": "x", "data_dir": str(photos), **options})
         task = ClassifierTask(settings)
+        torch.nn.init.normal_(task.model.head.weight)
         draws = task.draw(torch.Generator(), 2)
         losses = task.loss(task.model.eval(), [images, torch.tensor([0, 1])], draws)
         settings.distill_weight = 0.0
@@ -259,6 +260,18 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
     expected = (images * 0.5 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(Normalized(torch.nn.Identity(), mean, std)(images), expected)
     train(tmp_path / "run", photos, teacher=str(snapshot), max_steps=1)
+
+
+def test_the_loss_is_smoothed_cross_entropy(photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "label_smoothing": 0.3}))
+    torch.nn.init.normal_(task.model.head.weight)
+    images, labels = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 1, 0])
+    draws = task.draw(torch.Generator(), 4)
+    losses = task.loss(task.model.eval(), [images, labels], draws)
+    logits = task.model(augment(images, draws))
+    shares = torch.nn.functional.one_hot(labels, 2) * 0.7 + 0.15
+    torch.testing.assert_close(losses["loss"], -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean())
+    assert losses["accuracy"] == (logits.argmax(dim=1) == labels).float().mean()
 
 
 def test_epochs_become_steps(photos):

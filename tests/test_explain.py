@@ -64,8 +64,12 @@ def test_similarity_of_the_diagonal():
     for part in (WindowAttention, LocalConv):
         with without(model, part):
             seen.append(diagonal_similarity(model, model, IMAGE))
+        torch.testing.assert_close(seen[-1].diagonal(), torch.ones(8))  # the down-sampling block keeps its convolution
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
     assert torch.equal(diagonal_similarity(model, model, IMAGE), both)  # nothing is left behind
+    model.stages[2][-1].register_forward_hook(lambda module, inputs, output: output + 3)
+    shifted = diagonal_similarity(model, model, IMAGE)  # what all tokens share does not count
+    torch.testing.assert_close(shifted, both, rtol=1e-3, atol=1e-3)
 
 
 def test_without_attention_a_block_only_convolves():
@@ -83,15 +87,16 @@ def test_without_attention_a_block_only_convolves():
 def test_grad_cam_is_the_gradient_weighed_map():
     pytest.importorskip("pytorch_grad_cam")
     model = opened()
-    heat = grad_cam(model, model, IMAGE, 2)
+    label = int(model(IMAGE[None]).topk(2).indices[0, 1])  # not the one that the network would choose
+    heat = grad_cam(model, model, IMAGE, label)
     assert heat.shape == (128, 128) and 0 <= heat.min() and heat.max() <= 1
     features = model.forward_features(IMAGE[None]).detach().requires_grad_()
-    model.forward_head(features)[0, 2].backward()
+    model.forward_head(features)[0, label].backward()
     expected = (features.grad.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True).clamp(min=0)
     expected = F.interpolate(expected.detach(), (128, 128), mode="bilinear")[0, 0]
     expected = (expected - expected.min()) / (expected.max() - expected.min())
     assert np.corrcoef(heat.flatten(), expected.flatten())[0, 1] > 0.99
-    finer = grad_cam(model, model, IMAGE, 2, stage=3)
+    finer = grad_cam(model, model, IMAGE, label, stage=3)
     assert finer.shape == (128, 128) and not torch.allclose(finer, heat, atol=0.1)
 
 

@@ -9,7 +9,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from d_emo.config import InputError
-from d_emo.export import attend_in_low_rank, export, open_portable, portable_classifier, portable_denoiser
+from d_emo.export import attend_in_low_rank, export, open_portable, portable_classifier, portable_denoiser, stir
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
 from d_emo.models.convert import write_timm_folder
@@ -69,6 +69,12 @@ def test_a_network_that_differs_is_told(tmp_path, monkeypatch):
     network = portable_classifier(classifier(), 64)
     monkeypatch.setattr("d_emo.export.write_torch", lambda network, path: lambda x: network.module(x) * 1.01)
     assert export(network, tmp_path / "network.pt2") == pytest.approx(0.01, rel=1e-2)
+    for batch in (1, 3):  # neither is the size that the network is traced with
+        wrong = {batch: 1.02}
+        monkeypatch.setattr("d_emo.export.write_torch", lambda network, path, wrong=wrong: (
+            lambda x: network.module(x) * wrong.get(len(x), 1)
+        ))  # fmt: skip
+        assert export(network, tmp_path / "network.pt2") == pytest.approx(0.02, rel=1e-2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -89,6 +95,9 @@ def test_large_networks_keep_their_weights_in_a_second_file(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["emov2_1m", "D-EMOv2-Ti-2"])
 def test_every_part_of_a_network_with_random_weights_shows_in_its_output(name):
+    fresh = create_model(name)
+    stir(fresh)
+    assert all(buffer.std() > 0 for key, buffer in fresh.named_buffers() if "running" in key)
     title, network = open_portable(name, 64 if name == "emov2_1m" else None)
     assert title == f"{name} with random weights"
     inputs = network.example(2)
