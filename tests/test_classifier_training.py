@@ -23,7 +23,7 @@ from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
 from d_emo.training.accuracy import Accuracy, measure_accuracy, open_classifier
-from d_emo.training.classifier import ClassifierTask, augment
+from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.teacher import Normalized, distillation_loss, load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,7 @@ def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photo
 
 def test_accuracy_counts_the_first_and_the_first_five():
     class Oracle(torch.nn.Module):
-        """Puts the true digit, told by its place in the list, first or third or sixth."""
+        """Puts the true digit, told by its place in the list, first or fifth or sixth."""
 
         def __init__(self):
             super().__init__()
@@ -188,7 +188,7 @@ def test_accuracy_counts_the_first_and_the_first_five():
         def forward(self, images):
             logits = torch.zeros(len(images), 10)
             for row in range(len(images)):
-                label, rank = digits.label(self.seen), (0, 2, 5)[self.seen % 3]
+                label, rank = digits.label(self.seen), (0, 4, 5)[self.seen % 3]
                 order = [c for c in range(10) if c != label]
                 order.insert(rank, label)
                 logits[row, order] = torch.arange(10.0, 0, -1)
@@ -259,6 +259,7 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = (images * 0.5 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(Normalized(torch.nn.Identity(), mean, std)(images), expected)
+    assert Normalized(torch.nn.Identity(), mean, std, 16)(images).shape == (2, 3, 16, 16)  # a fixed input size
     train(tmp_path / "run", photos, teacher=str(snapshot), max_steps=1)
 
 
@@ -272,6 +273,37 @@ def test_the_loss_is_smoothed_cross_entropy(photos):
     shares = torch.nn.functional.one_hot(labels, 2) * 0.7 + 0.15
     torch.testing.assert_close(losses["loss"], -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean())
     assert losses["accuracy"] == (logits.argmax(dim=1) == labels).float().mean()
+
+
+def test_images_are_mirrored_where_the_data_allow_it_and_shifted_as_far_as_asked(photos):
+    folder = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "shift": 0.1, "seed": 5}))
+    digits = ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "digits"}))
+    draws, plain = (task.draw(torch.Generator().manual_seed(0), 200) for task in (folder, digits))
+    assert 60 < draws.flip.sum() < 140 and not plain.flip.any() and not plain.shift.any()
+    assert 0.18 < draws.shift.abs().max() <= 0.2  # of half the side
+    assert folder.dataset.seed == 5
+    image = torch.zeros(2, 3, 32, 32)
+    image[:, :, :, 0] = 1  # a bright left border
+    moved = augment(image, Augmentation(torch.tensor([False, True]), torch.tensor([[-0.2, 0.0], [0.0, 0.0]])))
+    assert moved[0, :, :, :3].min() > 0.99 and moved[0, :, :, 5:].max() < 0.01  # the border is repeated
+    assert torch.equal(moved[1], image[1].flip(-1))
+
+
+def test_a_folder_named_for_validation_is_preferred_to_val(tmp_path, photos):
+    (photos / "val").rename(tmp_path / "other")
+    (photos / "val" / "ant").mkdir(parents=True)
+    named = {"data_dir": str(photos), "validate_dir": str(tmp_path / "other")}
+    task = ClassifierTask(ClassifierSettings(**{**TINY, **named, "crop_share": 0.5}))
+    assert len(task.held_out) == 6 and task.held_out.shorter == 64
+
+
+def test_measuring_leaves_the_model_in_its_mode_and_its_statistics():
+    model = create_model("emov2_1m", num_classes=10, depths=[1, 1, 1, 1])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    measure_accuracy(model.train(), Digits(32, split="test"), limit=4)
+    assert model.training and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    measure_accuracy(model.eval(), Digits(32, split="test"), limit=4)
+    assert not model.training
 
 
 def test_epochs_become_steps(photos):
@@ -367,7 +399,9 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     options = ("--data-dir", photos / "val", "--image-size", 32)
     code, printed = evaluate(monkeypatch, capsys, tmp_path / "released.pth", *options)
     assert code == 0 and "top-1 50.00%, top-5 100.00% of 6 images" in printed.out
+    (photos / "train" / "bee").rename(photos / "train" / "wasp")
     for argv, words in (
+        ((snapshot, "--data-dir", photos / "train"), "or the same under other names"),
         ((snapshot,), "name one with --data-dir"),
         ((snapshot, *output, "--num-images", 0), "--num-images must be at least 1"),
         ((snapshot, *output, "--batch-size", 0), "--batch-size must be at least 1"),
