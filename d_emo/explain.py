@@ -6,7 +6,7 @@ Sources: EMOv2 and EMOv1 papers, figures 1, 7 and 8; Luo et al., 2016 (effective
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +26,15 @@ DIAGONAL_STAGE = 3
 """The stage whose tokens are compared, as in the papers."""
 
 
-def grad_cam(network: nn.Module, model: EMO, image: Tensor, label: int) -> Tensor:
-    """Where the last stage's map speaks for a class, by the library pytorch-grad-cam.
+def grad_cam(network: nn.Module, model: EMO, image: Tensor, label: int, *, stage: int = 4) -> Tensor:
+    """Where a stage's map speaks for a class, by the library pytorch-grad-cam.
 
     Args:
         network: takes images in [-1, 1] to logits; ``model`` itself, or what normalises images for it.
         model: the classifier inside.
         image: Shape (3, H, W).
         label: class to explain.
+        stage: from 1; the last stage's map is taken after the final norm.
 
     Shape: -> (H, W) in [0, 1].
 
@@ -46,7 +47,8 @@ def grad_cam(network: nn.Module, model: EMO, image: Tensor, label: int) -> Tenso
     except ImportError as error:
         raise InputError('Grad-CAM needs the package grad-cam: pip install "d-emo[explain]"') from error
 
-    with GradCAM(network, [model.norm], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
+    layer = model.norm if stage == 4 else model.stages[stage - 1][-1]
+    with GradCAM(network, [layer], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
         return torch.from_numpy(cam(image[None], [ClassifierOutputTarget(label)])[0])
 
 
@@ -68,6 +70,25 @@ def effective_receptive_field(network: nn.Module, model: EMO, images: Tensor, *,
     (gradient,) = torch.autograd.grad(centre.clamp(min=0).sum(), images)  # (B, 3, H, W)
     field = gradient.abs().sum(dim=(0, 1))
     return field / field.max().clamp(min=torch.finfo(field.dtype).tiny)
+
+
+def symmetries(image: Tensor) -> Tensor:
+    """The turns and mirror images of a square image, for an average that leans to no side.
+
+    Shape: (3, H, H) -> (8, 3, H, H).
+    """
+    turns = [image.rot90(quarter, (1, 2)) for quarter in range(4)]
+    return torch.stack([*turns, *(turn.flip(2) for turn in turns)])
+
+
+def half_side(field: Tensor) -> int:
+    """Side in pixels of the smallest centred square that holds half of a field. Shape: field (H, W)."""
+    height, width = field.shape
+    for reach in range(1, max(height, width) // 2 + 1):
+        rows, columns = (slice(max(0, n // 2 - reach), n // 2 + reach) for n in (height, width))
+        if field[rows, columns].sum() >= field.sum() / 2:
+            break
+    return 2 * reach
 
 
 def diagonal_similarity(network: nn.Module, model: EMO, image: Tensor, *, stage: int = DIAGONAL_STAGE) -> Tensor:
@@ -99,8 +120,8 @@ def capture(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def without(model: EMO, part: type[nn.Module], stage: int = DIAGONAL_STAGE) -> Iterator[None]:
-    """Within this context the blocks of a stage that keep the map lack their attention or their local convolution.
+def without(model: EMO, part: type[nn.Module], stages: Sequence[int] = (DIAGONAL_STAGE,)) -> Iterator[None]:
+    """Within this context the blocks of some stages that keep the map lack their attention or their local convolution.
 
     The weights stay as they were trained, together; without attention the value passes on unmixed.
     """
@@ -108,7 +129,7 @@ def without(model: EMO, part: type[nn.Module], stage: int = DIAGONAL_STAGE) -> I
     def bypass(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return module.value(inputs[0]) if part is WindowAttention else torch.zeros_like(output)
 
-    blocks = [block for block in model.stages[stage - 1] if block.residual]
+    blocks = [block for stage in stages for block in model.stages[stage - 1] if block.residual]
     handles = [m.register_forward_hook(bypass) for block in blocks for m in block.modules() if isinstance(m, part)]
     try:
         yield
@@ -117,17 +138,19 @@ def without(model: EMO, part: type[nn.Module], stage: int = DIAGONAL_STAGE) -> I
             handle.remove()
 
 
-def explain(network: nn.Module, model: EMO, image: Tensor, label: int, title: str, folder: Path) -> list[Path]:
+def explain(
+    network: nn.Module, model: EMO, image: Tensor, label: int, title: str, folder: Path, *, stage: int = 4
+) -> list[Path]:
     """Write the three pictures as PNGs; returns their paths.
 
     Args:
-        network, model, image, label: see `grad_cam`.
+        network, model, image, label, stage: see `grad_cam`.
         title: name of the class, for the caption.
         folder: made where it is missing.
     """
-    size = image.shape[-1]
-    noise = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    field = effective_receptive_field(network, model, torch.cat([image[None], noise]))
+    fields = {"whole network": effective_receptive_field(network, model, symmetries(image), stage=stage)}
+    with without(model, WindowAttention, range(1, 5)):
+        fields["attention bypassed"] = effective_receptive_field(network, model, symmetries(image), stage=stage)
     compared = {"attention and convolution": diagonal_similarity(network, model, image)}
     with without(model, WindowAttention):
         compared["convolution only"] = diagonal_similarity(network, model, image)
@@ -136,8 +159,8 @@ def explain(network: nn.Module, model: EMO, image: Tensor, label: int, title: st
     photo = (image * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("grad_cam.png", "receptive_field.png", "diagonal_similarity.png")]
-    draw_heat(paths[0], photo, grad_cam(network, model, image, label), f"Grad-CAM for {title}")
-    draw_field(paths[1], field)
+    draw_heat(paths[0], photo, grad_cam(network, model, image, label, stage=stage), f"Grad-CAM, stage {stage}: {title}")
+    draw_fields(paths[1], fields, stage)
     draw_similarities(paths[2], compared)
     return paths
 
@@ -163,17 +186,19 @@ def draw_heat(path: Path, photo: np.ndarray, heat: Tensor, title: str) -> None:
     for each in axes:
         each.imshow(photo)
     axes[1].imshow(heat.numpy(), cmap="jet", alpha=0.45, vmin=0, vmax=1)
-    axes[0].set_title("image")
-    axes[1].set_title(title)
+    axes[0].set_title("image", fontsize=9)
+    axes[1].set_title(title, fontsize=9)
     save(path)
 
 
-def draw_field(path: Path, field: Tensor) -> None:
-    """The fourth root of the receptive field, so that its weak rim shows."""
-    drawing, axes, save = figure(1)
-    shown = axes[0].imshow(field.numpy() ** 0.25, cmap="viridis", vmin=0, vmax=1)
-    drawing.colorbar(shown, ax=axes[0], shrink=0.8)
-    axes[0].set_title("effective receptive field (fourth root)", fontsize=9)
+def draw_fields(path: Path, fields: dict[str, Tensor], stage: int) -> None:
+    """The fourth roots of receptive fields, so that their weak rims show."""
+    drawing, axes, save = figure(len(fields))
+    for each, (title, field) in zip(axes, fields.items(), strict=True):
+        shown = each.imshow(field.numpy() ** 0.25, cmap="viridis", vmin=0, vmax=1)
+        each.set_title(f"{title}: half within {half_side(field)} px", fontsize=9)
+    drawing.colorbar(shown, ax=list(axes), shrink=0.8)
+    drawing.suptitle(f"effective receptive field of stage {stage} (fourth root)", fontsize=10)
     save(path)
 
 

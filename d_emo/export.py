@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from d_emo.training.accuracy import open_classifier
 OPSET = 18
 BATCHES = (1, 3)
 """Batch sizes that an exported network is compared at; it is traced with another one."""
+
+ONE_FILE = 2_000_000_000
+"""Bytes of weights beyond which an ONNX file keeps them in a second file, OUT.data: the format ends at 2 GiB."""
 
 
 class DenoiserOutput(nn.Module):
@@ -49,6 +53,7 @@ class Portable:
     module: nn.Module
     input_names: tuple[str, ...]
     example: Callable[[int], tuple[Tensor, ...]]
+    meaning: str  # of the inputs, for whoever has to make them
 
 
 def portable_classifier(network: nn.Module, image_size: int, channels: int = 3) -> Portable:
@@ -64,7 +69,8 @@ def portable_classifier(network: nn.Module, image_size: int, channels: int = 3) 
         generator = torch.Generator().manual_seed(batch)
         return (torch.rand(batch, channels, image_size, image_size, generator=generator) * 2 - 1,)
 
-    return Portable(fold_batch_norms(copy.deepcopy(network).cpu().float().eval()), ("images",), example)
+    folded = fold_batch_norms(copy.deepcopy(network).cpu().float().eval())
+    return Portable(folded, ("images",), example, "images are in [-1, 1]")
 
 
 def portable_denoiser(denoiser: Denoiser) -> Portable:
@@ -78,7 +84,8 @@ def portable_denoiser(denoiser: Denoiser) -> Portable:
         return latents, timesteps, torch.randint(denoiser.null_class + 1, (batch,), generator=generator)
 
     module = DenoiserOutput(fold_batch_norms(copy.deepcopy(denoiser).cpu().float().eval()))
-    return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example)
+    meaning = f"timesteps are float32 in 0..1000, class_labels int64; {denoiser.null_class} means no class"
+    return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example, meaning)
 
 
 def export(network: Portable, path: Path) -> float | None:
@@ -89,8 +96,8 @@ def export(network: Portable, path: Path) -> float | None:
         path: ends in .onnx, .pt2 or .mlpackage.
 
     Returns:
-        The largest difference from PyTorch's outputs over several batch sizes, as a share of the largest output; None
-        where the file cannot be run here (Core ML, outside of macOS).
+        The largest difference from PyTorch's outputs over several batch sizes, as a share of the largest output,
+        infinite if one is not finite; None where the file cannot be run here (Core ML, outside of macOS).
 
     Raises:
         InputError: for another ending, a path that cannot be written, or a package that is not installed.
@@ -112,7 +119,8 @@ def export(network: Portable, path: Path) -> float | None:
         inputs = network.example(batch)
         with torch.no_grad():
             expected = network.module(*inputs)
-        worst = max(worst, ((run(*inputs) - expected).abs().max() / expected.abs().max()).item())
+        difference = ((run(*inputs) - expected).abs().max() / expected.abs().max()).item()
+        worst = max(worst, difference) if math.isfinite(difference) else math.inf
     return worst
 
 
@@ -138,11 +146,12 @@ def write_onnx(network: Portable, path: Path) -> Runner:
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
 
     inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
+    size = sum(parameter.nbytes for parameter in network.module.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
             network.module, inputs, str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
-            output_names=["output"], dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=False,
+            output_names=["output"], dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=size > ONE_FILE,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -207,6 +216,19 @@ def attend_in_low_rank(attention: WindowAttention, q: Tensor, k: Tensor, value: 
     return total
 
 
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Give a new network values all of which its output shows: it starts with closed gates and plain batch norms."""
+    for parameter in model.parameters():
+        if parameter.abs().max() < 1e-3:
+            parameter.normal_(std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+
+
 def open_portable(source: str, image_size: int | None = None) -> tuple[str, Portable]:
     """What it is called, and the network: a snapshot or run folder, a released file, a timm folder or a model's name.
 
@@ -220,9 +242,13 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
     elif not Path(source).exists() and source.replace("/", "-") in DENOISERS:
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
+        stir(denoiser)
     if denoiser is None:
         classifier = open_classifier(source)
-        return classifier.name, portable_classifier(classifier.model, image_size or classifier.image_size)
+        if not Path(source).exists():
+            stir(classifier.emo)
+        size, channels = image_size or classifier.image_size, classifier.emo.in_chans
+        return classifier.name, portable_classifier(classifier.model, size, channels)
     if image_size is not None:
         raise InputError("--image-size is for classifiers; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

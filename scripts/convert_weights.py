@@ -8,13 +8,14 @@ from d_emo.config import ConvertSettings, parse_settings, run_cli
 def main() -> None:
     settings = parse_settings(ConvertSettings, __doc__)
     from d_emo.checkpoint import load_classifier
-    from d_emo.models.convert import read_released_classifier, write_timm_folder
+    from d_emo.models.convert import check_variant, read_released_classifier, write_timm_folder
     from d_emo.models.counting import count_parameters
 
     source, output = Path(settings.source), Path(settings.output)
     if source.is_dir():
         snapshot = load_classifier(source)
         model, half = snapshot.model, (0.5, 0.5, 0.5)
+        check_variant(model.config["name"], settings.model, source)
         write_timm_folder(model, output, input_size=snapshot.image_size, mean=half, std=half,
                           class_names=snapshot.class_names)
     else:

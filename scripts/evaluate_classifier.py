@@ -13,7 +13,7 @@ def main() -> None:
 
     from d_emo.training.accuracy import measure_accuracy, open_classifier, open_images
 
-    classifier = open_classifier(settings.model)
+    classifier = open_classifier(settings.model, settings.weights)
     images = open_images(settings, classifier)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accuracy = measure_accuracy(
@@ -22,7 +22,8 @@ def main() -> None:
     )
     print(f"{classifier.name} on {settings.data_dir or images.name}, {images.image_size} px: {accuracy}")
     if settings.output is not None:
-        Path(settings.output).write_text(json.dumps({"model": settings.model, **asdict(accuracy)}) + "\n")
+        result = {"model": settings.model, "weights": settings.weights, **asdict(accuracy)}
+        Path(settings.output).write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
         raise InputError(f"--class must be from 0 to {len(shares) - 1}, not {label}")
     name = f"class {label}" if classifier.class_names is None else classifier.class_names[label]
     folder = Path(settings.output or f"samples/explain-{Path(settings.image).stem}")
-    for path in explain(network, getattr(network, "model", network), image, label, name, folder):
+    for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):
         print(f"picture  {path}")
     print(f"class    {name} ({shares[label]:.1%} likely by {classifier.name})")
 

@@ -15,7 +15,8 @@ def main() -> None:
     difference = export(network, path)
     inputs = zip(network.input_names, network.example(1), strict=True)
     shapes = ", ".join(f"{name} {tuple(x.shape)[1:]}" for name, x in inputs)
-    print(f"wrote    {path}\nnetwork  {title}, batch norms folded\ninputs   {shapes}, after the batch")
+    print(f"wrote    {path}\nnetwork  {title}, batch norms folded")
+    print(f"inputs   {shapes}, after the batch\nwhere    {network.meaning}")
     if difference is None:
         print("checked  converted and read back; this operating system cannot run it")
         return

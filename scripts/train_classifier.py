@@ -8,15 +8,15 @@ def main() -> None:
     from d_emo.checkpoint import load_classifier
     from d_emo.hub import prepare_push, push_snapshot
     from d_emo.training import fit
+    from d_emo.training.accuracy import Accuracy
     from d_emo.training.classifier import ClassifierTask
 
     prepare_push(settings.push_to_hub)
     snapshot = fit(ClassifierTask(settings), settings)
     if snapshot is not None:
         print(f"snapshot  {snapshot}")
-        accuracy = load_classifier(snapshot).meta.get("held_out_accuracy")
-        if accuracy is not None:
-            print(f"accuracy  {accuracy:.2%} on held-out images")
+        for weights, measured in load_classifier(snapshot).meta.get("accuracy", {}).items():
+            print(f"accuracy  {Accuracy(**measured)} held out ({weights} weights)")
         if settings.push_to_hub:
             print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_block as reference
 import timm
 import torch
 import yaml
@@ -16,14 +17,14 @@ from torch.utils.data import DataLoader
 
 from d_emo import checkpoint
 from d_emo.config import ClassifierSettings, InputError, parse_settings
-from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler, TarShards
+from d_emo.data import AugmentedFolder, CentreCroppedFolder, Digits, StepSampler, TarShards, spread
 from d_emo.data.sampler import EpochIndex
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
-from d_emo.training.accuracy import Accuracy, measure_accuracy
-from d_emo.training.classifier import ClassifierTask, augment
-from d_emo.training.teacher import Normalized, distillation_loss
+from d_emo.training.accuracy import Accuracy, measure_accuracy, open_classifier
+from d_emo.training.classifier import Augmentation, ClassifierTask, augment
+from d_emo.training.teacher import Normalized, distillation_loss, load_teacher
 
 ROOT = Path(__file__).parents[1]
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -144,10 +145,10 @@ def test_the_held_out_images_are_named_or_found_and_both_measures_use_them(tmp_p
     torch.nn.init.normal_(found.model.head.weight)
     shares = [found.validate(found.model, rank=rank, world_size=2) for rank in (0, 1)]
     sums = {name: sum(share[name].item() for share in shares) for name in shares[0]}
-    expected = measure_accuracy(found.model, found.held_out, limit=5)  # spread(6, 5) are the first five
+    expected = measure_accuracy(found.model, found.held_out, limit=5)
     assert (sums["accuracy"] / 5, sums["top5"] / 5, sums["count"]) == (expected.top1, expected.top5, 5)
-    images = torch.stack([found.held_out[index][0] for index in range(5)])
-    labels = torch.tensor([found.held_out.label(index) for index in range(5)])
+    images = torch.stack([found.held_out[index][0] for index in spread(6, 5)])
+    labels = torch.tensor([found.held_out.label(index) for index in spread(6, 5)])
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(found.model.eval()(images), labels, reduction="sum")
     assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -178,7 +179,7 @@ def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photo
 
 def test_accuracy_counts_the_first_and_the_first_five():
     class Oracle(torch.nn.Module):
-        """Puts the true digit, told by its place in the list, first or third or sixth."""
+        """Puts the true digit, told by its place in the list, first or fifth or sixth."""
 
         def __init__(self):
             super().__init__()
@@ -187,7 +188,7 @@ def test_accuracy_counts_the_first_and_the_first_five():
         def forward(self, images):
             logits = torch.zeros(len(images), 10)
             for row in range(len(images)):
-                label, rank = digits.label(self.seen), (0, 2, 5)[self.seen % 3]
+                label, rank = digits.label(self.seen), (0, 4, 5)[self.seen % 3]
                 order = [c for c in range(10) if c != label]
                 order.insert(rank, label)
                 logits[row, order] = torch.arange(10.0, 0, -1)
@@ -195,9 +196,28 @@ def test_accuracy_counts_the_first_and_the_first_five():
             return logits
 
     digits = Digits(8, split="test")
-    accuracy = measure_accuracy(Oracle(), digits, batch_size=7, limit=30)
-    assert (accuracy.top1, accuracy.top5, accuracy.images) == (pytest.approx(1 / 3), pytest.approx(2 / 3), 30)
-    assert str(accuracy) == "top-1 33.33%, top-5 66.67% of 30 images"
+    accuracy = measure_accuracy(Oracle(), digits, batch_size=7)
+    assert (accuracy.top1, accuracy.top5, accuracy.images) == (pytest.approx(120 / 359), pytest.approx(240 / 359), 359)
+    assert str(accuracy) == "top-1 33.43%, top-5 66.85% of 359 images"
+
+
+@pytest.mark.parametrize("length", [1_000_000, 2000, 50_000])
+def test_a_part_of_the_images_is_of_many_classes_whatever_their_order(length):
+    chosen = spread(length, 1000)
+    assert len(set(chosen)) == 1000 and chosen == spread(length, 1000) == sorted(chosen)
+    assert len({index % 1000 for index in chosen}) > 500  # labels that go round, as those of Shapes-1000
+    assert {index * 1000 // length for index in chosen} == set(range(1000))  # sorted by class
+    assert spread(7, 7) == spread(7, 9) == list(range(7))
+
+
+def test_built_in_images_are_measured_on_two_of_each_class():
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "shapes", "validate_every": 2}))
+    assert len(task.held_out) == 2000 and {task.held_out.label(index) for index in range(1000)} == set(range(1000))
+    asked = []
+    task.held_out.label, label = lambda index: asked.append(label(index)) or asked[-1], task.held_out.label
+    task.settings.validate_images = 40
+    assert task.validate(task.model, rank=0, world_size=1)["count"] == 40
+    assert len(set(asked)) > 30
 
 
 def test_distillation_loss_is_the_divergence():
@@ -212,15 +232,19 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
     model = create_model("emov2_1m", num_classes=2, depths=[1, 1, 1, 1]).eval()
     torch.nn.init.normal_(model.head.weight)
     write_timm_folder(model, tmp_path / "folder", input_size=32)
+    shapes = json.loads((ROOT / "tests" / "data" / "emov2_5m_released_state_dict.json").read_text())
+    shapes |= {"head.weight": [2, shapes["head.weight"][1]], "head.bias": [2]}
+    torch.save({"net": reference.random_weights(shapes, 0)}, tmp_path / "released.pth")
     torch.save(timm.create_model("resnet18", num_classes=2).state_dict(), tmp_path / "resnet.pth")
     snapshot = train(tmp_path / "snapshot", photos, max_steps=1)
     images, seen = torch.rand(2, 3, 32, 32) * 2 - 1, []
     for options in (
-        {"teacher": str(tmp_path / "folder")}, {"teacher": str(snapshot)},
+        {"teacher": str(tmp_path / "folder")}, {"teacher": str(snapshot)}, {"teacher": str(tmp_path / "released.pth")},
         {"teacher": "resnet18", "teacher_weights": str(tmp_path / "resnet.pth")},
     ):  # fmt: skip
         settings = ClassifierSettings(**{**TINY, "output_dir": "x", "data_dir": str(photos), **options})
         task = ClassifierTask(settings)
+        torch.nn.init.normal_(task.model.head.weight)
         draws = task.draw(torch.Generator(), 2)
         losses = task.loss(task.model.eval(), [images, torch.tensor([0, 1])], draws)
         settings.distill_weight = 0.0
@@ -231,11 +255,55 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
         torch.testing.assert_close(losses["distillation"], expected)
         assert not any(p.requires_grad for p in task.teacher.parameters())
         seen.append(losses["distillation"].item())
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 4
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = (images * 0.5 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(Normalized(torch.nn.Identity(), mean, std)(images), expected)
+    assert Normalized(torch.nn.Identity(), mean, std, 16)(images).shape == (2, 3, 16, 16)  # a fixed input size
     train(tmp_path / "run", photos, teacher=str(snapshot), max_steps=1)
+
+
+def test_the_loss_is_smoothed_cross_entropy(photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "label_smoothing": 0.3}))
+    torch.nn.init.normal_(task.model.head.weight)
+    images, labels = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 1, 0])
+    draws = task.draw(torch.Generator(), 4)
+    losses = task.loss(task.model.eval(), [images, labels], draws)
+    logits = task.model(augment(images, draws))
+    shares = torch.nn.functional.one_hot(labels, 2) * 0.7 + 0.15
+    torch.testing.assert_close(losses["loss"], -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean())
+    assert losses["accuracy"] == (logits.argmax(dim=1) == labels).float().mean()
+
+
+def test_images_are_mirrored_where_the_data_allow_it_and_shifted_as_far_as_asked(photos):
+    folder = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "shift": 0.1, "seed": 5}))
+    digits = ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "digits"}))
+    draws, plain = (task.draw(torch.Generator().manual_seed(0), 200) for task in (folder, digits))
+    assert 60 < draws.flip.sum() < 140 and not plain.flip.any() and not plain.shift.any()
+    assert 0.18 < draws.shift.abs().max() <= 0.2  # of half the side
+    assert folder.dataset.seed == 5
+    image = torch.zeros(2, 3, 32, 32)
+    image[:, :, :, 0] = 1  # a bright left border
+    moved = augment(image, Augmentation(torch.tensor([False, True]), torch.tensor([[-0.2, 0.0], [0.0, 0.0]])))
+    assert moved[0, :, :, :3].min() > 0.99 and moved[0, :, :, 5:].max() < 0.01  # the border is repeated
+    assert torch.equal(moved[1], image[1].flip(-1))
+
+
+def test_a_folder_named_for_validation_is_preferred_to_val(tmp_path, photos):
+    (photos / "val").rename(tmp_path / "other")
+    (photos / "val" / "ant").mkdir(parents=True)
+    named = {"data_dir": str(photos), "validate_dir": str(tmp_path / "other")}
+    task = ClassifierTask(ClassifierSettings(**{**TINY, **named, "crop_share": 0.5}))
+    assert len(task.held_out) == 6 and task.held_out.shorter == 64
+
+
+def test_measuring_leaves_the_model_in_its_mode_and_its_statistics():
+    model = create_model("emov2_1m", num_classes=10, depths=[1, 1, 1, 1])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    measure_accuracy(model.train(), Digits(32, split="test"), limit=4)
+    assert model.training and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    measure_accuracy(model.eval(), Digits(32, split="test"), limit=4)
+    assert not model.training
 
 
 def test_epochs_become_steps(photos):
@@ -261,10 +329,17 @@ def test_shipped_configs_are_the_papers_recipe(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_size": 31}, "img_size must be at least 32"),
+        ({"image_size": 31}, "--image-size must be at least 32 px"),
+        ({"model_options": {"num_classes": 5}}, "num_classes follows from the data"),
+        ({"model_options": {"in_channels": 1}}, "in_channels follows from the data"),
+        ({"model_options": {"depths": [1.5, 1, 1, 1]}}, "depths must hold four positive integers"),
+        ({"weight_decay": -1}, "--weight-decay must not be negative"),
+        ({"warmup_steps": -1}, "--warmup-steps must not be negative"),
+        ({"distill_weight": -1}, "--distill-weight must not be negative"),
+        ({"label_smoothing": 1.1}, "--label-smoothing must lie in"),
         ({"rand_augment": "randm9"}, "no RandAugment policy 'randm9'"),
         ({"teacher": "no_such_net"}, "cannot load the teacher no_such_net"),
-        ({"teacher": "resnet18", "teacher_weights": "none.pth"}, "cannot load the teacher resnet18 with none.pth"),
+        ({"teacher": "resnet18", "teacher_weights": "none.pth"}, "no file none.pth"),
         ({"crop_scale": [0.5, 0.1]}, "--crop-scale"),
         ({"distill_tau": 0}, "--distill-tau"),
         ({"crop_share": 1.5}, "--crop-share"),
@@ -276,9 +351,16 @@ def test_settings_that_cannot_work_are_refused(tmp_path, photos, changes, words)
 
 
 def test_folders_that_cannot_work_are_refused(tmp_path, photos):
-    teacher = train(tmp_path / "teacher", photos, max_steps=1)
+    teacher = str(train(tmp_path / "teacher", photos, max_steps=1))
     with pytest.raises(InputError, match="knows 2 classes, but the data have 10"):
-        ClassifierTask(ClassifierSettings(**{**TINY, "dataset": "digits", "teacher": str(teacher)}))
+        load_teacher(teacher, None, [*"0123456789"])
+    with pytest.raises(InputError, match="knows other classes: ant where the data have asp"):
+        load_teacher(teacher, None, ["asp", "bee"])
+    with pytest.raises(InputError, match="brings its weights along"):
+        load_teacher(teacher, "weights.pth", ["ant", "bee"])
+    torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "five.pth")
+    with pytest.raises(InputError, match="resnet18 knows 5 classes, but the data have 2"):
+        load_teacher("resnet18", str(tmp_path / "five.pth"), ["ant", "bee"])
     (photos / "val" / "bee").rename(photos / "val" / "wasp")
     with pytest.raises(InputError, match="are not the 2 that are trained.*bee, wasp"):
         train(tmp_path / "run", photos)
@@ -308,7 +390,7 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", *output)
     assert code == 0 and "32 px: top-1" in printed.out and "of 6 images" in printed.out
     written, meta = json.loads((tmp_path / "a.json").read_text()), checkpoint.load_classifier(snapshot).meta
-    assert written["top1"] == meta["accuracy"]["ema"]["top1"]
+    assert written["top1"] == meta["accuracy"]["ema"]["top1"] and written["weights"] == "ema"
     shapes = json.loads((ROOT / "tests" / "data" / "emov2_5m_released_state_dict.json").read_text())
     shapes |= {"head.weight": [2, shapes["head.weight"][1]], "head.bias": [2]}
     released = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -317,13 +399,35 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     options = ("--data-dir", photos / "val", "--image-size", 32)
     code, printed = evaluate(monkeypatch, capsys, tmp_path / "released.pth", *options)
     assert code == 0 and "top-1 50.00%, top-5 100.00% of 6 images" in printed.out
+    (photos / "train" / "bee").rename(photos / "train" / "wasp")
     for argv, words in (
+        ((snapshot, "--data-dir", photos / "train"), "or the same under other names"),
         ((snapshot,), "name one with --data-dir"),
+        ((snapshot, *output, "--num-images", 0), "--num-images must be at least 1"),
+        ((snapshot, *output, "--batch-size", 0), "--batch-size must be at least 1"),
+        ((snapshot, *output, "--crop-share", 0), "--crop-share must lie in"),
+        ((snapshot, *output, "--image-size", 31), "--image-size must be at least 32"),
+        ((snapshot, "--output", tmp_path / "none" / "a.json"), "its folder does not exist"),
+        ((tmp_path / "released.pth", *options, "--weights", "raw"), "holds one set of weights"),
         ((snapshot, "--dataset", "digits"), "knows 2 classes, but the images have 10"),
         ((tmp_path / "none.pth", *options), "no checkpoint file"),
     ):
         code, printed = evaluate(monkeypatch, capsys, *argv)
         assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1
+
+
+def test_raw_weights_are_those_of_the_training_state(tmp_path, photos, monkeypatch, capsys):
+    snapshot = train(tmp_path / "run", photos, max_steps=2, ema_decay=0.5)
+    state = tmp_path / "run" / "states" / "step-2"
+    raw, averaged = (open_classifier(str(tmp_path / "run"), weights).model.head.weight for weights in ("raw", "ema"))
+    assert torch.equal(raw, checkpoint.load_state(state)["model"]["head.weight"])
+    assert torch.equal(averaged, checkpoint.load_classifier(snapshot).model.head.weight)
+    assert not torch.equal(raw, averaged)
+    code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", "--weights", "raw")
+    assert code == 0 and "step-2, raw weights on" in printed.out
+    state.rename(tmp_path / "elsewhere")
+    code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", "--weights", "raw")
+    assert code == 2 and "there is no training state" in printed.err
 
 
 def test_shipped_demo_recipe_stays_light():

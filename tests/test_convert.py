@@ -8,7 +8,8 @@ import reference_block as reference
 import timm
 import torch
 
-from d_emo.config import InputError
+from d_emo.checkpoint import save_classifier
+from d_emo.config import ClassifierSettings, InputError
 from d_emo.models import create_model
 from d_emo.models.convert import read_released_classifier, write_timm_folder
 
@@ -62,6 +63,20 @@ def test_settings_of_a_model_travel_along(tmp_path):
     assert again.pretrained_cfg["label_names"] == list("abcd") and again.pretrained_cfg["input_size"] == (1, 64, 64)
 
 
+def test_a_snapshot_becomes_a_folder_too_unless_it_is_another_variant(tmp_path, monkeypatch, capsys):
+    model = create_model("emov2_1m", num_classes=2, img_size=32).eval()
+    meta = {"step": 1, "weights": "ema", "image_size": 32, "data": "digits", "class_names": ["ant", "bee"]}
+    save_classifier(tmp_path / "run", model, meta=meta, settings=ClassifierSettings(output_dir="run"))
+    code, printed = convert(monkeypatch, capsys, tmp_path / "run", tmp_path / "out", "--model", "emov2_5m")
+    assert code == 2 and "holds the weights of emov2_1m, not of emov2_5m" in printed.err
+    assert not (tmp_path / "out").exists()
+    assert convert(monkeypatch, capsys, tmp_path / "run", tmp_path / "out", "--model", "EMOv2_1m")[0] == 0
+    opened = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    cfg = opened.pretrained_cfg
+    assert tuple(cfg["mean"]) == tuple(cfg["std"]) == (0.5, 0.5, 0.5) and list(cfg["input_size"]) == [3, 32, 32]
+    assert cfg["label_names"] == ["ant", "bee"] and torch.equal(opened.head.weight, model.head.weight)
+
+
 def test_bad_input_is_one_sentence_and_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
     path = release("emov2_5m", tmp_path, classes=7)
     assert read_released_classifier(path).num_classes == 7
@@ -69,7 +84,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_overwritten(tmp_path, monkeypa
     (tmp_path / "full" / "mine.txt").write_text("mine")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for argv, words in (
-        ((path, tmp_path / "out", "--model", "emov2_2m"), "holds the weights of emov2_5m"),
+        ((path, tmp_path / "out", "--model", "emov2_2m"), f"{path} holds the weights of emov2_5m, not of emov2_2m"),
         ((path, tmp_path / "full"), "already exists"),
         ((path, tmp_path / "out", "--model", "DiT-S-2"), "no EMO classifier"),
         ((tmp_path / "other.pth", tmp_path / "out"), "none of the released"),

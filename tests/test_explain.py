@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from d_emo.explain import diagonal_similarity, effective_receptive_field, grad_cam, without
+from d_emo.explain import diagonal_similarity, effective_receptive_field, grad_cam, half_side, symmetries, without
 from d_emo.models import EMO
 from d_emo.models.attention import WindowAttention
 from d_emo.models.layers import LocalConv
@@ -41,6 +41,19 @@ def test_attention_widens_the_receptive_field():
     assert (wide > 0).float().mean() > 1.2 * (near > 0).float().mean()
 
 
+def test_the_field_leans_to_no_side_and_half_of_it_is_measured():
+    images = symmetries(IMAGE)
+    assert images.shape == (8, 3, 128, 128) and torch.equal(images[0], IMAGE)
+    assert len({image[0].flatten()[:50].sum().item() for image in images}) == 8
+    torch.testing.assert_close(images.sum(0), images.sum(0).rot90(1, (1, 2)))
+    torch.testing.assert_close(images.sum(0), images.sum(0).flip(2))
+    field = torch.zeros(64, 64)
+    field[30:34, 30:34], field[0, 0] = 1, 15
+    assert half_side(field) == 4
+    field[0, 0] = 17
+    assert half_side(field) == 64
+
+
 def test_similarity_of_the_diagonal():
     model = opened()
     both = diagonal_similarity(model, model, IMAGE)
@@ -51,8 +64,12 @@ def test_similarity_of_the_diagonal():
     for part in (WindowAttention, LocalConv):
         with without(model, part):
             seen.append(diagonal_similarity(model, model, IMAGE))
+        torch.testing.assert_close(seen[-1].diagonal(), torch.ones(8))  # the down-sampling block keeps its convolution
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
     assert torch.equal(diagonal_similarity(model, model, IMAGE), both)  # nothing is left behind
+    model.stages[2][-1].register_forward_hook(lambda module, inputs, output: output + 3)
+    shifted = diagonal_similarity(model, model, IMAGE)  # what all tokens share does not count
+    torch.testing.assert_close(shifted, both, rtol=1e-3, atol=1e-3)
 
 
 def test_without_attention_a_block_only_convolves():
@@ -70,14 +87,17 @@ def test_without_attention_a_block_only_convolves():
 def test_grad_cam_is_the_gradient_weighed_map():
     pytest.importorskip("pytorch_grad_cam")
     model = opened()
-    heat = grad_cam(model, model, IMAGE, 2)
+    label = int(model(IMAGE[None]).topk(2).indices[0, 1])  # not the one that the network would choose
+    heat = grad_cam(model, model, IMAGE, label)
     assert heat.shape == (128, 128) and 0 <= heat.min() and heat.max() <= 1
     features = model.forward_features(IMAGE[None]).detach().requires_grad_()
-    model.forward_head(features)[0, 2].backward()
+    model.forward_head(features)[0, label].backward()
     expected = (features.grad.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True).clamp(min=0)
     expected = F.interpolate(expected.detach(), (128, 128), mode="bilinear")[0, 0]
     expected = (expected - expected.min()) / (expected.max() - expected.min())
     assert np.corrcoef(heat.flatten(), expected.flatten())[0, 1] > 0.99
+    finer = grad_cam(model, model, IMAGE, label, stage=3)
+    assert finer.shape == (128, 128) and not torch.allclose(finer, heat, atol=0.1)
 
 
 def run(monkeypatch, capsys, *argv):
@@ -102,6 +122,9 @@ def test_the_script_writes_three_pictures(tmp_path, monkeypatch, capsys):
             assert np.array(picture.convert("L")).std() > 10
     for argv, words in (
         ((*options, "--class", 1000), "--class must be from 0 to 999"),
+        ((*options, "--class", -1), "--class must be from 0 to 999"),
+        ((*options, "--stage", 5), "--stage must be from 1 to 4"),
+        ((*options, "--image-size", 31), "--image-size must be at least 32"),
         ((tmp_path / "none.png", "--model", "emov2_1m"), "cannot read the image"),
         ((tmp_path / "noise.png", "--model", "DiT-S-2"), "is a denoiser"),
         ((tmp_path / "noise.png", "--model", "emov2_5"), "did you mean"),

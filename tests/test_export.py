@@ -3,13 +3,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from d_emo.config import InputError
-from d_emo.export import attend_in_low_rank, export, portable_classifier, portable_denoiser
+from d_emo.export import attend_in_low_rank, export, open_portable, portable_classifier, portable_denoiser, stir
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
+from d_emo.models.convert import write_timm_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +69,55 @@ def test_a_network_that_differs_is_told(tmp_path, monkeypatch):
     network = portable_classifier(classifier(), 64)
     monkeypatch.setattr("d_emo.export.write_torch", lambda network, path: lambda x: network.module(x) * 1.01)
     assert export(network, tmp_path / "network.pt2") == pytest.approx(0.01, rel=1e-2)
+    for batch in (1, 3):  # neither is the size that the network is traced with
+        wrong = {batch: 1.02}
+        monkeypatch.setattr("d_emo.export.write_torch", lambda network, path, wrong=wrong: (
+            lambda x: network.module(x) * wrong.get(len(x), 1)
+        ))  # fmt: skip
+        assert export(network, tmp_path / "network.pt2") == pytest.approx(0.02, rel=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_is_no_agreement(value, tmp_path, monkeypatch):
+    network = portable_classifier(classifier(), 64)
+    monkeypatch.setattr("d_emo.export.write_torch", lambda network, path: lambda x: network.module(x) * value)
+    assert export(network, tmp_path / "network.pt2") == float("inf")
+
+
+def test_large_networks_keep_their_weights_in_a_second_file(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("d_emo.export.ONE_FILE", 1000)
+    path = tmp_path / "network.onnx"
+    assert export(portable_classifier(classifier(), 64), path) < 1e-4
+    assert path.stat().st_size < (tmp_path / "network.onnx.data").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["emov2_1m", "D-EMOv2-Ti-2"])
+def test_every_part_of_a_network_with_random_weights_shows_in_its_output(name):
+    fresh = create_model(name)
+    stir(fresh)
+    assert all(buffer.std() > 0 for key, buffer in fresh.named_buffers() if "running" in key)
+    title, network = open_portable(name, 64 if name == "emov2_1m" else None)
+    assert title == f"{name} with random weights"
+    inputs = network.example(2)
+    with torch.no_grad():
+        before = network.module(*inputs)
+        for part in ("operator.proj.weight", "expand.qk.weight", "expand.v.bias"):
+            parameter = [p for n, p in network.module.named_parameters() if n.endswith(part)][-1]
+            kept = parameter.clone()
+            parameter.zero_()
+            assert (network.module(*inputs) - before).abs().max() > 1e-4 * before.abs().max()
+            parameter.copy_(kept)
+
+
+def test_channels_and_kind_of_a_converted_folder(tmp_path):
+    write_timm_folder(create_model("emov2_1m", in_channels=1, num_classes=2), tmp_path / "gray", input_size=64)
+    title, network = open_portable(str(tmp_path / "gray"))
+    assert network.example(2)[0].shape == (2, 1, 64, 64) and network.module(*network.example(2)).shape == (2, 2)
+    save_for_hf(timm.create_model("resnet10t"), tmp_path / "resnet")
+    with pytest.raises(InputError, match="resnet holds a ResNet; this works with EMO"):
+        open_portable(str(tmp_path / "resnet"))
 
 
 def test_impossible_exports_are_refused(tmp_path):
@@ -83,6 +135,7 @@ def test_impossible_exports_are_refused(tmp_path):
         (("emov2_1m", "{}/a.pt2", "--image-size", "64", "--tolerance", "-1"), 1, "more than --tolerance"),
         (("emov9_1m", "{}/a.pt2"), 2, "emov1_1m"),
         (("D-EMOv2-Ti-2", "{}/a.pt2", "--image-size", "64"), 2, "--image-size is for classifiers"),
+        (("emov2_1m", "{}/a.pt2", "--image-size", "31"), 2, "--image-size must be at least 32"),
     ],
 )
 def test_the_script(argv, code, words, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ INSIDE = {
     "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
     "training": [
-        "stop", "guard", "optimizer", "watch", "loop", "denoiser", "teacher", "accuracy", "classifier", "vae",
+        "stop", "guard", "optimizer", "watch", "loop", "denoiser", "accuracy", "teacher", "classifier", "vae",
     ],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import d_emo
 from d_emo.config import InputError
@@ -100,8 +102,10 @@ def test_intermediates(name):
         assert [64 // m.shape[-1] for m in maps] == [info["reduction"] for info in model.feature_info]
         early, one = model.forward_intermediates(x, indices=[1], stop_early=True)
         assert torch.equal(one[0], maps[1]) and torch.equal(early, maps[1])
-        model.prune_intermediate_layers([2], prune_norm=True)
-        assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], maps[2])
+        for prune_norm in (False, True):
+            model.prune_intermediate_layers([2], prune_norm=prune_norm)
+            final, again = model.forward_intermediates(x, indices=[2], norm=True)
+            assert torch.equal(again[0], maps[2]) and torch.equal(final, maps[2])
 
 
 @every
@@ -120,6 +124,38 @@ def test_scales_and_biases_do_not_decay():
     decayed = next(g for g in param_groups_weight_decay(model, 0.05, model.no_weight_decay()) if g["weight_decay"])
     assert len(model.no_weight_decay()) == 15
     assert {id(p) for p in decayed["params"]} == {id(p) for p in model.parameters() if p.ndim > 1}
+
+
+def test_layers_are_grouped_by_depth():
+    model = create("emov2_1m")
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups["stem.conv.conv.weight"] == 0 and groups["stages.0.0.operator.proj.weight"] == 1
+    assert groups["stages.3.2.operator.proj.weight"] == 15  # 15 blocks
+    assert groups["norm.weight"] == 15 and groups["head.weight"] == 16
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert coarse["stem.conv.conv.weight"] == 0 and coarse["stages.3.1.operator.proj.weight"] == 4
+    assert coarse["norm.bias"] == coarse["head.bias"] == 5
+    scales = {group["lr_scale"] for group in param_groups_layer_decay(model, 0.05, model.no_weight_decay(), 0.5)}
+    assert max(scales) == 1 and min(scales) == 0.5**16
+
+
+def test_graph_features_of_timm_are_those_of_the_model():
+    graph, plain = create("emov2_1m", features_only=True, feature_cls="fx").eval(), create("emov2_1m").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = plain.forward_intermediates(x, intermediates_only=True)
+        for found, expected in zip(graph(x), wanted, strict=True):
+            assert torch.equal(found.permute(0, 3, 1, 2), expected)
+
+
+def test_gray_images_and_their_weights(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    three = create("emov2_1m")
+    safetensors.torch.save_file(three.state_dict(), path)
+    gray = create("emov2_1m", in_chans=1, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert gray.in_chans == 1 and three.in_chans == 3
+    summed = three.stem.conv.conv.weight.sum(dim=1, keepdim=True)  # timm's habit
+    torch.testing.assert_close(gray.stem.conv.conv.weight, summed)
 
 
 @pytest.mark.parametrize(

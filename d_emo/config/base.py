@@ -74,6 +74,12 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
 
 
+def check_image_side(image_size: int | None) -> None:
+    """Refuse a size below the stride of a classifier's last map."""
+    if image_size is not None and image_size < 32:
+        raise InputError(f"--image-size must be at least 32 px, as classifiers halve it five times, not {image_size}")
+
+
 def write_yaml(settings: Any, path: Path) -> None:
     """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
     temporary = path.with_name(f".tmp-{path.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from d_emo.config.base import setting
+from d_emo.config.base import check_image_side, setting
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,9 @@ class ExportSettings:
     output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
     image_size: int | None = setting(None, "side of a classifier's images in pixels. Default: the classifier's")
     tolerance: float = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+
+    def __post_init__(self):
+        check_image_side(self.image_size)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from d_emo.config.base import InputError, setting
+from d_emo.config.base import InputError, check_image_side, setting
 
 METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000
@@ -27,10 +27,25 @@ class EvaluateClassifierSettings:
     )
     image_size: int | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
     crop_share: float = setting(0.875, "side of the centre crop over the image's shorter side")
-    num_images: int | None = setting(None, "measure on so many images. Default: a folder's all, else at most 2,000")
+    weights: Literal["ema", "raw"] = setting(
+        "ema", "of a snapshot: the averaged ones, or the raw ones that the training state of its step keeps"
+    )
+    num_images: int | None = setting(
+        None, "measure on so many images, from all over the data. Default: all, and 2,000 of Shapes-1000"
+    )
     batch_size: int = setting(64, "images per forward pass")
     num_workers: int = setting(0, "data loading processes")
     output: str | None = setting(None, "JSON file to write the result to")
+
+    def __post_init__(self):
+        check_image_side(self.image_size)
+        for name, least in (("num_images", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if not 0 < self.crop_share <= 1:
+            raise InputError(f"--crop-share must lie in (0, 1], not {self.crop_share}")
+        if self.output is not None and not Path(self.output).parent.is_dir():
+            raise InputError(f"--output {self.output}: its folder does not exist; make it first")
 
 
 @dataclass(kw_only=True)
@@ -61,7 +76,13 @@ class ExplainSettings:
     )
     label: int | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
     image_size: int | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    stage: int = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
     output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
+
+    def __post_init__(self):
+        check_image_side(self.image_size)
+        if not 1 <= self.stage <= 4:
+            raise InputError(f"--stage must be from 1 to 4, not {self.stage}")
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import InputError, setting
+from d_emo.config.base import InputError, check_image_side, setting
 
 
 @dataclass
@@ -236,7 +236,8 @@ class ClassifierSettings(DataSettings, RunSettings):
     crop_scale: list[float] = setting([0.08, 1.0], "shares of an image's area that random crops of folders have")
     crop_share: float = setting(0.875, "when measuring: side of the centre crop over the image's shorter side")
     teacher: str | None = setting(
-        None, "distillation: a timm model, a folder made by convert_weights.py, or a snapshot of a classifier"
+        None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
+        "of a classifier"
     )
     teacher_weights: str | None = setting(None, "weights file of a timm teacher. Default: timm's pretrained ones")
     distill_weight: float = setting(5.0, "weight of the teacher's soft logits beside the labels")
@@ -244,7 +245,13 @@ class ClassifierSettings(DataSettings, RunSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_image_side(self.image_size)
         self.output_dir = self.output_dir or self.run_folder(self.model)
+        for name in ("weight_decay", "warmup_steps", "warmup_epochs", "distill_weight", "shift"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name.replace('_', '-')} must not be negative, as {getattr(self, name)} is")
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"--label-smoothing must lie in [0, 1], not {self.label_smoothing}")
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
             raise InputError(f"--crop-scale must be two rising shares in (0, 1], not {self.crop_scale}")
         for name in ("distill_tau", "crop_share", "epochs"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
+import numpy as np
+
 from d_emo.config import DataSettings, InputError, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
@@ -20,10 +22,13 @@ from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
 
 __all__ = [
-    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
-    "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler", "TarShards", "centre_crop",
-    "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
+    "COLOURS", "GROUNDS", "HELD_OUT_SHAPES", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
+    "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
+    "TarShards", "centre_crop", "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
+
+HELD_OUT_SHAPES = 2000
+"""Pictures of Shapes-1000 to measure on: two of each class."""
 
 
 def open_dataset(
@@ -101,8 +106,8 @@ def open_held_out(
         raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
     held_out = open_dataset(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
-        image_size=settings.image_size, skip_corrupt=settings.skip_corrupt, one_class=one_class,
-        crop_share=crop_share,
+        num_images=HELD_OUT_SHAPES, image_size=settings.image_size, skip_corrupt=settings.skip_corrupt,
+        one_class=one_class, crop_share=crop_share,
     )
     if held_out.class_names != class_names and not one_class:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
@@ -114,6 +119,10 @@ def open_held_out(
 
 
 def spread(length: int, count: int) -> list[int]:
-    """At most ``count`` indices, evenly spread over ``range(length)``."""
-    count = min(count, length)
-    return [index * length // count for index in range(count)]
+    """At most ``count`` indices, one drawn from each of as many equal parts of ``range(length)``, always the same ones.
+
+    Equal steps instead would meet few classes, or one, where the labels of a data set go round.
+    """
+    edges = np.arange(min(count, length) + 1) * length // min(count, length)
+    draws = np.random.Generator(np.random.Philox(key=length)).random(len(edges) - 1)
+    return (edges[:-1] + (draws * np.diff(edges)).astype(int)).tolist()

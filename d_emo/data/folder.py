@@ -56,7 +56,8 @@ def load_image(
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = str(error) if isinstance(source, Path) else "not a readable image"
         raise InputError(
-            f"cannot read the image {name() if name else source} ({reason}); repair it or use --skip-corrupt"
+            f"cannot read the image {name() if name else source} ({reason}); repair or remove it (training can pass "
+            "over it with --skip-corrupt)"
         ) from None
     try:
         return to_tensor(crop(image, image_size))
@@ -134,8 +135,8 @@ class ImageFolder(StoredImages):
         folders = [root.resolve()] if one_class else folders
         if not folders:
             raise InputError(
-                f"the data folder {root} has no sub-folders; put each class's images into one of its own, or train "
-                "with --unconditional"
+                f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
+                "denoiser) train with --unconditional"
             )
         self.files: list[Path] = []
         labels: list[int] = []

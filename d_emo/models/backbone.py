@@ -149,10 +149,10 @@ class EMO(nn.Module):
         }  # fmt: skip
         check_rows(**rows)
         check_stages(norms, attention_stages)
-        if not isinstance(in_channels, int) or in_channels < 1:
+        if not is_count(in_channels):
             raise InputError(f"in_channels must be a positive integer, got {in_channels!r}.")
         for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
-            if not 0 <= rate < 1:
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise InputError(f"{name} must be in [0, 1), got {rate!r}.")
         if block == "i2rmb":
             stem_dim, first_act, gate = dims[0] // 2, nn.SiLU(), nn.Identity()
@@ -180,7 +180,7 @@ class EMO(nn.Module):
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.in_chans, self.num_features, self.head_hidden_size = in_channels, dims[-1], dims[-1]  # as timm calls them
         self.feature_info = [  # timm's description of the four maps
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
@@ -190,7 +190,7 @@ class EMO(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; 0 classes removes it, ``global_pool`` "" removes the mean over positions."""
-        if not isinstance(num_classes, int) or num_classes < 0:
+        if num_classes != 0 and not is_count(num_classes):
             raise InputError(f"num_classes must be a positive integer, or 0 for no head, got {num_classes!r}.")
         if global_pool not in (None, "avg", ""):
             raise InputError(f"EMO pools by the mean over positions ('avg') or not at all, not by {global_pool!r}.")
@@ -216,7 +216,8 @@ class EMO(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's grouping of parameters by depth, for layer-wise learning rates."""
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)|^norm"}
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": blocks}
 
     def fuse(self) -> EMO:
         """Fold batch norms and LayerScales into their neighbours, in place, for inference in eval mode."""
@@ -272,16 +273,15 @@ class EMO(nn.Module):
             raise InputError(f"EMO returns feature maps as NCHW, not {output_fmt!r}.")
         wanted = self.stage_indices(indices)
         stages = self.stages[: max(wanted) + 1] if stop_early else self.stages
-        maps = []
+        last, maps = len(self.feature_info) - 1, []  # `prune_intermediate_layers` may have dropped the last stages
         x = self.stem(x)  # (B, H / 2, W / 2, C_stem)
         for i, stage in enumerate(stages):
             x = self.run_stage(stage, x)  # (B, H', W', C_i)
             if i in wanted:
-                last = norm and i == len(self.stages) - 1
-                maps.append((self.norm(x) if last else x).permute(0, 3, 1, 2))  # (B, C_i, H', W')
+                maps.append((self.norm(x) if norm and i == last else x).permute(0, 3, 1, 2))  # (B, C_i, H', W')
         if intermediates_only:
             return maps
-        return (self.norm(x) if len(stages) == len(self.stages) else x).permute(0, 3, 1, 2), maps
+        return (self.norm(x) if len(stages) - 1 == last else x).permute(0, 3, 1, 2), maps
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Read timm's ``indices``: None means all stages, an integer the last so many, negatives count from the end."""
@@ -305,11 +305,22 @@ class EMO(nn.Module):
         return wanted
 
 
+def is_count(value: Any) -> bool:
+    """True for a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def check_rows(**rows: Sequence[float]) -> None:
-    """Raise InputError naming the first row that is not four positive numbers."""
+    """Raise InputError naming the first row that is not four positive numbers, whole ones but for the expand ratios."""
     for name, values in rows.items():
-        if not isinstance(values, Sequence) or len(values) != 4 or any(v <= 0 for v in values):
-            raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
+        four = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
+        if name == "expand_ratios":
+            if not four or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+                raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
+        elif not four or not all(map(is_count, values)):
+            raise InputError(f"{name} must hold four positive integers, one per stage, got {values!r}.")
+    if rows["dims"][0] < 2:
+        raise InputError(f"dims must start with 2 or more, as the stem has half of that, got {rows['dims']!r}.")
 
 
 def check_stages(norms: Sequence[str], attention_stages: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from d_emo.config import InputError
 from d_emo.models.backbone import EMO
-from d_emo.models.registry import create_model
+from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
 from d_emo.models.timm_registry import default_cfgs
 
@@ -33,11 +33,21 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     variant = name or variant_of(found, r"emov\d")
     if variant is None:
-        raise InputError(f"{path} holds none of the released EMOv1 and EMOv2 variants; name the nearest with --model.")
+        raise InputError(
+            f"{path} holds none of the released EMOv1 and EMOv2 variants; converted weights and snapshots are opened "
+            "by the name of their folder."
+        )
     if not re.match(r"emov\d", variant):
         raise InputError(f"{variant} is no EMO classifier; --model takes names such as emov2_5m.")
+    check_variant(variant_of(found, r"emov\d"), name, path)
     rows = weights[HEADS[0]].shape[0] if HEADS[0] in weights else 0
-    return load_released(create_model(variant, num_classes=rows), weights)
+    return load_released(create_model(variant, num_classes=rows), path)
+
+
+def check_variant(found: str | None, wanted: str | None, path: Path) -> None:
+    """Raise InputError if ``path`` holds a known variant, but not the one that is wanted."""
+    if wanted is not None and found not in (None, resolve_name(wanted)):
+        raise InputError(f"{path} holds the weights of {found}, not of {wanted}; leave --model out, or name {found}.")
 
 
 def write_timm_folder(

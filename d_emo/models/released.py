@@ -75,8 +75,8 @@ def load_released(model: nn.Module, path_or_state_dict: str | PathLike | Mapping
         The same model.
 
     Raises:
-        InputError: if the file cannot be read, or does not fit; the message names every key that is missing,
-            unexpected or of a wrong shape. The model is unchanged then.
+        InputError: if the file cannot be read, or does not fit; the message says what the file is, or names every key
+            that is missing, unexpected or of a wrong shape. The model is unchanged then.
     """
     if isinstance(path_or_state_dict, Mapping):
         source, content = "the given state dict", path_or_state_dict
@@ -158,11 +158,14 @@ def released_shapes(model: nn.Module, names: Mapping[str, str]) -> dict[str, tup
 
 
 def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise InputError naming every difference between what the model needs and what the file holds."""
+    """Raise InputError unless the file holds what the model needs, saying what it is or naming every difference."""
     wanted = released_shapes(model, names)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found == wanted:
         return
+    reason = explain(found, wanted)
+    if reason:
+        raise InputError(f"{source} does not fit this model: {reason}.")
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     shapes = [
@@ -172,18 +175,19 @@ def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, 
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)]
     details = "; ".join(f"{title}: {', '.join(names)}" for title, names in parts if names)
-    raise InputError(f"{source} does not fit this model{explain(found, wanted)}. {details}.")
+    raise InputError(f"{source} does not fit this model. {details}.")
 
 
 def explain(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """A clause that says what the file is, where that can be told."""
+    """A clause that says what the file is, or nothing where that cannot be told."""
     different = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
     if different <= set(CLASS_ROWS):
-        return ": it has another number of classes; build the model with the file's num_classes"
+        rows = next((str(found[name][0]) for name in CLASS_ROWS if name in found), "no")
+        return f"it has another number of classes ({rows} rows of them); build the model with the file's num_classes"
     if different == {"pos_embed"}:
-        return ": it was trained at another sample_size; build the model with that one"
+        return "it was trained at another sample_size; build the model with that one"
     variant = variant_of(found)
-    return f": it holds the weights of {variant}, so build that model" if variant else ""
+    return f"it holds the weights of {variant}, so build that model" if variant else ""
 
 
 def variant_of(found: Mapping[str, tuple[int, ...]], pattern: str = "") -> str | None:

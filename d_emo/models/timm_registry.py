@@ -7,9 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    register_notrace_module,
+)
 
+from d_emo.models.attention import WindowAttention
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
+from d_emo.models.blocks import ConvFirstOperator, ParallelOperator
+from d_emo.models.layers import LocalConv
 
 default_cfgs = generate_default_cfgs(
     {
@@ -49,6 +58,8 @@ def entrypoint(name: str) -> Callable[..., EMO]:
 
 def register_with_timm() -> None:
     """Add every EMO name to timm's registry; names that are there already are left alone."""
+    for module in (WindowAttention, LocalConv, ConvFirstOperator, ParallelOperator):
+        register_notrace_module(module)  # what looks at shapes and devices stays whole under torch.fx
     for name in BACKBONES:
         if not is_model(name):
             setattr(sys.modules[__name__], name, register_model(entrypoint(name)))

@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader, Subset
 
 from d_emo import checkpoint
 from d_emo.config import EvaluateClassifierSettings, InputError
-from d_emo.data import ClassImages, open_dataset
-from d_emo.models import create_model
+from d_emo.data import HELD_OUT_SHAPES, ClassImages, open_dataset, spread
+from d_emo.models import EMO, create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import resolve_name
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.training.stop import ignore_interrupts
-from d_emo.training.teacher import normalized
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Accuracy:
 def measure_accuracy(
     model: nn.Module, dataset: ClassImages, *, batch_size: int = 64, limit: int | None = None, num_workers: int = 0
 ) -> Accuracy:
-    """Classify the first ``limit`` images in eval mode; the model's mode is left as it was.
+    """Classify ``limit`` images from all over a data set in eval mode; the model's mode is left as it was.
 
     Args:
         model: takes images in [-1, 1].
@@ -48,9 +47,9 @@ def measure_accuracy(
         limit: number of images. Default: all.
         num_workers: data loading processes.
     """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    sums = sum_over(model, dataset, range(count), batch_size=batch_size, num_workers=num_workers)
-    return Accuracy(sums["accuracy"].item() / count, sums["top5"].item() / count, count)
+    chosen = spread(len(dataset), limit or len(dataset))
+    sums = sum_over(model, dataset, chosen, batch_size=batch_size, num_workers=num_workers)
+    return Accuracy(sums["accuracy"].item() / len(chosen), sums["top5"].item() / len(chosen), len(chosen))
 
 
 @torch.no_grad()
@@ -73,6 +72,30 @@ def sum_over(
     return dict(zip(("loss", "accuracy", "top5", "count"), totals.float().to(device), strict=True))
 
 
+class Normalized(nn.Module):
+    """A classifier that takes images in [-1, 1], whatever normalisation and fixed size it was trained with.
+
+    Shape: (B, 3, H, W) -> (B, num_classes).
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int | None = None):
+        super().__init__()
+        self.model, self.size = model, size
+        self.register_buffer("scale", 0.5 / torch.tensor(std)[:, None, None])
+        self.register_buffer("offset", (0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return self.model(images * self.scale + self.offset)
+
+
+def normalized(model: nn.Module) -> Normalized:
+    """A timm model behind its own ``pretrained_cfg``."""
+    cfg = model.pretrained_cfg
+    return Normalized(model, cfg["mean"], cfg["std"], cfg["input_size"][-1] if cfg.get("fixed_input_size") else None)
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A classifier of images in [-1, 1], in eval mode, and what is known of the images it was trained on."""
@@ -84,14 +107,32 @@ class Classifier:
     image_size: int
     dataset: str | None
 
+    @property
+    def emo(self) -> EMO:
+        """The network without what normalises images for it.
 
-def open_classifier(source: str) -> Classifier:
+        Raises:
+            InputError: if a folder in timm's layout holds another kind of network.
+        """
+        network = getattr(self.model, "model", self.model)
+        if not isinstance(network, EMO):
+            raise InputError(f"{self.name} holds a {type(network).__name__}; this works with EMOv1 and EMOv2 only")
+        return network
+
+
+def open_classifier(source: str, weights: str = "ema") -> Classifier:
     """A snapshot or run folder of ours, a released file, a folder in timm's layout, or a name (with random weights).
 
+    Args:
+        source: path or name.
+        weights: "raw" for a snapshot's weights before averaging, which the training state of its step keeps.
+
     Raises:
-        InputError: if it is none of them, or damaged.
+        InputError: if it is none of them, or damaged; if there are no raw weights.
     """
     path = Path(source)
+    if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
+        raise InputError(f"--weights raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
         if resolve_name(source) not in BACKBONES:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
@@ -99,8 +140,15 @@ def open_classifier(source: str) -> Classifier:
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
         snapshot = checkpoint.load_classifier(path)
+        name = str(snapshot.path)
+        if weights == "raw":
+            state = snapshot.path.parent.parent / "states" / snapshot.path.name
+            if not state.is_dir():
+                raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
+            snapshot.model.load_state_dict(checkpoint.load_state(state)["model"])
+            name += ", raw weights"
         built_in = snapshot.meta.get("data")
-        return Classifier(str(snapshot.path), snapshot.model, len(snapshot.class_names), snapshot.class_names,
+        return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,
                           snapshot.image_size, built_in if built_in in ("shapes", "digits") else None)
     if path.is_dir():
         try:
@@ -127,7 +175,7 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
     if settings.data_dir is not None:
         images = open_dataset(dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share)
     elif built_in is not None:
-        limit = {} if built_in == "digits" else {"num_images": settings.num_images or 2000}
+        limit = {} if built_in == "digits" else {"num_images": settings.num_images or HELD_OUT_SHAPES}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)
     else:
         raise InputError(f"{classifier.name} was trained on a folder of images; name one with --data-dir")

@@ -22,9 +22,6 @@ from d_emo.models.registry import resolve_name
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
 
-BUILT_IN_HELD_OUT = 2000
-"""Images of a built-in data set that a snapshot is measured on, at most."""
-
 
 class Augmentation(NamedTuple):
     """Random changes to the images of a step."""
@@ -62,11 +59,14 @@ class ClassifierTask:
             settings.max_steps = max(1, round(settings.epochs * per_epoch))
             settings.warmup_steps = round(min(settings.warmup_epochs, settings.epochs / 10) * per_epoch)
         torch.manual_seed(settings.seed)
+        options = settings.model_options or {}
+        for name in {"num_classes", "in_channels"} & options.keys():
+            raise InputError(f"--model-options: {name} follows from the data; leave it out")
         given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
-        self.model = create_model(settings.model, **{**given, **(settings.model_options or {})})
+        self.model = create_model(settings.model, **{**given, **options})
         self.teacher = None
         if settings.teacher is not None:
-            self.teacher = load_teacher(settings.teacher, settings.teacher_weights, len(self.dataset.class_names))
+            self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)
 
     def introduction(self) -> list[str]:
         settings = self.settings
@@ -123,11 +123,7 @@ class ClassifierTask:
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of ``model`` on the held-out images."""
-        built_in = self.settings.data_dir is None
-        return measure_accuracy(
-            model, self.held_out, limit=BUILT_IN_HELD_OUT if built_in else None,
-            num_workers=self._workers(1),
-        )
+        return measure_accuracy(model, self.held_out, num_workers=self._workers(1))
 
     def _workers(self, world_size: int) -> int:
         """Data loading processes for the held-out images; built-in ones are quick to make."""

@@ -2,75 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d_emo import checkpoint
 from d_emo.config import InputError
-from d_emo.models import create_model  # noqa: F401  makes our names known to timm
+from d_emo.training.accuracy import Normalized, normalized, open_classifier
 
 
-class Normalized(nn.Module):
-    """A classifier that takes images in [-1, 1], whatever normalisation and fixed size it was trained with.
-
-    Shape: (B, 3, H, W) -> (B, num_classes).
-    """
-
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int | None = None):
-        super().__init__()
-        self.model, self.size = model, size
-        self.register_buffer("scale", 0.5 / torch.tensor(std)[:, None, None])
-        self.register_buffer("offset", (0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.size is not None and images.shape[-1] != self.size:
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
-        return self.model(images * self.scale + self.offset)
-
-
-def normalized(model: nn.Module) -> Normalized:
-    """A timm model behind its own ``pretrained_cfg``."""
-    cfg = model.pretrained_cfg
-    return Normalized(model, cfg["mean"], cfg["std"], cfg["input_size"][-1] if cfg.get("fixed_input_size") else None)
-
-
-def load_teacher(name: str, weights: str | None, num_classes: int) -> nn.Module:
+def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> nn.Module:
     """A classifier of images in [-1, 1], in eval mode and without gradients.
 
     Args:
-        name: a snapshot or run folder of ours, a folder in timm's layout, or the name of a timm model.
+        name: the name of a timm model, or a path that `open_classifier` takes.
         weights: a file for a timm model; its pretrained weights are fetched otherwise.
-        num_classes: classes that it must know.
+        class_names: classes that it must know, as far as it names them.
 
     Raises:
         InputError: if there is no such teacher, its weights cannot be had, or it knows other classes.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        teacher: nn.Module = checkpoint.load_classifier(folder).model
-        known = teacher.num_classes
+    if Path(name).exists():
+        if weights is not None:
+            raise InputError(f"the teacher {name} brings its weights along; --teacher-weights is for names of timm")
+        opened = open_classifier(name)
+        teacher, known, names = opened.model, opened.num_classes, opened.class_names
     else:
-        teacher = _timm_model(f"local-dir:{folder}" if folder.is_dir() else name, weights, num_classes)
-        known = teacher.model.num_classes
-    if known != num_classes:
-        raise InputError(f"the teacher {name} knows {known} classes, but the data have {num_classes}; choose another")
+        teacher = _timm_model(name, weights)
+        known, names = teacher.model.num_classes, None
+    if known != len(class_names):
+        raise InputError(
+            f"the teacher {name} knows {known} classes, but the data have {len(class_names)}; choose another"
+        )
+    if names is not None and names != list(class_names):
+        theirs, ours = next(pair for pair in zip(names, class_names, strict=True) if pair[0] != pair[1])
+        raise InputError(f"the teacher {name} knows other classes: {theirs} where the data have {ours}; choose another")
     return teacher.eval().requires_grad_(False)
 
 
-def _timm_model(name: str, weights: str | None, num_classes: int) -> Normalized:
+def _timm_model(name: str, weights: str | None) -> Normalized:
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"there is no file {weights} (--teacher-weights)")
     try:
-        if weights is not None:
-            return normalized(timm.create_model(name, num_classes=num_classes, checkpoint_path=weights))
-        return normalized(timm.create_model(name, pretrained=True))
+        if weights is None:
+            return normalized(timm.create_model(name, pretrained=True))
+        head = timm.get_pretrained_cfg_value(name, "classifier")
+        head = head if isinstance(head, str) else head[0]
+        rows = load_state_dict(weights, weights_only=True).get(f"{head}.weight", ())
+        return normalized(timm.create_model(name, num_classes=len(rows), checkpoint_path=weights))
     except Exception as error:  # an unknown name, no network, no such weights: timm raises a dozen types
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"cannot load the teacher {name}{'' if weights is None else f' with {weights}'} "
-            f"({type(error).__name__}: {reason}); give a timm name, or a local one with --teacher-weights"
+            f"({type(error).__name__}: {reason}); give a name that timm knows, with --teacher-weights FILE where they "
+            "cannot be fetched, or the path of a snapshot, of a converted folder or of a released EMO file"
         ) from error
 
 
