@@ -30,6 +30,7 @@ from d_emo.config.sampling import (
     DEFAULT_SCHEDULERS,
     DEFAULT_STEPS,
     SampleSettings,
+    check_guidance,
 )
 from d_emo.config.training import (
     ClassifierSettings,
@@ -64,6 +65,7 @@ __all__ = [
     "SampleSettings",
     "TrainSettings",
     "VAESettings",
+    "check_guidance",
     "is_folder",
     "parse_metrics",
     "parse_settings",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from d_emo.config.base import InputError, setting
+from d_emo.config.sampling import check_guidance, check_seed
 
 METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000
@@ -86,6 +87,12 @@ class FidSettings:
     scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots")
     steps: int = setting(250, "denoising steps")
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+    )
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; the FID changes a bit")
+    compile: bool = setting(False, "torch.compile the denoiser")
     seed: int = setting(0, "image i starts from the noise of seed + i")
     save_npz: str | None = setting(None, "write the images that were drawn to this .npz, in ADM's layout")
     save_png: str | None = setting(None, "write the images that were drawn into this folder")
@@ -110,8 +117,8 @@ class FidSettings:
             raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
         if not 1 <= self.steps <= 1000:
             raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_seed(self.seed)
 
 
 def parse_metrics(names: Sequence[str]) -> list[str]:
