@@ -23,7 +23,7 @@ INSIDE = {
     ],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
     "evaluation": [
-        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
+        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement", "judging",
     ],
 }
 

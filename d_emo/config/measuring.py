@@ -41,14 +41,37 @@ class JudgeSettings:
     checkpoint: str = setting(help="snapshot or run folder of the denoiser")
     classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
     data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
+    validate_dir: str | None = setting(None, "folder of held-out images of the same classes, with --data-dir")
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
     steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
+    samplers: list[str] = setting(
+        [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20; a table of FID, "
+        "images recognised, time and images/s"
+    )
     output: str = setting(
-        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON; written anew "
-        "every time"
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON (with --samplers: "
+        "the table as .md, beside it .json); written anew every time"
     )
     write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
+
+    def __post_init__(self):
+        if self.num_images < 2:
+            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+        if not 1 <= self.steps <= 1000:
+            raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
+        check_guidance(self.guidance_scale)
+        if self.samplers and self.write_card:
+            raise InputError("--samplers makes a table, --write-card a card; run the two apart")
+        self.sampler_steps()
+
+    def sampler_steps(self) -> list[tuple[str, int]]:
+        """Name and steps of each sampler to compare."""
+        pairs = [each.rpartition(":")[::2] for each in self.samplers]
+        for each, (name, steps) in zip(self.samplers, pairs, strict=True):
+            if not name or not steps.isdecimal():
+                raise InputError(f"--samplers takes NAME:STEPS, e.g. ddpm:250, not {each}")
+        return [(name, int(steps)) for name, steps in pairs]
 
 
 @dataclass(kw_only=True)

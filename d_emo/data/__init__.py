@@ -14,7 +14,7 @@ from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.hub import HubImages, HubStream
-from d_emo.data.images import ClassImages, OneClass, load_uint8, to_uint8
+from d_emo.data.images import ClassImages, OneClass, to_uint8
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
@@ -22,7 +22,7 @@ from d_emo.data.tar import TarShards
 __all__ = [
     "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
     "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler", "TarShards", "centre_crop",
-    "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
+    "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 
