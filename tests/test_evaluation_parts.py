@@ -12,7 +12,7 @@ import torch
 from evaluation_sets import ColourFeatures, as_batch, make_pixels, read_all, write_folder
 from PIL import Image
 
-from d_emo.config import InputError
+from d_emo.config import InputError, RunError
 from d_emo.evaluation import Measurement, Result, Share, draw_labels, measure, parts
 
 ALL = ("fid", "sfid", "isc", "prc", "kid")
@@ -152,6 +152,28 @@ def test_nothing_but_finite_features_is_kept(tmp_path: Path, reference: Path, mo
     with pytest.raises(InputError, match="features of images 0 to 7 hold NaN"):
         run(reference, tmp_path / "work", Drawer())
     assert not list((tmp_path / "work").glob("features*"))
+
+
+@pytest.mark.parametrize(
+    ("writer", "name", "options"),
+    [
+        (parts, "save_file", {}),
+        (Image.Image, "save", {"save_png": "out"}),
+        (np.lib.format, "write_array", {"save_npz": "out.npz"}),
+    ],
+)
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, writer: object, name: str, options: dict
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    options = {key: tmp_path / value for key, value in options.items()}
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write .*: No space left on device"):
+        patch.setattr(writer, name, full)
+        run(reference, tmp_path / "work", Drawer(), metrics=["fid"], **options)
+    assert not list(tmp_path.glob("**/.tmp-*")) and not (tmp_path / "out.npz").exists()
+    assert run(reference, tmp_path / "work", Drawer(), metrics=["fid"], **options).num_samples == COUNT
 
 
 def test_too_few_images_are_an_error(tmp_path: Path, reference: Path) -> None:

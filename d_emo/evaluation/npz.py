@@ -6,7 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from d_emo.config import InputError
+from d_emo.config import InputError, RunError
 from d_emo.evaluation.statistics import StoredStatistics
 
 IMAGES_KEY = "arr_0"
@@ -212,8 +212,11 @@ class NpzWriter:
         if kind is not None:
             if self._left:
                 self._stream.close()
-            self._archive.close()
+            with suppress(OSError):  # a full disk has no room for the archive's table either
+                self._archive.close()
             self._temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
             return
         self._archive.close()
         assert self._left == 0
