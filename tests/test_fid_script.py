@@ -252,6 +252,7 @@ def test_bad_set(
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(3, dtype=int)}, "must be finite floating-point"),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "negative eigenvalue"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": "many"}, "num_images of .* must be one whole number"),
         ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "not an intact .npz file"),
     ],
 )
@@ -262,9 +263,10 @@ def test_bad_stored_statistics(main: Callable, good: Path, tmp_path: Path, stati
 
 def test_stored_statistics_are_no_samples(main: Callable, good: Path, tmp_path: Path) -> None:
     path = str(npz(tmp_path / "r", mu=np.zeros(3), sigma=np.eye(3)))
-    for arguments in (["--samples", path, "--reference", str(good)], ["--features", "emov2:x", "--samples", str(good)]):
-        with pytest.raises(InputError, match="holds the keys mu, sigma; images are expected as arr_0"):
-            main([*arguments, "--reference", path])
+    with pytest.raises(InputError, match="holds the keys mu, sigma; images are expected as arr_0"):
+        main(["--samples", path, "--reference", path])
+    with pytest.raises(InputError, match="without the name of their features, which are then Inception's, not emov2:x"):
+        main(["--features", "emov2:x", "--samples", str(good), "--reference", path])
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ __all__ = [
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
-    num_images: int | None = None, skip_corrupt: bool = False, one_class: bool = False, sequential: bool = False,
+    num_images: int | None = None, skip_corrupt: bool | None = None, one_class: bool = False, sequential: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
     """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
 
+    ``skip_corrupt`` is that of `StoredImages`; left out, no message speaks of ``--skip-corrupt``.
     With ``crop_share`` the images of a folder are cropped as classifiers are measured, see `CentreCroppedFolder`.
 
     Raises:
@@ -59,7 +60,7 @@ def open_dataset(
 
 
 def open_source(
-    data_dir: str, image_size: int, *, skip_corrupt: bool = False, one_class: bool = False,
+    data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
     """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.

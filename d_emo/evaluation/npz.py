@@ -153,6 +153,8 @@ def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_K
         raise InputError(f"{keys[0]} and {keys[1]} of {path} must be finite floating-point numbers")
     moments = (torch.from_numpy(each.astype(np.float64)) for each in (mu, sigma))
     count = read_array(path, COUNT_KEY) if COUNT_KEY in archive_keys(path) else None
+    if count is not None and (count.shape or count.dtype.kind not in "iu"):
+        raise InputError(f"{COUNT_KEY} of {path} must be one whole number; write it again with make_reference.py")
     return StoredStatistics(*moments, None if count is None else int(count))
 
 
