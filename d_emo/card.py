@@ -147,7 +147,7 @@ name, {_examples(meta["class_names"])}. In Python: `d_emo.checkpoint.load_denois
     return {
         "sections": [about, _training(meta, settings, recipe, "scripts/train_dit.py")],
         "cite": ["EMOv2"] * settings["model"].startswith("D-EMO") + ["DiT"] + ["SiT"] * (objective == "flow"),
-        "pipeline_tag": "unconditional-image-generation",  # the hub has no tag for class-conditional generation
+        "pipeline_tag": "unconditional-image-generation",  # the hub's list of tasks has no class-conditional one
         "tags": ["class-conditional-image-generation", "diffusion"],
     }
 

@@ -107,6 +107,11 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         scheduler_config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _damaged(path, error) from None
+    if len(meta["class_names"]) != model.config.num_classes:
+        raise InputError(
+            f"the snapshot {path} names {len(meta['class_names'])} classes, but its denoiser has "
+            f"{model.config.num_classes}; its {_META} belongs to another"
+        )
     return DenoiserSnapshot(path, model.eval(), scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
 

@@ -5,89 +5,111 @@ import os
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
-from d_emo.config import DEFAULT_SCHEDULERS, InputError, JudgeSettings, parse_settings, run_cli
+from d_emo.config import DEFAULT_SCHEDULERS, InputError, JudgeSettings, check_guidance, parse_settings, run_cli
 
 
 def main() -> None:
     settings = parse_settings(JudgeSettings, __doc__)
     import torch
 
-    from d_emo import card
-    from d_emo.checkpoint import load_classifier, load_denoiser
-    from d_emo.data import load_uint8, open_dataset
-    from d_emo.evaluation import ClassifierFeatures, compute_statistics, frechet_distance
-    from d_emo.evaluation.features import scale_for_classifier
+    from d_emo.checkpoint import load_denoiser
+    from d_emo.evaluation import ClassifierFeatures, Judge, judging
     from d_emo.latents import load_codec
-    from d_emo.sampling import draw_grid, make_scheduler, sample_images, save_png
+    from d_emo.sampling import make_scheduler, prepare_denoiser, set_steps
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    snapshot, judge = load_denoiser(settings.checkpoint), load_classifier(settings.classifier)
-    if snapshot.class_names != judge.class_names:
-        raise InputError(f"{judge.path} knows other classes than {snapshot.path}; name a classifier of the same data")
+    snapshot = load_denoiser(settings.checkpoint)
+    check_guidance(settings.guidance_scale, label_dropout=snapshot.label_dropout)
+    features, names = ClassifierFeatures(settings.classifier, device=device), snapshot.class_names
+    if names != features.class_names:
+        raise InputError(
+            f"{settings.classifier} knows other classes than {snapshot.path}; name a classifier of the same data"
+        )
     if settings.write_card and not os.access(snapshot.path, os.W_OK):
         raise InputError(f"--write-card cannot write to {snapshot.path}; copy the snapshot and judge the copy")
-    model, codec = snapshot.model.to(device), load_codec(snapshot.codec).to(device)
-    sampler = DEFAULT_SCHEDULERS[snapshot.objective]
-    features, classes = ClassifierFeatures(judge.path, device=device), len(snapshot.class_names)
-
-    def draw(labels: list[int]) -> torch.Tensor:
-        scheduler = make_scheduler(sampler, snapshot.scheduler_config)
-        options = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale, "batch_size": 100}
-        return torch.cat(list(sample_images(model, scheduler, codec, labels, range(len(labels)), **options)))
-
-    def statistics(images: torch.Tensor):
-        return compute_statistics(images.split(100), features, device=device)
-
-    def fid(images: torch.Tensor) -> float:
-        measured = statistics(images)
-        return frechet_distance(measured.mean, measured.covariance, real.mean, real.covariance)
-
-    @torch.no_grad()
-    def classes_seen(images: torch.Tensor) -> torch.Tensor:
-        batches = (scale_for_classifier(batch.to(device), judge.image_size) for batch in images.split(100))
-        return torch.cat([judge.model.to(device)(batch).argmax(dim=1).cpu() for batch in batches])
-
-    train_set, test_set = (
-        open_dataset(dataset=snapshot.meta["data"], data_dir=settings.data_dir, split=split,
-                     image_size=snapshot.image_size) for split in ("train", "test")
+    runs = settings.sampler_steps() or [(DEFAULT_SCHEDULERS[snapshot.objective], settings.steps)]
+    for name, steps in runs:
+        set_steps(make_scheduler(name, snapshot.scheduler_config), steps)  # refuses before anything is drawn
+    data = snapshot.meta.get("data")
+    real, held_out = judging.open_real(
+        data, snapshot.image_size, names, data_dir=settings.data_dir, validate_dir=settings.validate_dir
     )
-    held_out = load_uint8(test_set, limit=1000)
-    held_out_labels = torch.tensor([test_set.label(index) for index in range(len(held_out))])
-    noise = torch.randint(256, held_out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    labels = torch.arange(settings.num_images) * classes // settings.num_images
-    drawn, real = draw(labels.tolist()), statistics(load_uint8(train_set, limit=5000))
-    seen = classes_seen(drawn)
-    shares = {
-        "recognised": (seen == labels, "of the drawn images are the class asked for, to the classifier"),
-        "  real": (classes_seen(held_out) == held_out_labels, "of real held-out images are their class, to it"),
-    }
-    if snapshot.meta["data"] == "shapes":  # class id = 100 shape + 10 colour + ground
-        for name, place in (("shape", 100), ("colour", 10), ("ground", 1)):
-            shares[f"  {name}"] = seen // place % 10 == labels // place % 10, f"of the drawn images have the {name}"
-    figures = [
-        (f"FID-{len(drawn)}", fid(drawn), f"of drawn images, in the features of {features.name}"),
-        ("  floor", fid(held_out), f"FID-{len(held_out)} of real held-out images"),
-        ("  ceiling", fid(noise), f"FID-{len(noise)} of noise"),
-        *((name, 100 * right.float().mean().item(), f"% {words}") for name, (right, words) in shares.items()),
-    ]
-
-    shown = [index * classes // 10 for index in range(10)]
-    captions = [f"{label}: {snapshot.class_names[label]}" for label in shown]
-    output = Path(settings.output)
-    save_png(draw_grid(draw([label for label in shown for _ in range(10)]), captions, 10), output, vars(settings))
+    judge = Judge(features, judging.batches_of(real, judging.REAL_IMAGES), device=device)
+    model, codec = prepare_denoiser(snapshot.model.to(device)), load_codec(snapshot.codec).to(device)
+    draw = partial(drawings, model, codec, snapshot.scheduler_config, settings.guidance_scale)
     measurement = {
         "command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "step": snapshot.meta["step"],
-        "conditions": f"guidance {settings.guidance_scale:g}, {settings.steps} steps of {sampler}, images {len(drawn)}",
-        "figures": [{"name": name.strip(), "value": round(value, 2), "remark": remark}
-                    for name, value, remark in figures],
+    }
+    labels = torch.arange(settings.num_images) * len(names) // settings.num_images
+    Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+    if settings.samplers:
+        return compare(judge, draw, runs, labels, measurement, Path(settings.output), device)
+    figures = judging.judge_drawings(
+        judge, judge.look(draw(labels.tolist(), *runs[0])), labels, held_out=held_out, image_size=snapshot.image_size,
+        parts=judging.SHAPES_PARTS if data == "shapes" else None,
+    )
+    show(settings, snapshot, figures, partial(draw, scheduler=runs[0][0], steps=runs[0][1]), measurement)
+
+
+def drawings(model, codec, schedule, guidance_scale, labels, scheduler, steps):
+    """Batches of drawings of these classes, seeds 0, 1, 2, ..."""
+    from tqdm import tqdm
+
+    from d_emo.evaluation.judging import BATCH
+    from d_emo.sampling import make_scheduler, sample_images
+
+    title = f"{scheduler}, {steps} steps"
+    with tqdm(total=len(labels), desc=title, unit="image", disable=None, leave=False) as bar:
+        for images in sample_images(
+            model, make_scheduler(scheduler, schedule), codec, labels, range(len(labels)), num_inference_steps=steps,
+            guidance_scale=guidance_scale, batch_size=BATCH,
+        ):  # fmt: skip
+            bar.update(len(images))
+            yield images
+
+
+def compare(judge, draw, runs, labels, measurement, output, device) -> None:
+    """Judge each sampler in turn; the table so far is written after every one."""
+    from d_emo.card import describe_hardware
+    from d_emo.evaluation import judge_sampler, sampler_table
+
+    rows: list[dict] = []
+    measurement |= {"features": judge.extractor.name, "hardware": describe_hardware(device), "rows": rows}
+    for scheduler, steps in runs:
+        rows.append({"scheduler": scheduler, "steps": steps,
+                     **judge_sampler(judge, draw(labels.tolist(), scheduler, steps), labels)})  # fmt: skip
+        table = sampler_table(rows, len(labels))
+        print(table if len(rows) == 1 else table.rpartition("\n")[2], flush=True)
+        output.with_suffix(".md").write_text(table + "\n")
+        output.with_suffix(".json").write_text(json.dumps(measurement, indent=1) + "\n")
+    print(f"\nwritten to {output.with_suffix('.md')}, with all settings to {output.with_suffix('.json')}")
+
+
+def show(settings, snapshot, figures, draw, measurement) -> None:
+    """Draw the picture of ten classes; write and print the figures."""
+    import torch
+
+    from d_emo import card
+    from d_emo.sampling import draw_grid, save_png
+
+    names, output = snapshot.class_names, Path(settings.output)
+    shown = [index * len(names) // 10 for index in range(10)]
+    images = torch.cat(list(draw([label for label in shown for _ in range(10)])))
+    save_png(draw_grid(images, [f"{label}: {names[label]}" for label in shown], 10), output, vars(settings))
+    how = f"{settings.steps} steps of {DEFAULT_SCHEDULERS[snapshot.objective]}, images {settings.num_images}"
+    measurement |= {
+        "conditions": f"guidance {settings.guidance_scale:g}, {how}",
+        "figures": [{**figure._asdict(), "value": round(figure.value, 2)} for figure in figures],
     }
     output.with_suffix(".json").write_text(json.dumps(measurement, indent=1) + "\n")
     print(f"picture      {output}  (seeds 0 to 99; the figures beside it as JSON)")
     print(f"settings     {measurement['conditions']}")
     for name, value, remark in figures:
-        print(f"{name:<12} {value:<7.2f} {remark}")
+        indent = "" if name == "recognised" or name.startswith("FID") else "  "
+        print(f"{indent + name:<12} {value:<7.2f} {remark}")
     if settings.write_card:
         shutil.copy(output, snapshot.path / card.PICTURE)
         print(f"card         {card.add_measurement(snapshot.path, measurement)}")

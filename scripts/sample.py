@@ -33,28 +33,30 @@ def main() -> None:
     model = sampling.prepare_denoiser(model, dtype=dtype, compile=settings.compile)
     steps, started = len(scheduler.timesteps), time.perf_counter()
     trajectory = sampling.Trajectory(steps) if settings.trajectory else None
-    with tqdm(total=len(labels) * steps, desc="sampling", unit="step") as bar:  # of one image
+    scales = settings.guidance_scale
+    with tqdm(total=len(scales) * len(labels) * steps, desc="sampling", unit="step") as bar:  # of one image
 
         def step_done(index: int, latents: torch.Tensor) -> None:
             bar.update(len(latents))
             if trajectory is not None:
                 trajectory(index, latents)
 
-        images = torch.cat(list(sampling.sample_images(
-            model, scheduler, codec, labels, seeds, num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale, guidance_channels=settings.guidance_channels,
-            guidance_interval=settings.guidance_interval, batch_size=settings.batch_size, on_latents=step_done,
-        )))
-    speed = len(labels) / (time.perf_counter() - started)
+        drawn = [torch.cat(list(sampling.sample_images(
+            model, scheduler, codec, labels, seeds, num_inference_steps=settings.steps, guidance_scale=scale,
+            guidance_channels=settings.guidance_channels, guidance_interval=settings.guidance_interval,
+            batch_size=settings.batch_size, on_latents=step_done,
+        ))) for scale in scales]
+    speed = len(scales) * len(labels) / (time.perf_counter() - started)
+    images, rows = sampling.sweep_rows(drawn, captions, scales)
     made_by = {
-        **asdict(settings), "classes": classes, "checkpoint": str(snapshot.path), "step": snapshot.meta["step"],
-        "weights": snapshot.meta["weights"],
+        **asdict(settings), "guidance_scale": scales if len(scales) > 1 else scales[0], "classes": classes,
+        "checkpoint": str(snapshot.path), "step": snapshot.meta["step"], "weights": snapshot.meta["weights"],
     }
     frames = None if trajectory is None else trajectory.images(codec, device)
-    sampling.save_samples(output, images, frames, captions, labels, seeds, settings, made_by)
+    sampling.save_samples(output, images, frames, rows, labels, seeds, settings, made_by)
     print(f"picture   {output}\nsnapshot  {snapshot.path} (step {made_by['step']:,}, {made_by['weights']} weights)")
     print(f"classes   {', '.join(captions)}\nseed      {settings.seed} to {seeds[-1]}, one per image")
-    print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {settings.guidance_scale:g}")
+    print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {', '.join(map('{:g}'.format, scales))}")
     print(f"speed     {speed:.1f} images/s on {device.type}")
 
 

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 
 from d_emo import card, checkpoint
 from d_emo.config import ClassifierSettings, InputError, TrainSettings
-from d_emo.data import Shapes1000, load_uint8
+from d_emo.data import Shapes1000
+from d_emo.evaluation import judging
 from d_emo.models import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -144,9 +145,22 @@ def judge(monkeypatch, *arguments):
     script.main()
 
 
+def few_images(monkeypatch, count):
+    for name in ("REAL_IMAGES", "HELD_OUT_IMAGES"):
+        monkeypatch.setattr(judging, name, count)
+
+
+def opened(classifier):
+    """With layer scales of 1: as they start, all features are the same."""
+    for name, parameter in classifier.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(parameter)
+    return classifier
+
+
 @pytest.fixture
 def classifier(tmp_path):
-    model = create_model("emov2_1m", num_classes=10, window_size=1)
+    model = opened(create_model("emov2_1m", num_classes=10, window_size=1))
     meta = {**META, "image_size": 32}
     checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
     return tmp_path / "c"
@@ -155,7 +169,7 @@ def classifier(tmp_path):
 def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     snapshot, classifier, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("d_emo.data.load_uint8", lambda dataset, limit: load_uint8(dataset, limit=40))
+    few_images(monkeypatch, 40)
     arguments = ["--checkpoint", snapshot, "--classifier", classifier, "--num-images", 20, "--steps", 2]
     judge(monkeypatch, *arguments, "--output", tmp_path / "o.png")
     printed, measured = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
@@ -174,12 +188,12 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
     names = Shapes1000(8).class_names
     model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=1000)
     denoiser = save(tmp_path / "d", model, TrainSettings(), class_names=names, data="shapes")
-    classifier = create_model("emov2_1m", num_classes=1000, window_size=1)
+    classifier = opened(create_model("emov2_1m", num_classes=1000, window_size=1))
     with torch.no_grad():  # it says "class 125" of every picture
         classifier.head.bias.zero_()[125] = 1e6
     meta = {**META, "image_size": 32, "class_names": names}
     checkpoint.save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
-    monkeypatch.setattr("d_emo.data.load_uint8", lambda dataset, limit: load_uint8(dataset, limit=20))
+    few_images(monkeypatch, 20)
     judge(monkeypatch, "--checkpoint", denoiser, "--classifier", tmp_path / "c", "--num-images", 40, "--steps", 1,
           "--output", tmp_path / "o.png")
     figures = {row["name"]: row["value"] for row in json.loads((tmp_path / "o.json").read_text())["figures"]}

@@ -54,6 +54,14 @@ def test_without_snapshots_the_shipped_one_is_taken(tmp_path):
     assert checkpoint.newest_denoiser(tmp_path) == checkpoint.SHIPPED_SNAPSHOT
 
 
+@pytest.mark.parametrize("names", [[], ["a"]])
+def test_names_of_another_number_of_classes_are_refused(snapshot, names):
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    (snapshot / "snapshot.json").write_text(json.dumps({**meta, "class_names": names}))
+    with pytest.raises(InputError, match=f"names {len(names)} classes, but its denoiser has 10"):
+        checkpoint.load_denoiser(snapshot)
+
+
 def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
     weights = snapshot / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()

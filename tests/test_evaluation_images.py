@@ -38,15 +38,16 @@ def test_linked_class_folders_are_read(tmp_path: Path) -> None:
     assert len(read_all(tmp_path / "set")) == 3
 
 
-def test_other_modes_become_rgb(tmp_path: Path) -> None:
-    image = Image.fromarray(make_pixels(1)[0])
-    for mode, suffix in [("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg")]:
-        image.convert(mode).save(tmp_path / f"{mode}.{suffix}")
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg")])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    pixels = make_pixels(2, cell=8)  # one colour each: even JPEG and a palette keep it
+    for index, each in enumerate(pixels):
+        Image.fromarray(each).convert(mode).save(tmp_path / f"{index}.{suffix}", quality=100)
     images = open_images(tmp_path)
-    assert images.num_jpegs == 1
-    by_mode = dict(zip([path.stem for path in images.files], read_all(tmp_path), strict=True))
-    assert torch.equal(by_mode["RGBA"], by_mode["RGB"])
-    assert torch.equal(by_mode["L"], torch.from_numpy(np.array(image.convert("L"))).expand(3, 8, 8))
+    assert images.num_jpegs == 2 * (suffix == "jpg")
+    expected = [np.array(Image.fromarray(each).convert(mode).convert("RGB")) for each in pixels]
+    expected = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(read_all(tmp_path).int(), expected.int(), rtol=0, atol=3 if suffix == "jpg" else 0)
 
 
 @pytest.mark.parametrize("packed", [False, True])

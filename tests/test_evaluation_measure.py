@@ -83,8 +83,10 @@ def test_equal_features_are_pointed_out(tmp_path: Path, colours: ColourFeatures)
     """An untrained network may give one and the same vector for all images: distance 0 for any two sets."""
     varied = write_folder(tmp_path / "varied", make_pixels(4))
     equal = write_folder(tmp_path / "equal", make_pixels(1).repeat(4, axis=0))
-    assert "all 4 samples have the same features" in measure(equal, varied, progress=False).warnings[-1]
-    assert "same features" not in str(measure(varied, varied, progress=False).warnings)
+    with pytest.raises(InputError, match="all 4 samples have the same features"):
+        measure(equal, varied, output=tmp_path / "o.json", progress=False)
+    assert not (tmp_path / "o.json").exists()
+    assert measure(varied, varied, progress=False).fid < 1e-9
     with pytest.raises(InputError, match="the reference .*equal have the same features"):
         measure(varied, equal, progress=False)
 
@@ -93,3 +95,15 @@ def test_num_images_takes_samples_only(tmp_path: Path, colours: ColourFeatures) 
     samples, reference = write_folder(tmp_path / "s", make_pixels(9)), write_folder(tmp_path / "r", make_pixels(6))
     result = measure(samples, reference, num_images=7, progress=False)
     assert (result.num_samples, result.num_reference) == (7, 6)
+
+
+def test_the_inception_score_needs_no_reference_and_bears_one(tmp_path: Path, colours: ColourFeatures) -> None:
+    folder = write_folder(tmp_path / "s", make_pixels(12))
+    alone, beside = (measure(folder, each, metrics=["isc"], progress=False) for each in (None, folder))
+    assert alone == beside and alone.reference is None and "reference" not in str(alone)
+
+
+def test_foreign_settings_beside_the_samples_are_passed_over(tmp_path: Path, colours: ColourFeatures) -> None:
+    folder = write_folder(tmp_path / "s", make_pixels(4))
+    (folder / "settings.json").write_text('{"sampling": "by hand"}')
+    assert measure(folder, folder, progress=False).sampling == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 from evaluation_sets import ColourFeatures, as_batch, make_pixels, read_all, write_folder
 from PIL import Image
 
-from d_emo.config import InputError
-from d_emo.evaluation import Measurement, Result, Share, draw_labels, measure, parts
+from d_emo.config import InputError, RunError
+from d_emo.evaluation import Measurement, Result, Share, compute_statistics, draw_labels, measure, parts
 
 ALL = ("fid", "sfid", "isc", "prc", "kid")
 SAMPLING = {"scheduler": "ddpm", "steps": 9, "guidance_scale": 1.5, "seed": 3, "labels": "random", "weights": "ema"}
@@ -154,9 +155,81 @@ def test_nothing_but_finite_features_is_kept(tmp_path: Path, reference: Path, mo
     assert not list((tmp_path / "work").glob("features*"))
 
 
+@pytest.mark.parametrize(
+    ("writer", "name", "options"),
+    [
+        (parts, "save_file", {}),
+        (Image.Image, "save", {"save_png": "out"}),
+        (np.lib.format, "write_array", {"save_npz": "out.npz"}),
+    ],
+)
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, writer: object, name: str, options: dict
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    options = {key: tmp_path / value for key, value in options.items()}
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write .*: No space left on device"):
+        patch.setattr(writer, name, full)
+        run(reference, tmp_path / "work", Drawer(), metrics=["fid"], **options)
+    assert not list(tmp_path.glob("**/.tmp-*")) and not (tmp_path / "out.npz").exists()
+    assert run(reference, tmp_path / "work", Drawer(), metrics=["fid"], **options).num_samples == COUNT
+
+
 def test_too_few_images_are_an_error(tmp_path: Path, reference: Path) -> None:
     with pytest.raises(ValueError, match="images 0 to 7 were to be drawn, but 3 came"):
         run(reference, tmp_path / "work", lambda first, end: iter(list(Drawer()(first, end))[:1]))
+
+
+class Counted:
+    """Draws batches of four, and notes of how many of them the memory is held at once."""
+
+    def __init__(self) -> None:
+        self.alive = self.most = 0
+
+    def __call__(self, first: int, end: int) -> Iterator[torch.Tensor]:
+        for start in range(first, end, 4):
+            yield as_batch(self.watch(make_pixels(min(4, end - start), seed=start)))
+
+    def watch(self, array: np.ndarray) -> np.ndarray:
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(array, self._gone)  # it lives as long as any tensor upon it
+        return array
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, reference: Path) -> None:
+    """Drawn images are let go part by part, streamed ones batch by batch; features are read a part at a time."""
+    most, parts_alive, streamed = {}, {}, {}
+    for count in (24, 240):
+        counted, read = Counted(), Counted()
+        original = parts.Parts.read
+
+        def reading(self, *args, read=read, original=original):
+            for part in original(self, *args):
+                read.alive += 1
+                read.most = max(read.most, read.alive)
+                weakref.finalize(part["pooled"], read._gone)
+                yield part
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts.Parts, "read", reading)
+            run(reference, tmp_path / f"work{count}", counted, count=count)
+        stream, features = Counted(), Counted()
+
+        def extract(images: torch.Tensor, features=features) -> torch.Tensor:
+            return torch.from_numpy(features.watch(ColourFeatures()(images).numpy().copy()))
+
+        extract.dim = 12
+        statistics = compute_statistics(stream(0, count), extract, progress=False)
+        most[count], parts_alive[count], streamed[count] = counted.most, read.most, max(stream.most, features.most)
+        assert statistics.count == count and counted.alive == stream.alive == features.alive == 0
+    assert most[24] == most[240] <= 5 and parts_alive[24] == parts_alive[240] <= 2
+    assert streamed[24] == streamed[240] <= 2
 
 
 def test_random_labels_depend_on_seed_and_index_only() -> None:

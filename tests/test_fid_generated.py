@@ -142,9 +142,58 @@ def test_a_killed_measurement_goes_on(made: dict[str, Path], tmp_path: Path) -> 
     assert numbers(tmp_path / "killed.json") == numbers(tmp_path / "whole.json")
 
 
+def test_settings_are_never_mixed(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main, work = load_script("fid").main, ["--work-dir", str(tmp_path / "work"), "--num-images", "12"]
+    main(arguments(made, tmp_path / "half.json", *work, "--mixed-precision", "bf16", "--guidance-channels", "3",
+                   "--guidance-scale", "2", "--guidance-interval", "0.1", "0.9"))  # fmt: skip
+    assert "guidance 2.0 on 3 channels from 0.1 to 0.9" in capsys.readouterr().out
+    half = numbers(tmp_path / "half.json")
+    assert half["sampling"]["mixed_precision"] == "bf16" and half["sampling"]["guidance_channels"] == "3"
+    for other in (["--mixed-precision", "no"], ["--compile"], ["--guidance-channels", "all"]):
+        same = ["--mixed-precision", "bf16", "--guidance-scale", "2", "--guidance-interval", "0.1", "0.9"]
+        with pytest.raises(InputError, match="of other settings"):
+            main(arguments(made, tmp_path / "o.json", *work, *same, "--guidance-channels", "3", *other))
+    main(arguments(made, tmp_path / "full.json", "--num-images", "12", "--guidance-scale", "2",
+                   "--guidance-interval", "0.1", "0.9"))  # fmt: skip
+    assert numbers(tmp_path / "full.json")["fid"] not in (half["fid"], pytest.approx(half["fid"], rel=1e-9))
+
+
+def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from d_emo import sampling
+
+    seen = []
+
+    def sample_images(denoiser, *args, **kwargs):
+        seen.extend(isinstance(module, torch.nn.BatchNorm2d) for module in denoiser.modules())
+        return original(denoiser, *args, **kwargs)
+
+    original = sampling.sample_images
+    monkeypatch.setattr(sampling, "sample_images", sample_images)
+    load_script("fid").main(arguments(made, tmp_path / "o.json", "--num-images", 12))
+    assert seen and not any(seen)
+
+
+def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    snapshot = checkpoint.load_denoiser(made["snap"])
+    scheduler = DDPMScheduler.from_config(snapshot.scheduler_config)
+    torch.nn.init.constant_(snapshot.model.final_layer.linear.weight, float("nan"))
+    meta = {**META, "label_dropout": 0.0}
+    checkpoint.save_denoiser(tmp_path / "bad", snapshot.model, scheduler=scheduler, meta=meta, settings=TrainSettings())
+    more = ["--num-images", 12, "--checkpoint", tmp_path / "bad"]
+    with pytest.raises(InputError, match="needs a null class"):
+        load_script("fid").main(arguments(made, tmp_path / "o.json", *more, "--guidance-scale", "1.5"))
+    with pytest.raises(InputError, match="NaN or infinite values; the denoiser's weights are damaged"):
+        load_script("fid").main(arguments(made, tmp_path / "o.json", *more))
+    assert not list((tmp_path / "o").glob("features*"))
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (["--seed", "-1"], "--seed must lie between 0"),
+        (["--guidance-interval", "0.7", "0.2"], "--guidance-interval must be two rising numbers"),
+        (["--guidance-interval", "0.7"], "--guidance-interval must be two rising numbers"),
+        (["--scheduler", "unipc", "--steps", "1000"], "at most 999 steps"),
         (["--samples", "x"], "give either --samples .* or --checkpoint"),
         (["--num-images", "1"], "1 images were asked for .* at least two"),
         (["--num-images", "9"], "Inception Score of 9 images .* at least 10"),

@@ -137,6 +137,11 @@ def mixed_sizes(at: Path) -> Path:
     return write_images(at, 2, size=(8, 9))
 
 
+def mixed_modes(at: Path) -> Path:
+    Image.open(write_images(at, 3) / "8px-2.png").convert("L").save(at / "8px-2.png")
+    return at
+
+
 def sixteen_bits(at: Path) -> Path:
     Image.fromarray(np.full((8, 8), 60_000, dtype=np.uint16)).save(write_images(at, 2) / "deep.png")
     return at
@@ -212,6 +217,7 @@ BAD_SETS = [
     (corrupt, "cannot read the image .*cut.png"),
     (not_an_image, "cannot read the image .*text.jpg"),
     (mixed_sizes, r"8px-0.png is 8 x 8 px but .*9px-0.png is 9 x 8 px"),
+    (mixed_modes, "8px-0.png is stored as RGB but .*8px-2.png as L; bring all images of a set to one mode"),
     (sixteen_bits, r"deep.png has more than 8 bits per channel \(mode I;16\)"),
     (broken_features, "features of images 1 to 3 hold NaN"),
     (npz_missing, "the file .*nowhere.npz does not exist"),
@@ -246,6 +252,7 @@ def test_bad_set(
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(3, dtype=int)}, "must be finite floating-point"),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "negative eigenvalue"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": "many"}, "num_images of .* must be one whole number"),
         ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "not an intact .npz file"),
     ],
 )
@@ -256,9 +263,10 @@ def test_bad_stored_statistics(main: Callable, good: Path, tmp_path: Path, stati
 
 def test_stored_statistics_are_no_samples(main: Callable, good: Path, tmp_path: Path) -> None:
     path = str(npz(tmp_path / "r", mu=np.zeros(3), sigma=np.eye(3)))
-    for arguments in (["--samples", path, "--reference", str(good)], ["--features", "emov2:x", "--samples", str(good)]):
-        with pytest.raises(InputError, match="holds the keys mu, sigma; images are expected as arr_0"):
-            main([*arguments, "--reference", path])
+    with pytest.raises(InputError, match="holds the keys mu, sigma; images are expected as arr_0"):
+        main(["--samples", path, "--reference", path])
+    with pytest.raises(InputError, match="without the name of their features, which are then Inception's, not emov2:x"):
+        main(["--features", "emov2:x", "--samples", str(good), "--reference", path])
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,16 @@ def test_wrong_calls_are_one_sentence(pipe):
             pipe(**arguments)
 
 
+def test_no_guidance_without_a_null_class_and_no_picture_of_nan(pipe):
+    pipe.register_to_config(label_dropout=0.0)
+    assert pipe([1], num_inference_steps=1, output_type="latent").images.isfinite().all()
+    with pytest.raises(InputError, match="needs a null class"):
+        pipe([1], guidance_scale=2.0)
+    torch.nn.init.constant_(pipe.transformer.final_layer.linear.weight, float("nan"))
+    with pytest.raises(InputError, match="NaN or infinite values"):
+        pipe([1], num_inference_steps=1)
+
+
 def test_the_stock_pipeline_still_runs(pipe):
     stock = DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler)
     stock.set_progress_bar_config(disable=True)
@@ -177,10 +187,36 @@ def test_trajectories_and_interpolations_are_drawn(script, tmp_path):
         assert row.size == (3 * 132 + 4, 150 + 4) and json.loads(row.text["d-emo"])["interpolate"] == ["1", "a nine"]
 
 
+def test_a_sweep_of_guidance_keeps_the_noise_of_its_columns(script, tmp_path):
+    same = ("--class", "1", "a nine", "--num-images", "2")
+    code, printed = script(*same, "--guidance-scale", "1", "3")
+    assert code == 0 and "guidance 1, 3" in printed.out
+    assert script(*same, "--guidance-scale", "3", "--output", "three.png")[0] == 0
+    rows = []
+    for path in ("samples/guidance-1-9-seed0.png", "three.png"):
+        with Image.open(tmp_path / path) as picture:
+            scales, pixels = json.loads(picture.text["d-emo"])["guidance_scale"], np.array(picture)
+        rows.append((scales, pixels[:-4].reshape(-1, 150, pixels.shape[1], 3)[:, 22:]))
+    (scales, sweep), (scale, one) = rows
+    assert scales == [1, 3] and scale == 3 and len(sweep) == 4
+    assert np.array_equal(sweep[[1, 3]], one) and not np.array_equal(sweep[0], sweep[1])
+
+
+def test_a_snapshot_of_nan_is_one_sentence(script, tmp_path, tiny_denoiser):
+    torch.nn.init.constant_(tiny_denoiser.final_layer.linear.weight, float("nan"))
+    broken = snapshot(tmp_path / "broken", tiny_denoiser)
+    code, printed = script("--class", "1", "--checkpoint", str(broken))
+    assert code == 2 and "NaN or infinite values" in printed.err and "Traceback" not in printed.err
+    assert not (tmp_path / "samples").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ((), "at least one class"),
+        (("--class", "1", "--seed", "-1"), "--seed must lie between 0"),
+        (("--class", "1", "--guidance-scale", "1", "-2"), "--guidance-scale must be finite and not negative, not -2"),
+        (("--class", "1", "--guidance-scale", "1", "2", "--format", "png"), "several --guidance-scale make a grid"),
         (("--class", "10"), "class 10 is out of range"),
         (("--class", "1", "--scheduler", "euler"), "euler serves the flow objective"),
         (("--class", "1", "--guidance-interval", "0.5", "0.2"), "--guidance-interval"),

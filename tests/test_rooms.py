@@ -23,7 +23,7 @@ INSIDE = {
     ],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
-        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
+        "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement", "judging",
     ],
 }
 

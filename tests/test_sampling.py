@@ -143,6 +143,7 @@ def test_guidance_interval_costs_a_second_pass_only_inside():
         ({"num_inference_steps": 0}, "positive integer, not 0"),
         ({"num_inference_steps": 1001}, "1001 steps are more than the 1000"),
         ({"name": "ddim", "num_inference_steps": 600}, "ddim cannot lay 600 steps.*use 1000"),
+        *(({"name": name, "num_inference_steps": 1000}, "at most 999 steps") for name in ("dpm++", "unipc", "deis")),
         ({"guidance_scale": float("nan")}, "guidance scale must be finite"),
         ({"guidance_channels": "2"}, "all or 3, not '2'"),
         ({"guidance_interval": (0.7, 0.2)}, "two rising numbers"),
@@ -151,6 +152,40 @@ def test_guidance_interval_costs_a_second_pass_only_inside():
 def test_what_cannot_be_sampled_is_said(options, words):
     with pytest.raises(InputError, match=words):
         draw(Recorded(), **options)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "deis"])
+def test_solvers_bear_999_steps(name):
+    assert draw(Recorded(), name, [1], [0], num_inference_steps=999).isfinite().all()
+
+
+class Broken(Recorded):
+    """Gives a value that is none, late in the denoising of class 2 alone."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x, timestep, class_labels):
+        output = super().forward(x, timestep, class_labels)
+        output.sample[(class_labels == 2) & (timestep < 500)] += self.value
+        return output
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_no_pictures(value):
+    assert draw(Broken(value), labels=[1, 1], seeds=[5, 6]).isfinite().all()
+    with pytest.raises(InputError, match="guidance 1, 4 steps.* NaN or infinite values; the denoiser's weights"):
+        draw(Broken(value), labels=[1, 2], seeds=[5, 6])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_codec_that_gives_no_finite_values_is_named(value):
+    codec, latents = load_codec("d-emo-f8"), torch.zeros(2, 4, 4, 4)
+    assert sampler.decode(codec, latents).isfinite().all()
+    codec.vae.decoder.conv_out.bias.data[0] = value
+    with pytest.raises(InputError, match="the codec d-emo-f8 decodes .* NaN or infinite values"):
+        sampler.decode(codec, latents)
 
 
 def test_a_schedulers_config_makes_another(tiny_denoiser):
@@ -225,7 +260,9 @@ def test_classes_are_found_by_id_and_by_name():
     assert sampling.find_classes([], ["all"]) == [0]
     with pytest.raises(InputError, match="at least one class.*3 classes"):
         sampling.find_classes([], names)
-    for wrong, words in (("3", "out of range.*3 classes"), ("-1", "out of range"), ("hors", "did you mean horse")):
+    wrongs = {"3": "out of range.*3 classes", "-1": "out of range", "hors": "did you mean horse", "²": "called '²'",
+              "--1": "called '--1'"}
+    for wrong, words in wrongs.items():
         with pytest.raises(InputError, match=words):
             sampling.find_classes([wrong], names)
 
@@ -258,6 +295,23 @@ def test_preview_grid_is_written(tmp_path, tiny_denoiser):
         guidance_scale=2.0,
     )
     assert Image.open(tmp_path / "p.png").size[0] == 2 * 12 + 4
+
+
+def test_a_preview_without_finite_values_stops_nothing(tmp_path, tiny_denoiser, capsys):
+    torch.nn.init.constant_(tiny_denoiser.final_layer.linear.weight, float("nan"))
+    sampling.preview_grid(
+        tmp_path / "p.png", tiny_denoiser, scheduler_config=CONFIG, codec=PixelCodec(), class_names=list("0123456789"),
+        guidance_scale=2.0,
+    )
+    assert "no sample grid" in capsys.readouterr().err and not (tmp_path / "p.png").exists()
+
+
+def test_rows_of_a_sweep_go_class_by_class():
+    drawn = [torch.arange(4).view(4, 1, 1, 1) + 10 * scale for scale in (1, 2, 3)]
+    images, captions = sampling.sweep_rows(drawn, ["a", "b"], [1, 2.5, 4])
+    assert images.flatten().tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
+    assert captions[:4] == ["a, guidance 1", "a, guidance 2.5", "a, guidance 4", "b, guidance 1"] and len(captions) == 6
+    assert sampling.sweep_rows(drawn[:1], ["a", "b"], [1]) == (drawn[0], ["a", "b"])
 
 
 def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():

@@ -31,6 +31,7 @@ from d_emo.config.sampling import (
     DEFAULT_STEPS,
     AppSettings,
     SampleSettings,
+    check_guidance,
 )
 from d_emo.config.training import (
     ClassifierSettings,
@@ -66,6 +67,7 @@ __all__ = [
     "SampleSettings",
     "TrainSettings",
     "VAESettings",
+    "check_guidance",
     "is_folder",
     "parse_metrics",
     "parse_settings",

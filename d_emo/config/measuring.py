@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from d_emo.config.base import InputError, check_image_side, setting
+from d_emo.config.sampling import check_guidance, check_seed
 
 METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000
@@ -55,14 +56,37 @@ class JudgeSettings:
     checkpoint: str = setting(help="snapshot or run folder of the denoiser")
     classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
     data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
+    validate_dir: str | None = setting(None, "folder of held-out images of the same classes, with --data-dir")
     num_images: int = setting(500, "images to draw and judge, spread evenly over the classes")
     guidance_scale: float = setting(1.5, "classifier-free guidance; 1 is none")
     steps: int = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
+    samplers: list[str] = setting(
+        [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20; a table of FID, "
+        "images recognised, time and images/s"
+    )
     output: str = setting(
-        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON; written anew "
-        "every time"
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON (with --samplers: "
+        "the table as .md, beside it .json); written anew every time"
     )
     write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
+
+    def __post_init__(self):
+        if self.num_images < 2:
+            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+        if not 1 <= self.steps <= 1000:
+            raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
+        check_guidance(self.guidance_scale)
+        if self.samplers and self.write_card:
+            raise InputError("--samplers makes a table, --write-card a card; run the two apart")
+        self.sampler_steps()
+
+    def sampler_steps(self) -> list[tuple[str, int]]:
+        """Name and steps of each sampler to compare."""
+        pairs = [each.rpartition(":")[::2] for each in self.samplers]
+        for each, (name, steps) in zip(self.samplers, pairs, strict=True):
+            if not name or not steps.isdecimal():
+                raise InputError(f"--samplers takes NAME:STEPS, e.g. ddpm:250, not {each}")
+        return [(name, int(steps)) for name, steps in pairs]
 
 
 @dataclass(kw_only=True)
@@ -107,6 +131,12 @@ class FidSettings:
     scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots")
     steps: int = setting(250, "denoising steps")
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+    )
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; the FID changes a bit")
+    compile: bool = setting(False, "torch.compile the denoiser")
     seed: int = setting(0, "image i starts from the noise of seed + i")
     save_npz: str | None = setting(None, "write the images that were drawn to this .npz, in ADM's layout")
     save_png: str | None = setting(None, "write the images that were drawn into this folder")
@@ -131,8 +161,8 @@ class FidSettings:
             raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
         if not 1 <= self.steps <= 1000:
             raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_seed(self.seed)
 
 
 def parse_metrics(names: Sequence[str]) -> list[str]:

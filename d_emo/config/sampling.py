@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,34 @@ DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
 """The sampler of each objective, where none is named."""
 DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
 """Of pictures; tables say their own."""
+LARGEST_SEED = 2**62
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the generators do not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"--seed must lie between 0 and 2^62, not {seed}")
+
+
+def check_guidance(
+    scale: float, interval: Sequence[float] = (0.0, 1.0), *, label_dropout: float | None = None
+) -> None:
+    """Refuse guidance that means nothing, or that a denoiser cannot give because it never saw the null class.
+
+    Args:
+        scale: Guidance scale.
+        interval: Share of the noise path on which to guide.
+        label_dropout: Of the denoiser's training, once that is known.
+    """
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"--guidance-scale must be finite and not negative, not {scale}")
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise InputError(f"--guidance-interval must be two rising numbers in [0, 1], not {list(interval)}")
+    if label_dropout == 0 and scale != 1:
+        raise InputError(
+            f"--guidance-scale {scale:g} needs a null class, but this snapshot was trained without label dropout; "
+            "use --guidance-scale 1"
+        )
 
 
 @dataclass(kw_only=True)
@@ -24,8 +53,9 @@ class SampleSettings:
         None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
     )
     num_images: int = setting(8, "images per class")
-    guidance_scale: float | None = setting(
-        None, "classifier-free guidance; 1 is none. Default: 4, or 1 for a snapshot trained without label dropout"
+    guidance_scale: list[float] = setting(
+        [], "classifier-free guidance; 1 is none. Several draw a row each, of the same noise. Default: 4, or 1 for a "
+        "snapshot trained without label dropout"
     )
     scheduler: Literal["ddpm", "ddim", "dpm++", "unipc", "deis", "euler", "heun"] | None = setting(
         None, "sampler; flow snapshots take euler or heun, the others the rest. Default: dpm++, or euler for flow"
@@ -57,15 +87,15 @@ class SampleSettings:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps > 1000:
             raise InputError(f"--steps must be at most 1000, not {self.steps}")
-        low, *rest = self.guidance_interval
-        if len(rest) != 1 or not 0 <= low <= rest[0] <= 1:
-            raise InputError(f"--guidance-interval must be two rising numbers in [0, 1], not {self.guidance_interval}")
+        check_seed(self.seed)
+        for scale in self.guidance_scale or [1.0]:
+            check_guidance(scale, self.guidance_interval)
         if self.interpolate is not None and (len(self.interpolate) != 2 or self.classes or self.num_images < 2):
             raise InputError("--interpolate takes two classes, at least two --num-images, and no --class")
         if self.format == "png" and (self.trajectory or self.interpolate):
             raise InputError("--format png writes single images; leave it out with --trajectory or --interpolate")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(f"--guidance-scale must be finite and not negative, not {self.guidance_scale}")
+        if len(self.guidance_scale) > 1 and (self.format == "png" or self.trajectory):
+            raise InputError("several --guidance-scale make a grid; give one with --format png or --trajectory")
 
     def fill_in(self, *, objective: str, label_dropout: float) -> None:
         """Settle what depends on how the snapshot was trained.
@@ -74,13 +104,9 @@ class SampleSettings:
             InputError: Guidance from a denoiser that never saw the null class.
         """
         self.scheduler = self.scheduler or DEFAULT_SCHEDULERS[objective]
-        if label_dropout == 0 and self.guidance_scale not in (None, 1):
-            raise InputError(
-                f"--guidance-scale {self.guidance_scale:g} needs a null class, but this snapshot was trained without "
-                "label dropout; use --guidance-scale 1"
-            )
-        if self.guidance_scale is None:
-            self.guidance_scale = DEFAULT_GUIDANCE if label_dropout else 1.0
+        self.guidance_scale = self.guidance_scale or [DEFAULT_GUIDANCE if label_dropout else 1.0]
+        for scale in self.guidance_scale:
+            check_guidance(scale, label_dropout=label_dropout)
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.hub import HubImages, HubStream
-from d_emo.data.images import ClassImages, OneClass, load_uint8, to_uint8
+from d_emo.data.images import ClassImages, OneClass, to_uint8
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
@@ -24,7 +24,7 @@ from d_emo.data.tar import TarShards
 __all__ = [
     "COLOURS", "GROUNDS", "HELD_OUT_SHAPES", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
     "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
-    "TarShards", "centre_crop", "load_image", "load_uint8", "open_dataset", "open_held_out", "spread", "to_uint8",
+    "TarShards", "centre_crop", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 HELD_OUT_SHAPES = 2000
@@ -33,11 +33,12 @@ HELD_OUT_SHAPES = 2000
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
-    num_images: int | None = None, skip_corrupt: bool = False, one_class: bool = False, sequential: bool = False,
+    num_images: int | None = None, skip_corrupt: bool | None = None, one_class: bool = False, sequential: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
     """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
 
+    ``skip_corrupt`` is that of `StoredImages`; left out, no message speaks of ``--skip-corrupt``.
     With ``crop_share`` the images of a folder are cropped as classifiers are measured, see `CentreCroppedFolder`.
 
     Raises:
@@ -64,7 +65,7 @@ def open_dataset(
 
 
 def open_source(
-    data_dir: str, image_size: int, *, skip_corrupt: bool = False, one_class: bool = False,
+    data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
     """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.

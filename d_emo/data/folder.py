@@ -56,8 +56,7 @@ def load_image(
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = str(error) if isinstance(source, Path) else "not a readable image"
         raise InputError(
-            f"cannot read the image {name() if name else source} ({reason}); repair or remove it (training can pass "
-            "over it with --skip-corrupt)"
+            f"cannot read the image {name() if name else source} ({reason}); repair or replace it"
         ) from None
     try:
         return to_tensor(crop(image, image_size))
@@ -72,12 +71,15 @@ class StoredImages(ClassImages):
 
     Args:
         labels: Class id of each image.
-        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it. None: stop
+            at it, as with False, but do not speak of a flag that the script at work lacks.
     """
 
     flip = True
 
-    def __init__(self, labels: Sequence[int], class_names: list[str], image_size: int, *, skip_corrupt: bool = False):
+    def __init__(
+        self, labels: Sequence[int], class_names: list[str], image_size: int, *, skip_corrupt: bool | None = False
+    ):
         check_image_size(image_size)
         self.labels, self.class_names = labels, class_names
         self.image_size, self.skip_corrupt = image_size, skip_corrupt
@@ -100,9 +102,11 @@ class StoredImages(ClassImages):
             at = (index + offset) % len(self)
             try:
                 return self.load(at), self.label(at)
-            except InputError:
-                if not self.skip_corrupt:
+            except InputError as error:
+                if self.skip_corrupt is None:
                     raise
+                if not self.skip_corrupt:
+                    raise InputError(f"{error}; --skip-corrupt passes over such images") from None
                 if not self.skipped[at]:
                     self.skipped[at] = True
                     print(f"skipped {self.origin(at)} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)

@@ -64,11 +64,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_uint8(dataset: ClassImages, *, limit: int) -> torch.Tensor:
-    """The first ``limit`` images of a data set as bytes. Shape: (min(limit, len), 3, H, W) uint8."""
-    return torch.stack([to_uint8(dataset[index][0]) for index in range(min(limit, len(dataset)))])
-
-
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 in [-1, 1]. Shape: (3, H, W)."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)

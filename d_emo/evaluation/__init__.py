@@ -2,8 +2,8 @@
 
 Reading order: ``statistics`` (numbers only), ``npz`` and ``images`` (where pixels come from), ``features`` (networks),
 ``metrics`` (what is gathered and what comes out), ``reference`` (the other side), ``parts`` (images drawn on the spot,
-by many processes), ``result`` (the report), ``measurement`` (all of it wired together). Knows no denoiser: it measures
-folders, zips, ``.npz`` files and batches of bytes.
+by many processes), ``result`` (the report), ``measurement`` (all of it wired together), ``judging`` (a classifier
+instead of a table). Knows no denoiser: it measures folders, zips, ``.npz`` files and batches of bytes.
 """
 
 from d_emo.evaluation.features import (
@@ -15,6 +15,7 @@ from d_emo.evaluation.features import (
     fingerprint,
 )
 from d_emo.evaluation.images import FolderImages, IterableImages, ZipImages, open_images
+from d_emo.evaluation.judging import Judge, judge_drawings, judge_sampler, open_real, sampler_table
 from d_emo.evaluation.measurement import Measurement, check_output, compute_statistics, measure
 from d_emo.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
 from d_emo.evaluation.npz import NpzImages, holds_statistics, read_statistics
@@ -25,8 +26,9 @@ from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, fre
 
 __all__ = [
     "ClassifierFeatures", "FeatureExtractor", "FeatureStatistics", "FolderImages", "InceptionFeatures",
-    "InceptionScore", "IterableImages", "Measurement", "NpzImages", "Parts", "Reference", "Result", "Share",
+    "InceptionScore", "IterableImages", "Judge", "Measurement", "NpzImages", "Parts", "Reference", "Result", "Share",
     "StoredStatistics", "ZipImages", "check_output", "class_accuracy", "compute_statistics", "create_extractor",
-    "draw_labels", "fingerprint", "frechet_distance", "holds_statistics", "kernel_distance", "measure", "open_images",
-    "precision_recall", "read_statistics", "write_reference",
+    "draw_labels", "fingerprint", "frechet_distance", "holds_statistics", "judge_drawings", "judge_sampler",
+    "kernel_distance", "measure", "open_images", "open_real", "precision_recall", "read_statistics", "sampler_table",
+    "write_reference",
 ]  # fmt: skip

@@ -117,6 +117,9 @@ class ClassifierFeatures:
         snapshot: Classifier snapshot.
         device: Where the network runs.
 
+    Attributes:
+        class_names: Of its logits.
+
     Raises:
         InputError: Not a classifier snapshot.
     """
@@ -129,7 +132,7 @@ class ClassifierFeatures:
 
         classifier = load_classifier(snapshot)
         self._model = classifier.model.to(device)
-        self._image_size = classifier.image_size
+        self._image_size, self.class_names = classifier.image_size, classifier.class_names
         blank = torch.zeros(1, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8, device=device)
         self.dim = self(blank).shape[1]
         self.name = f"emov2:{classifier.path}@{fingerprint(self._model)}"

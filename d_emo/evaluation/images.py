@@ -52,7 +52,8 @@ class FolderImages:
         num_images: How many to take, spread evenly over the sorted paths; all by default.
 
     Raises:
-        InputError: No such folder, too few images in it, images of several sizes, or a file that is no 8-bit image.
+        InputError: No such folder, too few images in it, images of several sizes or modes, or a file that is no 8-bit
+            image.
     """
 
     def __init__(self, folder: str | Path, *, num_images: int | None = None):
@@ -63,9 +64,14 @@ class FolderImages:
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
-        self.image_size = self._read_size(self.files[0])
+        self.image_size, first_mode = self._read_header(self.files[0])
         for path in self.files[1:]:
-            size = self._read_size(path)
+            size, mode = self._read_header(path)
+            if mode != first_mode:
+                raise InputError(
+                    f"{self.files[0]} is stored as {first_mode} but {path} as {mode}; bring all images of a set to one "
+                    "mode, RGB"
+                )
             if size != self.image_size:
                 raise InputError(
                     f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; "
@@ -90,8 +96,8 @@ class FolderImages:
     def _open(self, path: Path) -> IO[bytes]:
         return path.open("rb")
 
-    def _read_size(self, path: Path) -> tuple[int, int]:
-        """Width and height from a file's header."""
+    def _read_header(self, path: Path) -> tuple[tuple[int, int], str]:
+        """Width and height, and the mode of the pixels."""
         try:
             with self._open(path) as stream, Image.open(stream) as image:
                 mode, size = image.mode, image.size
@@ -99,7 +105,7 @@ class FolderImages:
             raise self._unreadable(path, error) from error
         if mode.startswith(("I", "F")):  # 16-bit and float pixels; Pillow would clip them at 255
             raise InputError(f"{path} has more than 8 bits per channel (mode {mode}); convert it to 8-bit RGB")
-        return size
+        return size, mode
 
     def _read_image(self, path: Path) -> torch.Tensor:
         """Decode one file; grey, palette, CMYK and alpha become RGB. Shape: (3, H, W) uint8."""

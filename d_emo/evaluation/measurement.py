@@ -80,7 +80,8 @@ class Measurement:
             raise InputError(f"--metrics {' '.join(self._metrics)} compares with real images; give --reference")
         if "sfid" in self._metrics and features != "inception":
             raise InputError(f"sFID is measured in Inception's spatial features, not in {features}; leave sfid out")
-        self._reference = None if reference is None else Reference(reference, self._metrics, features)
+        unused = reference is None or self._metrics == ["isc"]
+        self._reference = None if unused else Reference(reference, self._metrics, features)
         self._features, self._inception_weights = features, inception_weights
         self._batch_size, self._output, self._progress = batch_size, output, progress
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -176,6 +177,11 @@ class Measurement:
         speed: float | None = None,
     ) -> Result:  # fmt: skip
         reference = self._reference
+        if is_constant(sampled.pooled):
+            raise InputError(
+                f"all {sampled.pooled.count} samples have the same features; they are one picture, or the feature "
+                "network is untrained"
+            )
         if reference is not None:
             (folder / "reference").mkdir()
             reference.gather(self.extractor, self._run, folder / "reference")
@@ -189,7 +195,7 @@ class Measurement:
             reference=reference and reference.name,
             sampling=sampling,
             images_per_second=speed,
-            warnings=tuple(self._warnings(images, sampled.pooled)),
+            warnings=tuple(self._warnings(images, sampled.pooled.count)),
         )
         if self._output is not None:
             write_new(Path(self._output), result.to_json())
@@ -211,8 +217,8 @@ class Measurement:
                 values |= kernel_distance(sampled.rows.tensor(), reference.rows)
         return values
 
-    def _warnings(self, samples: ImageSource, sampled: FeatureStatistics) -> Iterator[str]:
-        count, reference = sampled.count, self._reference and self._reference.images
+    def _warnings(self, samples: ImageSource, count: int) -> Iterator[str]:
+        reference = self._reference and self._reference.images
         if count < PUBLISHED_COUNT:
             yield (
                 f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
@@ -230,8 +236,6 @@ class Measurement:
             )
         if not self.extractor.published:
             yield "these are not the published Inception weights; the FID compares with no published one"
-        if is_constant(sampled):
-            yield f"all {count} samples have the same features; they are one picture, or close to it"
 
 
 def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:

@@ -6,7 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from d_emo.config import InputError
+from d_emo.config import InputError, RunError
 from d_emo.evaluation.statistics import StoredStatistics
 
 IMAGES_KEY = "arr_0"
@@ -153,6 +153,8 @@ def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_K
         raise InputError(f"{keys[0]} and {keys[1]} of {path} must be finite floating-point numbers")
     moments = (torch.from_numpy(each.astype(np.float64)) for each in (mu, sigma))
     count = read_array(path, COUNT_KEY) if COUNT_KEY in archive_keys(path) else None
+    if count is not None and (count.shape or count.dtype.kind not in "iu"):
+        raise InputError(f"{COUNT_KEY} of {path} must be one whole number; write it again with make_reference.py")
     return StoredStatistics(*moments, None if count is None else int(count))
 
 
@@ -212,8 +214,11 @@ class NpzWriter:
         if kind is not None:
             if self._left:
                 self._stream.close()
-            self._archive.close()
+            with suppress(OSError):  # a full disk has no room for the archive's table either
+                self._archive.close()
             self._temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
             return
         self._archive.close()
         assert self._left == 0

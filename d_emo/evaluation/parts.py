@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from d_emo.config import InputError
+from d_emo.config import InputError, RunError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.npz import NpzWriter, read_text
 
@@ -77,12 +77,12 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.is_dir():
-            return json.loads((path / SETTINGS_FILE).read_text())["sampling"]
-        if path.suffix.lower() == ".npz":
-            return json.loads(read_text(path, SAMPLING_KEY) or "{}")
+            found = json.loads((path / SETTINGS_FILE).read_text())["sampling"]
+        else:
+            found = json.loads(read_text(path, SAMPLING_KEY) or "{}") if path.suffix.lower() == ".npz" else {}
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
@@ -215,10 +215,19 @@ class Parts:
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a name of this process, then rename it, so that readers see all of it or nothing."""
+    """Write a file under a name of this process, then rename it, so that readers see all of it or nothing.
+
+    Raises:
+        RunError: It cannot be written, for instance because the disk is full.
+    """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    write(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {path}: {reason}; what is there stays, the same command goes on") from error
 
 
 def _save_array(path: Path, array: torch.Tensor) -> None:

@@ -65,6 +65,11 @@ class Reference:
                 f"{path} holds statistics but no images ({IMAGES_KEY}), which precision, recall and KID need; "
                 "leave prc and kid out, or write another with scripts/make_reference.py"
             )
+        if not self._stored and set(POOLED_KEYS) <= keys and IMAGES_KEY not in keys:
+            raise InputError(
+                f"{path} holds statistics without the name of their features, which are then Inception's, not "
+                f"{features}; write another with scripts/make_reference.py"
+            )
         from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
         self.images: ImageSource | None = open_images(path) if from_images else None
         if from_images == {"rows"} and self.images.num_images > COMPARED:

@@ -21,7 +21,8 @@ class Result:
         features: Name of the feature extractor and of its weights.
         samples: Where the samples came from.
         reference: Where the reference came from.
-        sampling: How samples were drawn: scheduler, steps, guidance_scale, seed, labels, weights, step; may be empty.
+        sampling: How samples were drawn: scheduler, steps, guidance_scale, seed, labels, weights, step, and further
+            settings of ``scripts/fid.py``; may be empty.
         images_per_second: Speed of drawing and extracting features, over all processes, if it was done now.
         warnings: What a reader must know before comparing, one sentence each.
     """
@@ -81,7 +82,15 @@ class Result:
         return rows
 
     def _sampling(self) -> list[tuple[str, str]]:
-        return [(title, str(self.sampling.get(key, NOT_RECORDED))) for key, title in _SAMPLING.items()]
+        how = {key: str(self.sampling.get(key, NOT_RECORDED)) for key in _SAMPLING}
+        if self.sampling.get("guidance_channels", "all") != "all":
+            how["guidance_scale"] += f" on {self.sampling['guidance_channels']} channels"
+        interval = list(self.sampling.get("guidance_interval", (0, 1)))
+        if interval != [0, 1]:
+            how["guidance_scale"] += f" from {interval[0]:g} to {interval[1]:g}"
+        if self.sampling.get("mixed_precision", "no") != "no":
+            how["weights"] += f" in {self.sampling['mixed_precision']}"
+        return [(title, how[key]) for key, title in _SAMPLING.items()]
 
     def _samples(self) -> str:
         step = self.sampling.get("step")

@@ -95,7 +95,8 @@ class VAECodec:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         z = latents.float() / self.scaling + self.shift
-        return self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
 
     def to(self, device: torch.device) -> VAECodec:
         self.vae.to(device)

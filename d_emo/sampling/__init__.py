@@ -14,6 +14,7 @@ from d_emo.sampling.pictures import (
     save_png,
     save_pngs,
     save_samples,
+    sweep_rows,
 )
 from d_emo.sampling.sampler import Guidance, denoise, prepare_denoiser, sample, sample_images
 from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
@@ -21,5 +22,5 @@ from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
 __all__ = [
     "Guidance", "Trajectory", "default_path", "denoise", "draw_grid", "find_classes", "free_path",
     "make_scheduler", "mix_classes", "prepare_denoiser", "preview_grid", "sample", "sample_images", "save_gif",
-    "save_png", "save_pngs", "save_samples", "scheduler_names", "set_steps",
+    "save_png", "save_pngs", "save_samples", "scheduler_names", "set_steps", "sweep_rows",
 ]

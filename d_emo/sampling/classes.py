@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,12 +26,13 @@ def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]
     if not wanted:
         raise InputError(f"name at least one class, e.g. --class {last // 2}: {known}")
     for name in map(str, wanted):
-        if name in class_names and not (name.isdigit() and int(name) < len(class_names)):
-            ids.append(class_names.index(name))
-        elif name.lstrip("-").isdigit():
-            if not 0 <= int(name) < len(class_names):
+        number = int(name) if re.fullmatch(r"-?[0-9]+", name) else None
+        if number is not None and (0 <= number <= last or name not in class_names):
+            if not 0 <= number <= last:
                 raise InputError(f"class {name} is out of range: {known}")
-            ids.append(int(name))
+            ids.append(number)
+        elif name in class_names:
+            ids.append(class_names.index(name))
         else:
             near = difflib.get_close_matches(name, class_names, n=3)
             guess = f"did you mean {', '.join(near)}? " if near else ""

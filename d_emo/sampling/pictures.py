@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,10 @@ def preview_grid(
     path: Path, denoiser: Denoiser, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
     guidance_scale: float,
 ) -> None:
-    """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare."""
+    """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare.
+
+    Where the samples are not finite it says so and writes nothing.
+    """
     count, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
     classes = [index * len(class_names) // count for index in range(count)]
     labels = [label for label in classes for _ in range(columns)]
@@ -140,15 +144,38 @@ def preview_grid(
         denoiser, make_scheduler(None, scheduler_config), codec, labels, range(len(labels)),
         num_inference_steps=20, guidance_scale=guidance_scale,
     )
-    draw_grid(torch.cat(list(batches)), [f"{label}: {class_names[label]}" for label in classes], columns).save(path)
+    try:
+        images = torch.cat(list(batches))
+    except InputError as error:  # values that are not finite: no reason to stop a training run
+        print(f"no sample grid {path}: {error}", file=sys.stderr, flush=True)
+        return
+    draw_grid(images, [f"{label}: {class_names[label]}" for label in classes], columns).save(path)
 
 
 def default_path(settings: SampleSettings, classes: Sequence[int]) -> str:
     """Where the pictures of a call of ``scripts/sample.py`` go when it does not say."""
     names = "-".join(map(str, classes[:10]))
     kind = "interpolate" if settings.interpolate else "trajectory" if settings.trajectory else "class"
+    kind = "guidance" if len(settings.guidance_scale) > 1 else kind
     suffix = ".gif" if settings.trajectory == "gif" else ".png" if settings.format == "grid" else ""
     return f"samples/{kind}-{names}-seed{settings.seed}{suffix}"
+
+
+def sweep_rows(drawn: Sequence[torch.Tensor], captions: Sequence[str], scales: Sequence[float]) -> tuple:
+    """Order samples drawn at several guidance scales from the same noise: a row for each scale, class by class.
+
+    Args:
+        drawn: Samples of each scale, equally many for each caption. Shape: (N, 3, H, W) each.
+        captions: One per class.
+        scales: Guidance scales.
+
+    Returns:
+        Samples, Shape: (len(scales) N, 3, H, W), and the captions of their rows.
+    """
+    if len(scales) == 1:
+        return drawn[0], captions
+    by_class = torch.stack([images.unflatten(0, (len(captions), -1)) for images in drawn], dim=1)
+    return by_class.flatten(0, 2), [f"{caption}, guidance {scale:g}" for caption in captions for scale in scales]
 
 
 def save_samples(

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from d_emo.checkpoint import DenoiserSnapshot, load_denoiser
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, InputError
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, InputError, check_guidance
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models import Denoiser
 from d_emo.sampling.classes import find_classes
@@ -104,6 +104,7 @@ class DEMOPipeline(DiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE if self.config.label_dropout else 1.0
         guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))
+        check_guidance(guidance_scale, label_dropout=self.config.label_dropout)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"{len(generator)} generators were given for {len(labels)} pictures; one for each, or one")
         shape = (len(labels), *latent_shape(self.transformer))

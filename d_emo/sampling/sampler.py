@@ -142,9 +142,16 @@ def sample_images(
 
 
 def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1]; on a CPU one by one, so that they do not depend on their batch. Shape: -> (B, 3, H, W)."""
+    """Images in [-1, 1]; on a CPU one by one, so that they do not depend on their batch. Shape: -> (B, 3, H, W).
+
+    Raises:
+        InputError: The codec gave NaN, which a picture cannot show.
+    """
     parts = latents.split(1) if latents.device.type == "cpu" else [latents]
-    return torch.cat([codec.decode(part) for part in parts])
+    images = torch.cat([codec.decode(part) for part in parts])
+    if images.isnan().any():
+        raise InputError(f"the codec {codec.name} decodes latents to NaN or infinite values; its weights are damaged")
+    return images
 
 
 def latent_shape(denoiser: Denoiser) -> tuple[int, int, int]:
@@ -169,6 +176,9 @@ def denoise(
         on_step: Called with (index, timestep, latents) after every step; its value takes the latents' place.
 
     Shape: latents (B, C, h, w), labels (B,) -> (B, C, h, w) float32.
+
+    Raises:
+        InputError: The latents end in NaN or infinite values.
     """
     channels, longest = denoiser.config.in_channels, scheduler.config.num_train_timesteps
     learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
@@ -182,6 +192,11 @@ def denoise(
         if not learned_variance:
             output = output[:, :channels]
         latents = on_step(index, t, scheduler.step(output, t, latents, **extra).prev_sample)
+    if not latents.isfinite().all():
+        raise InputError(
+            f"the denoising (guidance {guidance.scale:g}, {len(scheduler.timesteps)} steps) ended in NaN or infinite "
+            "values; the denoiser's weights are damaged, or guidance or precision are more than they bear"
+        )
     return latents
 
 

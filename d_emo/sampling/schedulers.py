@@ -36,6 +36,8 @@ _SCHEDULERS = {
     "heun": _Row("flow", FlowMatchHeunDiscreteScheduler),
 }
 
+_SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler)
+
 
 def scheduler_names(objective: str) -> list[str]:
     """The names that :func:`make_scheduler` takes for a snapshot of this objective."""
@@ -78,7 +80,7 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") ->
     are equal. Heun's last step does so, being a plain Euler step there.
 
     Raises:
-        InputError: More steps than the schedule has, or a count that ddim cannot lay out.
+        InputError: More steps than the schedule has, or a count that the scheduler cannot lay out.
     """
     if not isinstance(steps, int) or steps < 1:
         raise InputError(f"the number of steps must be a positive integer, not {steps!r}")
@@ -87,6 +89,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") ->
     longest = scheduler.config.num_train_timesteps
     if steps > longest:
         raise InputError(f"{steps} steps are more than the {longest} that the denoiser was trained on")
+    if isinstance(scheduler, _SOLVERS) and steps == longest:  # diffusers would take a timestep twice, and give NaN
+        raise InputError(f"solvers (dpm++, unipc, deis) take at most {longest - 1} steps, not {steps}; 50 are plenty")
     if isinstance(scheduler, DDIMScheduler) and steps * (longest // steps) < 0.9 * longest:
         # diffusers steps by longest // steps from 0 upwards, so that the top of the schedule would be left out
         raise InputError(

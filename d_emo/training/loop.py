@@ -332,7 +332,8 @@ class _Run:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)
                     self.preview(picture, self.ema.model)
-                    self.watch.picture(self.step, picture)
+                    if picture.exists():
+                        self.watch.picture(self.step, picture)
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:
