@@ -109,7 +109,7 @@ class Studio:
         settings = SampleSettings(
             classes=[str(name) for name in classes], checkpoint=str(self.snapshot.path),
             num_images=_whole("the number of pictures", num_images), seed=_whole("the seed", seed),
-            guidance_scale=None if guidance_scale is None else _number("the guidance", guidance_scale),
+            guidance_scale=[] if guidance_scale is None else [_number("the guidance", guidance_scale)],
             scheduler=scheduler, steps=_whole("the number of steps", steps), mixed_precision=self.mixed_precision,
         )
         if not 0 <= settings.seed < 2**53:  # a page's numbers are exact up to there
@@ -138,7 +138,7 @@ class Studio:
             words += ["--class", *settings.classes]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
         if self.snapshot.label_dropout:
-            words += ["--guidance-scale", f"{settings.guidance_scale:g}"]
+            words += ["--guidance-scale", f"{settings.guidance_scale[0]:g}"]
         words += ["--scheduler", settings.scheduler, "--steps", settings.steps]
         if settings.mixed_precision != "no":
             words += ["--mixed-precision", settings.mixed_precision]
@@ -186,8 +186,8 @@ class Studio:
         labels, seeds = _labels(settings), _seeds(settings)
         meta = self.snapshot.meta
         made_by = {
-            **asdict(settings), "classes": [int(label) for label in settings.classes], "step": meta["step"],
-            "weights": meta["weights"],
+            **asdict(settings), "guidance_scale": settings.guidance_scale[0], "step": meta["step"],
+            "classes": [int(label) for label in settings.classes], "weights": meta["weights"],
         }
         path = folder / Path(default_path(settings, made_by["classes"])).name
         save_samples(path, torch.stack(list(images)), None, self.captions(settings), labels, seeds, settings, made_by)
@@ -217,7 +217,7 @@ class _Drawing(Thread):
         try:
             for _ in sample(
                 self.studio.model, self.scheduler, _labels(settings), _seeds(settings),
-                num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
+                num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale[0],
                 batch_size=settings.batch_size, on_latents=self._step_done,
             ):
                 pass

@@ -146,7 +146,7 @@ def _fields(gr: Any, studio: Studio, first: SampleSettings) -> dict[str, Any]:
         fields["seed"] = gr.Number(first.seed, label="Seed", elem_id="seed", min_width=160, scale=2)
         dice = gr.Button("Random seed", size="md", elem_id="random", min_width=130, scale=1)
     fields["guidance_scale"] = gr.Slider(
-        0, 10, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance",
+        0, 10, first.guidance_scale[0], step=0.1, label="Guidance", elem_id="guidance",
         info="how strongly the class is enforced; 1 is none", visible=studio.snapshot.label_dropout > 0,
     )
     fields["scheduler"] = gr.Dropdown(studio.schedulers, value=first.scheduler, label="Scheduler", elem_id="scheduler")
