@@ -288,8 +288,22 @@ def test_bad_input_becomes_a_message_in_the_words_of_the_page(tmp_path, studio):
 def test_names_of_classes_are_text(tmp_path, tiny_denoiser):
     names = [*NAMES[:9], "<script>x</script>"]
     studio = studio_of(snapshot(tmp_path / "snap", tiny_denoiser, class_names=names))
-    html = page._Tiles(studio, studio.read([9], 1, 0, 2, "dpm++", 3)).html()
-    assert "9: &lt;script&gt;x" in html and "<script" not in html
+    tiles = page._Tiles(studio, studio.read([9], 1, 0, 2, "dpm++", 3))
+    blank = tiles.html()
+    tiles.take(live.View([torch.zeros(3, 64, 64, dtype=torch.uint8)], 0, 1, 3, 0.3, 1.0, False))
+    for html in (blank, tiles.html()):
+        assert "9: &lt;script&gt;x" in html and "<script" not in html
+
+
+@needs_gradio
+def test_a_picture_is_sent_again_without_loss_once_it_is_finished(tmp_path, studio):
+    tiles = page._Tiles(studio, studio.read([9], 1, 0, 2, "dpm++", 3))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    sent = []
+    for finished in (0, 0, 1, 1):
+        new = tiles.take(live.View([image], finished, 0, 3, 1.0, 1.0, False))
+        sent.append((new, "image/png" in tiles.html()))
+    assert sent == [(True, False), (False, False), (True, True), (False, True)]
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
