@@ -16,7 +16,7 @@ INSIDE = {
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "data": ["cores", "images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
     "training": [
         "stop", "guard", "optimizer", "watch", "loop", "denoiser", "accuracy", "teacher", "classifier", "vae",

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from d_emo import checkpoint
 from d_emo.config import InputError, RunError, RunSettings, write_yaml
 from d_emo.data import StepSampler
+from d_emo.data.cores import loader_workers, use_cores
 from d_emo.ema import EMA
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.training.guard import NonFiniteGuard
@@ -115,8 +116,7 @@ class _Run:
                 "DeepSpeed makes its updates out of this loop's sight, so states could not be exact; shard with "
                 "--config_file configs/accelerate/fsdp.yaml instead"
             )
-        if self.accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # the launcher sets one, unasked
+        use_cores(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
@@ -297,13 +297,11 @@ class _Run:
         )
 
     def _batches(self) -> Iterator:
-        workers = self.settings.num_workers
-        if workers is None:
-            on_cpu = self.accelerator.device.type == "cpu"
-            workers = 0 if on_cpu else min(8, (os.cpu_count() or 1) // self.accelerator.num_processes)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        workers = loader_workers(self.settings.num_workers, device, processes)
         return iter(DataLoader(
             self.task.dataset, batch_sampler=self._sampler(), num_workers=workers, worker_init_fn=ignore_interrupts,
-            pin_memory=self.accelerator.device.type == "cuda", persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         ))
 
     def _validate(self) -> None:
