@@ -29,8 +29,8 @@ def open_accelerator(settings: RunSettings, *, accumulation: int, precision: str
     options = {}
     if _launched_with("DEEPSPEED"):
         options = _deepspeed(precision)
-    if precision == "bf16" and _launched_with("DEEPSPEED"):
-        # It would turn weights and sums of gradients into bf16; Updates autocasts over float32 instead.
+    if precision == "bf16" and (_launched_with("DEEPSPEED") or _launched_with("FSDP")):
+        # Both would turn weights, timesteps and sums of gradients into bf16; Updates autocasts over float32 instead.
         precision = "no"
     accelerator = Accelerator(
         mixed_precision=precision, log_with=None if settings.tracker == "none" else settings.tracker,
