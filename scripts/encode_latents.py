@@ -9,20 +9,15 @@ from d_emo.config import EncodeSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(EncodeSettings, __doc__)
-    import os
-
-    import torch
     from accelerate import PartialState
 
     from d_emo.data import open_dataset
+    from d_emo.data.cores import loader_workers, use_cores
     from d_emo.latents import default_codec, encode, load_codec
 
     process = PartialState()
-    on_cpu, workers = process.device.type == "cpu", settings.num_workers
-    if on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher sets one thread, unasked
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.num_processes))
-    if workers is None:
-        workers = 0 if on_cpu else min(8, (os.cpu_count() or 1) // process.num_processes)
+    use_cores(process.device, process.num_processes)
+    workers = loader_workers(settings.num_workers, process.device, process.num_processes)
     with process.local_main_process_first():
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,

@@ -18,9 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(FidSettings, __doc__, argv)
     from accelerate import PartialState  # after parsing, so that --help and typing errors need no torch
 
+    from d_emo.data.cores import use_cores
     from d_emo.evaluation import Measurement
 
     state = PartialState()
+    use_cores(state.device, state.num_processes)
     options = ("metrics", "features", "inception_weights", "batch_size", "output")
     measurement = Measurement(
         settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}

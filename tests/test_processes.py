@@ -18,9 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from d_emo import checkpoint
+from d_emo.config import TrainSettings
 from d_emo.ema import EMA
 from d_emo.models import create_model
 from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
+from d_emo.training.sharding import make_updates, open_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -191,6 +193,48 @@ def test_sharded_models_have_whole_states_and_averages(tmp_path):
     sharded = torch.load(tmp_path / "sharded")
     for one, other in zip(whole, sharded, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=2e-5)
+
+
+def test_bf16_in_a_sharded_model_is_autocast_over_float32(tmp_path, monkeypatch):
+    """Output and gradients of FSDP2 on two CPU processes equal those of one, to the bit, and timesteps stay exact."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    AcceleratorState._reset_state(True)
+    settings = TrainSettings(tracker="none", output_dir=str(tmp_path))
+    accelerator = open_accelerator(settings, accumulation=1, precision="bf16")
+    assert accelerator.mixed_precision == "no"  # and without a GPU accelerate shards nothing, so the test does
+    images, weights = torch.randn(2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    timesteps, labels, seen = torch.tensor([1.3, 100.7, 555.5, 999.1]), torch.tensor([0, 1, 2, 3]), []
+
+    def build():
+        torch.manual_seed(0)
+        model = create_model("D-EMOv2-Ti-2", depth=2, hidden_size=48, sample_size=4, num_classes=3)
+        nn.init.normal_(model.final_layer.linear.weight)
+        return model
+
+    def run(model):
+        model.t_embedder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+        output = model(images, timesteps, labels).sample
+        (output.float()[:, :4] * weights).mean().backward()
+        return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    model, plain = build(), build()
+    make_updates(accelerator, model, torch.optim.AdamW(model.parameters()), settings, "bf16")
+
+    def work(rank):
+        distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        output, gradients = run(model)
+        plain.forward = torch.autocast("cpu", torch.bfloat16)(plain.forward)
+        expected, wholes = run(plain)
+        assert output.dtype == torch.bfloat16 and torch.equal(output, expected) and torch.equal(seen[0], timesteps)
+        for name, gradient in gradients.items():
+            assert gradient.dtype == torch.float32 and torch.equal(gradient.full_tensor(), wholes[name]), name
+
+    assert in_processes(2, work) == [0, 0]
 
 
 def test_accelerate_launches_two_processes(tmp_path):

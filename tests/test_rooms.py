@@ -16,10 +16,11 @@ INSIDE = {
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "data": ["cores", "images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "stored"],
     "training": [
-        "stop", "guard", "optimizer", "watch", "loop", "denoiser", "accuracy", "teacher", "classifier", "vae",
+        "stop", "guard", "optimizer", "watch", "sharding", "loop", "denoiser", "accuracy", "teacher", "classifier",
+        "vae",
     ],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
@@ -69,9 +70,9 @@ def test_files_inside_a_room_are_in_order_too(folder):
             assert ".".join(name.split(".")[:3]) not in below, f"{path.name} imports {name}"
 
 
-def test_only_the_training_loop_and_its_watch_use_accelerate():
+def test_only_the_training_loop_and_two_files_beside_it_use_accelerate():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
-    assert users == {"loop.py", "watch.py"}
+    assert users == {"loop.py", "sharding.py", "watch.py"}
 
 
 def test_only_scripts_that_share_work_ask_accelerate_for_their_rank():

@@ -1,4 +1,4 @@
-"""The training loop, the same for every kind of model, and the only user of accelerate."""
+"""The training loop, the same for every kind of model and every way to spread it over processes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo import checkpoint
 from d_emo.config import InputError, RunError, RunSettings, write_yaml
 from d_emo.data import StepSampler
+from d_emo.data.cores import loader_workers, use_cores
 from d_emo.ema import EMA
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
+from d_emo.training.sharding import make_updates, open_accelerator
 from d_emo.training.stop import Stop, StopWatch, ignore_interrupts
 from d_emo.training.watch import Watch
 
@@ -91,7 +92,7 @@ class _Run:
         self.task, self.settings, self.preview = task, settings, preview
         self.folder = Path(settings.output_dir)
         on_gpu = torch.cuda.is_available()
-        precision = settings.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
+        self.precision = settings.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
@@ -101,22 +102,15 @@ class _Run:
             raise InputError(
                 f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
             )
-        self.accelerator = Accelerator(
-            mixed_precision=precision, log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=self.folder, gradient_accumulation_steps=self.per_rank // self.micro,
+        self.accelerator = open_accelerator(
+            settings, accumulation=self.per_rank // self.micro, precision=self.precision
         )
         if self.accelerator.num_processes != world:
             raise InputError(
                 f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
                 "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
             )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise InputError(
-                "DeepSpeed makes its updates out of this loop's sight, so states could not be exact; shard with "
-                "--config_file configs/accelerate/fsdp.yaml instead"
-            )
-        if self.accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # the launcher sets one, unasked
+        use_cores(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
@@ -139,9 +133,8 @@ class _Run:
         optimizer = make_optimizer(model, settings, task.lr_scales, accelerator.device)
         if settings.compile:
             model.compile()
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare_model = accelerator.unwrap_model(self.model)
-        self.guard = NonFiniteGuard(norm_buffers(self.bare_model), settings.nan)
+        self.updates = make_updates(accelerator, model, optimizer, settings, self.precision)
+        self.guard = NonFiniteGuard(norm_buffers(self.updates.bare_model), settings.nan)
         if state is not None:
             self._restore(state)
             self.watch.say(f"resuming at step {self.step} of {settings.max_steps}")
@@ -194,10 +187,8 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            checkpoint.restore_training(self.bare_model, self.optimizer.optimizer, state)
+            self.updates.restore(state)
             self.ema.load_state_dict(state["ema"])
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
         except (KeyError, RuntimeError, ValueError) as error:
@@ -229,11 +220,11 @@ class _Run:
         """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
         task, accelerator, settings, rank = self.task, self.accelerator, self.settings, self.accelerator.process_index
         began, waited, parts = time.perf_counter(), 0.0, []
-        self.model.train()
+        model = self.updates.model
+        model.train()
         self.guard.remember()
         rate = learning_rate(settings, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+        self.updates.set_learning_rate(rate)
         seed = int(np.random.SeedSequence([settings.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
         draws = task.draw(torch.Generator(accelerator.device).manual_seed(seed), settings.batch_size)
         torch.manual_seed((seed + rank) % 2**63)  # for drop path and the like
@@ -242,14 +233,12 @@ class _Run:
             asked = time.perf_counter()
             batch = [part.to(accelerator.device, non_blocking=True) for part in next(batches)]
             waited += time.perf_counter() - asked
-            with accelerator.accumulate(self.model):
-                losses = task.loss(self.model, batch, draws[row : row + self.micro])  # autocast inside the model
-                accelerator.backward(losses["loss"])
+            with accelerator.accumulate(model):
+                losses = task.loss(model, batch, draws[row : row + self.micro])  # autocast inside the model
+                self.updates.backward(losses["loss"])
             parts.append({name: value.detach().float() for name, value in losses.items()})
             self.watch.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.grad_clip or float("inf"))
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        means, stop = self._agree(parts, norm, stop_watch.wish)
+        means, stop = self._agree(parts, self.updates.gradient_norm(), stop_watch.wish)
         self._update(means, rate)
         took = time.perf_counter() - began
         return {
@@ -274,9 +263,8 @@ class _Run:
         accelerator = self.accelerator
         try:
             if self.guard.allows(means, fp16=accelerator.scaler is not None):
-                self.optimizer.step()
-                if not accelerator.optimizer_step_was_skipped:
-                    self.ema.update(self.bare_model)
+                if self.updates.step():
+                    self.ema.update(self.updates.bare_model)
             else:
                 self.watch.say(self.guard.record(
                     self.folder, self.step, rate, means, self._sampler().indices(self.step),
@@ -288,7 +276,7 @@ class _Run:
                 self._save_state()  # the update was not made, so this state is good
             raise
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.updates.clear()
 
     def _sampler(self) -> StepSampler:
         return StepSampler(
@@ -297,13 +285,11 @@ class _Run:
         )
 
     def _batches(self) -> Iterator:
-        workers = self.settings.num_workers
-        if workers is None:
-            on_cpu = self.accelerator.device.type == "cpu"
-            workers = 0 if on_cpu else min(8, (os.cpu_count() or 1) // self.accelerator.num_processes)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        workers = loader_workers(self.settings.num_workers, device, processes)
         return iter(DataLoader(
             self.task.dataset, batch_sampler=self._sampler(), num_workers=workers, worker_init_fn=ignore_interrupts,
-            pin_memory=self.accelerator.device.type == "cuda", persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         ))
 
     def _validate(self) -> None:
@@ -337,13 +323,12 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:
-        state = checkpoint.gather_training(self.bare_model, self.optimizer.optimizer)  # on all processes
+        state = self.updates.gather()  # on all processes
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
             with self._saving("training state"):
                 checkpoint.save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
-                    "guard": self.guard.state_dict(), "scaler": None if scaler is None else scaler.state_dict(),
+                    "guard": self.guard.state_dict(),
                 })
         self.accelerator.wait_for_everyone()
 
