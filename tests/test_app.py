@@ -174,7 +174,7 @@ def test_what_fails_while_drawing_is_told(monkeypatch, studio):
         ({"classes": [1, 2], "num_images": 7}, "2 classes of 7 pictures are 14, more than the 12"),
         ({"seed": None}, "the seed must be a number, not empty"),
         ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
-        ({"seed": -1}, "the seed must be from 0"),
+        ({"seed": -1}, "seed must lie between 0"),
         ({"guidance_scale": "much"}, "the guidance must be a number, not 'much'"),
         ({"guidance_scale": float("nan")}, "must be finite"),
         ({"steps": 1001}, "steps must be at most 1000"),
