@@ -72,6 +72,15 @@ def test_two_processes_and_accumulation_give_the_losses_of_one_process(tmp_path)
     close(last_state(tmp_path / "two", 6), last_state(tmp_path / "one", 6))
 
 
+def test_two_processes_measure_the_averages_that_are_saved(tmp_path):
+    options = {"learning_rate": 1e-2, "validate_every": 1, "validate_images": 8}
+    assert in_processes(2, lambda rank: train(tmp_path / "whole", max_steps=8, **options)) == [0, 0]
+    assert in_processes(2, lambda rank: train(tmp_path / "parts", max_steps=5, **options)) == [0, 0]
+    assert in_processes(2, lambda rank: train(tmp_path / "parts", max_steps=8, **options)) == [0, 0]
+    whole, parts = (logged(tmp_path / name, "validation_loss") for name in ("whole", "parts"))
+    assert len(whole) == 8 and parts == whole
+
+
 def test_synchronised_batch_norm_makes_two_processes_agree_with_one(tmp_path):
     options = {"learning_rate": 1e-2}  # the gates start at zero: it takes some steps until BatchNorm matters
     train(tmp_path / "one", **options)

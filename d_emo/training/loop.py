@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import yaml
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -295,6 +295,8 @@ class _Run:
     def _validate(self) -> None:
         accelerator = self.accelerator
         with torch.no_grad():
+            for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
+                broadcast(buffer)
             sums = self.task.validate(
                 self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes
             )
