@@ -55,12 +55,14 @@ def test_a_release_becomes_a_folder_that_timm_opens(name, tmp_path, monkeypatch,
 
 def test_settings_of_a_model_travel_along(tmp_path):
     model = create_model("emov2_1m", num_classes=4, in_channels=1, window_size=2, depths=[1, 1, 2, 1]).eval()
-    write_timm_folder(model, tmp_path / "out", input_size=64, mean=(0.5,), std=(0.5,), class_names=list("abcd"))
+    write_timm_folder(model, tmp_path / "out", input_size=75, mean=(0.5,), std=(0.5,), class_names=list("abcd"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert written["input_size"] == [1, 75, 75] and written["pool_size"] == [3, 3]  # rounded up
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), again(x))
-    assert again.pretrained_cfg["label_names"] == list("abcd") and again.pretrained_cfg["input_size"] == (1, 64, 64)
+    assert again.pretrained_cfg["label_names"] == list("abcd") and again.pretrained_cfg["input_size"] == (1, 75, 75)
 
 
 def test_a_snapshot_becomes_a_folder_too_unless_it_is_another_variant(tmp_path, monkeypatch, capsys):

@@ -112,7 +112,8 @@ def test_every_part_of_a_network_with_random_weights_shows_in_its_output(name):
 
 
 def test_channels_and_kind_of_a_converted_folder(tmp_path):
-    write_timm_folder(create_model("emov2_1m", in_channels=1, num_classes=2), tmp_path / "gray", input_size=64)
+    gray = create_model("emov2_1m", in_channels=1, num_classes=2)
+    write_timm_folder(gray, tmp_path / "gray", input_size=64, mean=(0.5,), std=(0.5,))
     title, network = open_portable(str(tmp_path / "gray"))
     assert network.example(2)[0].shape == (2, 1, 64, 64) and network.module(*network.example(2)).shape == (2, 2)
     save_for_hf(timm.create_model("resnet10t"), tmp_path / "resnet")

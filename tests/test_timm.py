@@ -135,7 +135,7 @@ def test_layers_are_grouped_by_depth():
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert coarse["stem.conv.conv.weight"] == 0 and coarse["stages.3.1.operator.proj.weight"] == 4
     assert coarse["norm.bias"] == coarse["head.bias"] == 5
-    scales = {group["lr_scale"] for group in param_groups_layer_decay(model, 0.05, model.no_weight_decay(), 0.5)}
+    scales = {group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)}
     assert max(scales) == 1 and min(scales) == 0.5**16
 
 
