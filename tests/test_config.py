@@ -26,12 +26,12 @@ def test_without_label_dropout_there_is_no_guidance():
     assert (settings.label_dropout, settings.preview_guidance) == (0, 1)
     settings = SampleSettings()
     settings.fill_in(objective="flow", label_dropout=0)
-    assert (settings.guidance_scale, settings.scheduler) == (1, "euler")
+    assert (settings.guidance_scale, settings.scheduler) == ([1], "euler")
     settings = SampleSettings(scheduler="ddpm")
     settings.fill_in(objective="eps", label_dropout=0.1)
-    assert (settings.guidance_scale, settings.scheduler) == (4, "ddpm")
+    assert (settings.guidance_scale, settings.scheduler) == ([4], "ddpm")
     with pytest.raises(InputError, match="without label dropout"):
-        SampleSettings(guidance_scale=2.0).fill_in(objective="eps", label_dropout=0)
+        SampleSettings(guidance_scale=[2.0]).fill_in(objective="eps", label_dropout=0)
 
 
 def test_written_settings_read_back_the_same(tmp_path):
