@@ -7,11 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = [
-    "config", "data", "latents", "models", "objective", "ema", "card", "checkpoint", "hub", "training", "sampling",
-    "evaluation", "curves", "explain", "export",
+    "config", "data", "latents", "kernels", "models", "objective", "ema", "card", "checkpoint", "hub", "training",
+    "sampling", "evaluation", "curves", "explain", "export",
 ]
 INSIDE = {
     "config": ["base", "training", "sampling", "measuring", "exporting"],
+    "kernels": ["choice", "linear"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d_emo.config import InputError
-from d_emo.models.layers import pair
+from d_emo.models.layers import Linear, pair
 
 AttentionMode = Literal["near", "far", "spanning"]
 AttentionOrder = Literal["post", "pre"]
@@ -126,8 +126,8 @@ class WindowAttention(nn.Module):
         self.num_heads, self.mode, self.order = num_heads, mode, order
         self.window = pair(window_size, "window_size")
         self.merge_equal_partitions = True
-        self.qk = nn.Linear(dim, 2 * dim)
-        self.v = nn.Linear(dim, value_dim)
+        self.qk = Linear(dim, 2 * dim)
+        self.v = Linear(dim, value_dim)
         self.act = act()
 
     def forward(self, u: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, u: Tensor) -> Tensor:
         batch, height, width, dim = u.shape

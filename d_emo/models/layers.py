@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
+from d_emo import kernels
 from d_emo.config import InputError
 
 NORM_EPS = 1e-6
@@ -30,6 +31,16 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
     if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
     return sizes
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``, computed by `d_emo.kernels.linear`.
+
+    Shape: (..., C) -> (..., D).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class ChannelsLastBatchNorm(nn.Module):
@@ -298,7 +309,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int, num_features: int = 256) -> None:
         super().__init__()
         self.num_features = num_features
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(num_features, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         # float32 whatever the model's dtype: bfloat16 can tell only about half of 1000 timesteps apart.

@@ -1,0 +1,45 @@
+"""Which form of a kernel runs: the one place that decides it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_plain = False
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within this context every kernel takes its plain form, in standard operators: for counting and comparing."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    """Whether the plain form is wanted: inside `plain`, and while a network is traced for use elsewhere."""
+    return _plain or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def prefers_onednn(*tensors: Tensor | None) -> bool:
+    """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512."""
+    if is_plain() or torch.is_autocast_enabled("cpu") or not onednn_available():
+        return False
+    return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+
+@functools.cache
+def onednn_available() -> bool:
+    """Whether this build of the library has oneDNN's product and this CPU AVX-512."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )

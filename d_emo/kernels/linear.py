@@ -1,0 +1,53 @@
+"""The matrix product of a linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d_emo.kernels.choice import prefers_onednn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, as ``torch.nn.functional.linear``.
+
+    In float32 on an x86 CPU the library calls MKL, which takes its AVX2 path on CPUs that are not Intel's; oneDNN, which
+    is in the library too, uses AVX-512 wherever the CPU has it: 2 to 2.5 times as fast on a Zen 5, in both directions.
+
+    Shape: x (..., C), weight (D, C), bias (D,) -> (..., D).
+    """
+    if not prefers_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+    """oneDNN's ``act(x W^T + b)`` without a gradient; ``act`` is "none", "gelu" or "swish" (SiLU).
+
+    Shape: x (..., C), weight (D, C) of any strides, bias (D,) -> (..., D).
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none" if act == "gelu" else "")
+
+
+class _Linear(torch.autograd.Function):
+    """`product` with its gradients: ``dx = g W``, ``dW = g^T x``, ``db`` the sum of ``g`` over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None  # (..., C)
+        rows = grad.flatten(0, -2)  # (N, D)
+        grad_weight = product(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None  # (D, C)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None  # (D,)
+        return grad_x, grad_weight, grad_bias
