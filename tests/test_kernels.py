@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d_emo.kernels import linear, plain
+from d_emo.kernels import linear, plain, window_attention
 from d_emo.kernels.choice import onednn_available
+from d_emo.models.attention import PARTITIONS
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this CPU has no AVX-512")
 
@@ -57,3 +58,42 @@ def test_linear_uses_onednn_for_float32_only_and_never_where_the_plain_form_is_w
 
     graph = torch.export.export(Layer(), (x, weight)).graph
     assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+
+
+def attention_inputs(size, dtype, batch=2, heads=2):
+    torch.manual_seed(0)
+    return [torch.randn(batch, *size, heads * width).to(dtype) for width in (3, 3, 5)]
+
+
+@pytest.mark.parametrize("mode", PARTITIONS)
+@pytest.mark.parametrize("act", ["gelu", "silu", "none"])
+@pytest.mark.parametrize("size, window, batch", [((4, 6), (2, 3), 3), ((3, 3), (3, 3), 1), ((4, 2), (1, 2), 2)])
+@pytest.mark.parametrize("chunk", [2**20, 100, 7])
+def test_window_attention_equals_its_plain_form_with_all_gradients(monkeypatch, mode, act, size, window, batch, chunk):
+    monkeypatch.setattr("d_emo.kernels.attention.CHUNK", chunk)  # the whole batch, an image, some heads at a time
+    inputs = attention_inputs(size, torch.float64, batch)
+
+    def attend(q, k, z):
+        return window_attention(q, k, z, act=act, heads=2, window=window, partitions=PARTITIONS[mode], repeat=2)
+
+    fast, frozen = gradients(attend, inputs), attend(*inputs)
+    with plain():
+        slow = gradients(attend, inputs)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(frozen, slow[0])
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_window_attention_in_low_precision_is_as_exact_as_the_plain_form(dtype, autocast):
+    def attend(q, k, z):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return window_attention(q, k, z, act="gelu", heads=2, window=(4, 4), partitions=PARTITIONS["spanning"])
+
+    inputs = attention_inputs((8, 8), dtype)
+    exact = gradients(attend, [x.double() for x in inputs]) if not autocast else None
+    with plain():
+        slow = gradients(attend, inputs)
+    fast = gradients(attend, inputs)
+    exact = exact or gradients(attend, [x.double() for x in inputs])
+    for a, b, c in zip((fast[0], *fast[1]), (slow[0], *slow[1]), (exact[0], *exact[1]), strict=True):
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 1e-6

@@ -12,7 +12,7 @@ ROOMS = [
 ]
 INSIDE = {
     "config": ["base", "training", "sampling", "measuring", "exporting"],
-    "kernels": ["choice", "linear"],
+    "kernels": ["choice", "activation", "linear", "attention"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",

@@ -43,3 +43,10 @@ def onednn_available() -> bool:
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast on the CPU wants a product's operands; as they are where it is off."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype("cpu")) if t.dtype == torch.float32 else t for t in tensors)

@@ -131,10 +131,10 @@ def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     _, channels, height, width = x.shape
     together = 8 if height * width <= 16 else 1
     total = torch.zeros(channels, 1, size, size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for images, kernels in zip(x.split(together), grad.split(together), strict=True):
+    for images, taps in zip(x.split(together), grad.split(together), strict=True):
         count = len(images)
         images = images.permute(2, 3, 0, 1).reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, n C, H, W)
-        shares = F.conv2d(images, kernels.reshape(-1, 1, height, width), padding=size // 2, groups=count * channels)
+        shares = F.conv2d(images, taps.reshape(-1, 1, height, width), padding=size // 2, groups=count * channels)
         total += shares.view(count, channels, 1, size, size).sum(0, dtype=total.dtype)
     return total
 
