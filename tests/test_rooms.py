@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = [
     "config", "data", "latents", "kernels", "models", "objective", "ema", "card", "checkpoint", "hub", "training",
-    "sampling", "evaluation", "curves", "explain", "export",
+    "sampling", "evaluation", "curves", "explain", "export", "benchmark",
 ]
 INSIDE = {
-    "config": ["base", "training", "sampling", "measuring", "exporting"],
+    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking"],
     "kernels": ["choice", "activation", "linear", "attention"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
@@ -22,6 +22,7 @@ INSIDE = {
     "training": [
         "stop", "guard", "optimizer", "watch", "loop", "denoiser", "teacher", "accuracy", "classifier", "vae",
     ],
+    "benchmark": ["timing", "transcription", "denoisers", "classifiers", "report"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement",
