@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from d_emo.kernels import linear, plain, window_attention
 from d_emo.kernels.choice import onednn_available
 from d_emo.models.attention import PARTITIONS
+from d_emo.models.layers import LocalConv
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this CPU has no AVX-512")
 
@@ -97,3 +98,39 @@ def test_window_attention_in_low_precision_is_as_exact_as_the_plain_form(dtype, 
     exact = exact or gradients(attend, [x.double() for x in inputs])
     for a, b, c in zip((fast[0], *fast[1]), (slow[0], *slow[1]), (exact[0], *exact[1]), strict=True):
         assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("act", ["none", "gelu", "silu"])
+def test_linear_applies_the_activation_with_and_without_gradients(act):
+    x, weight, bias = torch.randn(9, 12), torch.randn(7, 12), torch.randn(7)
+    expected = {"none": lambda y: y, "gelu": F.gelu, "silu": F.silu}[act](F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias, act), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias, act), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}])
+@pytest.mark.parametrize("folded", [False, True])
+def test_local_convolution_in_inference_is_the_same_in_one_step(monkeypatch, norm, options, folded):
+    torch.manual_seed(0)
+    conv = LocalConv(6, kernel_size=5, norm=norm, **options)
+    conv(torch.randn(4, 9, 7, 6))  # running statistics that are not 0 and 1
+    conv.eval()
+    if folded:
+        conv.fold_norm()
+    x = torch.randn(1, 9, 7, 6)
+    called = []
+    original = torch.ops.mkldnn._convolution_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_convolution_pointwise", lambda *args: called.append(1) or original(*args)
+    )
+    with torch.no_grad():
+        fast = conv(x)
+        assert bool(called) == (norm != "layer")
+        with plain():
+            slow = conv(x)
+    assert fast.shape == slow.shape and fast.is_contiguous()
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(conv(x), slow)

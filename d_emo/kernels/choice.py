@@ -35,6 +35,11 @@ def prefers_onednn(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 
+def fuses_inference(*tensors: Tensor | None) -> bool:
+    """Whether steps of inference may be joined into one operator of oneDNN: as `prefers_onednn`, and no gradient."""
+    return not torch.is_grad_enabled() and prefers_onednn(*tensors)
+
+
 @functools.cache
 def onednn_available() -> bool:
     """Whether this build of the library has oneDNN's product and this CPU AVX-512."""

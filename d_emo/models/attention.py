@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d_emo import kernels
 from d_emo.config import InputError
 from d_emo.kernels import Partition
-from d_emo.models.layers import Linear, pair
+from d_emo.models.layers import ACTIVATIONS, Linear, linear_act, pair
 
 AttentionMode = Literal["near", "far", "spanning"]
 AttentionOrder = Literal["post", "pre"]
@@ -58,10 +58,6 @@ PARTITIONS: dict[str, tuple[type[Partition], ...]] = {
     "far": (FarPartition,),
     "spanning": (NearPartition, FarPartition),
 }
-
-
-ACTIVATIONS: dict[type[nn.Module], kernels.Activation] = {nn.GELU: "gelu", nn.SiLU: "silu"}
-"""Activations that the attention applies itself, to keep one map less for the backward pass."""
 
 
 def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -129,14 +125,19 @@ class WindowAttention(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         height, width = u.shape[1:3]
         u = pad_to_multiple(u, self.window)  # (B, H', W', C)
-        mixed = self.mix(u, self.v(u), self.act) if self.order == "post" else self.mix(u, u)  # (B, H', W', M or C)
+        if self.order == "pre":
+            mixed = self.mix(u, u)  # (B, H', W', C)
+        elif kernels.fuses_inference(u):
+            mixed = self.mix(u, self.value(u))  # (B, H', W', M)
+        else:
+            mixed = self.mix(u, self.v(u), self.act)  # (B, H', W', M)
         if mixed.shape[1:3] != (height, width):
             mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:
         """The expanded value ``act(Wv u)``. Shape: (B, H, W, C) -> (B, H, W, M)."""
-        return self.act(self.v(u))
+        return linear_act(u, self.v, self.act)
 
     def mix(self, u: Tensor, z: Tensor, act: nn.Module | None = None) -> Tensor:
         """``act(z)`` weighed by the map of ``u``, whose size the window divides.
@@ -144,7 +145,7 @@ class WindowAttention(nn.Module):
         Shape: u (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
         """
         q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H, W, C)
-        if type(act) in ACTIVATIONS:
+        if type(act) in ACTIVATIONS:  # the attention applies it itself, to keep one map less for the backward pass
             return self.attend(q, k, z, ACTIVATIONS[type(act)])
         return self.attend(q, k, z if act is None else act(z))
 

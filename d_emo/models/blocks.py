@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from d_emo import kernels
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
 from d_emo.models.layers import (
@@ -20,6 +21,7 @@ from d_emo.models.layers import (
     ChannelsLastBatchNorm,
     LayerScale,
     Linear,
+    LinearAct,
     LocalConv,
     NormKind,
     make_norm,
@@ -82,7 +84,7 @@ class MobileOperator(nn.Module):
                 act=act,
             )  # fmt: skip
         else:
-            self.expand = nn.Sequential(Linear(dim, mid_dim), act())
+            self.expand = LinearAct(dim, mid_dim, act())
         self.inner_skip = inner_skip
         self.local = (
             LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
@@ -95,7 +97,7 @@ class MobileOperator(nn.Module):
         a = self.expand(u)  # (B, H, W, M)  eq. 2-4
         if self.local is not None:
             y = self.local(a)  # (B, H', W', M)
-            a = a + y if self.inner_skip else y  # eq. 5
+            a = kernels.add_to(y, a) if self.inner_skip else y  # eq. 5
         return self.proj(a)  # (B, H', W', C_out)
 
 
