@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from d_emo.kernels import linear, plain, window_attention
-from d_emo.kernels.choice import onednn_available
+from d_emo.kernels.choice import HAS_ONEDNN
 from d_emo.models.attention import PARTITIONS
 from d_emo.models.layers import LocalConv
 
-needs_onednn = pytest.mark.skipif(not onednn_available(), reason="this CPU has no AVX-512")
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU has no AVX-512")
 
 
 def gradients(function, inputs):
