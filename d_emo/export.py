@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d_emo import checkpoint
+from d_emo import checkpoint, kernels
 from d_emo.config import InputError
+from d_emo.kernels.activation import activate
 from d_emo.models import Denoiser, create_model
 from d_emo.models.attention import PARTITIONS, FarPartition, WindowAttention
 from d_emo.models.denoiser import DENOISERS
@@ -195,11 +196,14 @@ def gather(x: Tensor, groups: tuple[int, int]) -> Tensor:
     return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
 
 
-def attend_in_low_rank(attention: WindowAttention, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+def attend_in_low_rank(
+    attention: WindowAttention, q: Tensor, k: Tensor, z: Tensor, act: kernels.Activation = "none"
+) -> Tensor:
     """`WindowAttention.attend` with tensors of at most four axes, as Core ML wants them; the same result.
 
-    Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+    Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
     """
+    value = activate(z, act)
     (h, w), (batch, height, width, _) = attention.window, q.shape
     n, m = height // h, width // w
     total = torch.zeros_like(value)

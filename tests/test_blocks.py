@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from d_emo.config import InputError
+from d_emo.kernels import depthwise_conv2d
 from d_emo.models.blocks import (
     ARRANGEMENTS,
     AdaLNMobileBlock,
@@ -15,7 +16,6 @@ from d_emo.models.blocks import (
 from d_emo.models.layers import (
     LocalConv,
     checkpoint_block,
-    depthwise_conv2d,
     fold_batch_norms,
     make_norm,
     sincos_position_embedding,

@@ -7,11 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = [
-    "config", "data", "latents", "models", "objective", "ema", "card", "checkpoint", "hub", "training", "sampling",
-    "evaluation", "curves", "explain", "export",
+    "config", "data", "latents", "kernels", "models", "objective", "ema", "card", "checkpoint", "hub", "training",
+    "sampling", "evaluation", "curves", "explain", "export", "benchmark",
 ]
 INSIDE = {
-    "config": ["base", "training", "sampling", "measuring", "exporting"],
+    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking"],
+    "kernels": ["choice", "activation", "linear", "attention", "depthwise"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",
@@ -22,6 +23,7 @@ INSIDE = {
         "stop", "guard", "optimizer", "watch", "sharding", "loop", "denoiser", "accuracy", "teacher", "classifier",
         "vae",
     ],
+    "benchmark": ["timing", "transcription", "denoisers", "classifiers", "report"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement", "judging",

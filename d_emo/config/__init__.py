@@ -10,6 +10,12 @@ from d_emo.config.base import (
     setting,
     write_yaml,
 )
+from d_emo.config.benchmarking import (
+    BENCHMARKS,
+    BenchmarkSettings,
+    ClassifierBenchmarkSettings,
+    DenoiserBenchmarkSettings,
+)
 from d_emo.config.exporting import (
     ConvertSettings,
     ExportSettings,
@@ -45,12 +51,16 @@ from d_emo.config.training import (
 
 __all__ = [
     "AppSettings",
+    "BENCHMARKS",
+    "BenchmarkSettings",
+    "ClassifierBenchmarkSettings",
     "ClassifierSettings",
     "ConvertSettings",
     "DEFAULT_GUIDANCE",
     "DEFAULT_SCHEDULERS",
     "DEFAULT_STEPS",
     "DataSettings",
+    "DenoiserBenchmarkSettings",
     "EncodeSettings",
     "EvaluateClassifierSettings",
     "ExplainSettings",

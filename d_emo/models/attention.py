@@ -5,26 +5,18 @@ Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (stri
 
 from __future__ import annotations
 
-import functools
-from typing import Literal, Protocol
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d_emo import kernels
 from d_emo.config import InputError
-from d_emo.models.layers import pair
+from d_emo.kernels import Partition
+from d_emo.models.layers import ACTIVATIONS, Linear, linear_act, pair
 
 AttentionMode = Literal["near", "far", "spanning"]
 AttentionOrder = Literal["post", "pre"]
-
-
-class Partition(Protocol):
-    """Cuts a map into windows (``split``) and puts the windows back (``merge``): exact inverses of each other."""
-
-    def split(self, x: Tensor, window: tuple[int, int]) -> Tensor: ...
-
-    def merge(self, windows: Tensor) -> Tensor: ...
 
 
 class NearPartition:
@@ -126,49 +118,49 @@ class WindowAttention(nn.Module):
         self.num_heads, self.mode, self.order = num_heads, mode, order
         self.window = pair(window_size, "window_size")
         self.merge_equal_partitions = True
-        self.qk = nn.Linear(dim, 2 * dim)
-        self.v = nn.Linear(dim, value_dim)
+        self.qk = Linear(dim, 2 * dim)
+        self.v = Linear(dim, value_dim)
         self.act = act()
 
     def forward(self, u: Tensor) -> Tensor:
         height, width = u.shape[1:3]
         u = pad_to_multiple(u, self.window)  # (B, H', W', C)
-        value = self.value(u) if self.order == "post" else u  # (B, H', W', M or C)
-        mixed = self.mix(u, value)  # (B, H', W', M or C)
+        if self.order == "pre":
+            mixed = self.mix(u, u)  # (B, H', W', C)
+        elif kernels.fuses_inference(u):
+            mixed = self.mix(u, self.value(u))  # (B, H', W', M)
+        else:
+            mixed = self.mix(u, self.v(u), self.act)  # (B, H', W', M)
         if mixed.shape[1:3] != (height, width):
             mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:
         """The expanded value ``act(Wv u)``. Shape: (B, H, W, C) -> (B, H, W, M)."""
-        return self.act(self.v(u))
+        return linear_act(u, self.v, self.act)
 
-    def mix(self, u: Tensor, value: Tensor) -> Tensor:
-        """``value`` weighed by the map of ``u``, whose size the window divides.
+    def mix(self, u: Tensor, z: Tensor, act: nn.Module | None = None) -> Tensor:
+        """``act(z)`` weighed by the map of ``u``, whose size the window divides.
 
-        Shape: u (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+        Shape: u (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
         """
         q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H, W, C)
-        return self.attend(q, k, value)
+        if type(act) in ACTIVATIONS:  # the attention applies it itself, to keep one map less for the backward pass
+            return self.attend(q, k, z, ACTIVATIONS[type(act)])
+        return self.attend(q, k, z if act is None else act(z))
 
-    def attend(self, q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, z: Tensor, act: kernels.Activation = "none") -> Tensor:
         """Attention within the windows of every partition of the mode, summed over the partitions.
 
-        Shape: q, k (B, H, W, C), value (B, H, W, M) -> (B, H, W, M).
+        Shape: q, k (B, H, W, C), the value before its activation (B, H, W, M) -> (B, H, W, M).
         """
-        partitions = PARTITIONS[self.mode]
+        partitions, repeat = PARTITIONS[self.mode], 1
         if self.merge_equal_partitions and tuple(q.shape[1:3]) == self.window:
             # A map of one window: near and far are the same tokens, so the sum is one of them times their number.
-            value, partitions = len(partitions) * value, partitions[:1]
-        windows = [torch.stack([p.split(x, self.window) for p in partitions]) for x in (q, k, value)]
-        parts, batch, n, m, h, w, _ = windows[0].shape  # each (P, B, n, m, h, w, C or M)
-        heads = [
-            x.reshape(parts * batch * n * m, h * w, self.num_heads, -1).transpose(1, 2) for x in windows
-        ]  # each (P B n m, heads, h w, head width)
-        mixed = F.scaled_dot_product_attention(*heads)  # scale is (query head width)^-1/2
-        mixed = mixed.transpose(1, 2).reshape(parts, batch, n, m, h, w, -1)  # (P, B, n, m, h, w, M)
-        merged = [p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True)]  # P x (B, H, W, M)
-        return functools.reduce(torch.add, merged)  # (B, H, W, M)
+            partitions, repeat = partitions[:1], len(partitions)
+        return kernels.window_attention(
+            q, k, z, act=act, heads=self.num_heads, window=self.window, partitions=partitions, repeat=repeat
+        )
 
 
 class SelfAttention(nn.Module):
@@ -181,8 +173,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, u: Tensor) -> Tensor:
         batch, height, width, dim = u.shape

@@ -15,7 +15,7 @@ from torch.nn import functional
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
+from d_emo.models.layers import NORM_EPS, Linear, NormKind, checkpoint_block, fold_batch_norms, pair
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -202,7 +202,7 @@ class EMO(nn.Module):
             self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
         if num_classes:
             like = self.stem.proj.weight
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 

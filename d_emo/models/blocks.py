@@ -13,9 +13,20 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from d_emo import kernels
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
-from d_emo.models.layers import NORM_EPS, ChannelsLastBatchNorm, LayerScale, LocalConv, NormKind, make_norm, modulate
+from d_emo.models.layers import (
+    NORM_EPS,
+    ChannelsLastBatchNorm,
+    LayerScale,
+    Linear,
+    LinearAct,
+    LocalConv,
+    NormKind,
+    make_norm,
+    modulate,
+)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
@@ -73,20 +84,20 @@ class MobileOperator(nn.Module):
                 act=act,
             )  # fmt: skip
         else:
-            self.expand = nn.Sequential(nn.Linear(dim, mid_dim), act())
+            self.expand = LinearAct(dim, mid_dim, act())
         self.inner_skip = inner_skip
         self.local = (
             LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
             if local_conv
             else None
         )
-        self.proj = nn.Linear(mid_dim, out_dim or dim, bias=False)
+        self.proj = Linear(mid_dim, out_dim or dim, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
         a = self.expand(u)  # (B, H, W, M)  eq. 2-4
         if self.local is not None:
             y = self.local(a)  # (B, H', W', M)
-            a = a + y if self.inner_skip else y  # eq. 5
+            a = kernels.add_to(y, a) if self.inner_skip else y  # eq. 5
         return self.proj(a)  # (B, H', W', C_out)
 
 
@@ -225,7 +236,7 @@ def mobile_block(kind: BlockKind, dim: int, out_dim: int | None = None, **option
 
 def adaln_projection(dim: int, chunks: int) -> nn.Sequential:
     """SiLU and one linear layer from the condition to ``chunks`` vectors of ``dim`` channels."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
+    return nn.Sequential(nn.SiLU(), Linear(dim, chunks * dim))
 
 
 def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callable[[Tensor], Tensor]) -> Tensor:
@@ -267,9 +278,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from d_emo import kernels
 from d_emo.models.attention import WindowAttention
 from d_emo.models.denoiser import Denoiser
 from d_emo.models.layers import pair
@@ -71,7 +72,7 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
     try:
         for attention in attentions:
             attention.merge_equal_partitions = False  # the published figures count near and far each time
-        with FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
+        with kernels.plain(), FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
             model.eval()(*inputs)
     finally:
         model.train(training)

@@ -20,6 +20,7 @@ from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, adaln_projection
 from d_emo.models.layers import (
     NORM_EPS,
     LabelEmbedder,
+    Linear,
     NormKind,
     PatchEmbed,
     TimestepEmbedder,
@@ -64,7 +65,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_dim: int, *, affine: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=affine)
-        self.linear = nn.Linear(dim, out_dim)
+        self.linear = Linear(dim, out_dim)
         self.adaLN_modulation = adaln_projection(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

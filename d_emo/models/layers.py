@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
+from d_emo import kernels
 from d_emo.config import InputError
 
 NORM_EPS = 1e-6
@@ -30,6 +30,40 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
     if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
     return sizes
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``, computed by `d_emo.kernels.linear`.
+
+    Shape: (..., C) -> (..., D).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+ACTIVATIONS: dict[type[nn.Module], kernels.Activation] = {nn.GELU: "gelu", nn.SiLU: "silu", nn.Identity: "none"}
+"""Activations that kernels can apply themselves; every GELU of the mobile blocks is the exact one."""
+
+
+def linear_act(x: Tensor, layer: nn.Linear, act: nn.Module) -> Tensor:
+    """A linear layer and the activation after it. Shape: (..., C) -> (..., D)."""
+    if type(act) in ACTIVATIONS:
+        return kernels.linear(x, layer.weight, layer.bias, ACTIVATIONS[type(act)])
+    return act(layer(x))
+
+
+class LinearAct(nn.Sequential):
+    """A linear layer and an activation, in one step where that is faster.
+
+    Shape: (..., C) -> (..., D).
+    """
+
+    def __init__(self, dim: int, out_dim: int, act: nn.Module) -> None:
+        super().__init__(Linear(dim, out_dim), act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_act(x, *self)
 
 
 class ChannelsLastBatchNorm(nn.Module):
@@ -87,61 +121,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
-    """Depthwise convolution of stride 1 that keeps the size; see `depthwise_conv2d`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        channels, _, size, _ = weight.shape
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=size // 2, groups=channels)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _depthwise_weight_gradient(x, grad, size).to(weight.dtype)
-        return grad_x, grad_weight
-
-
-def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
-    """Gradient of the kernel: an image's share is its depthwise convolution with its own ``grad`` as the kernel.
-
-    So it runs at the speed of a forward pass. Each image by itself needs no copy; small maps are taken eight at a time,
-    side by side as channels, because each call has a price of its own.
-
-    Shape: x and grad (B, C, H, W), channels last in memory -> (C, 1, size, size), float32.
-    """
-    _, channels, height, width = x.shape
-    together = 8 if height * width <= 16 else 1
-    total = torch.zeros(channels, 1, size, size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for images, kernels in zip(x.split(together), grad.split(together), strict=True):
-        count = len(images)
-        images = images.permute(2, 3, 0, 1).reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, n C, H, W)
-        shares = F.conv2d(images, kernels.reshape(-1, 1, height, width), padding=size // 2, groups=count * channels)
-        total += shares.view(count, channels, 1, size, size).sum(0, dtype=total.dtype)
-    return total
-
-
-def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs.
-
-    The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
-    convolution; see `_depthwise_weight_gradient` for what replaces it.
-
-    Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> (B, C, H, W).
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return _DepthwiseConv2d.apply(x, weight)
-
-
 class LocalConv(nn.Module):
     """Depthwise k x k convolution without bias, then norm, then SiLU.
 
@@ -170,26 +149,33 @@ class LocalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W); this and the permutation back are views
-        plain = self.conv.stride == self.conv.dilation == (1, 1) and self.conv.bias is None
-        if plain and x.device.type == "cpu" and torch.is_grad_enabled():
-            x = depthwise_conv2d(x, self.conv.weight)
-        else:
-            x = self.conv(x)
+        conv = self.conv
+        simple = conv.stride == conv.dilation == (1, 1) and conv.bias is None
+        if not self.training and kernels.fuses_inference(x) and not isinstance(self.norm, nn.LayerNorm):
+            x = kernels.depthwise_silu(x, *self.folded(), conv.stride, conv.padding, conv.dilation)
+            return x.permute(0, 2, 3, 1)  # (B, H', W', C)
+        x = kernels.depthwise_conv2d(x, conv.weight) if simple else conv(x)
         return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias of the convolution with the batch norm's running statistics in them."""
+        if not isinstance(self.norm, ChannelsLastBatchNorm):
+            return self.conv.weight, self.conv.bias
+        factor, offset = self.norm.affine()
+        return self.conv.weight * factor[:, None, None, None], offset
 
     @torch.no_grad()
     def fold_norm(self) -> None:
         """Absorb the batch norm's running statistics into the convolution, if it has one."""
         if not isinstance(self.norm, ChannelsLastBatchNorm):
             return
-        conv = self.conv
-        factor, offset = self.norm.affine()
+        conv, (weight, bias) = self.conv, self.folded()
         folded = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
-        folded.weight.copy_(conv.weight * factor[:, None, None, None])
-        folded.bias.copy_(offset)
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
         self.conv, self.norm = folded, nn.Identity()
 
 
@@ -298,7 +284,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int, num_features: int = 256) -> None:
         super().__init__()
         self.num_features = num_features
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(num_features, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         # float32 whatever the model's dtype: bfloat16 can tell only about half of 1000 timesteps apart.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d_emo.models.layers import ChannelsLastBatchNorm, LocalConv
+from d_emo.models.layers import ChannelsLastBatchNorm, Linear, LocalConv
 
 
 class ConvNorm(nn.Module):
@@ -41,9 +41,9 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv_reduce = nn.Linear(dim, dim)
+        self.conv_reduce = Linear(dim, dim)
         self.act = nn.SiLU()
-        self.conv_expand = nn.Linear(dim, dim)
+        self.conv_expand = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
@@ -62,7 +62,7 @@ class Stem(nn.Module):
         self.act = first_act
         self.local = LocalConv(dim, kernel_size=3)
         self.gate = gate
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)

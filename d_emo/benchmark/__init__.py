@@ -1,0 +1,38 @@
+"""Speed by the clock: ours beside a plain transcription of the block and beside others' networks, in one run."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from d_emo.benchmark.classifiers import classifier_cases
+from d_emo.benchmark.denoisers import BASELINE, denoiser_cases
+from d_emo.benchmark.report import Result, table, write_report
+from d_emo.benchmark.timing import measure
+from d_emo.benchmark.transcription import transcribe
+from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings, InputError
+
+__all__ = ["run_benchmark", "table", "transcribe", "write_report"]
+
+
+def run_benchmark(settings: BenchmarkSettings) -> tuple[list[Result], str, torch.device]:
+    """Measure what the settings name; returns the lines of the table, the baseline's name and the device."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; leave it out")
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if isinstance(settings, DenoiserBenchmarkSettings):
+        baseline, groups = BASELINE, denoiser_cases(settings, device)
+    else:
+        groups = iter([classifier_cases(settings, device)])
+        baseline = (settings.peers or settings.models)[0]
+    results = []
+    for cases in groups:
+        print(f"measuring {cases[0].group}", file=sys.stderr)
+        measure(cases, rounds=settings.rounds, device=device, clock=settings.clock)
+        first = next(case for case in cases if case.name == baseline)
+        results += [Result.of(case, baseline=first, batch_size=settings.batch_size, device=device) for case in cases]
+        cases.clear()  # the next group's networks need the memory
+    return results, baseline, device

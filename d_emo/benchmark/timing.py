@@ -1,0 +1,83 @@
+"""Cases that run in turns, so that what disturbs the machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+import torch
+
+
+@dataclass
+class Case:
+    """One network doing one thing.
+
+    Attributes:
+        group: what is compared among itself, e.g. "S-2, 256 px, training".
+        name: whose network it is.
+        run: does the work once.
+        macs: multiply-accumulates of the work; 0 if they are not known.
+        seconds: filled in by `measure`.
+        peak_bytes: the most GPU memory in use while it ran, filled in by `measure`; None on a CPU.
+        saved_bytes: what the forward pass keeps for the backward pass; None in inference.
+    """
+
+    group: str
+    name: str
+    run: Callable[[], object]
+    macs: int = 0
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:
+    """Run every case once to warm up, then ``rounds`` times each in turns; fills in the cases' measurements."""
+    now = time.perf_counter if clock == "wall" else time.process_time
+    for measured in (False, *[True] * rounds):
+        for case in cases:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            start = now()
+            case.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                case.peak_bytes = torch.cuda.max_memory_allocated(device)
+            if measured:
+                case.seconds.append(now() - start)
+
+
+def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes of the tensors that a forward pass keeps for its backward pass, each memory counted once.
+
+    Args:
+        forward: runs the pass.
+        exclude: tensors that are there anyway, such as the parameters.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())

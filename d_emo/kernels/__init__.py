@@ -1,0 +1,22 @@
+"""Fast forms of the steps that take the time: one function each, chosen by device, equal to the plain form.
+
+What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md``.
+"""
+
+from d_emo.kernels.activation import Activation, add_to
+from d_emo.kernels.attention import Partition, window_attention
+from d_emo.kernels.choice import fuses_inference, plain
+from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
+from d_emo.kernels.linear import linear
+
+__all__ = [
+    "Activation",
+    "Partition",
+    "add_to",
+    "depthwise_conv2d",
+    "depthwise_silu",
+    "fuses_inference",
+    "linear",
+    "plain",
+    "window_attention",
+]

@@ -1,0 +1,59 @@
+"""Which form of a kernel runs: the one place that decides it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+"""Whether this build of the library has oneDNN's product and this CPU AVX-512."""
+
+_plain = False
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within this context every kernel takes its plain form, in standard operators: for counting and comparing."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    """Whether the plain form is wanted: inside `plain`, and while a network is compiled or exported.
+
+    The compiler joins the steps of the plain form itself, and other programs know standard operators only.
+    """
+    return _plain or torch.compiler.is_compiling()
+
+
+def prefers_onednn(*tensors: Tensor | None) -> bool:
+    """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512.
+
+    Not in compiled networks: the compiler takes oneDNN's product with constant weights only.
+    """
+    if is_plain() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
+        return False
+    return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+
+def fuses_inference(*tensors: Tensor | None) -> bool:
+    """Whether steps of inference may be joined into one operator of oneDNN: as `prefers_onednn`, and no gradient."""
+    return not torch.is_grad_enabled() and prefers_onednn(*tensors)
+
+
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast on the CPU wants a product's operands; as they are where it is off."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype("cpu")) if t.dtype == torch.float32 else t for t in tensors)

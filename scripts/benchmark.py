@@ -1,0 +1,26 @@
+"""Measure speed: `benchmark.py denoisers` beside DiT, `benchmark.py classifiers` beside peers of timm."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from d_emo.config import BENCHMARKS, InputError, parse_settings, run_cli
+
+
+def main() -> None:
+    kind, *flags = sys.argv[1:] or [""]
+    if kind not in BENCHMARKS:
+        raise InputError(f"say what to measure: benchmark.py {' or benchmark.py '.join(BENCHMARKS)} (--help after it)")
+    settings = parse_settings(BENCHMARKS[kind], __doc__, flags)
+    from d_emo.benchmark import run_benchmark, table, write_report
+
+    results, baseline, device = run_benchmark(settings)
+    print(table(results, baseline))
+    if settings.output:
+        options = dataclasses.asdict(settings)
+        write_report(Path(settings.output), results, baseline=baseline, settings=options, device=device)
+        print(f"\nwrote {settings.output}/table.md, results.json and plot.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,133 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from d_emo.benchmark import run_benchmark, transcribe, write_report
+from d_emo.benchmark.timing import Case, measure, saved_bytes
+from d_emo.config import (
+    BENCHMARKS,
+    ClassifierBenchmarkSettings,
+    DenoiserBenchmarkSettings,
+    InputError,
+    parse_settings,
+    run_cli,
+)
+from d_emo.models import create_model
+
+
+def open_gates(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name or "final_layer" in name or "layer_scale" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def tiny_networks():
+    demo = create_model("D-EMOv2-Ti-2", depth=2, hidden_size=24, num_heads=2, sample_size=8, window_size=2)
+    emo = create_model(
+        "emov2_1m", depths=(1, 1, 2, 2), dims=(8, 8, 16, 16), head_dims=(8, 8, 8, 8), num_classes=5, drop_path_rate=0.0
+    )
+    latents = torch.randn(2, 4, 8, 8).double()
+    yield demo, {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 7])}, latents
+    yield emo, {}, torch.randn(2, 3, 100, 72).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_plain_transcription_is_the_same_function_with_the_same_gradients(which, training):
+    torch.manual_seed(0)
+    model, options, x = list(tiny_networks())[which]
+    model = open_gates(model.double()).train(training)
+    plain = transcribe(model).train(training)
+    ours = model(x, **options)
+    ours = ours if isinstance(ours, torch.Tensor) else ours.sample
+    theirs = plain(x, **options)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for output in (ours, theirs):
+        output.square().mean().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.network.parameters(), strict=True):
+        assert p.grad.abs().max() > 0 or name == "y_embedder.embedding_table.weight"
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-9, msg=name)
+    for (name, p), q in zip(model.named_buffers(), plain.network.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_cases_run_in_turns_after_a_round_to_warm_up():
+    order = []
+    cases = [Case("g", name, lambda name=name: order.append(name)) for name in "ab"]
+    measure(cases, rounds=2, device=torch.device("cpu"))
+    assert order == list("ababab") and [len(case.seconds) for case in cases] == [2, 2]
+    cases[0].seconds = [3.0, 1.0, 2.0]
+    assert cases[0].median == 2.0 and cases[0].spread == (1.5, 2.5)
+
+
+def test_saved_memory_counts_each_tensor_once_and_no_parameters():
+    weight = torch.randn(3, 3, requires_grad=True)
+    x = torch.randn(100, 3, requires_grad=True)
+    y = []
+    assert saved_bytes(lambda: y.append((x @ weight).sum()), [weight]) == 100 * 3 * 4
+    assert saved_bytes(lambda: y.append((x @ weight).sum() + (x @ weight).sum())) == 100 * 3 * 4 + 9 * 4
+
+
+def test_denoisers_are_measured_and_reported(tmp_path):
+    settings = DenoiserBenchmarkSettings(depth=1, rounds=1, batch_size=1, pixels=[64], device="cpu")
+    results, baseline, device = run_benchmark(settings)
+    names = ["D-EMO", "plain transcription", "our DiT", "diffusers DiT"]
+    assert [(r.group, r.name) for r in results] == [
+        (f"S-2, 64 px, {work}", name) for work in ("training", "inference") for name in names
+    ]
+    assert all(r.milliseconds > 0 and r.ratio > 0 and r.gmacs_per_second > 0 for r in results)
+    assert [r.ratio for r in results if r.name == baseline] == [1, 1]
+    assert all((r.saved_megabytes is None) == ("inference" in r.group) for r in results)
+    write_report(tmp_path / "new", results, baseline=baseline, settings={}, device=device)
+    assert len((tmp_path / "new/table.md").read_text().splitlines()) == 2 + len(results) + 2
+    assert json.loads((tmp_path / "new/results.json").read_text())["results"][0]["name"] == "D-EMO"
+    assert (tmp_path / "new/plot.png").stat().st_size > 1000
+
+
+def test_classifiers_are_measured_beside_a_fused_peer():
+    settings = ClassifierBenchmarkSettings(
+        models=["emov2_1m"], peers=["repvit_m0_9"], rounds=1, batch_size=1, image_size=64, device="cpu"
+    )
+    results, baseline, _ = run_benchmark(settings)
+    assert [r.name for r in results] == ["emov2_1m, plain transcription", "emov2_1m", "repvit_m0_9"]
+    assert baseline == "repvit_m0_9"
+
+
+@pytest.mark.parametrize(
+    "kind, flags, words",
+    [
+        ("denoisers", ["--sizes", "M"], "--sizes 'M'"),
+        ("denoisers", ["--pixels", "100"], "--pixels 100"),
+        ("denoisers", ["--batch-size", "0"], "--batch-size"),
+        ("denoisers", ["--depth", "0"], "--depth"),
+        ("denoisers", ["--dtype", "int8"], "--dtype"),
+        ("denoisers", ["--rounds", "0"], "--rounds"),
+        ("classifiers", ["--models", "emov1_1m"], "--models 'emov1_1m'"),
+        ("classifiers", ["--peers", "resnet1"], "--peers 'resnet1'"),
+        ("classifiers", ["--image-size", "16"], "--image-size"),
+    ],
+)
+def test_bad_input_is_one_sentence(kind, flags, words):
+    with pytest.raises(InputError, match=words):
+        run_benchmark(parse_settings(BENCHMARKS[kind], "", flags))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="--device cuda"):
+        run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
+
+
+def test_the_script_wants_to_know_what_to_measure(monkeypatch, capsys):
+    sys.path.insert(0, "scripts")
+    import benchmark
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "samplers"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(benchmark.main)
+    assert stop.value.code == 2 and "benchmark.py denoisers" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Every fast form equals the plain one, with all gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d_emo.kernels import linear, plain, window_attention
+from d_emo.kernels.choice import HAS_ONEDNN
+from d_emo.models.attention import PARTITIONS
+from d_emo.models.layers import LocalConv
+
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU has no AVX-512")
+
+
+def gradients(function, inputs):
+    """The output of a function, and the gradients of its inputs for a fixed random gradient of the output."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    return out.detach(), torch.autograd.grad(out, inputs, seed)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (1, 12), (2, 3, 5, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_equals_the_library_with_its_gradients(shape, bias, dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(7, 12)] + ([torch.randn(7)] if bias else [])
+    inputs = [x.to(dtype) for x in inputs]
+    for got, expected in zip(*(gradients(f, inputs) for f in (linear, F.linear)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_linear_takes_inputs_that_are_not_contiguous_and_gradients_that_are_expanded():
+    x = torch.randn(4, 6, 8).transpose(0, 1).requires_grad_()
+    weight = torch.randn(8, 5).t().requires_grad_()
+    ours, theirs = (torch.autograd.grad(f(x, weight).sum(), (x, weight)) for f in (linear, F.linear))
+    torch.testing.assert_close(ours, theirs)
+
+
+@needs_onednn
+def test_linear_uses_onednn_for_float32_only_and_never_where_the_plain_form_is_wanted():
+    def operators(function, *inputs):
+        with torch.profiler.profile() as profile:
+            function(*inputs)
+        return {event.name for event in profile.events()}
+
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert "mkldnn::_linear_pointwise" in operators(linear, x, weight)
+    assert "mkldnn::_linear_pointwise" not in operators(linear, x.double(), weight.double())
+    with plain():
+        assert "mkldnn::_linear_pointwise" not in operators(linear, x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            return linear(x, weight)
+
+    graph = torch.export.export(Layer(), (x, weight)).graph
+    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+
+
+def attention_inputs(size, dtype, batch=2, heads=2):
+    torch.manual_seed(0)
+    return [torch.randn(batch, *size, heads * width).to(dtype) for width in (3, 3, 5)]
+
+
+@pytest.mark.parametrize("mode", PARTITIONS)
+@pytest.mark.parametrize("act", ["gelu", "silu", "none"])
+@pytest.mark.parametrize("size, window, batch", [((4, 6), (2, 3), 3), ((3, 3), (3, 3), 1), ((4, 2), (1, 2), 2)])
+@pytest.mark.parametrize("chunk", [2**20, 100, 7])
+def test_window_attention_equals_its_plain_form_with_all_gradients(monkeypatch, mode, act, size, window, batch, chunk):
+    monkeypatch.setattr("d_emo.kernels.attention.CHUNK", chunk)  # the whole batch, an image, some heads at a time
+    inputs = attention_inputs(size, torch.float64, batch)
+
+    def attend(q, k, z):
+        return window_attention(q, k, z, act=act, heads=2, window=window, partitions=PARTITIONS[mode], repeat=2)
+
+    fast, frozen = gradients(attend, inputs), attend(*inputs)
+    with plain():
+        slow = gradients(attend, inputs)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(frozen, slow[0])
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_window_attention_in_low_precision_is_as_exact_as_the_plain_form(dtype, autocast):
+    def attend(q, k, z):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return window_attention(q, k, z, act="gelu", heads=2, window=(4, 4), partitions=PARTITIONS["spanning"])
+
+    inputs = attention_inputs((8, 8), dtype)
+    exact = gradients(attend, [x.double() for x in inputs]) if not autocast else None
+    with plain():
+        slow = gradients(attend, inputs)
+    fast = gradients(attend, inputs)
+    exact = exact or gradients(attend, [x.double() for x in inputs])
+    for a, b, c in zip((fast[0], *fast[1]), (slow[0], *slow[1]), (exact[0], *exact[1]), strict=True):
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("act", ["none", "gelu", "silu"])
+def test_linear_applies_the_activation_with_and_without_gradients(act):
+    x, weight, bias = torch.randn(9, 12), torch.randn(7, 12), torch.randn(7)
+    expected = {"none": lambda y: y, "gelu": F.gelu, "silu": F.silu}[act](F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias, act), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias, act), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}])
+@pytest.mark.parametrize("folded", [False, True])
+def test_local_convolution_in_inference_is_the_same_in_one_step(monkeypatch, norm, options, folded):
+    torch.manual_seed(0)
+    conv = LocalConv(6, kernel_size=5, norm=norm, **options)
+    conv(torch.randn(4, 9, 7, 6))  # running statistics that are not 0 and 1
+    conv.eval()
+    if folded:
+        conv.fold_norm()
+    x = torch.randn(1, 9, 7, 6)
+    called = []
+    original = torch.ops.mkldnn._convolution_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_convolution_pointwise", lambda *args: called.append(1) or original(*args)
+    )
+    with torch.no_grad():
+        fast = conv(x)
+        assert bool(called) == (norm != "layer")
+        with plain():
+            slow = conv(x)
+    assert fast.shape == slow.shape and fast.is_contiguous()
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(conv(x), slow)
