@@ -30,7 +30,7 @@ class DenoiserTask:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
     """
 
-    smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml (README, \"On a laptop\")."
+    smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml."
 
     def __init__(self, settings: TrainSettings):
         if resolve_name(settings.model) not in DENOISERS:
