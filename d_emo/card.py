@@ -135,6 +135,10 @@ def describe_hardware(device: torch.device) -> str:
 def _denoiser_card(meta: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     objective = settings.get("objective", "eps")
     recipe = f"objective {objective}, label dropout {settings.get('label_dropout')}, {_optimizer(settings)}"
+    if settings.get("timestep_sampling", "uniform") != "uniform":
+        recipe += f"; logit-normal timesteps ({settings['logit_mean']:g}, {settings['logit_std']:g})"
+    if settings.get("label_init") == "names":
+        recipe += "; label table started from the words of the class names"
     kind = "A class-conditional" if len(meta["class_names"]) > 1 else "An unconditional"
     about = f"""{kind} denoiser, trained with D-EMO: {_model(meta, settings)}, latents of the codec `{meta["codec"]}`.
 
@@ -175,13 +179,23 @@ it."""
     }
 
 
+def _start(meta: dict[str, Any], settings: dict[str, Any]) -> str:
+    if not settings.get("init_from"):
+        return ""
+    before = meta.get("started_from", {})
+    trained = [f"{before['step']:,} steps"] if "step" in before else []
+    trained += [f"{before['training_minutes']:,} minutes"] if "training_minutes" in before else []
+    labels = "" if settings.get("label_init") is None else ", with a new label table"
+    return f"the weights of `{settings['init_from']}`" + (f" ({', '.join(trained)})" if trained else "") + labels
+
+
 def _training(meta: dict[str, Any], settings: dict[str, Any], recipe: str, script: str) -> str:
     images = f"{meta['num_images']:,} images at " if "num_images" in meta else ""
     where = f" on {meta['hardware']}" if "hardware" in meta else ""
     rows = {
         "data": f"{_data_name(meta, settings)}, {images}{meta['image_size']} px",
         "recipe": recipe,
-        "start": f"the weights of `{settings['init_from']}`" if settings.get("init_from") else "",
+        "start": _start(meta, settings),
         "steps": f"{meta['step']:,} of {settings['max_steps']:,}, batch {settings['batch_size']:,}: "
                  f"{meta['step'] * settings['batch_size']:,} images seen",
         "weights": f"moving average (EMA, decay {settings['ema_decay']}) of parameters and BatchNorm statistics",

@@ -118,7 +118,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
 
 def start_from(
     path: str | Path, model: Denoiser, *, class_names: list[str], objective: str, keep_labels: bool = True
-) -> str:
+) -> tuple[str, dict[str, Any]]:
     """Copy a snapshot's weights into a new model for fine-tuning.
 
     Classes and latent size may be others: the label table keeps the rows of classes with the same name and the null
@@ -132,7 +132,7 @@ def start_from(
         keep_labels: Off leaves all classes the new model's rows.
 
     Returns:
-        What was taken, in a sentence.
+        What was taken, in a sentence, and how long it had been trained: "step" and, where known, "training_minutes".
 
     Raises:
         InputError: No such snapshot, or one that does not fit; names what differs.
@@ -167,7 +167,8 @@ def start_from(
     model.load_state_dict({**state, "y_embedder.embedding_table.weight": table, "pos_embed": fresh["pos_embed"]})
     step = old.meta["step"]
     rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
-    return f"Weights from {old.path} (step {step:,}), {rows}."
+    trained = {key: old.meta[key] for key in ("step", "training_minutes") if key in old.meta}
+    return f"Weights from {old.path} (step {step:,}), {rows}.", trained
 
 
 def load_classifier(path: str | Path) -> ClassifierSnapshot:

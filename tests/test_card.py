@@ -101,6 +101,18 @@ def test_data_from_elsewhere_keep_their_name(snapshot, place, name, hub):
     assert ModelCard.load(snapshot / "README.md").data.datasets == hub
 
 
+def test_a_fine_tuned_snapshot_says_what_it_started_from_and_how_it_was_trained(snapshot):
+    settings = yaml.safe_load((snapshot / "config.yaml").read_text())
+    changes = {"init_from": "results/a", "label_init": "names", "timestep_sampling": "logit-normal", "logit_mean": -1.2}
+    (snapshot / "config.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    before = {"step": 28000, "training_minutes": 90.8}
+    (snapshot / "snapshot.json").write_text(json.dumps({**meta, "started_from": before}))
+    card.write_card(snapshot)
+    assert "| the weights of `results/a` (28,000 steps, 90.8 minutes), with a new label table |" in text_of(snapshot)
+    assert "logit-normal timesteps (-1.2, 1)" in text_of(snapshot) and "words of the class names" in text_of(snapshot)
+
+
 def test_measurements_are_added_and_replaced_by_their_command(snapshot):
     card.add_measurement(snapshot, FIGURES)
     assert "| FID-20 | 5.16 | of drawn |" in text_of(snapshot) and "`python scripts/judge.py --x`" in text_of(snapshot)

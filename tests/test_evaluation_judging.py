@@ -15,7 +15,7 @@ from PIL import Image
 
 from d_emo import checkpoint
 from d_emo.config import ClassifierSettings, InputError, JudgeSettings, TrainSettings
-from d_emo.data import ClassImages
+from d_emo.data import ClassImages, spread
 from d_emo.evaluation import Judge, frechet_distance, judge_drawings, judge_sampler, judging, open_real, sampler_table
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
@@ -73,9 +73,10 @@ def test_a_judge_measures_in_its_features_and_names_the_likeliest_class() -> Non
 def test_figures_of_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "HELD_OUT_IMAGES", 12)
     judge = Judge(Brightest(), judging.batches_of(Coloured(), 100))
-    drawn = judge.look(torch.cat(list(judging.batches_of(Coloured(), 9))).split(4))  # images 0, 2, 5, 8, 10, 13, ...
-    assert drawn.classes.tolist() == [0, 2, 2, 2, 1, 1, 1, 0, 0]
-    asked = torch.tensor([1, 12, 2, 2, 1, 1, 1, 0, 0])  # of the first the last digit is wrong, of the second the first
+    drawn = judge.look(torch.cat(list(judging.batches_of(Coloured(), 9))).split(4))
+    assert drawn.classes.tolist() == [index % 3 for index in spread(24, 9)]
+    asked = drawn.classes.clone()
+    asked[0], asked[1] = (asked[0] + 1) % 3, asked[1] + 10  # the last digit is wrong, and the first
     figures = judge_drawings(judge, drawn, asked, held_out=Coloured(), image_size=8, parts={"tens": 10, "ones": 1})
     assert [each.name for each in figures] == ["FID-9", "floor", "ceiling", "recognised", "real", "tens", "ones"]
     value = {each.name: each.value for each in figures}
@@ -89,7 +90,9 @@ def test_figures_of_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_limit_takes_images_from_all_over_the_set() -> None:
     (whole,) = judging.batches_of(Coloured(), 100)
     (some,) = judging.batches_of(Coloured(), 4)
-    assert torch.equal(some, whole[[0, 6, 12, 18]]) and some.dtype == torch.uint8
+    indices = spread(24, 4)
+    assert torch.equal(some, whole[indices]) and some.dtype == torch.uint8
+    assert [index // 6 for index in indices] == [0, 1, 2, 3]
 
 
 def test_a_sampler_is_timed_without_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:

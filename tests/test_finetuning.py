@@ -88,6 +88,13 @@ def test_the_same_classes_and_size_start_from_every_weight(tmp_path, digits):
     assert run.start in run.introduction() and "knows 10 of the 10 classes" in run.start
 
 
+def test_a_snapshot_knows_how_long_its_start_had_been_trained(tmp_path, digits):
+    assert train(tmp_path, init_from=str(digits.path)).meta["started_from"] == {
+        "step": 2, "training_minutes": digits.meta["training_minutes"]
+    }
+    assert "started_from" not in digits.meta
+
+
 def test_a_new_label_table_is_made_for_known_classes_where_it_is_asked_for(tmp_path, digits):
     run = task(tmp_path, init_from=str(digits.path), label_init="names", label_init_std=1.0)
     old, new = digits.model.state_dict(), run.model.state_dict()

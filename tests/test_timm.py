@@ -145,7 +145,7 @@ def test_graph_features_of_timm_are_those_of_the_model():
     with torch.no_grad():
         wanted = plain.forward_intermediates(x, intermediates_only=True)
         for found, expected in zip(graph(x), wanted, strict=True):
-            assert torch.equal(found.permute(0, 3, 1, 2), expected)
+            torch.testing.assert_close(found.permute(0, 3, 1, 2), expected)  # traced, kernels take their plain form
 
 
 def test_gray_images_and_their_weights(tmp_path):

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+try:
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing as is_fx_tracing
+except ImportError:  # before PyTorch 2.8
+    from torch.fx._symbolic_trace import is_fx_tracing
+
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -30,11 +35,11 @@ def plain() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether the plain form is wanted: inside `plain`, and while a network is compiled or exported.
+    """Whether the plain form is wanted: inside `plain`, and while a network is compiled, exported or traced.
 
     The compiler joins the steps of the plain form itself, and other programs know standard operators only.
     """
-    return _plain or torch.compiler.is_compiling()
+    return _plain or torch.compiler.is_compiling() or is_fx_tracing()
 
 
 def prefers_onednn(*tensors: Tensor | None) -> bool:

@@ -53,9 +53,9 @@ class DenoiserTask:
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
         _init_labels(self.model.y_embedder.embedding_table.weight, self.images.class_names, settings)
-        self.start = ""
+        self.start, self.started_from = "", None
         if settings.init_from is not None:
-            self.start = checkpoint.start_from(
+            self.start, self.started_from = checkpoint.start_from(
                 settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
                 keep_labels=settings.label_init is None,
             )
@@ -144,6 +144,8 @@ class DenoiserTask:
             "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
+        if self.started_from:
+            meta["started_from"] = self.started_from
         checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
 
 
