@@ -43,7 +43,7 @@ def main() -> None:
     measurement = {
         "command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "step": snapshot.meta["step"],
     }
-    labels = torch.arange(settings.num_images) * len(names) // settings.num_images
+    labels = judging.even_labels(settings.num_images, len(names))
     Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
     if settings.samplers:
         return compare(judge, draw, runs, labels, measurement, Path(settings.output), device)

@@ -13,6 +13,7 @@ from evaluation_sets import ColourFeatures, assert_close, make_pixels, read_all,
 from PIL import Image
 
 from d_emo.evaluation import compute_statistics, open_images
+from d_emo.evaluation.npz import choose_evenly
 
 
 def test_folder_gives_every_image_of_every_class_in_path_order(tmp_path: Path) -> None:
@@ -76,7 +77,11 @@ def test_zip_equals_folder(tmp_path: Path) -> None:
 def test_a_part_of_a_set_is_spread_over_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", make_pixels(10))
     chosen = open_images(folder, num_images=4).files
-    assert [path.stem for path in chosen] == ["0000", "0002", "0005", "0007"]
+    numbers = [int(path.stem) for path in chosen]
+    assert len(numbers) == 4 and all(low <= number <= high for number, low, high in zip(
+        numbers, (0, 2, 5, 7), (1, 4, 6, 9), strict=True
+    ))
+    assert len({index % 10 for index in choose_evenly(1000, 100, "a set whose classes go round")}) == 10
     assert len(set(open_images(folder, num_images=9).files)) == 9
 
 

@@ -236,3 +236,9 @@ def test_bad_samplers_are_refused_before_anything_is_drawn(script, tmp_path: Pat
         with pytest.raises(InputError, match=sentence):
             script("--samplers", "ddpm:2", wrong, "--output", tmp_path / "t.md")
     assert not (tmp_path / "t.md").exists()
+
+
+def test_fewer_drawings_than_classes_meet_every_digit_of_a_class_id() -> None:
+    assert judging.even_labels(6, 3).tolist() == [0, 0, 1, 1, 2, 2]
+    few = judging.even_labels(500, 1000)
+    assert len(few) == 500 and len(set(few.tolist())) == 500 and len(set((few % 10).tolist())) == 10

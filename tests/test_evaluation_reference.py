@@ -9,6 +9,7 @@ import pytest
 from evaluation_sets import ColourFeatures, as_batch, make_pixels, write_folder
 
 from d_emo.config import InputError
+from d_emo.data import spread
 from d_emo.evaluation import measure, reference, write_reference
 
 ALL = ("fid", "sfid", "isc", "prc", "kid")
@@ -28,7 +29,7 @@ def test_written_reference_is_in_adms_layout(tmp_path: Path) -> None:
     features = ColourFeatures().extract(as_batch(pixels))
     with np.load(tmp_path / "r.npz", allow_pickle=False) as archive:
         assert set(archive) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "num_images", "features"}
-        assert np.array_equal(archive["arr_0"], pixels[::4])
+        assert np.array_equal(archive["arr_0"], pixels[spread(40, 10)])
         for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
             np.testing.assert_allclose(archive[mean], features[name].numpy().mean(axis=0), rtol=1e-12)
             np.testing.assert_allclose(archive[covariance], np.cov(features[name].numpy(), rowvar=False), rtol=1e-9)
@@ -59,9 +60,9 @@ def test_no_images_are_stored_if_none_are_wanted(tmp_path: Path, colours: Colour
 def test_a_large_reference_is_compared_in_part(tmp_path: Path, colours: ColourFeatures, monkeypatch) -> None:
     monkeypatch.setattr(reference, "COMPARED", 6)
     samples, pixels = write_folder(tmp_path / "s", make_pixels(12)), make_pixels(18, seed=1)
-    every_third = write_folder(tmp_path / "third", pixels[::3])
+    third = write_folder(tmp_path / "third", pixels[spread(18, 6)])
     folder = write_folder(tmp_path / "r", pixels)
-    expected = measure(samples, every_third, metrics=["kid"], progress=False)
+    expected = measure(samples, third, metrics=["kid"], progress=False)
     seen, extract = [], ColourFeatures.extract
     monkeypatch.setattr(ColourFeatures, "extract", lambda self, new: seen.append(len(new)) or extract(self, new))
     assert measure(samples, folder, metrics=["kid"], progress=False).kid == pytest.approx(expected.kid, rel=1e-9)

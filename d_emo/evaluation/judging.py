@@ -110,6 +110,11 @@ def batches_of(images: ClassImages, limit: int) -> Iterator[torch.Tensor]:
         yield to_uint8(torch.stack([images[index][0] for index in chosen[start : start + BATCH]]))
 
 
+def even_labels(count: int, classes: int) -> torch.Tensor:
+    """Class ids to draw: every class equally often, or of as many parts of the classes one each. Shape: -> (count,)."""
+    return torch.tensor(spread(classes, count)) if count < classes else torch.arange(count) * classes // count
+
+
 def judge_drawings(
     judge: Judge, drawn: Verdict, labels: torch.Tensor, *, held_out: ClassImages | None, image_size: int,
     parts: Mapping[str, int] | None = None,

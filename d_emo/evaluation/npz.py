@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from d_emo.config import InputError, RunError
+from d_emo.data import spread
 from d_emo.evaluation.statistics import StoredStatistics
 
 IMAGES_KEY = "arr_0"
@@ -23,9 +24,9 @@ POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 
 
 def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int]:
-    """Which images of a stored set to measure: all, or ``wanted`` of them spread evenly over the order.
+    """Which images of a stored set to measure: all, or ``wanted`` of them from all over the order.
 
-    Spread, because the first images of an ordered set are those of its first classes.
+    The first images of an ordered set are those of its first classes, and equal steps can miss classes too.
 
     Raises:
         InputError: Fewer than two images, there or wanted, or more wanted than there.
@@ -38,7 +39,7 @@ def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int
         raise InputError(f"{wanted} images were asked for (--num-images); a covariance needs at least two")
     if wanted > available:
         raise InputError(f"{wanted} images were asked for (--num-images), but {name} holds {available}")
-    return [index * available // wanted for index in range(wanted)]
+    return spread(available, wanted)
 
 
 def in_chunks(items: Sequence, size: int) -> Iterator[Sequence]:

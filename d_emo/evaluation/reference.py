@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from d_emo.config import InputError
+from d_emo.data import spread
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.images import ImageSource, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
@@ -149,14 +150,14 @@ def write_reference(
         extractor: Feature network.
         num_images: How many images will come.
         image_size: (width, height) in pixels.
-        kept_images: How many of them are stored, spread evenly.
+        kept_images: How many of them are stored, from all over them.
 
     Raises:
         InputError: A feature is not finite.
     """
     what = {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}
     gathered = Gathered(extractor, what, num_images)
-    kept = {index * num_images // kept_images for index in range(kept_images)}
+    kept = set(spread(num_images, kept_images)) if kept_images else set()
     with NpzWriter(path, kept_images, image_size) as writer:
         seen = 0
         for images in batches:
