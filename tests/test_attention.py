@@ -115,6 +115,7 @@ def test_information_stays_inside_the_window(mode):
     "settings, words",
     [
         ({"mode": "diagonal"}, "attention_mode 'diagonal'"),
+        ({"mode": ["near"]}, "attention_mode"),
         ({"order": "during"}, "attention_order 'during'"),
         ({"num_heads": 3}, "8 channels.*3 heads"),
         ({"num_heads": 0}, "num_heads.*0"),

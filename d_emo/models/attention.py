@@ -108,7 +108,7 @@ class WindowAttention(nn.Module):
         act: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
-        if mode not in PARTITIONS:
+        if not isinstance(mode, str) or mode not in PARTITIONS:
             raise InputError(f"Unknown attention_mode {mode!r}; choose one of {', '.join(map(repr, PARTITIONS))}.")
         if order not in ("post", "pre"):
             raise InputError(f"Unknown attention_order {order!r}; choose 'post' or 'pre'.")
