@@ -116,6 +116,11 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
                             meta["image_size"], meta)
 
 
+def load_meta(path: str | Path) -> dict[str, Any]:
+    """What a denoiser's snapshot says of itself, without its weights."""
+    return _open_snapshot(path, "denoiser")[1]
+
+
 def start_from(
     path: str | Path, model: Denoiser, *, class_names: list[str], objective: str, keep_labels: bool = True
 ) -> tuple[str, dict[str, Any]]:

@@ -134,14 +134,18 @@ class EpsObjective(Objective):
 
         Shape: latents (B, C, H, W), labels (B,) -> scalars "loss", "mse" and, with a learned variance, "vb".
         """
-        t, noise = draws.timesteps, draws.noise
-        noisy = self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * noise
+        t, noise, noisy = draws.timesteps, draws.noise, self.noised(latents, draws)
         predicted, variance = self._predict(denoiser, noisy, labels, draws)
         mse = (predicted - noise).square().mean()
         if variance is None:
             return {"loss": mse, "mse": mse.detach()}
         vb = self._bound(latents, noisy, t, predicted.detach(), variance).mean()
         return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
+
+    def noised(self, latents: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Latents at the noise level of the draws' timesteps. Shape: (B, C, H, W) -> same."""
+        t = draws.timesteps
+        return self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * draws.noise
 
     def _at(self, table: str, t: torch.Tensor) -> torch.Tensor:
         return getattr(self, table)[t][:, None, None, None]

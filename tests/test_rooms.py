@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 ROOMS = [
     "config", "data", "latents", "kernels", "models", "objective", "ema", "card", "checkpoint", "hub", "training",
-    "sampling", "evaluation", "curves", "explain", "export", "benchmark",
+    "sampling", "evaluation", "curves", "explain", "export", "benchmark", "study",
 ]
 INSIDE = {
-    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking"],
+    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": ["choice", "activation", "linear", "attention", "depthwise"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
@@ -24,6 +24,7 @@ INSIDE = {
         "vae",
     ],
     "benchmark": ["timing", "transcription", "denoisers", "classifiers", "report"],
+    "study": ["plan", "execution", "measuring", "results", "report", "plots", "cost", "study"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement", "judging",

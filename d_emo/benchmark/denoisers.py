@@ -73,13 +73,12 @@ def contenders(size: str, latent: int, depth: int | None) -> dict[str, Callable[
         )  # fmt: skip
 
     demo, dit = f"D-EMOv2-{size}-2", f"DiT-{size}-2"
-    found = {
+    return {
         "D-EMO": lambda: (ours(demo), macs(demo)),
         "plain transcription": lambda: (transcribe(ours(demo)), macs(demo)),
+        "our DiT": lambda: (ours(dit), macs(dit)),
+        BASELINE: lambda: (diffusers_dit(), macs(dit)),
     }
-    if size != "Ti":
-        found["our DiT"] = lambda: (ours(dit), macs(dit))
-    return found | {BASELINE: lambda: (diffusers_dit(), macs(dit) if size != "Ti" else 0)}
 
 
 def forward_pass(

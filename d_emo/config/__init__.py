@@ -39,6 +39,7 @@ from d_emo.config.sampling import (
     SampleSettings,
     check_guidance,
 )
+from d_emo.config.study import StudySettings
 from d_emo.config.training import (
     ClassifierSettings,
     DataSettings,
@@ -75,6 +76,7 @@ __all__ = [
     "RunError",
     "RunSettings",
     "SampleSettings",
+    "StudySettings",
     "TrainSettings",
     "VAESettings",
     "check_guidance",

@@ -31,10 +31,12 @@ class Verdict(NamedTuple):
 
     Attributes:
         statistics: Of their features.
+        features: Of each image, for precision and recall. Shape: (N, dim) float32.
         classes: The likeliest class of each. Shape: (N,) int64.
     """
 
     statistics: FeatureStatistics
+    features: torch.Tensor
     classes: torch.Tensor
 
 
@@ -46,6 +48,9 @@ class Judge:
         real: Batches of real images. Shape: (B, 3, H, W) uint8.
         device: Where the classifier is.
 
+    Attributes:
+        real: What it saw in the real images.
+
     Raises:
         InputError: Fewer than two real images, or features that are not finite or all the same.
     """
@@ -54,22 +59,24 @@ class Judge:
         self, extractor: FeatureExtractor, real: Iterable[torch.Tensor], *, device: torch.device | str = "cpu"
     ):
         self.extractor, self._device = extractor, device
-        self._real = self.look(real).statistics
-        if is_constant(self._real):
+        self.real = self.look(real)
+        if is_constant(self.real.statistics):
             raise InputError(f"{extractor.name} gives all real images the same features; name a trained classifier")
 
     def look(self, batches: Iterable[torch.Tensor]) -> Verdict:
         """See a set of images. Shape of a batch: (B, 3, H, W) uint8."""
-        statistics, classes = FeatureStatistics(self.extractor.dim), [torch.zeros(0, dtype=torch.long)]
+        dim, classes = self.extractor.dim, [torch.zeros(0, dtype=torch.long)]
+        statistics, features = FeatureStatistics(dim), [torch.zeros(0, dim)]
         for images in batches:
             pooled = self.extractor(images.to(self._device))
             statistics.update(pooled)
+            features.append(pooled.float().cpu())
             classes.append(self.extractor.logits(pooled).argmax(dim=1).cpu())
-        return Verdict(statistics, torch.cat(classes))
+        return Verdict(statistics, torch.cat(features), torch.cat(classes))
 
     def fid(self, verdict: Verdict) -> float:
         """Distance of a set of images from the real ones."""
-        ours, real = verdict.statistics, self._real
+        ours, real = verdict.statistics, self.real.statistics
         return frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
 
 

@@ -40,15 +40,10 @@ SIZES: dict[str, dict[str, int]] = {
 """Depth, width and heads as in DiT; the tiny size is ours."""
 
 DENOISERS: dict[str, dict[str, Any]] = {
-    f"D-EMOv2-{size}-{patch}": {**row, "patch_size": patch, "block": "i2rmb"}
+    f"{family}-{size}-{patch}": {**row, "patch_size": patch, "block": block}
+    for family, block in (("D-EMOv2", "i2rmb"), ("DiT", "dit"), ("SiT", "dit"))
     for size, row in SIZES.items()
     for patch in (1, 2, 4, 8)
-} | {
-    f"{family}-{size}-{patch}": {**row, "patch_size": patch, "block": "dit"}
-    for family in ("DiT", "SiT")
-    for size, row in SIZES.items()
-    if size != "Ti"
-    for patch in (2, 4, 8)
 }
 """Every named denoiser as the constructor arguments that make it. SiT is DiT trained with the flow objective."""
 
@@ -96,6 +91,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         window_size: window of the attention; an axis shorter than the window uses the whole axis.
         kernel_size: kernel of the depthwise convolution.
         local_norm: norm of the depthwise convolution: "batch" (the paper's), "layer" or "none".
+        position_embedding: "sincos", the fixed one of DiT, or "none" (all zeros), to see what it is worth.
 
     Shape: hidden_states (B, C_in, H, W), timestep () or (B,), class_labels (B,) -> sample (B, C_out, H, W).
 
@@ -125,6 +121,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         window_size: int | tuple[int, int] = 8,
         kernel_size: int = 5,
         local_norm: NormKind = "batch",
+        position_embedding: Literal["sincos", "none"] = "sincos",
     ) -> None:
         super().__init__()
         check_positive(
@@ -146,7 +143,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, self.grid))
+        if position_embedding not in ("sincos", "none"):
+            raise InputError(f"Unknown position_embedding {position_embedding!r}; choose 'sincos' or 'none'.")
+        positions = sincos_position_embedding(hidden_size, self.grid)  # (H * W, C)
+        self.register_buffer("pos_embed", positions if position_embedding == "sincos" else positions * 0)
         if block == "i2rmb":
             window = tuple(min(w, n) for w, n in zip(pair(window_size, "window_size"), self.grid, strict=True))
             blocks = [

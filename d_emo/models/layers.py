@@ -230,16 +230,20 @@ def synchronise_batch_norms(model: nn.Module) -> None:
                 setattr(parent, name, synced.train(norm.training))
 
 
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """All batch norms of a model."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def norm_buffers(model: nn.Module) -> list[Tensor]:
     """The running statistics of all batch norms, which every forward pass in training mode changes."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms for buffer in norm.buffers()]
+    return [buffer for norm in batch_norms(model) for buffer in norm.buffers()]
 
 
 @contextlib.contextmanager
 def scratch_statistics(module: nn.Module) -> Iterator[None]:
     """Within this context batch norms read and update copies of their running statistics; the originals stay as is."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(module)
     originals = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         norm._buffers.update({name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None})

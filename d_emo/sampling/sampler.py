@@ -60,7 +60,7 @@ def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, 
 def sample(
     denoiser: Denoiser, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *,
     num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: Literal["all", "3"] = "all",
-    guidance_interval: tuple[float, float] = (0.0, 1.0), batch_size: int = 64,
+    guidance_interval: tuple[float, float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
     on_step: Callable[[], Any] = lambda: None,
     on_latents: Callable[[int, torch.Tensor], Any] = lambda index, latents: None,
 ) -> Iterator[torch.Tensor]:
@@ -78,6 +78,8 @@ def sample(
         num_inference_steps: Denoising steps.
         guidance_scale, guidance_channels, guidance_interval: See :class:`Guidance`.
         batch_size: Images denoised at once.
+        exact: Off, a CPU denoises whole batches, which is faster for small networks; the last bits of an image may
+            then depend on its batch.
         on_step: Called after every denoising step of a batch.
         on_latents: Called with (index of the step, latents) after every denoising step of a part of a batch; all of
             it on a GPU, a few images on a CPU.
@@ -116,7 +118,7 @@ def sample(
 
     for start in range(0, len(seeds), batch_size):
         batch = range(start, min(start + batch_size, len(seeds)))
-        size = _part_size(denoiser) or len(batch)
+        size = (exact and _part_size(denoiser)) or len(batch)
         parts = [batch[first : first + size] for first in range(0, len(batch), size)]
         yield torch.cat([draw(part, part is parts[-1]) for part in parts])
 
@@ -125,7 +127,8 @@ def _part_size(denoiser: Denoiser) -> int | None:
     """Images that go through the network at once on a CPU; None elsewhere.
 
     Matrix products and vectorised functions round a row differently when the shape around it changes. Parts of one
-    fixed size, the last one filled up, keep an image's bits; beyond 128 tokens a CPU gains nothing from larger ones.
+    fixed size, the last one filled up, keep an image's bits. They are small, because a filled-up part costs as much as
+    a full one; beyond 128 tokens only narrow networks gain from larger ones.
     """
     if denoiser.device.type != "cpu":
         return None

@@ -1,0 +1,85 @@
+"""Settings of a study: models, objectives and seeds trained and measured alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from d_emo.config.base import InputError, setting
+
+
+@dataclass(kw_only=True)
+class StudySettings:
+    """Settings of ``scripts/compare.py``; ``configs/study/`` has some."""
+
+    title: str = setting(help="heading of the report")
+    output_dir: str = setting(help="folder of the study's latents and runs; what is there already is not made again")
+    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and pictures")
+    encode: dict[str, Any] | None = setting(
+        None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data"
+    )
+    data_dir: str | None = setting(None, "with encode: the images, as --data-dir of scripts/encode_latents.py")
+    train: dict[str, Any] = setting(help="settings of scripts/train_dit.py that all runs share")
+    runs: dict[str, dict[str, Any]] = setting(
+        help="by name, what is a run's own among the settings of scripts/train_dit.py; model_options are added to "
+        "the shared ones. {of: NAME, norm_buffers: initial} measures another run's weights with the batch norms' "
+        "averages as they were before training"
+    )
+    seeds: list[int] = setting([0, 1, 2], "every run is trained once with each")
+    tables: dict[str, list[str]] | None = setting(
+        None, "tables of the report: heading, then names of runs; the first is what the others are compared with. "
+        "Default: one table of all runs"
+    )
+    launch: list[str] = setting(
+        [], "arguments of accelerate launch for training, encoding and scripts/fid.py, e.g. [--num_processes, '8']. "
+        "Default: one process, without the launcher"
+    )
+    judge: str | None = setting(
+        None, "measure by a classifier of the same classes: its training config, or the folder of its run. A config is "
+        "trained first, where its run is not complete"
+    )
+    reference: str | None = setting(
+        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a judge"
+    )
+    fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
+    num_images: int = setting(1000, "images to draw for each measurement")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    samplers: dict[str, str] | None = setting(
+        None, "sampler and steps by objective, for --judge and for pictures. Default: {eps: 'dpm++:30', flow: "
+        "'euler:30'}"
+    )
+    norm_gap: list[str] = setting(
+        [], "runs of the eps objective whose error is measured in train and in eval mode, by noise level"
+    )
+    published_loss: bool = setting(False, "draw the published losses (ImageNet 256 x 256) beside the runs'")
+    only: list[str] = setting([], "train and measure these runs only; the report still shows all that are complete")
+    report_only: bool = setting(False, "train and measure nothing, write the report of what is complete")
+    plan: bool = setting(False, "train nothing: measure each model's speed here, print what the study will cost")
+
+    def __post_init__(self):
+        if (self.judge is None) == (self.reference is None):
+            raise InputError("give a study either a judge (a classifier) or a reference (for scripts/fid.py)")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise InputError(f"--seeds {self.seeds} must be different numbers, at least one")
+        if self.data_dir is not None:
+            if self.encode is None:
+                raise InputError(f"--data-dir {self.data_dir} is for studies that encode their data; this one does not")
+            self.encode = self.encode | {"data_dir": self.data_dir}
+        if not self.runs:
+            raise InputError("a study needs at least one run")
+        if self.num_images < 2:
+            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+        self.samplers = {"eps": "dpm++:30", "flow": "euler:30"} | (self.samplers or {})
+        for each in self.samplers.values():
+            name, _, steps = each.rpartition(":")
+            if not name or not steps.isdecimal():
+                raise InputError(f"--samplers takes NAME:STEPS, e.g. dpm++:20, not {each}")
+        self.tables = self.tables or {"All runs": list(self.runs)}
+        named = [name for names in (*self.tables.values(), self.norm_gap, self.only) for name in names]
+        named += [run["of"] for run in self.runs.values() if "of" in run]
+        for name in named:
+            if name not in self.runs:
+                raise InputError(f"the study names a run {name!r} that it does not have; it has {', '.join(self.runs)}")
+        for heading, names in self.tables.items():
+            if not names:
+                raise InputError(f"the table {heading!r} of the study names no runs")

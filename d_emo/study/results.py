@@ -1,0 +1,123 @@
+"""What a study has found so far: rows per measured snapshot, and means, intervals and differences over the seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+
+from d_emo.curves import Curve, read_run
+from d_emo.models import create_model
+from d_emo.models.counting import count_macs, count_parameters
+from d_emo.study.plan import PlannedRun
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % confidence interval (Student's t); None from one seed."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """The estimate from one value per seed."""
+        if len(values) < 2:
+            return cls(mean(values), None, len(values))
+        quantile = float(student.ppf(0.975, len(values) - 1))
+        return cls(mean(values), quantile * stdev(values) / math.sqrt(len(values)), len(values))
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+    def show(self, digits: int = 2) -> str:
+        """Such as "4.36 ± 0.41"."""
+        return f"{self.mean:.{digits}f}" + ("" if self.half_width is None else f" ± {self.half_width:.{digits}f}")
+
+
+def read_measurements(run: PlannedRun) -> dict[int, dict[str, float]]:
+    """Figures of a run's snapshots by step."""
+    if not run.results.exists():
+        return {}
+    return {int(step): figures for step, figures in json.loads(run.results.read_text()).items()}
+
+
+def add_measurement(run: PlannedRun, step: int, figures: dict[str, float]) -> None:
+    """Keep the figures of one snapshot; a kill leaves the old file or the new."""
+    known = {**read_measurements(run), step: figures}
+    temporary = run.results.with_name(f".tmp-{run.results.name}")
+    temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    temporary.replace(run.results)
+
+
+def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
+    """Parameters (with a label table for 1000 classes) and multiply-accumulates of a run's model, for one latent."""
+    channels, side, _ = latent_shape
+    options = {"sample_size": side, "in_channels": channels}
+    with torch.device("meta"):
+        model = create_model(run.training.model, **options | (run.training.model_options or {}))
+        return count_parameters(model), count_macs(model)
+
+
+def collect(runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]]) -> tuple[list[Row], dict[tuple, Curve]]:
+    """A row for every measured snapshot, and the loss curve of every trained run by (name, seed).
+
+    Minutes are steps times the median time of a step: what disturbed the machine for a while does not count.
+    """
+    rows, losses = [], {}
+    for run in runs:
+        measured = read_measurements(run)
+        if not measured:
+            continue
+        curves, batch = read_run(run.folder).curves, run.training.batch_size
+        seconds = batch / median(curves["images_per_second"].values)
+        parameters, macs = sizes[run.name]
+        if run.norm_buffers == "trained":
+            losses[run.name, run.seed] = curves["loss"]
+        rows += [
+            {"run": run.name, "seed": run.seed, "step": step, "images": step * batch, "minutes": step * seconds / 60,
+             "seconds_per_step": seconds, "parameters": parameters, "macs": macs, **figures}
+            for step, figures in measured.items()
+        ]  # fmt: skip
+    return rows, losses
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows; columns in the order in which they first appear, empty where a row has none."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def values_of(rows: Sequence[Row], name: str, step: int, figure: str) -> dict[int, float]:
+    """A figure of a run at one step, by seed."""
+    return {r["seed"]: r[figure] for r in rows if r["run"] == name and r["step"] == step and figure in r}
+
+
+def last_common_step(rows: Sequence[Row], names: Sequence[str]) -> int | None:
+    """The last step at which all of these runs have been measured; None if there is none."""
+    steps = [{row["step"] for row in rows if row["run"] == name} for name in names]
+    common = set.intersection(*steps) if steps else set()
+    return max(common, default=None)
+
+
+def difference(rows: Sequence[Row], name: str, other: str, step: int, figure: str) -> Estimate | None:
+    """``name`` minus ``other``, seed by seed; None if they share none."""
+    ours, theirs = (values_of(rows, each, step, figure) for each in (name, other))
+    shared = sorted(ours.keys() & theirs.keys())
+    return Estimate.of([ours[seed] - theirs[seed] for seed in shared]) if shared else None

@@ -1,0 +1,218 @@
+"""A study from end to end: encode, train the judge, train and measure every run, report."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d_emo.checkpoint import load_denoiser, load_meta, step_of
+from d_emo.config import ClassifierSettings, InputError, StudySettings, parse_settings
+from d_emo.curves import published_curves
+from d_emo.latents.shards import INDEX
+from d_emo.sampling import draw_grid
+from d_emo.study.cost import cost_table
+from d_emo.study.execution import claim, run_script
+from d_emo.study.measuring import Meter
+from d_emo.study.plan import PlannedRun, as_arguments, latent_shape_of, latents_folder, plan_runs
+from d_emo.study.plots import draw_curves, draw_gaps
+from d_emo.study.report import FIGURES, plural, write_report
+from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of
+
+GAPS, COLUMNS = "norm_gap.json", 10
+
+
+class Study:
+    """What ``scripts/compare.py`` does.
+
+    Args:
+        settings: Of the study.
+        scripts: Folder of this project's scripts.
+
+    Raises:
+        InputError: Settings that cannot work.
+    """
+
+    def __init__(self, settings: StudySettings, *, scripts: Path):
+        self.settings, self.scripts, self.folder = settings, scripts, Path(settings.output_dir)
+        self.runs = plan_runs(settings)
+        self.classifier, self._classifier_config = None, None
+        if settings.judge is not None:
+            self.classifier = self._locate_judge(settings.judge)
+
+    def _locate_judge(self, judge: str) -> Path:
+        path = Path(judge)
+        if path.is_dir():
+            return path
+        if not path.is_file():
+            raise InputError(f"the study's judge {judge} is neither a classifier's run folder nor a training config")
+        self._classifier_config = parse_settings(ClassifierSettings, "", ["--config", judge])
+        return Path(self._classifier_config.output_dir)
+
+    def plan(self) -> str:
+        """What the study will cost on this machine, as a table."""
+        return cost_table(self.settings, self.runs)
+
+    def work(self) -> None:
+        """Do what is left to do; runs that another process works on are passed over."""
+        settings = self.settings
+        if settings.encode is not None:
+            self._encode(settings.encode)
+        if self._classifier_config is not None:
+            self._train_judge()
+        wanted = [run for run in self.runs if run.name in (settings.only or settings.runs)]
+        for number, run in enumerate(wanted, 1):
+            with claim(run.folder) as mine:
+                if not mine:
+                    print(f"[{number}/{len(wanted)}] {run.name}, seed {run.seed}: another process works on it")
+                    continue
+                if not run.is_trained():
+                    print(f"[{number}/{len(wanted)}] {run.name}, seed {run.seed}", flush=True)
+                    self._train(run)
+                self._measure(run)
+
+    def _encode(self, options: dict[str, Any]) -> None:
+        output = latents_folder(self.settings)
+        with claim(output, wait=True):
+            if not (output / INDEX).exists():
+                self._script("encode_latents", [*as_flags(options), "--output", str(output)])
+
+    def _train_judge(self) -> None:
+        config = self._classifier_config
+        with claim(Path(config.output_dir), wait=True):
+            if not (Path(config.output_dir) / "snapshots" / f"step-{config.max_steps}").is_dir():
+                self._script("train_classifier", ["--config", self.settings.judge])
+
+    def _train(self, run: PlannedRun) -> None:
+        config = run.folder.with_suffix(".yaml")
+        config.write_text(as_arguments(run.training))
+        self._script("train_dit", ["--config", str(config)])
+
+    def _script(self, name: str, arguments: list[str]) -> None:
+        run_script(self.scripts / f"{name}.py", arguments, launch=self.settings.launch)
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """Opened when it is first needed."""
+        return Meter(self.settings, self.classifier)
+
+    def _measure(self, run: PlannedRun) -> None:
+        """Measure the snapshots that have not been."""
+        for snapshot in run.snapshots():
+            if step_of(snapshot) in read_measurements(run):
+                continue
+            if self.classifier is not None:
+                figures = self.meter.measure(snapshot, norm_buffers=run.norm_buffers)
+            else:
+                figures = self._fid(snapshot)
+            add_measurement(run, step_of(snapshot), figures)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
+        gaps = run.folder / GAPS
+        if run.name in self.settings.norm_gap and not gaps.exists():
+            gaps.write_text(json.dumps(self.meter.norm_gap(run.snapshots()[-1])) + "\n")
+
+    def _fid(self, snapshot: Path) -> dict[str, float]:
+        """The figures that scripts/fid.py gives a snapshot."""
+        settings, output = self.settings, snapshot.parent / f".{snapshot.name}-fid.json"
+        options = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
+        self._script("fid", [
+            "--checkpoint", str(snapshot), "--reference", settings.reference, "--output", str(output),
+            *as_flags(options),
+        ])  # fmt: skip
+        result = json.loads(output.read_text())
+        return {name: result[name] for name in FIGURES if name in result}
+
+    def report(self) -> Path:
+        """Write the report of what has been measured; returns its file.
+
+        Raises:
+            InputError: Nothing has been measured yet, or matplotlib is not installed.
+        """
+        settings, folder = self.settings, Path(self.settings.report_dir)
+        sizes = {run.name: size_of(run, latent_shape_of(settings, run.training)) for run in self.runs}
+        rows, losses = collect(self.runs, sizes)
+        if not rows:
+            raise InputError(f"nothing of the study in {self.folder} is measured yet")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the report's folder {folder} cannot be made: {error.strerror}") from None
+        shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
+        published = published_curves() if settings.published_loss else {}
+        draw_curves(folder / "curves.png", rows, losses, shown, published)
+        pictures = [("curves.png", "FID and training loss against steps, images, arithmetic and time")]
+        gaps = self._gaps()
+        if gaps:
+            draw_gaps(folder / "norm_gap.png", gaps)
+            pictures.append(("norm_gap.png", "Error in train mode over eval mode by noise level"))
+        if self._draw_grid(folder / "samples.png", shown, rows):
+            pictures.append(("samples.png", "Drawings of each run from the same noise and labels"))
+        return write_report(
+            folder, title=settings.title, introduction=self._introduction(rows), tables=settings.tables, rows=rows,
+            losses=losses, gaps=gaps, pictures=pictures,
+        )  # fmt: skip
+
+    def _gaps(self) -> list[Row]:
+        found = [(run, run.folder / GAPS) for run in self.runs if run.name in self.settings.norm_gap]
+        return [
+            {"run": run.name, "seed": run.seed, **level}
+            for run, path in found if path.exists() for level in json.loads(path.read_text())
+        ]  # fmt: skip
+
+    def _introduction(self, rows: list[Row]) -> list[str]:
+        """What was done, and the command that does it again."""
+        settings, first = self.settings, self.runs[0]
+        measured = {row["run"] for row in rows}
+        snapshots = [load_meta(run.snapshots()[-1]) for run in self.runs if run.name in measured and run.snapshots()]
+        hardware = ", ".join(dict.fromkeys(meta["hardware"] for meta in snapshots))
+        if settings.judge is not None:
+            samplers = " and ".join(f"{value} ({key})" for key, value in settings.samplers.items())
+            how = (
+                f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
+                f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
+                f"classifier of the same classes (`{settings.judge}`) and compare with nothing outside this study; "
+                "class, shape, colour and ground are the shares of drawings in which it sees what was asked for."
+            )
+        else:
+            how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
+        return [
+            f"Made by `python scripts/compare.py --config {settings_file()}`: {plural(len(settings.seeds), 'seed')}, "
+            f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}.",
+            how,
+        ]
+
+    def _draw_grid(self, path: Path, names: list[str], rows: list[Row]) -> bool:
+        """Ten classes from the same noise by each run of the first seed at its last measured step."""
+        drawn, captions = [], []
+        for run in self.runs:
+            steps = [row["step"] for row in rows if row["run"] == run.name and row["seed"] == run.seed]
+            if run.name not in names or run.seed != self.settings.seeds[0] or not steps or run.name in captions:
+                continue
+            opened = load_denoiser(run.folder / "snapshots" / f"step-{max(steps)}")
+            count = len(opened.class_names)
+            drawn += self.meter.draw(opened, [i * count // COLUMNS for i in range(COLUMNS)], run.norm_buffers)
+            captions.append(run.name)
+        if drawn:
+            scale = max(1, 96 // drawn[0].shape[-1])
+            draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale).save(path)
+        return bool(drawn)
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Settings as flags of a script."""
+    flags = []
+    for key, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return flags
+
+
+def settings_file() -> str:
+    """The config that this process was started with, for the report."""
+    words = sys.argv
+    return words[words.index("--config") + 1] if "--config" in words[:-1] else "CONFIG"

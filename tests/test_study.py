@@ -1,0 +1,347 @@
+"""Studies: their plan, the arithmetic of their report, and a tiny one from end to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from d_emo import checkpoint
+from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings
+from d_emo.models import create_model
+from d_emo.objective import OBJECTIVES
+from d_emo.study import Study, study
+from d_emo.study.cost import cost_table, network_calls, processes_of
+from d_emo.study.execution import claim, run_script
+from d_emo.study.measuring import Meter
+from d_emo.study.plan import plan_runs
+from d_emo.study.report import course_table, findings, gap_table, main_table, read_rows
+from d_emo.study.results import Estimate, difference, last_common_step
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
+TRAIN = {
+    "model_options": TINY, "max_steps": 4, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.05,
+    "snapshot_every": 2, "log_every": 1, "ema_decay": 0.5,
+}  # fmt: skip
+RUNS = {
+    "D-EMO": {"model": "D-EMOv2-Ti-2", "model_options": {"window_size": 2}},
+    "DiT, flow": {"model": "DiT-Ti-2", "objective": "flow"},
+    "no buffers": {"of": "D-EMO", "norm_buffers": "initial"},
+}
+JUDGE = {
+    "model": "emov1_1m", "dataset": "digits", "image_size": 32, "max_steps": 2, "snapshot_every": 2, "batch_size": 4,
+    "model_options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8, 8, 8, 8], "window_size": 2},
+    "warmup_steps": 0,
+}  # fmt: skip
+
+
+def settings_of(folder: Path, **changes) -> StudySettings:
+    values = {
+        "title": "Tiny", "output_dir": str(folder / "study"), "report_dir": str(folder / "report"), "train": TRAIN,
+        "encode": {"dataset": "digits", "image_size": 8, "vae": "pixels"}, "runs": RUNS, "seeds": [3, 5],
+        "judge": str(folder / "judge.yaml"), "num_images": 20, "samplers": {"eps": "dpm++:2", "flow": "euler:2"},
+    }  # fmt: skip
+    (folder / "judge.yaml").write_text(yaml.safe_dump({**JUDGE, "output_dir": str(folder / "judge")}))
+    return StudySettings(**{**values, **changes})
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
+    planned = plan_runs(settings_of(tmp_path))
+    assert [(run.name, run.seed) for run in planned] == [(name, seed) for seed in (3, 5) for name in RUNS]
+    demo, dit, broken = planned[:3]
+    assert demo.training.model_options == {**TINY, "window_size": 2} and dit.training.model_options == TINY
+    assert demo.training.seed == 3 and dit.training.objective == "flow" and demo.training.objective == "eps"
+    assert demo.training.latents == dit.training.latents == str(tmp_path / "study" / "latents")
+    assert demo.folder == tmp_path / "study" / "runs" / "d-emo-seed3" and dit.folder.name == "dit-flow-seed3"
+    assert broken.folder == demo.folder and broken.results != demo.results
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"judge": None}, "either a judge .* or a reference"),
+    ({"reference": "x.npz"}, "either a judge .* or a reference"),
+    ({"seeds": [1, 1]}, "must be different"),
+    ({"runs": {}}, "at least one run"),
+    ({"num_images": 1}, "at least two"),
+    ({"only": ["D-EMU"]}, "'D-EMU' that it does not have; it has D-EMO, DiT, flow, no buffers"),
+    ({"tables": {"Main": ["nobody"]}}, "'nobody'"),
+    ({"tables": {"Main": []}}, "names no runs"),
+    ({"samplers": {"eps": "dpm++"}}, "NAME:STEPS"),
+    ({"encode": None, "data_dir": "photos"}, "--data-dir photos"),
+    ({"runs": {"a": {"of": "b"}, "b": {"model": "DiT-S-2"}}}, "'a' must be"),
+    ({"runs": {"a": {"modle": "DiT-S-2"}}}, "the run 'a' of the study: .*modle"),
+    ({"runs": {"a": {"max_steps": -1}}}, "the run 'a' of the study: --max-steps"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        plan_runs(settings_of(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_that_ships_can_be_planned(path):
+    base = [] if path.stem.startswith(("shapes", "imagenet")) else ["--config", str(path.with_name("shapes64.yaml"))]
+    settings = parse_settings(StudySettings, "", [*base, "--config", str(path)])
+    runs = plan_runs(settings)
+    assert len(runs) == len(settings.seeds) * len(settings.runs)
+    for run in runs:
+        with torch.device("meta"):
+            create_model(run.training.model, sample_size=8, **run.training.model_options or {})
+    assert len({run.folder for run in runs if run.norm_buffers == "trained"}) == sum(
+        run.norm_buffers == "trained" for run in runs
+    )
+
+
+def test_the_ablations_share_the_runs_of_the_study_that_they_change():
+    files = [ROOT / "configs" / "study" / name for name in ("shapes64.yaml", "ablations64.yaml")]
+    study, both = (
+        {run.folder: run.training for run in plan_runs(parse_settings(StudySettings, "", arguments))}
+        for arguments in (["--config", str(files[0])], [part for file in files for part in ("--config", str(file))])
+    )
+    shared = study.keys() & both.keys()
+    assert len(shared) == 6 and all(study[folder] == both[folder] for folder in shared)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(**figures):
+    """Rows of runs by seed; a figure of a run is a list over seeds 0, 1, 2, ..."""
+    return [
+        {"run": run, "seed": seed, "step": 10, "parameters": 2e6, "macs": 3e6, "seconds_per_step": 0.5, "images": 40,
+         **{key: values[seed] for key, values in each.items()}}
+        for run, each in figures.items() for seed in range(len(each["fid"]))
+    ]  # fmt: skip
+
+
+def test_an_estimate_has_students_interval():
+    estimate = Estimate.of([1.0, 2.0, 3.0])
+    assert estimate.mean == 2 and estimate.half_width == pytest.approx(4.302653 / 3**0.5)
+    assert estimate.show(1) == "2.0 ± 2.5" and not estimate.decided and Estimate.of([5, 5.1, 4.9]).decided
+    assert Estimate.of([-5, -5.1, -4.9]).decided
+    alone = Estimate.of([4.0])
+    assert alone.half_width is None and alone.show() == "4.00" and not alone.decided
+
+
+def test_differences_pair_the_seeds_that_both_have():
+    rows = rows_of(a={"fid": [1.0, 20.0, 7.0]}, b={"fid": [2.0, 22.0]})
+    gap = difference(rows, "a", "b", 10, "fid")
+    assert (gap.mean, gap.count) == (-1.5, 2)
+    assert difference(rows, "a", "c", 10, "fid") is None and difference(rows, "a", "b", 10, "recall") is None
+    assert last_common_step(rows, ["a", "b"]) == 10 and last_common_step(rows, ["a", "c"]) is None
+    rows += [{**rows[0], "step": 20}]
+    assert last_common_step(rows, ["a"]) == 20 and last_common_step(rows, ["a", "b"]) == 10
+
+
+def test_findings_say_first_where_the_first_run_loses():
+    rows = rows_of(
+        us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
+        them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
+    )
+    text = findings(rows, "Test", ["us", "them", "nobody"])
+    assert text.count("\n") == 0 and "step 10, 3 seeds" in text
+    loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
+    assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
+    assert "nothing." in findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
+
+
+def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
+    rows = rows_of(a={"fid": [1.0, 2.0, 3.0]}, b={"fid": [3.0, 4.0, 5.0]})
+    table = main_table(rows, ["a", "b", "missing"])
+    assert table.startswith("Step 10.") and "missing" not in table
+    assert "| a | 3 | 2.00M | 3M | 500 | 2.00 ± 2.48 | - |" in table
+    assert "| b | 3 | 2.00M | 3M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
+    course = course_table([*rows, {**rows[0], "step": 20, "fid": 0.5}], ["a", "b"])
+    assert course.splitlines()[0] == "| FID at step | 10 | 20 |"
+    assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 |", "| b | 4.00 ± 2.48 | - |"]
+    gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
+    assert "| a | 0.750 | 0.750 |" in gap_table(gaps)
+
+
+# ---- other scripts as children ---------------------------------------------------------------------------------------
+
+
+def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
+    script = tmp_path / "child.py"
+    script.write_text("import sys; print('ran with', *sys.argv[1:]); sys.exit(int(sys.argv[1]))")
+    run_script(script, ["0", "--flag"])
+    assert "ran with 0 --flag" in capfd.readouterr().out
+    with pytest.raises(RunError, match="child.py ended with exit code 2"):
+        run_script(script, ["2"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, ["143"])
+    assert stop.value.code == 143
+
+
+def test_sigterm_reaches_the_script_which_saves_and_ends(tmp_path):
+    script, note = tmp_path / "child.py", tmp_path / "note"
+    script.write_text(
+        "import signal, sys, time\n"
+        f"def stop(*_): open({str(note)!r}, 'a').write('saved'); sys.exit(143)\n"
+        f"signal.signal(signal.SIGTERM, stop); open({str(note)!r}, 'w').write('began '); time.sleep(60)\n"
+    )
+    code = f"import pathlib; from d_emo.study import execution; execution.run_script(pathlib.Path({str(script)!r}), [])"
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(30) == 143 and note.read_text() == "began saved"
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    with claim(tmp_path / "run") as first, claim(tmp_path / "run") as second, claim(tmp_path / "other") as third:
+        assert (first, second, third) == (True, False, True)
+    with claim(tmp_path / "run") as again, claim(tmp_path / "more", wait=True) as waited:
+        assert again and waited
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def save_denoiser(folder: Path, **options) -> Path:
+    """A snapshot of a random denoiser of digits at 8 px, its gates open."""
+    torch.manual_seed(0)
+    model = create_model("D-EMOv2-Ti-2", sample_size=8, in_channels=3, num_classes=10, **{**TINY, **options})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name or "final_layer" in name:
+                parameter.normal_(0, 0.2)
+    meta = {"step": 4, "weights": "ema", "codec": "pixels", "image_size": 8, "data": "digits",
+            "class_names": [str(i) for i in range(10)]}  # fmt: skip
+    scheduler = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    checkpoint.save_denoiser(folder, model, scheduler=scheduler, meta=meta, settings=TrainSettings())
+    return folder
+
+
+def test_the_norm_gap_is_one_without_a_batch_norm_and_leaves_the_snapshot_alone(tmp_path):
+    meter = Meter(settings_of(tmp_path), None)
+    plain = meter.norm_gap(save_denoiser(tmp_path / "none", local_norm="none"))
+    assert [level["timestep"] for level in plain] == [50 + 100 * i for i in range(10)]
+    assert all(level["train"] == level["eval"] > 0 for level in plain)
+    batch = meter.norm_gap(save_denoiser(tmp_path / "batch"))
+    assert all(level["train"] != level["eval"] for level in batch)
+    assert batch == meter.norm_gap(tmp_path / "batch")
+
+
+# ---- from end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Scripts run in this process; their names and arguments."""
+    calls = []
+
+    def run(script, arguments, *, launch=()):
+        calls.append((script.stem, *arguments, *launch))
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        AcceleratorState._reset_state(True)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), *arguments])
+            module.main()
+
+    monkeypatch.setattr(study, "run_script", run)
+    return calls
+
+
+def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_path, called, capsys):
+    settings = settings_of(tmp_path, norm_gap=["D-EMO"], only=["D-EMO", "no buffers"])
+    Study(settings, scripts=ROOT / "scripts").work()
+    assert [call[0] for call in called] == ["encode_latents", "train_classifier", "train_dit", "train_dit"]
+    tables = {"Both": ["D-EMO", "DiT, flow"], "EMA": ["D-EMO", "no buffers"]}
+    settings = settings_of(tmp_path, norm_gap=["D-EMO"], tables=tables)
+    whole = Study(settings, scripts=ROOT / "scripts")
+    with claim(whole.runs[1].folder):
+        whole.work()
+        assert "DiT, flow, seed 3: another process works on it" in capsys.readouterr().out
+    whole.work()
+    assert [call[0] for call in called[4:]] == ["train_dit", "train_dit"]
+    report = whole.report().read_text()
+    whole.work()
+    assert len(called) == 6, "all is there"
+
+    folder = tmp_path / "report"
+    rows = read_rows(folder / "results.csv")
+    assert [(row["run"], row["seed"], row["step"]) for row in rows] == [
+        (name, seed, step) for seed in (3, 5) for name in RUNS for step in (2, 4)
+    ]
+    demo, broken = (next(r for r in rows if r["run"] == name and r["step"] == 4) for name in ("D-EMO", "no buffers"))
+    assert demo["images"] == 16 and demo["fid"] > 0 and 0 <= demo["precision"] <= 1 and "shape" not in demo
+    assert demo["fid"] != broken["fid"] and demo["parameters"] == broken["parameters"]
+    assert demo["minutes"] == pytest.approx(4 * demo["seconds_per_step"] / 60, rel=1e-4)
+    losses = read_rows(folder / "losses.csv")
+    assert len(losses) == 2 * 2 * 4 and {row["run"] for row in losses} == {"D-EMO", "DiT, flow"}
+    assert len(read_rows(folder / "norm_gap.csv")) == 2 * 10
+    assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
+    assert "D-EMO against DiT, flow, step 4, 2 seeds" in report and "dpm++:2 (eps)" in report
+    shown = re.findall(r"\]\((\w+\.png)\)", report)
+    assert shown == ["curves.png", "norm_gap.png", "samples.png"]
+    for name in shown:
+        with Image.open(folder / name) as picture:
+            assert picture.width > 300 and len(picture.convert("L").getcolors()) > 10
+    AcceleratorState._reset_state(True)
+
+
+def test_with_a_reference_the_fid_script_measures(tmp_path, monkeypatch):
+    settings = settings_of(
+        tmp_path, judge=None, reference="real.npz", fid={"steps": 3, "metrics": ["fid", "prc"]}, launch=["--cpu"]
+    )
+    measured = Study(settings, scripts=ROOT / "scripts")
+    calls = []
+
+    def run(script, arguments, *, launch):
+        calls.append((script.name, arguments, launch))
+        Path(arguments[arguments.index("--output") + 1]).write_text('{"fid": 4.5, "recall": 0.25, "features": "x"}')
+
+    monkeypatch.setattr(study, "run_script", run)
+    snapshot = tmp_path / "step-4"
+    snapshot.mkdir()
+    assert measured._fid(snapshot) == {"fid": 4.5, "recall": 0.25}
+    ((name, arguments, launch),) = calls
+    assert name == "fid.py" and launch == ["--cpu"]
+    text = " ".join(arguments)
+    parts = (f"--checkpoint {snapshot}", "--reference real.npz", "--num-images 20", "--steps 3", "--metrics fid prc")
+    assert all(part in text for part in parts)
+
+
+def test_nothing_measured_is_said(tmp_path):
+    with pytest.raises(InputError, match="nothing of the study"):
+        Study(settings_of(tmp_path), scripts=ROOT / "scripts").report()
+    with pytest.raises(InputError, match="neither a classifier's run folder nor"):
+        Study(settings_of(tmp_path, judge=str(tmp_path / "no.yaml")), scripts=ROOT / "scripts")
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatch, capsys):
+    from d_emo.study import cost
+
+    monkeypatch.setattr(cost, "measure_speed", lambda *args: (1.8, 0.9))  # seconds of a step, and of a forward pass
+    settings = settings_of(tmp_path, launch=["--num_processes=2"], guidance_scale=1.5)
+    assert processes_of(settings.launch) == 2 and processes_of(["--cpu"]) == 1
+    runs = plan_runs(settings)
+    assert network_calls(settings, runs[0].training) == 4  # two steps, guided
+    table = cost_table(settings, runs)
+    assert re.search(r"\| D-EMO \| \d\.\d\dM \| \dM \| 1,800 \| 0\.00 \| 0\.02 \| 2 \|", table)  # 20 x 4 x 2 / 2 calls
+    hours = 2 * 2 * (4 * 1.8 + 20 * 4 * 2 * 0.9 / 2) / 3600
+    assert f"{hours:,.1f} hours on 2 x" in table and "no buffers" not in table
+    monkeypatch.undo()
+    step, image = cost.measure_speed(runs[0].training, (3, 8, 8), torch.device("cpu"), 2)
+    assert step > 0 and image > 0
