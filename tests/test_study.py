@@ -163,8 +163,8 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     rows = rows_of(a={"fid": [1.0, 2.0, 3.0]}, b={"fid": [3.0, 4.0, 5.0]})
     table = main_table(rows, ["a", "b", "missing"])
     assert table.startswith("Step 10.") and "missing" not in table
-    assert "| a | 3 | 2.00M | 3M | 500 | 2.00 ± 2.48 | - |" in table
-    assert "| b | 3 | 2.00M | 3M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
+    assert "| a | 3 | 2.00M | 3.0M | 500 | 2.00 ± 2.48 | - |" in table
+    assert "| b | 3 | 2.00M | 3.0M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
     course = course_table([*rows, {**rows[0], "step": 20, "fid": 0.5}], ["a", "b"])
     assert course.splitlines()[0] == "| FID at step | 10 | 20 |"
     assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 |", "| b | 4.00 ± 2.48 | - |"]
@@ -260,7 +260,7 @@ def called(monkeypatch):
     return calls
 
 
-def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_path, called, capsys):
+def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_path, called, capsys, monkeypatch):
     settings = settings_of(tmp_path, norm_gap=["D-EMO"], only=["D-EMO", "no buffers"])
     Study(settings, scripts=ROOT / "scripts").work()
     assert [call[0] for call in called] == ["encode_latents", "train_classifier", "train_dit", "train_dit"]
@@ -272,6 +272,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
         assert "DiT, flow, seed 3: another process works on it" in capsys.readouterr().out
     whole.work()
     assert [call[0] for call in called[4:]] == ["train_dit", "train_dit"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--config", "a b.yaml", "--seeds", "3", "5", "--config", "c.yaml"])
     report = whole.report().read_text()
     whole.work()
     assert len(called) == 6, "all is there"
@@ -289,6 +290,8 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert len(losses) == 2 * 2 * 4 and {row["run"] for row in losses} == {"D-EMO", "DiT, flow"}
     assert len(read_rows(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
+    assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
+    assert "As many real held-out images measure: FID 0.0" in report and "class % 10." in report
     assert "D-EMO against DiT, flow, step 4, 2 seeds" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)
     assert shown == ["curves.png", "norm_gap.png", "samples.png"]

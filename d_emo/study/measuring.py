@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from d_emo.checkpoint import DenoiserSnapshot, load_denoiser
 from d_emo.config import InputError, StudySettings
-from d_emo.data import open_dataset, spread
+from d_emo.data import ClassImages, open_dataset, spread
 from d_emo.evaluation import ClassifierFeatures, Judge, judging, precision_recall
 from d_emo.latents import Codec, load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
@@ -37,6 +37,7 @@ class Meter:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
         self._judge: Judge | None = None
+        self._held_out: ClassImages | None = None
         self._codec: tuple[str, Codec] | None = None
 
     def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
@@ -44,15 +45,29 @@ class Meter:
 
         Shares in percent, precision and recall between 0 and 1.
         """
-        opened, settings = load_denoiser(snapshot), self.settings
+        opened = load_denoiser(snapshot)
         judge = self._open_judge(opened)
-        labels = judging.even_labels(settings.num_images, len(opened.class_names))
-        verdict = judge.look(self.draw(opened, labels.tolist(), norm_buffers))
-        figures = {"fid": judge.fid(verdict), "recognised": share(verdict.classes == labels)}
+        labels = judging.even_labels(self.settings.num_images, len(opened.class_names))
+        return self._figures(judge.look(self.draw(opened, labels.tolist(), norm_buffers)), labels, opened)
+
+    def measure_real(self, snapshot: Path) -> dict[str, float] | None:
+        """The same figures of as many held-out images, for comparison; None where there are none."""
+        opened = load_denoiser(snapshot)
+        judge = self._open_judge(opened)
+        if self._held_out is None:
+            return None
+        chosen = spread(len(self._held_out), self.settings.num_images)
+        labels = torch.tensor([self._held_out.label(index) for index in chosen])
+        return self._figures(judge.look(judging.batches_of(self._held_out, len(chosen))), labels, opened)
+
+    def _figures(
+        self, verdict: judging.Verdict, labels: torch.Tensor, opened: DenoiserSnapshot
+    ) -> dict[str, float]:
+        figures = {"fid": self._judge.fid(verdict), "recognised": share(verdict.classes == labels)}
         if opened.meta["data"] == "shapes":
             for name, place in judging.SHAPES_PARTS.items():
                 figures[name] = share(verdict.classes // place % 10 == labels // place % 10)
-        return {**figures, **precision_recall(verdict.features, judge.real.features)}
+        return {**figures, **precision_recall(verdict.features, self._judge.real.features)}
 
     def draw(
         self, opened: DenoiserSnapshot, labels: list[int], norm_buffers: str = "trained"
@@ -80,7 +95,7 @@ class Meter:
             if opened.class_names != self._features.class_names:
                 raise InputError(f"the judge {self._features.name} knows other classes than {opened.path}")
             training = self.settings.train
-            real, _ = judging.open_real(
+            real, self._held_out = judging.open_real(
                 opened.meta["data"], opened.image_size, opened.class_names, data_dir=training.get("data_dir")
             )
             self._judge = Judge(self._features, judging.batches_of(real, judging.REAL_IMAGES), device=self.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from d_emo.study.plots import draw_curves, draw_gaps
 from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of
 
-GAPS, COLUMNS = "norm_gap.json", 10
+GAPS, REAL, COLUMNS = "norm_gap.json", "real.json", 10
 
 
 class Study:
@@ -112,6 +114,9 @@ class Study:
             add_measurement(run, step_of(snapshot), figures)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
+        real = self.folder / REAL
+        if self.classifier is not None and not real.exists():
+            real.write_text(json.dumps(self.meter.measure_real(run.snapshots()[-1])) + "\n")
         gaps = run.folder / GAPS
         if run.name in self.settings.norm_gap and not gaps.exists():
             gaps.write_text(json.dumps(self.meter.norm_gap(run.snapshots()[-1])) + "\n")
@@ -177,14 +182,23 @@ class Study:
                 f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
                 f"classifier of the same classes (`{settings.judge}`) and compare with nothing outside this study; "
                 "class, shape, colour and ground are the shares of drawings in which it sees what was asked for."
-            )
+            ) + self._real_words()
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
         return [
-            f"Made by `python scripts/compare.py --config {settings_file()}`: {plural(len(settings.seeds), 'seed')}, "
+            f"Made by `python scripts/compare.py {config_flags()}`: {plural(len(settings.seeds), 'seed')}, "
             f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}.",
             how,
         ]
+
+    def _real_words(self) -> str:
+        """What real held-out images measure, in a sentence."""
+        path = self.folder / REAL
+        figures = json.loads(path.read_text()) if path.exists() else None
+        if not figures:
+            return ""
+        shown = [f"{FIGURES[key].title} {value:.{FIGURES[key].digits}f}" for key, value in figures.items()]
+        return f" As many real held-out images measure: {', '.join(shown)}."
 
     def _draw_grid(self, path: Path, names: list[str], rows: list[Row]) -> bool:
         """Ten classes from the same noise by each run of the first seed at its last measured step."""
@@ -212,7 +226,7 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-def settings_file() -> str:
-    """The config that this process was started with, for the report."""
+def config_flags() -> str:
+    """The configs that this process was started with, for the report."""
     words = sys.argv
-    return words[words.index("--config") + 1] if "--config" in words[:-1] else "CONFIG"
+    return shlex.join(part for word, file in itertools.pairwise(words) if word == "--config" for part in (word, file))
