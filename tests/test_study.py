@@ -27,7 +27,7 @@ from d_emo.study.execution import claim, run_script
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import plan_runs
 from d_emo.study.report import course_table, findings, gap_table, main_table, read_rows
-from d_emo.study.results import Estimate, difference, last_common_step
+from d_emo.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
@@ -147,6 +147,14 @@ def test_differences_pair_the_seeds_that_both_have():
     assert last_common_step(rows, ["a"]) == 20 and last_common_step(rows, ["a", "b"]) == 10
 
 
+def test_fid_at_equal_time_lies_on_the_line_between_measured_steps():
+    rows = rows_of(a={"fid": [8.0]}, b={"fid": [9.0]})
+    rows += [{**rows[0], "step": 20, "fid": 4.0}]
+    assert minutes_by_step(rows, "a") == {10: 10 * 0.5 / 60, 20: 20 * 0.5 / 60}
+    assert at_time(rows, "a", 12.5 * 0.5 / 60) == [pytest.approx(7.0)]
+    assert at_time(rows, "b", 10 * 0.5 / 60) == [9.0] and at_time(rows, "b", 1 * 0.5 / 60) == []
+
+
 def test_findings_say_first_where_the_first_run_loses():
     rows = rows_of(
         us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
@@ -166,8 +174,8 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     assert "| a | 3 | 2.00M | 3.0M | 500 | 2.00 ± 2.48 | - |" in table
     assert "| b | 3 | 2.00M | 3.0M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
     course = course_table([*rows, {**rows[0], "step": 20, "fid": 0.5}], ["a", "b"])
-    assert course.splitlines()[0] == "| FID at step | 10 | 20 |"
-    assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 |", "| b | 4.00 ± 2.48 | - |"]
+    assert course.splitlines()[0] == "| FID at step | 10 | 20 | after 0.1 minutes |"
+    assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 | 1.00 |", "| b | 4.00 ± 2.48 | - | 4.00 ± 2.48 |"]
     gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
     assert "| a | 0.750 | 0.750 |" in gap_table(gaps)
 

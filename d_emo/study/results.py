@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import t as student
 
@@ -107,6 +108,26 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def values_of(rows: Sequence[Row], name: str, step: int, figure: str) -> dict[int, float]:
     """A figure of a run at one step, by seed."""
     return {r["seed"]: r[figure] for r in rows if r["run"] == name and r["step"] == step and figure in r}
+
+
+def minutes_by_step(rows: Sequence[Row], name: str) -> dict[int, float]:
+    """Minutes of training that a run takes to its measured steps, at the mean speed of its seeds."""
+    mine = [row for row in rows if row["run"] == name]
+    seconds = mean(row["seconds_per_step"] for row in mine)
+    return {step: step * seconds / 60 for step in sorted({row["step"] for row in mine})}
+
+
+def at_time(rows: Sequence[Row], name: str, minutes: float) -> list[float]:
+    """FID of each seed after so many minutes, on straight lines between the measured steps; none before the first."""
+    by_step = minutes_by_step(rows, name)
+    if minutes < min(by_step.values()) - 1e-9:
+        return []
+    courses: dict[int, dict[int, float]] = {}
+    for row in rows:
+        if row["run"] == name:
+            courses.setdefault(row["seed"], {})[row["step"]] = row["fid"]
+    complete = [course for course in courses.values() if course.keys() == by_step.keys()]
+    return [float(np.interp(minutes, list(by_step.values()), [c[step] for step in by_step])) for c in complete]
 
 
 def last_common_step(rows: Sequence[Row], names: Sequence[str]) -> int | None:
