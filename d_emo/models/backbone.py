@@ -206,6 +206,7 @@ class EMO(nn.Module):
             self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+        self.head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """The head."""
