@@ -181,3 +181,24 @@ def test_fusing_keeps_the_output(options):
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-10)
     attention_norms = 3 if "norms" in options else 0  # in stages 3 and 4, one down-sampling block each has none
     assert kinds.count(nn.BatchNorm2d) == (2 if attention_norms else 0)
+
+
+@pytest.mark.parametrize("block", ["i2rmb", "irmb"])
+def test_images_taken_a_few_at_a_time_give_the_same_maps(monkeypatch, block):
+    torch.manual_seed(0)
+    model = EMO(block=block, depths=(1, 1, 2, 2), num_classes=5, img_size=64)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale.gamma"):
+            torch.nn.init.ones_(parameter)
+    x = torch.randn(3, 3, 64, 64)
+
+    def run(limit, train=False):
+        monkeypatch.setattr("d_emo.kernels.slices.SLICE", limit)
+        with torch.no_grad():
+            return model.train(train).forward_intermediates(x)
+
+    whole, maps = run(2**40)
+    sliced, slices = run(1)
+    torch.testing.assert_close([sliced, *slices], [whole, *maps])
+    together = run(2**40, train=True)[0]
+    torch.testing.assert_close(run(1, train=True)[0], together)  # batch norm sees all images

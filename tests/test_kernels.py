@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d_emo.kernels import linear, plain, window_attention
+from d_emo.kernels import in_slices, linear, plain, window_attention
 from d_emo.kernels.choice import HAS_ONEDNN
 from d_emo.models.attention import PARTITIONS
 from d_emo.models.layers import LocalConv
@@ -71,6 +71,7 @@ def attention_inputs(size, dtype, batch=2, heads=2):
 @pytest.mark.parametrize("size, window, batch", [((4, 6), (2, 3), 3), ((3, 3), (3, 3), 1), ((4, 2), (1, 2), 2)])
 @pytest.mark.parametrize("chunk", [2**20, 100, 7])
 def test_window_attention_equals_its_plain_form_with_all_gradients(monkeypatch, mode, act, size, window, batch, chunk):
+    monkeypatch.setattr("d_emo.kernels.attention.FROZEN_CHUNK", max(3, chunk // 2))
     monkeypatch.setattr("d_emo.kernels.attention.CHUNK", chunk)  # the whole batch, an image, some heads at a time
     inputs = attention_inputs(size, torch.float64, batch)
 
@@ -134,3 +135,34 @@ def test_local_convolution_in_inference_is_the_same_in_one_step(monkeypatch, nor
     assert fast.shape == slow.shape and fast.is_contiguous()
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(conv(x), slow)
+
+
+class Doubling(torch.nn.Module):
+    """Notes how many images it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.seen = torch.nn.Identity(), []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return self.inner(2 * x)
+
+
+def test_slices_hold_as_many_images_as_fit_and_only_in_inference(monkeypatch):
+    monkeypatch.setattr("d_emo.kernels.slices.SLICE", 20)
+    x = torch.randn(7, 2, 3)
+    for size, seen in ((8, [2, 2, 2, 1]), (20, [1] * 7), (21, [1] * 7), (2, [7])):
+        network = Doubling()
+        with torch.no_grad():
+            assert torch.equal(in_slices(network, x, size), 2 * x)
+            assert network.seen == seen
+            with plain():
+                in_slices(network, x, size)
+        in_slices(network, x, size)
+        assert network.seen == [*seen, 7, 7]
+    hooked, shapes = Doubling(), []
+    hooked.inner.register_forward_hook(lambda module, inputs, out: shapes.append(len(out)))
+    with torch.no_grad():
+        in_slices(hooked, x, 8)
+    assert shapes == [7]

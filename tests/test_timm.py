@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 import d_emo
 from d_emo.config import InputError
 from d_emo.models.backbone import BACKBONES, window_for
+from d_emo.models.released import released_names, released_shapes
 
 LARGE = ("emov1_10m", "emov1_20m", "emov2_20m", "emov2_50m")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in BACKBONES]
@@ -117,6 +118,41 @@ def test_weights_survive_a_file(name, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), again(x))
+
+
+def release(model, path):
+    """A file with the weights of ``model`` as they would have been released."""
+    names, own = released_names(model), model.state_dict()
+    shapes = released_shapes(model, names)
+    torch.save({"net": {names[name]: own[name].reshape(shapes[names[name]]) for name in own}, "epoch": 3}, path)
+
+
+@pytest.mark.parametrize("name", ["emov1_1m", "emov2_1m"])
+def test_timm_reads_released_checkpoints(name, tmp_path):
+    model, path, x = create(name).eval(), tmp_path / "released.pth", torch.randn(1, 3, 64, 64)
+    release(model, path)
+    file = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 5}}
+    with torch.no_grad():
+        for options in ({"checkpoint_path": str(path)}, file):
+            again = timm.create_model(name, num_classes=5, img_size=64, **options).eval()
+            assert torch.equal(again(x), model(x))
+        other = timm.create_model(name, num_classes=7, in_chans=1, img_size=64, **file).eval()
+        assert other(x[:, :1]).shape == (1, 7)
+        assert torch.equal(other.stages[0][0].operator.proj.weight, model.stages[0][0].operator.proj.weight)
+        maps = timm.create_model(name, features_only=True, img_size=64, **file).eval()(x)
+        torch.testing.assert_close(maps, model.forward_intermediates(x, intermediates_only=True))
+    with pytest.raises(RuntimeError, match="size mismatch for stages.0"):
+        timm.create_model(name.replace("1m", "5m"), num_classes=5, img_size=64, checkpoint_path=str(path))
+
+
+def test_device_and_dtype_are_taken_and_survive_a_new_head():
+    model = create("emov2_1m", device="meta", dtype=torch.float64).eval()
+    model.reset_classifier(2)
+    assert {(t.device.type, t.dtype) for t in model.parameters()} == {("meta", torch.float64)}
+    assert {t.device.type for t in model.buffers()} == {"meta"}
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(TypeError, match="not_a_setting"):
+        create("emov2_1m", device="meta", not_a_setting=1)
 
 
 def test_scales_and_biases_do_not_decay():

@@ -8,6 +8,7 @@ from d_emo.kernels.attention import Partition, window_attention
 from d_emo.kernels.choice import fuses_inference, plain
 from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
 from d_emo.kernels.linear import linear
+from d_emo.kernels.slices import in_slices
 
 __all__ = [
     "Activation",
@@ -16,6 +17,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_silu",
     "fuses_inference",
+    "in_slices",
     "linear",
     "plain",
     "window_attention",

@@ -28,6 +28,9 @@ from d_emo.kernels.choice import is_plain, lowered
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
 
+FROZEN_CHUNK = 2**18
+"""The same without a gradient, where nothing of a chunk is kept: 1 MB in float32."""
+
 
 class Partition(Protocol):
     """Cuts a map into windows (``split``, a view) and puts windows back (``merge``)."""
@@ -95,10 +98,11 @@ class Layout:
     repeat: int
     act: Activation
 
-    def chunks(self, *maps: Tensor, size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    def chunks(self, *maps: Tensor, size: int, most: int | None = None) -> Iterator[tuple[int, list[Tensor]]]:
         """The heads in a chunk, and that chunk of each map; ``size`` elements of the widest map belong to an image."""
-        images = max(1, CHUNK // size)
-        some = self.heads if size <= CHUNK else max(1, CHUNK * self.heads // size)
+        most = most or CHUNK
+        images = max(1, most // size)
+        some = self.heads if size <= most else max(1, most * self.heads // size)
         for i in range(0, len(maps[0]), images):
             for j in range(0, self.heads, some):
                 count, widths = min(some, self.heads - j), [x.shape[-1] // self.heads for x in maps]
@@ -132,8 +136,8 @@ class Layout:
 
 def forward(q: Tensor, k: Tensor, z: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
     """The result; the attention maps of each chunk are appended to ``maps``."""
-    out = torch.empty(z.shape, dtype=z.dtype)
-    for heads, (qs, ks, zs, outs) in layout.chunks(q, k, z, out, size=z[0].numel()):
+    out, most = torch.empty(z.shape, dtype=z.dtype), FROZEN_CHUNK if maps is None else CHUNK
+    for heads, (qs, ks, zs, outs) in layout.chunks(q, k, z, out, size=z[0].numel(), most=most):
         weights = layout.weights(layout.gather(qs, heads), layout.gather(ks, heads)).to(z.dtype)  # (N, T, T)
         if maps is not None:
             maps.append(weights)

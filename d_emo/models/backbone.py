@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from d_emo import kernels
 from d_emo.config import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
@@ -205,6 +206,7 @@ class EMO(nn.Module):
             self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+        self.head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -230,9 +232,13 @@ class EMO(nn.Module):
 
     def run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         """Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-        for block in stage:
-            x = checkpoint_block(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-        return x
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in stage:
+                x = checkpoint_block(block, x)
+            return x
+        if self.training:  # batch norm takes its statistics from all images
+            return stage(x)
+        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.proj.in_features)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.

@@ -199,7 +199,7 @@ class MetaMobileBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_scale(self.operator(self.norm(x)))  # (B, H', W', C_out)
-        return x + self.drop_path(y) if self.residual else y
+        return kernels.add_to(self.drop_path(y), x) if self.residual else y
 
     @torch.no_grad()
     def fold_norm(self) -> None:

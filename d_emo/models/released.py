@@ -90,6 +90,23 @@ def load_released(model: nn.Module, path_or_state_dict: str | PathLike | Mapping
     return model
 
 
+def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
+    """What timm read from a checkpoint: a release's weights under our names and in our shapes, all else unchanged.
+
+    This is timm's checkpoint filter. Nothing is checked here; what does not fit is left for the loading to name.
+    """
+    try:
+        weights = unwrap(content, "the checkpoint")
+    except InputError:
+        return content
+    own, names = model.state_dict(), released_names(model)
+    if not any(released != name and released in weights for name, released in names.items()):
+        return weights
+    translated = {name: weights.pop(released) for name, released in names.items() if released in weights}
+    fits = {name for name, tensor in translated.items() if tensor.numel() == own[name].numel()}
+    return weights | {name: x.reshape(own[name].shape) if name in fits else x for name, x in translated.items()}
+
+
 def read_checkpoint(path: Path) -> Any:
     """The content of a checkpoint file on the CPU; no code from the file is run."""
     if not path.is_file():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
@@ -19,6 +21,7 @@ from d_emo.models.attention import WindowAttention
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.blocks import ConvFirstOperator, ParallelOperator
 from d_emo.models.layers import LocalConv
+from d_emo.models.released import own_names
 
 default_cfgs = generate_default_cfgs(
     {
@@ -40,20 +43,37 @@ default_cfgs = generate_default_cfgs(
 
 
 def entrypoint(name: str) -> Callable[..., EMO]:
-    """timm's constructor function for one of our names; ``in_chans`` is timm's word for ``in_channels``."""
+    """timm's constructor function for one of our names; ``in_chans`` is timm's word for ``in_channels``.
 
-    def build(in_chans: int = 3, **settings: Any) -> EMO:
+    What it builds reads the released checkpoints too, wherever timm loads one.
+    """
+
+    def build(
+        in_chans: int = 3, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
+    ) -> EMO:
         if isinstance(settings.get("img_size"), Sequence):
             settings["img_size"] = tuple(settings["img_size"])
-        return build_backbone(name, in_channels=in_chans, **settings)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            model = build_backbone(name, in_channels=in_chans, **settings).to(dtype=dtype)
+        model.register_load_state_dict_pre_hook(translate)
+        return model
 
     def create(pretrained: bool = False, **kwargs: Any) -> EMO:
         return build_model_with_cfg(
-            build, name, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
-        )
+            build, name, pretrained, pretrained_filter_fn=own_names,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs,
+        )  # fmt: skip
 
     create.__name__, create.__module__, create.__doc__ = name, __name__, f"{name}, built by d_emo."
     return create
+
+
+def translate(model: EMO, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a release's names in ``state_dict`` our names, before ``model`` loads it: timm has no filter there."""
+    if not prefix:
+        translated = dict(own_names(state_dict, model))
+        state_dict.clear()
+        state_dict.update(translated)
 
 
 def register_with_timm() -> None:
