@@ -8,6 +8,7 @@ from d_emo.kernels.attention import Partition, window_attention
 from d_emo.kernels.choice import fuses_inference, plain
 from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
 from d_emo.kernels.linear import linear
+from d_emo.kernels.local import fuses_training, local_projection
 
 __all__ = [
     "Activation",
@@ -16,7 +17,9 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_silu",
     "fuses_inference",
+    "fuses_training",
     "linear",
+    "local_projection",
     "plain",
     "window_attention",
 ]

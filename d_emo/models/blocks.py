@@ -96,6 +96,8 @@ class MobileOperator(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         a = self.expand(u)  # (B, H, W, M)  eq. 2-4
         if self.local is not None:
+            if self.inner_skip and (out := self.local.project(a, self.proj)) is not None:
+                return out  # (B, H, W, C_out)
             y = self.local(a)  # (B, H', W', M)
             a = kernels.add_to(y, a) if self.inner_skip else y  # eq. 5
         return self.proj(a)  # (B, H', W', C_out)
