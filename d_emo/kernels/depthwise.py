@@ -24,16 +24,15 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = depthwise_gradients(x, grad, weight, ctx.needs_input_grad)
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+        return depthwise_gradients(x, grad, weight, ctx.needs_input_grad)
 
 
 def depthwise_gradients(
-    x: Tensor, grad: Tensor, weight: Tensor, needs: Sequence[bool] = (True, True)
+    x: Tensor, grad: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a depthwise convolution of stride 1 that keeps the size, as far as they are needed.
 
-    Shape: x and grad (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> as x; as weight, at least float32.
+    Shape: x and grad (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> as x, as weight.
     """
     grad = grad.contiguous(memory_format=torch.channels_last)
     channels, _, size, _ = weight.shape
@@ -41,7 +40,8 @@ def depthwise_gradients(
     if not needs[1]:
         return grad_x, None
     small = x.shape[2] * x.shape[3] <= 16
-    return grad_x, (_kernel_gradient_of_small_maps if small else _kernel_gradient)(x, grad, size)
+    gradient = (_kernel_gradient_of_small_maps if small else _kernel_gradient)(x, grad, size)
+    return grad_x, gradient.to(weight.dtype)
 
 
 def _channel_rows(x: Tensor) -> Tensor:

@@ -28,12 +28,9 @@ def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
     if is_plain() or not torch.is_grad_enabled() or any(x.device.type != "cpu" for x in (a, *parameters)):
         return False
     dtypes = {x.dtype for x in (*lowered(a, *parameters), *parameters)}
-    return dtypes in ({torch.float32}, {torch.float64}, {torch.bfloat16, torch.float32}) and _has_statistics(a)
-
-
-def _has_statistics(a: Tensor) -> bool:
-    """Whether there is more than one value per channel; the library refuses the rest in its own words."""
-    return a.numel() > a.shape[-1]
+    if dtypes not in ({torch.float32}, {torch.float64}, {torch.bfloat16, torch.float32}):
+        return False
+    return a.numel() > a.shape[-1]  # one value per channel has no variance; the library refuses it in its own words
 
 
 def local_projection(
@@ -107,12 +104,14 @@ class _LocalProjection(torch.autograd.Function):
             normed = _normed(convolved, (mean, var, gamma, beta, ctx.eps))
             torch.ops.aten.silu_backward.grad_input(outer, normed, grad_input=grad_out)
             torch.add(some, F.silu(normed, inplace=True), out=out)
-        grad_projection = multiply(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
+        needs, grad_projection = ctx.needs_input_grad, None
+        if needs[4]:
+            grad_projection = multiply(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
         del y
         grad_c, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
             _channels_first(inner), c, gamma, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, [True] * 3
         )
         del inner
-        grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel)
+        grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel, (True, needs[1]))
         grad_y += _channels_last(grad_a)
-        return grad_y, grad_kernel.to(kernel.dtype), grad_gamma, grad_beta, grad_projection, None, None, None, None
+        return grad_y, grad_kernel, grad_gamma, grad_beta, grad_projection, None, None, None, None
