@@ -12,7 +12,7 @@ ROOMS = [
 ]
 INSIDE = {
     "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking"],
-    "kernels": ["choice", "activation", "linear", "attention", "depthwise", "local"],
+    "kernels": ["choice", "activation", "linear", "attention", "depthwise", "local", "modulation"],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",

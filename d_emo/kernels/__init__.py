@@ -9,6 +9,7 @@ from d_emo.kernels.choice import fuses_inference, plain
 from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
 from d_emo.kernels.linear import linear
 from d_emo.kernels.local import fuses_training, local_projection
+from d_emo.kernels.modulation import fuses_modulation, modulated_norm
 
 __all__ = [
     "Activation",
@@ -17,9 +18,11 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_silu",
     "fuses_inference",
+    "fuses_modulation",
     "fuses_training",
     "linear",
     "local_projection",
+    "modulated_norm",
     "plain",
     "window_attention",
 ]

@@ -25,7 +25,7 @@ from d_emo.models.layers import (
     LocalConv,
     NormKind,
     make_norm,
-    modulate,
+    modulated,
 )
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
@@ -247,7 +247,7 @@ def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callabl
     Shape: x (B, H, W, C), chunks (B, 3C) -> (B, H, W, C).
     """
     shift, scale, gate = chunks.chunk(3, dim=-1)  # 3 x (B, C)
-    return x + gate[:, None, None] * operator(modulate(norm(x), shift, scale))
+    return x + gate[:, None, None] * operator(modulated(norm, x, shift, scale))
 
 
 class AdaLNMobileBlock(nn.Module):

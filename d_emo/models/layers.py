@@ -115,6 +115,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``modulate(norm(x), shift, scale)``; on a CPU, training keeps no map between the two.
+
+    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
+    """
+    if type(norm) is nn.LayerNorm and is_bare(norm) and kernels.fuses_modulation(x, norm.weight, norm.bias):
+        return kernels.modulated_norm(x, norm.weight, norm.bias, shift, scale, norm.eps)
+    return modulate(norm(x), shift, scale)
+
+
 class LayerScale(nn.Module):
     """One learned factor per channel, close to zero at the start (CaiT, eq. 4).
 
