@@ -143,6 +143,8 @@ def test_without_gradients_while_traced_and_in_half_precision_it_goes_the_plain_
     with torch.autocast("cpu", dtype=torch.float16):
         assert not kernels.fuses_training(u, *op.parameters())
     assert not kernels.fuses_training(u.to("meta"), *op.parameters())
+    assert not kernels.fuses_training(u, *operator(torch.bfloat16).parameters())
+    copy.deepcopy(op).bfloat16()(u.bfloat16())
     torch.export.export(op, (u,))
     assert not fused
 

@@ -23,12 +23,16 @@ CHUNK = 2**18
 """Elements of a map that steps follow each other on: 1 MB in float32."""
 
 
+PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+"""The precision of the parameters that goes with that of the map; bfloat16 is autocast's."""
+
+
 def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
     """Whether `local_projection` takes this map and these parameters; otherwise the plain steps are wanted."""
     if is_plain() or not torch.is_grad_enabled() or any(x.device.type != "cpu" for x in (a, *parameters)):
         return False
-    dtypes = {x.dtype for x in (*lowered(a, *parameters), *parameters)}
-    if dtypes not in ({torch.float32}, {torch.float64}, {torch.bfloat16, torch.float32}):
+    precision = PARAMETERS.get(lowered(a)[0].dtype)
+    if precision is None or any(x.dtype != precision for x in parameters):
         return False
     return a.numel() > a.shape[-1]  # one value per channel has no variance; the library refuses it in its own words
 

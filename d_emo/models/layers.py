@@ -120,7 +120,8 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tenso
 
     Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
     """
-    if type(norm) is nn.LayerNorm and is_bare(norm) and kernels.fuses_modulation(x, norm.weight, norm.bias):
+    fuses = kernels.fuses_modulation(x) and type(norm) is nn.LayerNorm and is_bare(norm)
+    if fuses and kernels.fuses_modulation(x, norm.weight, norm.bias):
         return kernels.modulated_norm(x, norm.weight, norm.bias, shift, scale, norm.eps)
     return modulate(norm(x), shift, scale)
 
@@ -180,6 +181,8 @@ class LocalConv(nn.Module):
 
         Shape: (B, H, W, C) -> (B, H, W, D).
         """
+        if not kernels.fuses_training(x):
+            return None
         conv, bn = self.conv, getattr(self.norm, "bn", None)
         plain_parts = type(bn) is nn.BatchNorm2d and type(self.act) is nn.SiLU and type(proj) is Linear
         if not plain_parts or not is_bare(self, conv, self.norm, bn, self.act, proj):
