@@ -176,28 +176,6 @@ class LocalConv(nn.Module):
         x = kernels.depthwise_conv2d(x, conv.weight) if simple else conv(x)
         return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
 
-    def project(self, x: Tensor, proj: nn.Linear) -> Tensor | None:
-        """``proj(x + self(x))`` in one step, or None where that step does not apply: it is for training, on a CPU.
-
-        Shape: (B, H, W, C) -> (B, H, W, D).
-        """
-        if not kernels.fuses_training(x):
-            return None
-        conv, bn = self.conv, getattr(self.norm, "bn", None)
-        plain_parts = type(bn) is nn.BatchNorm2d and type(self.act) is nn.SiLU and type(proj) is Linear
-        if not plain_parts or not is_bare(self, conv, self.norm, bn, self.act, proj):
-            return None
-        known = bn.training and bn.affine and bn.track_running_stats and bn.momentum is not None
-        if not known or not conv.stride == conv.dilation == (1, 1) or not (conv.bias is proj.bias is None):
-            return None
-        parameters = conv.weight, bn.weight, bn.bias, proj.weight
-        if not kernels.fuses_training(x, *parameters):
-            return None
-        bn.num_batches_tracked.add_(1)
-        return kernels.local_projection(
-            x, *parameters, running_mean=bn.running_mean, running_var=bn.running_var, momentum=bn.momentum, eps=bn.eps
-        )
-
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias of the convolution with the batch norm's running statistics in them."""
         if not isinstance(self.norm, ChannelsLastBatchNorm):
