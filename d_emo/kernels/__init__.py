@@ -8,6 +8,8 @@ from d_emo.kernels.attention import Partition, window_attention
 from d_emo.kernels.choice import fuses_inference, plain
 from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
 from d_emo.kernels.linear import linear
+from d_emo.kernels.local import fuses_training, local_projection
+from d_emo.kernels.modulation import fuses_modulation, modulated_norm
 from d_emo.kernels.slices import in_slices
 
 __all__ = [
@@ -17,8 +19,12 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_silu",
     "fuses_inference",
+    "fuses_modulation",
+    "fuses_training",
     "in_slices",
     "linear",
+    "local_projection",
+    "modulated_norm",
     "plain",
     "window_attention",
 ]

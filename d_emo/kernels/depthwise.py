@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,40 +24,66 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        channels, _, size, _ = weight.shape
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=size // 2, groups=channels)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _depthwise_weight_gradient(x, grad, size).to(weight.dtype)
-        return grad_x, grad_weight
+        return depthwise_gradients(x, grad, weight, ctx.needs_input_grad)
 
 
-def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
+def depthwise_gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a depthwise convolution of stride 1 that keeps the size, as far as they are needed.
+
+    Shape: x and grad (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> as x, as weight.
+    """
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    channels, _, size, _ = weight.shape
+    grad_x = F.conv2d(grad, weight.flip(2, 3), padding=size // 2, groups=channels) if needs[0] else None
+    if not needs[1]:
+        return grad_x, None
+    small = x.shape[2] * x.shape[3] <= 16
+    gradient = (_kernel_gradient_of_small_maps if small else _kernel_gradient)(x, grad, size)
+    return grad_x, gradient.to(weight.dtype)
+
+
+def _channel_rows(x: Tensor) -> Tensor:
+    """Each channel's values side by side, copied. Shape: (B, C, H, W), channels last in memory -> (C, B H W)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).t().contiguous()
+
+
+def _kernel_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     """Gradient of the kernel: an image's share is its depthwise convolution with its own ``grad`` as the kernel.
 
-    So it runs at the speed of a forward pass. Each image by itself needs no copy; small maps are taken eight at a time,
-    side by side as channels, because each call has a price of its own.
+    So it runs at the speed of a forward pass, and each image by itself needs no copy but that of its ``grad``.
 
-    Shape: x and grad (B, C, H, W), channels last in memory -> (C, 1, size, size), float32.
+    Shape: x and grad (B, C, H, W), channels last in memory -> (C, 1, size, size), at least float32.
     """
     _, channels, height, width = x.shape
-    together = 8 if height * width <= 16 else 1
-    total = torch.zeros(channels, 1, size, size, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for images, taps in zip(x.split(together), grad.split(together), strict=True):
-        count = len(images)
-        images = images.permute(2, 3, 0, 1).reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, n C, H, W)
-        shares = F.conv2d(images, taps.reshape(-1, 1, height, width), padding=size // 2, groups=count * channels)
-        total += shares.view(count, channels, 1, size, size).sum(0, dtype=total.dtype)
+    total = torch.zeros(channels, 1, size, size, dtype=torch.promote_types(x.dtype, torch.float32))
+    for image, outer in zip(x.split(1), grad.split(1), strict=True):
+        taps = _channel_rows(outer).view(channels, 1, height, width)
+        total += F.conv2d(image, taps, padding=size // 2, groups=channels).view(total.shape)
     return total
+
+
+def _kernel_gradient_of_small_maps(x: Tensor, grad: Tensor, size: int) -> Tensor:
+    """`_kernel_gradient` where a convolution for each image costs more to call than to do.
+
+    One product for each channel, over the batch, of every pixel of ``x`` with every pixel of ``grad``; a tap of the
+    kernel is the sum over the pairs of pixels that are its offset apart.
+    """
+    batch, channels, height, width = x.shape
+    dtype, pixels = torch.promote_types(x.dtype, torch.float32), height * width
+    left, right = (_channel_rows(maps).view(channels, batch, pixels) for maps in (x, grad))
+    pairs = torch.bmm(left.mT, right).to(dtype).view(channels, -1)  # (C, H W of x, H W of grad)
+    lone = torch.eye(pixels, dtype=dtype).view(pixels, 1, height, width)  # one pixel each
+    offsets = F.unfold(lone, size, padding=size // 2).mT.reshape(-1, size**2)  # (H W H W, k k), zeros and ones
+    return (pairs @ offsets).view(channels, 1, size, size)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs.
 
     The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
-    convolution; see `_depthwise_weight_gradient` for what replaces it.
+    convolution; see `_kernel_gradient` for what replaces it.
 
     Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> (B, C, H, W).
     """

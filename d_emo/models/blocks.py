@@ -24,8 +24,9 @@ from d_emo.models.layers import (
     LinearAct,
     LocalConv,
     NormKind,
+    is_bare,
     make_norm,
-    modulate,
+    modulated,
 )
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
@@ -96,9 +97,34 @@ class MobileOperator(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         a = self.expand(u)  # (B, H, W, M)  eq. 2-4
         if self.local is not None:
+            if (out := self.in_one_step(a)) is not None:
+                return out  # (B, H, W, C_out)
             y = self.local(a)  # (B, H', W', M)
             a = kernels.add_to(y, a) if self.inner_skip else y  # eq. 5
         return self.proj(a)  # (B, H', W', C_out)
+
+    def in_one_step(self, a: Tensor) -> Tensor | None:
+        """Eq. 5 and the projection where `kernels.local_projection` does them: in training on a CPU; elsewhere None.
+
+        Shape: (B, H, W, M) -> (B, H, W, C_out).
+        """
+        if not self.inner_skip or not kernels.fuses_training(a):
+            return None
+        local, proj = self.local, self.proj
+        conv, bn = local.conv, getattr(local.norm, "bn", None)
+        ordinary = type(bn) is nn.BatchNorm2d and type(local.act) is nn.SiLU and type(proj) is Linear
+        if not ordinary or not is_bare(local, conv, local.norm, bn, local.act, proj):
+            return None
+        known = bn.training and bn.affine and bn.track_running_stats and bn.momentum is not None
+        if not known or conv.dilation != (1, 1) or not (conv.bias is proj.bias is None):
+            return None
+        parameters = conv.weight, bn.weight, bn.bias, proj.weight
+        if not kernels.fuses_training(a, *parameters):
+            return None
+        bn.num_batches_tracked.add_(1)
+        return kernels.local_projection(
+            a, *parameters, running_mean=bn.running_mean, running_var=bn.running_var, momentum=bn.momentum, eps=bn.eps
+        )
 
 
 class ReorderedOperator(MobileOperator):
@@ -245,7 +271,7 @@ def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callabl
     Shape: x (B, H, W, C), chunks (B, 3C) -> (B, H, W, C).
     """
     shift, scale, gate = chunks.chunk(3, dim=-1)  # 3 x (B, C)
-    return x + gate[:, None, None] * operator(modulate(norm(x), shift, scale))
+    return x + gate[:, None, None] * operator(modulated(norm, x, shift, scale))
 
 
 class AdaLNMobileBlock(nn.Module):

@@ -25,7 +25,7 @@ from d_emo.models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     checkpoint_block,
-    modulate,
+    modulated,
     pair,
     sincos_position_embedding,
 )
@@ -65,7 +65,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, C)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(modulated(self.norm, x, shift, scale))
 
 
 class Denoiser(ModelMixin, ConfigMixin):

@@ -42,6 +42,14 @@ class Linear(nn.Linear):
         return kernels.linear(x, self.weight, self.bias)
 
 
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether nobody has hung anything on the modules' calls: what a kernel passes by must not be missed."""
+    return not any(
+        "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
 ACTIVATIONS: dict[type[nn.Module], kernels.Activation] = {nn.GELU: "gelu", nn.SiLU: "silu", nn.Identity: "none"}
 """Activations that kernels can apply themselves; every GELU of the mobile blocks is the exact one."""
 
@@ -105,6 +113,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
     """
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``modulate(norm(x), shift, scale)``; on a CPU, training keeps no map between the two.
+
+    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
+    """
+    fuses = kernels.fuses_modulation(x) and type(norm) is nn.LayerNorm and is_bare(norm)
+    if fuses and kernels.fuses_modulation(x, norm.weight, norm.bias):
+        return kernels.modulated_norm(x, norm.weight, norm.bias, shift, scale, norm.eps)
+    return modulate(norm(x), shift, scale)
 
 
 class LayerScale(nn.Module):
