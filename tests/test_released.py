@@ -100,6 +100,14 @@ def test_dit_output_equals_the_plain_reference():
     torch.testing.assert_close(sample, expected, rtol=0, atol=1e-9)
 
 
+def test_many_differences_are_named_in_part_and_counted():
+    model = create_model("emov2_1m", num_classes=2)
+    with pytest.raises(InputError) as refused:
+        load_released(model, {"surprise": torch.zeros(1)})
+    message = str(refused.value)
+    assert f"and {len(model.state_dict()) - 4} more; unexpected: surprise." in message and len(message) < 400
+
+
 def test_a_file_that_does_not_fit_names_every_key_and_changes_nothing():
     weights = fake("emov2_5m")
     weights.pop("stage1.1.ls.gamma")

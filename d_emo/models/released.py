@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def released_shapes(model: nn.Module, names: Mapping[str, str]) -> dict[str, tup
 
 
 def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise InputError unless the file holds what the model needs, saying what it is or naming every difference."""
+    """Raise InputError unless the file holds what the model needs, saying what it is or naming the differences."""
     wanted = released_shapes(model, names)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found == wanted:
@@ -191,8 +191,14 @@ def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, 
         if name in found and found[name] != wanted[name]
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)]
-    details = "; ".join(f"{title}: {', '.join(names)}" for title, names in parts if names)
+    details = "; ".join(f"{title}: {shortened(names)}" for title, names in parts if names)
     raise InputError(f"{source} does not fit this model. {details}.")
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def explain(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
