@@ -16,7 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_launched_process_takes_its_share_of_the_cores_on_a_cpu_only(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     use_cores(CPU, 2)
     assert torch.get_num_threads() == 1  # not launched: torch's own choice stays
@@ -30,6 +30,7 @@ def test_a_launched_process_takes_its_share_of_the_cores_on_a_cpu_only(monkeypat
 
 
 def test_readers_are_shared_out_over_the_processes_of_gpus(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on a Mac
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert [loader_workers(None, GPU, count) for count in (1, 2, 3)] == [8, 6, 4]
     assert loader_workers(None, CPU, 1) == 0 and loader_workers(5, CPU, 1) == loader_workers(5, GPU, 3) == 5

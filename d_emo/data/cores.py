@@ -8,6 +8,11 @@ import os
 import torch
 
 
+def core_count() -> int:
+    """Cores that this process may run on; fewer than the machine's where it has been bound to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cores(device: torch.device, processes: int) -> None:
     """On a CPU, let torch use this process's share of the cores: `accelerate launch` sets one thread, unasked.
 
@@ -16,7 +21,7 @@ def use_cores(device: torch.device, processes: int) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's mark
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.set_num_threads(max(1, core_count() // processes))
 
 
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 * 2**20), "M_ARENA_MAX": (-8, 1)}
@@ -46,4 +51,4 @@ def loader_workers(asked: int | None, device: torch.device, processes: int) -> i
     """How many processes read data for this one; none on a CPU unless ``asked`` says so."""
     if asked is not None:
         return asked
-    return 0 if device.type == "cpu" else min(8, (os.cpu_count() or 1) // processes)
+    return 0 if device.type == "cpu" else min(8, core_count() // processes)
