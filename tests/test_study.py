@@ -160,6 +160,7 @@ def test_findings_say_first_where_the_first_run_loses():
         us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
         them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
     )
+    rows.append({**rows[0], "seed": 3, "fid": 1000.0})  # a seed that the other does not have
     text = findings(rows, "Test", ["us", "them", "nobody"])
     assert text.count("\n") == 0 and "step 10, 3 seeds" in text
     loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
@@ -293,8 +294,11 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     demo, broken = (next(r for r in rows if r["run"] == name and r["step"] == 4) for name in ("D-EMO", "no buffers"))
     assert demo["images"] == 16 and demo["fid"] > 0 and 0 <= demo["precision"] <= 1 and "shape" not in demo
     assert demo["fid"] != broken["fid"] and demo["parameters"] == broken["parameters"]
-    assert demo["minutes"] == pytest.approx(4 * demo["seconds_per_step"] / 60, rel=1e-4)
     losses = read_rows(folder / "losses.csv")
+    early = next(r for r in rows if r["run"] == "D-EMO" and r["step"] == 2)
+    logged = {(row["run"], row["seed"], row["step"]): row["loss"] for row in losses}
+    assert (early["loss"], demo["loss"]) == (logged["D-EMO", 3, 2], logged["D-EMO", 3, 4])
+    assert demo["minutes"] == pytest.approx(4 * demo["seconds_per_step"] / 60, rel=1e-4)
     assert len(losses) == 2 * 2 * 4 and {row["run"] for row in losses} == {"D-EMO", "DiT, flow"}
     assert len(read_rows(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")

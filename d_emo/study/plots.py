@@ -34,6 +34,7 @@ def draw_curves(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
     figure = Figure(figsize=(15, 7.5), layout="constrained")
@@ -64,7 +65,11 @@ def draw_curves(
         for panel in (upper, lower):
             panel.grid(alpha=0.3)
             panel.set_yscale("log")
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.spines[["top", "right"]].set_visible(False)
+    for axis in (panels[0, 0].yaxis, panels[1, 0].yaxis):
+        axis.set_major_formatter("{x:g}")
+    panels[0, 0].yaxis.set_minor_formatter("{x:g}")
     panels[0, 0].set_ylabel("FID")
     panels[1, 0].set_ylabel("training loss, running mean")
     handles, labels = panels[0, 0].get_legend_handles_labels()

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from d_emo.curves import Curve
 from d_emo.study.results import (
@@ -36,6 +37,7 @@ class Figure:
 
 
 FIGURES = {
+    "loss": Figure("loss", 4, -1),
     "fid": Figure("FID", 2, -1),
     "recognised": Figure("class %", 1, 1),
     "shape": Figure("shape %", 1, 1),
@@ -59,10 +61,10 @@ def findings(rows: Sequence[Row], heading: str, names: Sequence[str]) -> str:
             gap = difference(rows, first, other, step, key)
             if gap is None:
                 continue
-            ours, theirs = (Estimate.of(list(values_of(rows, name, step, key).values())) for name in (first, other))
+            ours, theirs = shared_means(rows, first, other, step, key)
             kind = "undecided" if not gap.decided else "wins" if gap.mean * figure.better > 0 else "loses"
             verdicts[kind].append(
-                f"{figure.title} {ours.mean:.{figure.digits}f} against {theirs.mean:.{figure.digits}f} "
+                f"{figure.title} {ours:.{figure.digits}f} against {theirs:.{figure.digits}f} "
                 f"({'+' if gap.mean > 0 else ''}{gap.show(figure.digits)})"
             )
         seeds = difference(rows, first, other, step, "fid").count
@@ -70,6 +72,13 @@ def findings(rows: Sequence[Row], heading: str, names: Sequence[str]) -> str:
         parts = [f"{title} {'; '.join(verdicts[kind]) or 'nothing'}." for kind, title in titles.items()]
         lines.append(f"- {heading}, {first} against {other}, step {step:,}, {plural(seeds, 'seed')}. {' '.join(parts)}")
     return "\n".join(lines)
+
+
+def shared_means(rows: Sequence[Row], name: str, other: str, step: int, figure: str) -> tuple[float, float]:
+    """Means of two runs over the seeds that both have."""
+    ours, theirs = (values_of(rows, each, step, figure) for each in (name, other))
+    shared = ours.keys() & theirs.keys()
+    return mean(ours[seed] for seed in shared), mean(theirs[seed] for seed in shared)
 
 
 def main_table(rows: Sequence[Row], names: Sequence[str]) -> str:

@@ -76,7 +76,8 @@ def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
 def collect(runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]]) -> tuple[list[Row], dict[tuple, Curve]]:
     """A row for every measured snapshot, and the loss curve of every trained run by (name, seed).
 
-    Minutes are steps times the median time of a step: what disturbed the machine for a while does not count.
+    The loss of a row is the mean over the last tenth of the steps so far. Minutes are steps times the median time of a
+    step: what disturbed the machine for a while does not count.
     """
     rows, losses = [], {}
     for run in runs:
@@ -90,10 +91,16 @@ def collect(runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]]) -> tu
             losses[run.name, run.seed] = curves["loss"]
         rows += [
             {"run": run.name, "seed": run.seed, "step": step, "images": step * batch, "minutes": step * seconds / 60,
-             "seconds_per_step": seconds, "parameters": parameters, "macs": macs, **figures}
+             "seconds_per_step": seconds, "parameters": parameters, "macs": macs,
+             "loss": recent(curves["loss"], step), **figures}
             for step, figures in measured.items()
         ]  # fmt: skip
     return rows, losses
+
+
+def recent(curve: Curve, step: int) -> float:
+    """Mean of the values logged in the last tenth of the way to a step."""
+    return float(curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)].mean())
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -209,7 +209,9 @@ class Study:
                 continue
             opened = load_denoiser(run.folder / "snapshots" / f"step-{max(steps)}")
             count = len(opened.class_names)
-            drawn += self.meter.draw(opened, [i * count // COLUMNS for i in range(COLUMNS)], run.norm_buffers)
+            drawn += self.meter.draw(
+                opened, [i * (count - 1) // (COLUMNS - 1) for i in range(COLUMNS)], run.norm_buffers
+            )
             captions.append(run.name)
         if drawn:
             scale = max(1, 96 // drawn[0].shape[-1])
