@@ -78,7 +78,7 @@ def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
     ({"seeds": [1, 1]}, "must be different"),
     ({"runs": {}}, "at least one run"),
     ({"num_images": 1}, "at least two"),
-    ({"only": ["D-EMU"]}, "'D-EMU' that it does not have; it has D-EMO, DiT, flow, no buffers"),
+    ({"only": ["D-EMU"]}, "'D-EMU' that it does not have; it has 'D-EMO', 'DiT, flow', 'no buffers'"),
     ({"tables": {"Main": ["nobody"]}}, "'nobody'"),
     ({"tables": {"Main": []}}, "names no runs"),
     ({"samplers": {"eps": "dpm++"}}, "NAME:STEPS"),

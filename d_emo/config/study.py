@@ -77,9 +77,10 @@ class StudySettings:
         self.tables = self.tables or {"All runs": list(self.runs)}
         named = [name for names in (*self.tables.values(), self.norm_gap, self.only) for name in names]
         named += [run["of"] for run in self.runs.values() if "of" in run]
+        known = ", ".join(map(repr, self.runs))
         for name in named:
             if name not in self.runs:
-                raise InputError(f"the study names a run {name!r} that it does not have; it has {', '.join(self.runs)}")
+                raise InputError(f"the study names a run {name!r} that it does not have; it has {known}")
         for heading, names in self.tables.items():
             if not names:
                 raise InputError(f"the table {heading!r} of the study names no runs")
