@@ -44,7 +44,8 @@ from d_emo.data.cores import use_cores
 def faults():
     def count():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10_000_000)
+    for _ in range(8):  # until a freed block is found that fits with its alignment
+        torch.ones(10_000_000)
     before = count()
     for _ in range(4):
         torch.ones(10_000_000)
