@@ -157,7 +157,7 @@ def write_report(
         for (name, seed), curve in losses.items() for step, value in zip(curve.steps, curve.values, strict=True)
     ])  # fmt: skip
     present = {row["run"] for row in rows}
-    some = {heading: names for heading, names in tables.items() if present & set(names)}
+    some = {head: names for head, names in tables.items() if len(present & set(names)) >= min(2, len(names))}
     said = [text for heading, names in some.items() if (text := findings(rows, heading, names))]
     parts = [f"# {title}", *introduction, "## What it says", "\n".join(said) or "Nothing to compare yet."]
     parts.append(
