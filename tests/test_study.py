@@ -69,6 +69,8 @@ def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
     assert demo.training.seed == 3 and dit.training.objective == "flow" and demo.training.objective == "eps"
     assert demo.training.latents == dit.training.latents == str(tmp_path / "study" / "latents")
     assert demo.folder == tmp_path / "study" / "runs" / "d-emo-seed3" and dit.folder.name == "dit-flow-seed3"
+    other = plan_runs(settings_of(tmp_path, num_images=21))[0]
+    assert other.folder == demo.folder and other.results != demo.results, "measured otherwise"
     assert broken.folder == demo.folder and broken.results != demo.results
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class PlannedRun:
         seed: Of weights, data order and noise.
         folder: Of the training run.
         training: Resolved settings of scripts/train_dit.py.
+        protocol: Digest of how the study measures, so that figures measured otherwise are not taken for these.
         norm_buffers: "trained", or "initial" to measure with the batch norms' averages as they were at the start.
     """
 
@@ -30,13 +33,14 @@ class PlannedRun:
     seed: int
     folder: Path
     training: TrainSettings
+    protocol: str
     norm_buffers: str = "trained"
 
     @property
     def results(self) -> Path:
         """Where its measurements are kept."""
         suffix = "" if self.norm_buffers == "trained" else f"-{self.norm_buffers}-norm-buffers"
-        return self.folder / f"measurements{suffix}.json"
+        return self.folder / f"measurements{suffix}-{self.protocol}.json"
 
     def snapshots(self) -> list[Path]:
         """Its snapshots so far, by step."""
@@ -53,6 +57,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
     Raises:
         InputError: A run's settings are none that scripts/train_dit.py takes.
     """
+    protocol = protocol_of(settings)
     latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
     planned: list[PlannedRun] = []
     for seed in settings.seeds:
@@ -64,7 +69,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
             folder = Path(settings.output_dir) / "runs" / f"{slug(name)}-seed{seed}"
             values = settings.train | latents | own | {"seed": seed, "output_dir": str(folder)}
             training = read_training({**values, "model_options": options or None}, name)
-            trained[name] = PlannedRun(name, seed, folder, training)
+            trained[name] = PlannedRun(name, seed, folder, training, protocol)
         for name, own in settings.runs.items():
             planned.append(trained[name] if name in trained else variant(name, own, trained))
     return planned
@@ -75,7 +80,7 @@ def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> P
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]
-    return PlannedRun(name, other.seed, other.folder, other.training, norm_buffers="initial")
+    return replace(other, name=name, norm_buffers="initial")
 
 
 def read_training(values: dict[str, Any], name: str) -> TrainSettings:
@@ -87,6 +92,13 @@ def read_training(values: dict[str, Any], name: str) -> TrainSettings:
             return parse_settings(TrainSettings, "", ["--config", file.name])
         except InputError as error:
             raise InputError(f"the run {name!r} of the study: {error}") from None
+
+
+def protocol_of(settings: StudySettings) -> str:
+    """A digest of all that decides how snapshots are measured."""
+    names = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
+    values = json.dumps([getattr(settings, name) for name in names], sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:8]
 
 
 def latents_folder(settings: StudySettings) -> Path:

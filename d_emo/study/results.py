@@ -57,11 +57,15 @@ def read_measurements(run: PlannedRun) -> dict[int, dict[str, float]]:
 
 
 def add_measurement(run: PlannedRun, step: int, figures: dict[str, float]) -> None:
-    """Keep the figures of one snapshot; a kill leaves the old file or the new."""
-    known = {**read_measurements(run), step: figures}
-    temporary = run.results.with_name(f".tmp-{run.results.name}")
-    temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-    temporary.replace(run.results)
+    """Keep the figures of one snapshot."""
+    write_json(run.results, dict(sorted({**read_measurements(run), step: figures}.items())))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value; a kill leaves the old file or the new."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:

@@ -23,9 +23,9 @@ from d_emo.study.measuring import Meter
 from d_emo.study.plan import PlannedRun, as_arguments, latent_shape_of, latents_folder, plan_runs
 from d_emo.study.plots import draw_curves, draw_gaps
 from d_emo.study.report import FIGURES, plural, write_report
-from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of
+from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
 
-GAPS, REAL, COLUMNS = "norm_gap.json", "real.json", 10
+GAPS, COLUMNS = "norm_gap.json", 10
 
 
 class Study:
@@ -114,12 +114,12 @@ class Study:
             add_measurement(run, step_of(snapshot), figures)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
-        real = self.folder / REAL
+        real = self._real_file()
         if self.classifier is not None and not real.exists():
-            real.write_text(json.dumps(self.meter.measure_real(run.snapshots()[-1])) + "\n")
+            write_json(real, self.meter.measure_real(run.snapshots()[-1]))
         gaps = run.folder / GAPS
         if run.name in self.settings.norm_gap and not gaps.exists():
-            gaps.write_text(json.dumps(self.meter.norm_gap(run.snapshots()[-1])) + "\n")
+            write_json(gaps, self.meter.norm_gap(run.snapshots()[-1]))
 
     def _fid(self, snapshot: Path) -> dict[str, float]:
         """The figures that scripts/fid.py gives a snapshot."""
@@ -191,9 +191,12 @@ class Study:
             how,
         ]
 
+    def _real_file(self) -> Path:
+        return self.folder / f"real-{self.runs[0].protocol}.json"
+
     def _real_words(self) -> str:
         """What real held-out images measure, in a sentence."""
-        path = self.folder / REAL
+        path = self._real_file()
         figures = json.loads(path.read_text()) if path.exists() else None
         if not figures:
             return ""
