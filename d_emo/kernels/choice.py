@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +15,8 @@ try:
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing as is_fx_tracing
 except ImportError:  # before PyTorch 2.8
     from torch.fx._symbolic_trace import is_fx_tracing
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -40,6 +45,42 @@ def is_plain() -> bool:
     The compiler joins the steps of the plain form itself, and other programs know standard operators only.
     """
     return _plain or torch.compiler.is_compiling() or is_fx_tracing()
+
+
+def uses_triton(*tensors: Tensor) -> bool:
+    """Whether Triton's kernels run for these: on an NVIDIA GPU that `triton_works` on, in 32 bits or fewer.
+
+    Compiled networks take them too, as operators that the compiler does not look into; exported and traced ones do not.
+    """
+    if _plain or is_fx_tracing() or is_exporting():
+        return False
+    if not all(t.is_cuda and t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
+        return False
+    return triton_works(tensors[0].device.index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_works(index: int) -> bool:
+    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once on small maps.
+
+    The environment variable D_EMO_KERNELS=plain says no.
+    """
+    if os.environ.get("D_EMO_KERNELS") == "plain" or torch.version.cuda is None:
+        return False
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    try:
+        from d_emo.kernels import gpu
+
+        gpu.check(torch.device("cuda", index))
+    except Exception as error:  # of the compiler, the driver, or a difference: all mean the plain form
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(
+            f"Triton's kernels are not used on this GPU, the library's take their place: {reason}", stacklevel=2
+        )
+        return False
+    return True
 
 
 def prefers_onednn(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,20 @@
+"""Kernels for NVIDIA GPUs, written in Triton; imported only where one is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+CHECKS: tuple[Callable[[torch.device], None], ...] = ()
+"""One for each kernel: raises unless it runs on the device and equals its plain form."""
+
+
+def check(device: torch.device) -> None:
+    """Try every kernel on small maps.
+
+    Raises:
+        Exception: A kernel does not compile, does not run, or computes something else.
+    """
+    for one in CHECKS:
+        one(device)
