@@ -22,7 +22,7 @@ from d_emo.config import InputError, RunError, StudySettings, TrainSettings, par
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
 from d_emo.study import Study, study
-from d_emo.study.cost import cost_table, network_calls, processes_of
+from d_emo.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
 from d_emo.study.execution import claim, run_script
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import plan_runs
@@ -250,6 +250,24 @@ def test_the_norm_gap_is_one_without_a_batch_norm_and_leaves_the_snapshot_alone(
     assert batch == meter.norm_gap(tmp_path / "batch")
 
 
+def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_path, monkeypatch):
+    runs = {**RUNS, "other labels": {**RUNS["D-EMO"], "label_init": "normal"}}
+    settings = settings_of(tmp_path, runs=runs)
+    planned = plan_runs(settings)
+    keys = [speed_key(run, settings) for run in planned]
+    assert len(set(keys)) == 2 and keys[0] == keys[2] == keys[3] and keys[:4] == keys[4:]
+    seconds = step_times(settings, planned)
+    assert seconds.keys() == set(keys) and all(0 < value < 10 for value in seconds.values())
+
+    asked = []
+    monkeypatch.setattr(study, "step_times", lambda settings, runs: asked.append(1) or dict.fromkeys(keys, 1.0))
+    whole = Study(settings, scripts=ROOT / "scripts")
+    assert whole._step_times() == whole._step_times() and len(asked) == 1
+    wider = {**runs, "deeper": {"model": "DiT-Ti-2", "model_options": {"depth": 2}}}
+    Study(settings_of(tmp_path, runs=wider), scripts=ROOT / "scripts")._step_times()
+    assert len(asked) == 2
+
+
 # ---- from end to end -------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +306,8 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     report = whole.report().read_text()
     whole.work()
     assert len(called) == 6, "all is there"
+    monkeypatch.setattr(study, "step_times", None)
+    whole.report()  # does not time anything again
 
     folder = tmp_path / "report"
     rows = read_rows(folder / "results.csv")

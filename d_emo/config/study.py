@@ -53,7 +53,7 @@ class StudySettings:
     )
     published_loss: bool = setting(False, "draw the published losses (ImageNet 256 x 256) beside the runs'")
     only: list[str] = setting([], "train and measure these runs only; the report still shows all that are complete")
-    report_only: bool = setting(False, "train and measure nothing, write the report of what is complete")
+    report_only: bool = setting(False, "train nothing and measure no snapshot, write the report of what is complete")
     plan: bool = setting(False, "train nothing: measure each model's speed here, print what the study will cost")
 
     def __post_init__(self):

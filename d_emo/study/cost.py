@@ -1,22 +1,27 @@
-"""What a study will cost: each model's speed measured here, for a moment, times its steps."""
+"""Each model's speed, measured for a moment on this machine: for a study's axis of time, and for what it will cost."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 
 from d_emo.card import describe_hardware
 from d_emo.config import StudySettings, TrainSettings
+from d_emo.data.cores import use_cores
 from d_emo.models import create_model
 from d_emo.models.layers import fold_batch_norms
 from d_emo.objective import OBJECTIVES
 from d_emo.study.plan import PlannedRun, latent_shape_of
 from d_emo.study.results import size_of
+from d_emo.training.optimizer import make_optimizer
 
-WARM, TIMED = 2, 5  # repetitions
+WARM, TIMED, ROUNDS = 2, 5, 3  # repetitions of a piece of work, and turns of all models
 
 
 def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
@@ -54,6 +59,25 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
     ])  # fmt: skip
 
 
+def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, float]:
+    """Seconds of an optimizer step by `speed_key`, of all runs in turns, so that they meet the same disturbances."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    different = {speed_key(run, settings): run for run in runs}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for key, run in different.items():
+            shape = latent_shape_of(settings, run.training)
+            seconds[key].append(measure_speed(run.training, shape, device, processes_of(settings.launch))[0])
+    return {key: median(values) for key, values in seconds.items()}
+
+
+def speed_key(run: PlannedRun, settings: StudySettings) -> str:
+    """What decides a run's speed, in words."""
+    names = ("model", "model_options", "objective", "batch_size", "micro_batch_size", "mixed_precision", "compile")
+    values = {name: getattr(run.training, name) for name in names}
+    return json.dumps([values, latent_shape_of(settings, run.training), settings.launch], sort_keys=True)
+
+
 def processes_of(launch: Sequence[str]) -> int:
     """How many processes the arguments of accelerate launch ask for; 1 if they do not say."""
     words = [word for part in launch for word in part.split("=")]
@@ -76,11 +100,12 @@ def measure_speed(
     """Seconds of one optimizer step, and of drawing one image's forward pass, on one process of so many."""
     share = training.batch_size // processes
     micro = min(training.micro_batch_size or (share if device.type == "cuda" else 8), share)
+    use_cores(device, processes)
     channels, side, _ = latent_shape
     options = {"sample_size": side, "in_channels": channels} | (training.model_options or {})
     model = create_model(training.model, **options).to(device)
     objective = OBJECTIVES[training.objective](null_class=model.null_class).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer = make_optimizer(model, training, {}, device)
     latents = torch.randn(micro, *latent_shape, device=device)
     labels = torch.zeros(micro, dtype=torch.long, device=device)
     draws = objective.draw(torch.Generator(device).manual_seed(0), micro, latent_shape)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,17 @@ def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
         return count_parameters(model), count_macs(model)
 
 
-def collect(runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]]) -> tuple[list[Row], dict[tuple, Curve]]:
+def collect(
+    runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]], seconds: dict[str, float]
+) -> tuple[list[Row], dict[tuple, Curve]]:
     """A row for every measured snapshot, and the loss curve of every trained run by (name, seed).
 
-    The loss of a row is the mean over the last tenth of the steps so far. Minutes are steps times the median time of a
-    step: what disturbed the machine for a while does not count.
+    The loss of a row is the mean over the last tenth of the steps so far.
+
+    Args:
+        runs: Of the study.
+        sizes: Parameters and multiply-accumulates by name.
+        seconds: Of a training step, by name.
     """
     rows, losses = [], {}
     for run in runs:
@@ -89,14 +95,14 @@ def collect(runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]]) -> tu
         if not measured:
             continue
         curves, batch = read_run(run.folder).curves, run.training.batch_size
-        seconds = batch / median(curves["images_per_second"].values)
         parameters, macs = sizes[run.name]
+        step_seconds = seconds[run.name]
         if run.norm_buffers == "trained":
             losses[run.name, run.seed] = curves["loss"]
         rows += [
-            {"run": run.name, "seed": run.seed, "step": step, "images": step * batch, "minutes": step * seconds / 60,
-             "seconds_per_step": seconds, "parameters": parameters, "macs": macs,
-             "loss": recent(curves["loss"], step), **figures}
+            {"run": run.name, "seed": run.seed, "step": step, "images": step * batch,
+             "minutes": step * step_seconds / 60, "seconds_per_step": step_seconds, "parameters": parameters,
+             "macs": macs, "loss": recent(curves["loss"], step), **figures}
             for step, figures in measured.items()
         ]  # fmt: skip
     return rows, losses
@@ -122,10 +128,9 @@ def values_of(rows: Sequence[Row], name: str, step: int, figure: str) -> dict[in
 
 
 def minutes_by_step(rows: Sequence[Row], name: str) -> dict[int, float]:
-    """Minutes of training that a run takes to its measured steps, at the mean speed of its seeds."""
-    mine = [row for row in rows if row["run"] == name]
-    seconds = mean(row["seconds_per_step"] for row in mine)
-    return {step: step * seconds / 60 for step in sorted({row["step"] for row in mine})}
+    """Minutes of training that a run takes to its measured steps."""
+    mine = sorted((row for row in rows if row["run"] == name), key=lambda row: row["step"])
+    return {row["step"]: row["step"] * row["seconds_per_step"] / 60 for row in mine}
 
 
 def at_time(rows: Sequence[Row], name: str, minutes: float) -> list[float]:

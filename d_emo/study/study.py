@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from d_emo.card import describe_hardware
 from d_emo.checkpoint import load_denoiser, load_meta, step_of
 from d_emo.config import ClassifierSettings, InputError, StudySettings, parse_settings
 from d_emo.curves import published_curves
 from d_emo.latents.shards import INDEX
 from d_emo.sampling import draw_grid
-from d_emo.study.cost import cost_table
+from d_emo.study.cost import cost_table, speed_key, step_times
 from d_emo.study.execution import claim, run_script
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import PlannedRun, as_arguments, latent_shape_of, latents_folder, plan_runs
@@ -25,7 +26,7 @@ from d_emo.study.plots import draw_curves, draw_gaps
 from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
 
-GAPS, COLUMNS = "norm_gap.json", 10
+GAPS, SPEEDS, COLUMNS = "norm_gap.json", "step_times.json", 10
 
 
 class Study:
@@ -135,18 +136,22 @@ class Study:
     def report(self) -> Path:
         """Write the report of what has been measured; returns its file.
 
+        Where it is not known how long a step takes, this is measured first.
+
         Raises:
             InputError: Nothing has been measured yet, or matplotlib is not installed.
         """
         settings, folder = self.settings, Path(self.settings.report_dir)
         sizes = {run.name: size_of(run, latent_shape_of(settings, run.training)) for run in self.runs}
-        rows, losses = collect(self.runs, sizes)
-        if not rows:
+        if not any(read_measurements(run) for run in self.runs):
             raise InputError(f"nothing of the study in {self.folder} is measured yet")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"the report's folder {folder} cannot be made: {error.strerror}") from None
+        times = self._step_times()
+        seconds = {run.name: times["seconds"][speed_key(run, settings)] for run in self.runs}
+        rows, losses = collect(self.runs, sizes, seconds)
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
@@ -158,9 +163,21 @@ class Study:
         if self._draw_grid(folder / "samples.png", shown, rows):
             pictures.append(("samples.png", "Drawings of each run from the same noise and labels"))
         return write_report(
-            folder, title=settings.title, introduction=self._introduction(rows), tables=settings.tables, rows=rows,
-            losses=losses, gaps=gaps, pictures=pictures,
+            folder, title=settings.title, introduction=self._introduction(rows, times["hardware"]),
+            tables=settings.tables, rows=rows, losses=losses, gaps=gaps, pictures=pictures,
         )  # fmt: skip
+
+    def _step_times(self) -> dict[str, Any]:
+        """What is known of this study's steps; all of them are timed anew where one is missing."""
+        path = self.folder / SPEEDS
+        with claim(self.folder, wait=True):
+            times = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+            if not times["seconds"].keys() >= {speed_key(run, self.settings) for run in self.runs}:
+                print("timing a training step of every model, in turns", flush=True)
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                times = {"hardware": describe_hardware(device), "seconds": step_times(self.settings, self.runs)}
+                write_json(path, times)
+        return times
 
     def _gaps(self) -> list[Row]:
         found = [(run, run.folder / GAPS) for run in self.runs if run.name in self.settings.norm_gap]
@@ -169,7 +186,7 @@ class Study:
             for run, path in found if path.exists() for level in json.loads(path.read_text())
         ]  # fmt: skip
 
-    def _introduction(self, rows: list[Row]) -> list[str]:
+    def _introduction(self, rows: list[Row], timed_on: str) -> list[str]:
         """What was done, and the command that does it again."""
         settings, first = self.settings, self.runs[0]
         measured = {row["run"] for row in rows}
@@ -187,7 +204,9 @@ class Study:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
         return [
             f"Made by `python scripts/compare.py {config_flags()}`: {plural(len(settings.seeds), 'seed')}, "
-            f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}.",
+            f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}. Time is the "
+            f"number of steps times the median time of one, measured of all models in turns on {timed_on}, without "
+            "reading data.",
             how,
         ]
 
