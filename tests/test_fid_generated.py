@@ -218,10 +218,12 @@ def test_bad_arguments(made: dict[str, Path], tmp_path: Path, more: list[str], s
     assert not (tmp_path / "o").exists()  # nothing was drawn
 
 
-def test_images_can_be_saved_only_if_drawn(tmp_path: Path) -> None:
-    for flag in ("--save-npz", "--save-png", "--work-dir"):
+def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path) -> None:
+    flags = {"--save-npz": "x", "--save-png": "x", "--work-dir": "x", "--steps": 20, "--guidance-scale": 4, "--seed": 1,
+             "--scheduler": "ddim", "--labels": "balanced", "--compile": "true"}  # fmt: skip
+    for flag, value in flags.items():
         with pytest.raises(InputError, match=f"{flag} is for images drawn from a --checkpoint"):
-            load_script("fid").main(["--samples", str(tmp_path), "--reference", "r", flag, "x"])
+            load_script("fid").main(["--samples", str(tmp_path), "--reference", "r", flag, str(value)])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +109,13 @@ class ExplainSettings:
             raise InputError(f"--stage must be from 1 to 4, not {self.stage}")
 
 
+DRAWING = {
+    "labels", "scheduler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "mixed_precision",
+    "compile", "seed", "save_npz", "save_png", "work_dir",
+}  # fmt: skip
+"""Settings of ``scripts/fid.py`` that say how images are drawn; images that exist leave nothing to say."""
+
+
 @dataclass(kw_only=True)
 class FidSettings:
     """Settings of ``scripts/fid.py``."""
@@ -152,9 +159,10 @@ class FidSettings:
         if self.reference is None and self.metrics != ["isc"]:
             raise InputError(f"--metrics {' '.join(self.metrics)} compares with real images; give --reference")
         if self.checkpoint is None:
-            for name in ("save_npz", "save_png", "work_dir"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"--{name.replace('_', '-')} is for images drawn from a --checkpoint only")
+            for each in fields(self):
+                default = each.default_factory() if each.default is MISSING else each.default
+                if each.name in DRAWING and getattr(self, each.name) != default:
+                    raise InputError(f"--{each.name.replace('_', '-')} is for images drawn from a --checkpoint only")
             return
         self.num_images = PUBLISHED_COUNT if self.num_images is None else self.num_images
         if self.num_images < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from d_emo import checkpoint
 from d_emo.card import describe_hardware
 from d_emo.config import ClassifierSettings, InputError, is_folder
 from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
+from d_emo.data.cores import loader_workers
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.registry import resolve_name
@@ -127,9 +127,8 @@ class ClassifierTask:
 
     def _workers(self, world_size: int) -> int:
         """Data loading processes for the held-out images; built-in ones are quick to make."""
-        if self.settings.num_workers is not None or self.settings.data_dir is None or not torch.cuda.is_available():
-            return self.settings.num_workers or 0
-        return min(8, (os.cpu_count() or 1) // world_size)
+        asked = 0 if self.settings.num_workers is None and self.settings.data_dir is None else self.settings.num_workers
+        return loader_workers(asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"), world_size)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
