@@ -320,18 +320,28 @@ def check(device: torch.device) -> None:
     Raises:
         RuntimeError: The result, or a gradient, is not that of `reference` in float64.
     """
-    generator, heads, window = torch.Generator(device).manual_seed(0), 2, (3, 5)
+    generator, heads = torch.Generator(device).manual_seed(0), 2
     some = triton.cdiv(ENOUGH * multiprocessors(device), heads)  # images enough for one launch
-    for dtype, images, bound in ((torch.float32, 1, 5e-3), (torch.bfloat16, 1, 2e-2), (torch.bfloat16, some, 2e-2)):
-        maps = [torch.randn(images, 6, 10, heads * n, generator=generator, device=device) for n in (24, 24, 40, 40)]
-        *inputs, grad = (x.to(dtype) for x in maps)
-        low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
-        ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
-        ours = ours, *torch.autograd.grad(ours, low, grad)
-        exact = exact, *torch.autograd.grad(exact, high, grad.double())
-        for name, x, y in zip(("result", "gradient of q", "gradient of k", "gradient of v"), ours, exact, strict=True):
-            error = ((x - y).norm() / y.norm()).item()
-            if not error < bound:
-                raise RuntimeError(
-                    f"the {name} of window attention in {dtype} is off by {error:.2g} of its norm, {bound} is allowed"
-                )
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for dtype, window, images, bound in (
+            (torch.float32, (3, 5), 1, 5e-3), (torch.bfloat16, (7, 7), 1, 2e-2), (torch.bfloat16, (7, 7), some, 2e-2)
+        ):  # fmt: skip
+            shape = images, 2 * window[0], 2 * window[1]
+            maps = [torch.randn(*shape, heads * n, generator=generator, device=device) for n in (24, 24, 40, 40)]
+            *inputs, grad = (x.to(dtype) for x in maps)
+            low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+            ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
+            ours = ours, *torch.autograd.grad(ours, low, grad)
+            exact = exact, *torch.autograd.grad(exact, high, grad.double())
+            compare(ours, exact, bound)
+
+
+def compare(ours: Sequence[Tensor], exact: Sequence[Tensor], bound: float) -> None:
+    """Raise RuntimeError unless the result and its three gradients are as near to the exact ones as allowed."""
+    names = "result", "gradient of q", "gradient of k", "gradient of the value"
+    for name, x, y in zip(names, ours, exact, strict=True):
+        error = ((x - y).norm() / y.norm()).item()
+        if not error < bound:
+            raise RuntimeError(
+                f"the {name} of window attention in {x.dtype} is off by {error:.2g} of its norm, {bound} is allowed"
+            )
