@@ -76,18 +76,18 @@ def activation(z, mask, ACT: tl.constexpr):
     They are zero there without the mask too. It keeps the compiler from moving all these steps behind the exchange of
     data that a product of matrices needs before Hopper, where several threads would do the same ones.
 
-    GELU's distribution function is that of Abramowitz and Stegun, 7.1.26: a polynomial times exp(-z^2 / 2), which the
-    derivative needs too; off by 7.5e-8 at most.
+    The tail of GELU's normal distribution is 2 to a polynomial in |z|, fitted to its logarithm with the tail as weight.
+    It is off by 3.7e-7 at most, far less than the operands of the product are rounded by, and takes half as many
+    instructions as the error function.
     """
     value, slope = z, tl.full(z.shape, 1.0, tl.float32)
     if ACT == "gelu":
-        bell = tl.exp2(z * z * (-0.5 * LOG2_E))
-        t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(z))
-        series = 0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
-        tail = bell * t * series
+        size = tl.abs(z)
+        power = -0.45927661657 + size * (-0.05253811926 + size * (0.00738725998 + size * -0.00051887031))
+        tail = tl.exp2(-1.00000083447 + size * (-1.15108311176 + size * power))
         share = tl.where(z < 0, tail, 1.0 - tail)
         value = z * share
-        slope = share + z * bell * 0.3989422804014327
+        slope = share + z * tl.exp2(z * z * (-0.5 * LOG2_E)) * 0.3989422804014327
     elif ACT == "silu":
         share = 1.0 / (1.0 + tl.exp2(z * (-1.0 * LOG2_E)))
         value = z * share
