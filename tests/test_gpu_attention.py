@@ -243,7 +243,8 @@ def test_kernels_compile_without_spills_and_fit_small_cards(monkeypatch, tmp_pat
     }
     even = [(i,) for i, (n, kind) in enumerate(signature.items()) if kind == "*bf16" or n in ("batch", "row", "column")]
     source = ASTSource(function, signature, sizes, {i: [["tt.divisibility", 16]] for i in even})
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 2})
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
     usage = subprocess.run(
         [BUILD / "cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True

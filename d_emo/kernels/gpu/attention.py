@@ -7,6 +7,10 @@ gathered: q and k may be the two halves of one tensor. A program owns some windo
 window's map once, keeps it in registers, and goes through the value in chunks of its columns; the second partition adds
 to what the first has stored. The forward pass keeps nothing but its operands, the backward pass makes the map and the
 activation anew.
+
+Sizes come from the compiler's report (registers, spills, shared memory), not yet from a clock. A warp has 16 tokens. At
+64 tokens and 64 columns in a chunk four programs share an H100's multiprocessor. The backward pass holds one more map
+in float32, takes 32 columns, and two fit. Two chunks are on their way while one is worked on; float32 halves them.
 """
 
 from __future__ import annotations
@@ -244,7 +248,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], q: Tensor, z: Tensor, options: S
         for one in [(first, last)] if groups == 1 else [(part, part + 1) for part in range(first, last)]:
             kernel[(programs, triton.cdiv(down * across, each))](
                 *maps, *q.stride()[:3], *one, first, down, across, heads, each, **sizes, num_warps=tokens // 16,
-                num_stages=2,
+                num_stages=3, enable_fp_fusion=True,
             )  # fmt: skip
 
 
