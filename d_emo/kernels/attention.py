@@ -16,14 +16,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate, activate_backward
-from d_emo.kernels.choice import is_plain, lowered
+from d_emo.kernels.choice import is_plain, lowered, uses_triton
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -33,7 +33,13 @@ FROZEN_CHUNK = 2**18
 
 
 class Partition(Protocol):
-    """Cuts a map into windows (``split``, a view) and puts windows back (``merge``)."""
+    """Cuts a map into windows (``split``, a view) and puts windows back (``merge``).
+
+    Attributes:
+        kind: "near" or "far", the kinds that the GPU's kernel knows.
+    """
+
+    kind: ClassVar[str]
 
     @staticmethod
     def split(x: Tensor, window: tuple[int, int]) -> Tensor: ...
@@ -59,6 +65,14 @@ def window_attention(
 
     Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
     """
+    if uses_triton(q, k, z):
+        from d_emo.kernels.gpu import attention as gpu
+
+        operands = lowered(q, k, z)
+        if gpu.fits(*operands, window, partitions):
+            return gpu.window_attention(
+                *operands, act=act, heads=heads, window=window, partitions=partitions, repeat=repeat
+            )
     if is_plain() or z.device.type != "cpu":
         return plain_window_attention(q, k, activate(z, act), heads, window, partitions, repeat)
     layout, (q, k, z) = Layout(heads, window, tuple(partitions), repeat, act), lowered(q, k, z)

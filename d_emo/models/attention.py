@@ -25,6 +25,8 @@ class NearPartition:
     Shape: map (B, n * h, m * w, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
     """
 
+    kind = "near"
+
     @staticmethod
     def split(x: Tensor, window: tuple[int, int]) -> Tensor:
         (h, w), (batch, height, width, dim) = window, x.shape
@@ -41,6 +43,8 @@ class FarPartition:
 
     Shape: map (B, h * n, w * m, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
     """
+
+    kind = "far"
 
     @staticmethod
     def split(x: Tensor, window: tuple[int, int]) -> Tensor:

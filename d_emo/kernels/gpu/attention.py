@@ -1,0 +1,351 @@
+"""Window attention on NVIDIA GPUs, straight from the maps and in one kernel for each direction.
+
+    out = repeat * sum over the partitions of  merge(softmax(q k^T / sqrt(d)) act(z))
+
+The partitions differ only in where a window's tokens lie, so tiles are loaded from where they are and nothing is
+gathered: q and k may be the two halves of one tensor. A program owns some windows of one head of an image. It makes a
+window's map once, keeps it in registers, and goes through the value in chunks of its columns; the second partition adds
+to what the first has stored. The forward pass keeps nothing but its operands, the backward pass makes the map and the
+activation anew.
+
+Sizes come from the compiler's report (registers, spills, shared memory), not yet from a clock. A warp has 16 tokens. At
+64 tokens and 64 columns in a chunk four programs share an H100's multiprocessor. The backward pass holds one more map
+in float32, takes 32 columns, and two fit. Two chunks are on their way while one is worked on; float32 halves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+VARYING = ["first_part", "last_part", "held_part", "down", "across", "heads", "per_program"]
+"""Numbers that a kernel is not compiled anew for."""
+
+
+@triton.jit
+def places(window, far, down, across, TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr):
+    """Row and column of each token of a window: side by side, or (far) ``down`` rows and ``across`` columns apart."""
+    token = tl.arange(0, TOKENS)
+    i, j = token // WIDE, token % WIDE
+    row, column = window // across, window % across
+    y = tl.where(far, i * down + row, row * TALL + i)
+    x = tl.where(far, j * across + column, column * WIDE + j)
+    return y, x
+
+
+@triton.jit
+def tile(pixels, first, REAL: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Offsets and mask of ``CHUNK`` of a head's ``WIDTH`` columns at the ``REAL`` tokens of a window."""
+    columns = first + tl.arange(0, CHUNK)
+    mask = (tl.arange(0, TOKENS) < REAL)[:, None] & (columns < WIDTH)[None, :]
+    return pixels[:, None] + columns[None, :], mask
+
+
+@triton.jit
+def add(pointers, x, mask, there):
+    """Store ``x``, or add it to what is ``there`` (0 or 1)."""
+    x += tl.load(pointers, mask=tl.where(mask, there, 0) > 0, other=0.0).to(tl.float32)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_map(
+    q, k, pixels, REAL: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
+    SCALE: tl.constexpr,
+):  # fmt: skip
+    """``softmax(q k^T SCALE)`` of a window in float32; keys that are padding weigh nothing."""
+    logits = tl.full((TOKENS, TOKENS), 0.0, tl.float32)
+    for first in tl.static_range(0, D, D_CHUNK):
+        at, mask = tile(pixels, first, REAL, TOKENS, D, D_CHUNK)
+        queries, keys = tl.load(q + at, mask=mask, other=0.0), tl.load(k + at, mask=mask, other=0.0)
+        logits = tl.dot(queries, tl.trans(keys), logits)
+    if REAL != TOKENS:
+        logits = tl.where((tl.arange(0, TOKENS) < REAL)[None, :], logits, float("-inf"))
+    weights = tl.exp2((logits - tl.max(logits, 1)[:, None]) * (SCALE * LOG2_E))
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def activation(z, mask, ACT: tl.constexpr):
+    """The activation of ``z`` and its derivative, in float32; zero outside of the mask.
+
+    They are zero there without the mask too. It keeps the compiler from moving all these steps behind the exchange of
+    data that a product of matrices needs before Hopper, where several threads would do the same ones.
+
+    The tail of GELU's normal distribution is 2 to a polynomial in |z|, fitted to its logarithm with the tail as weight.
+    It is off by 3.7e-7 at most, far less than the operands of the product are rounded by, and takes half as many
+    instructions as the error function.
+    """
+    value, slope = z, tl.full(z.shape, 1.0, tl.float32)
+    if ACT == "gelu":
+        size = tl.abs(z)
+        power = -0.45927661657 + size * (-0.05253811926 + size * (0.00738725998 + size * -0.00051887031))
+        tail = tl.exp2(-1.00000083447 + size * (-1.15108311176 + size * power))
+        share = tl.where(z < 0, tail, 1.0 - tail)
+        value = z * share
+        slope = share + z * tl.exp2(z * z * (-0.5 * LOG2_E)) * 0.3989422804014327
+    elif ACT == "silu":
+        share = 1.0 / (1.0 + tl.exp2(z * (-1.0 * LOG2_E)))
+        value = z * share
+        slope = share + value * (1.0 - share)
+    return tl.where(mask, value, 0.0), slope
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_kernel(
+    q, k, z, out, batch, row, column, first_part, last_part, held_part, down, across, heads, per_program,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
+    E: tl.constexpr, E_CHUNK: tl.constexpr, ACT: tl.constexpr, REPEAT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Partitions ``first_part`` to ``last_part`` (0 is near, 1 is far); those after ``held_part`` add to ``out``.
+
+    Grid: (images times heads, groups of ``per_program`` windows). ``batch``, ``row`` and ``column`` are the strides of
+    q and k; z and out are contiguous.
+    """
+    REAL: tl.constexpr = TALL * WIDE
+    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    wide, z_column = across * WIDE, heads * E
+    q += image * batch + head * D
+    k += image * batch + head * D
+    z += image * (down * TALL * wide * z_column) + head * E
+    out += image * (down * TALL * wide * z_column) + head * E
+    start = tl.program_id(1) * per_program
+    for part in range(first_part, last_part):
+        far = part == 1
+        later = part - held_part  # 0 or 1
+        for window in range(start, tl.minimum(start + per_program, down * across)):
+            y, x = places(window, far, down, across, TALL, WIDE, TOKENS)
+            pixels = y * row + x * column
+            weights = attention_map(q, k, pixels, REAL, TOKENS, D, D_CHUNK, SCALE)
+            weights = (weights * REPEAT).to(z.dtype.element_ty)
+            for first in range(0, E, E_CHUNK):
+                at, mask = tile((y * wide + x) * z_column, first, REAL, TOKENS, E, E_CHUNK)
+                value, _ = activation(tl.load(z + at, mask=mask, other=0.0).to(tl.float32), mask, ACT)
+                mixed = tl.dot(weights, value.to(z.dtype.element_ty))
+                add(out + at, mixed, mask, later)
+        tl.debug_barrier()  # the next partition reads what other threads of this program have stored
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_kernel(
+    grad, q, k, z, grad_q, grad_k, grad_z, batch, row, column, first_part, last_part, held_part, down, across, heads,
+    per_program, TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
+    E: tl.constexpr, E_CHUNK: tl.constexpr, ACT: tl.constexpr, REPEAT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `forward_kernel`, which has the same arguments; gradients are contiguous."""
+    REAL: tl.constexpr = TALL * WIDE
+    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    wide, q_column, z_column = across * WIDE, heads * D, heads * E
+    q += image * batch + head * D
+    k += image * batch + head * D
+    grad_q += image * (down * TALL * wide * q_column) + head * D
+    grad_k += image * (down * TALL * wide * q_column) + head * D
+    z += image * (down * TALL * wide * z_column) + head * E
+    grad += image * (down * TALL * wide * z_column) + head * E
+    grad_z += image * (down * TALL * wide * z_column) + head * E
+    start = tl.program_id(1) * per_program
+    for part in range(first_part, last_part):
+        far = part == 1
+        later = part - held_part  # 0 or 1
+        for window in range(start, tl.minimum(start + per_program, down * across)):
+            y, x = places(window, far, down, across, TALL, WIDE, TOKENS)
+            pixels = y * row + x * column
+            weights = attention_map(q, k, pixels, REAL, TOKENS, D, D_CHUNK, SCALE)
+            turned = tl.trans((weights * REPEAT).to(z.dtype.element_ty))
+            product = tl.full((TOKENS, TOKENS), 0.0, tl.float32)
+            for first in range(0, E, E_CHUNK):
+                at, mask = tile((y * wide + x) * z_column, first, REAL, TOKENS, E, E_CHUNK)
+                outer = tl.load(grad + at, mask=mask, other=0.0)
+                value, slope = activation(tl.load(z + at, mask=mask, other=0.0).to(tl.float32), mask, ACT)
+                product = tl.dot(outer, tl.trans(value.to(z.dtype.element_ty)), product)
+                add(grad_z + at, tl.dot(turned, outer) * slope, mask, later)
+            product *= weights * (REPEAT * SCALE)
+            logits = (product - weights * tl.sum(product, 1)[:, None]).to(z.dtype.element_ty)  # their gradient
+            for first in tl.static_range(0, D, D_CHUNK):
+                at, mask = tile(pixels, first, REAL, TOKENS, D, D_CHUNK)
+                queries, keys = tl.load(q + at, mask=mask, other=0.0), tl.load(k + at, mask=mask, other=0.0)
+                at, mask = tile((y * wide + x) * q_column, first, REAL, TOKENS, D, D_CHUNK)
+                add(grad_q + at, tl.dot(logits, keys), mask, later)
+                add(grad_k + at, tl.dot(tl.trans(logits), queries), mask, later)
+        tl.debug_barrier()
+
+
+OPTIONS = "str act, int heads, int[] window, str partitions, int repeat"
+KINDS = {("near",): "near", ("far",): "far", ("near", "far"): "both", ("far", "near"): "both"}
+PARTS = {"near": (0, 1), "far": (1, 2), "both": (0, 2)}
+MOST_TOKENS = 64
+"""Of a window: the float32 maps of a larger one do not fit the registers."""
+
+ENOUGH = 4
+"""Programs for each multiprocessor, at least; the forward kernel has room for four at a time, the backward for two."""
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@torch.compiler.assume_constant_result
+def uses_tf32() -> bool:
+    """Whether products of float32 may round their operands to TF32; the kernels do so."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def fits(q: Tensor, k: Tensor, z: Tensor, window: Sequence[int], partitions: Sequence[Any]) -> bool:
+    """Whether the kernels take these: one precision (float32 only as TF32), and windows that are small enough."""
+    known = tuple(getattr(part, "kind", None) for part in partitions) in KINDS and z.numel() > 0
+    same = q.dtype == k.dtype == z.dtype and (z.dtype != torch.float32 or uses_tf32())
+    return known and same and window[0] * window[1] <= MOST_TOKENS
+
+
+def window_attention(
+    q: Tensor, k: Tensor, z: Tensor, *, act: str, heads: int, window: Sequence[int], partitions: Sequence[Any],
+    repeat: int,
+) -> Tensor:  # fmt: skip
+    """`d_emo.kernels.window_attention`, only where it `fits`. Shape: q, k (B, H, W, C), z (B, H, W, M) -> as z."""
+    return attend(q, k, z, act, heads, list(window), KINDS[tuple(part.kind for part in partitions)], repeat)
+
+
+def chunk_of(width: int, most: int) -> int:
+    """How many columns of ``width`` a product takes at a time: a step costs about as much as 16 columns more."""
+    return min((c for c in (64, 32, 16) if c <= most), key=lambda c: triton.cdiv(width, c) * (c + 16))
+
+
+def launch(kernel: Any, maps: Sequence[Tensor], q: Tensor, z: Tensor, options: Sequence[Any], columns: int) -> None:
+    """Run a kernel over all windows of all partitions.
+
+    Where images and heads alone make `ENOUGH` programs, there is one launch, and a program does all the windows of its
+    head, in all partitions. Elsewhere the windows are shared out, and a partition needs the other to be complete:
+    there is a launch for each.
+
+    Args:
+        kernel: the forward or the backward one.
+        maps: its tensors.
+        q, z: which of them tell the strides, and the sizes.
+        options: act, heads, window, partitions, repeat.
+        columns: of the value in a chunk, at most.
+    """
+    act, heads, (tall, wide), partitions, repeat = options
+    (images, height, width, dim), (first, last) = q.shape, PARTS[partitions]
+    down, across, programs = height // tall, width // wide, images * heads
+    groups = min(down * across, triton.cdiv(ENOUGH * multiprocessors(z.device), programs))
+    each = triton.cdiv(down * across, groups)
+    tokens = max(16, triton.next_power_of_2(tall * wide))
+    sizes = dict(
+        TALL=tall, WIDE=wide, TOKENS=tokens, D=dim // heads, D_CHUNK=chunk_of(dim // heads, 64), E=z.shape[-1] // heads,
+        E_CHUNK=chunk_of(z.shape[-1] // heads, columns), ACT=act, REPEAT=repeat, SCALE=(dim // heads) ** -0.5,
+    )  # fmt: skip
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        for one in [(first, last)] if groups == 1 else [(part, part + 1) for part in range(first, last)]:
+            kernel[(programs, triton.cdiv(down * across, each))](
+                *maps, *q.stride()[:3], *one, first, down, across, heads, each, **sizes, num_warps=tokens // 16,
+                num_stages=3, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the same strides, and the channels side by side; halves of one tensor stay as they are."""
+    if q.stride() == k.stride() and q.stride(-1) == 1:
+        return q, k
+    return q.contiguous(), k.contiguous()
+
+
+@torch.library.custom_op(
+    "d_emo::window_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor z, {OPTIONS}) -> Tensor"
+)
+def attend(q: Tensor, k: Tensor, z: Tensor, *options: Any) -> Tensor:
+    """See `window_attention`."""
+    (q, k), z = alike(q, k), z.contiguous()
+    out = torch.empty_like(z)
+    launch(forward_kernel, (q, k, z, out), q, z, options, columns=128 // z.element_size())
+    return out
+
+
+@torch.library.custom_op(
+    "d_emo::window_attention_backward", mutates_args=(),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor z, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and z."""
+    (q, k), z, grad = alike(q, k), z.contiguous(), grad.to(z.dtype).contiguous()
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, z))
+    launch(backward_kernel, (grad, q, k, z, *grads), q, z, options, columns=64 // z.element_size())
+    return grads
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, z: Tensor, *options: Any) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+@attend_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), z.new_empty(z.shape)
+
+
+def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, z, *ctx.options = inputs
+    ctx.save_for_backward(q, k, z)
+
+
+def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
+
+
+attend.register_autograd(differentiate, setup_context=keep_operands)
+
+
+def reference(q: Tensor, k: Tensor, z: Tensor, heads: int, window: Sequence[int]) -> Tensor:
+    """Both partitions with GELU, in the plainest way. Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M)."""
+    (h, w), (_, height, width, _), total = window, q.shape, 0
+    places = torch.arange(height * width, device=z.device).view(height, width)
+    near = places.view(height // h, h, width // w, w).permute(0, 2, 1, 3).reshape(-1, h * w)
+    far = places.view(h, height // h, w, width // w).permute(1, 3, 0, 2).reshape(-1, h * w)
+    for windows in (near, far):
+        qs, ks, zs = (x.flatten(1, 2)[:, windows].unflatten(-1, (heads, -1)).transpose(2, 3) for x in (q, k, z))
+        weights = torch.softmax(qs @ ks.mT * qs.shape[-1] ** -0.5, -1)  # (B, windows, heads, h w, h w)
+        mixed = (weights @ torch.nn.functional.gelu(zs)).transpose(2, 3).flatten(1, 2).flatten(2)
+        total = total + mixed[:, windows.flatten().argsort()]
+    return total.view(z.shape)
+
+
+def check(device: torch.device) -> None:
+    """Try both kernels on small maps, in one launch and in several.
+
+    Raises:
+        RuntimeError: The result, or a gradient, is not that of `reference` in float64.
+    """
+    generator, heads = torch.Generator(device).manual_seed(0), 2
+    some = triton.cdiv(ENOUGH * multiprocessors(device), heads)  # images enough for one launch
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for dtype, window, images, bound in (
+            (torch.float32, (3, 5), 1, 5e-3), (torch.bfloat16, (7, 7), 1, 2e-2), (torch.bfloat16, (7, 7), some, 2e-2)
+        ):  # fmt: skip
+            shape = images, 2 * window[0], 2 * window[1]
+            maps = [torch.randn(*shape, heads * n, generator=generator, device=device) for n in (24, 24, 40, 40)]
+            *inputs, grad = (x.to(dtype) for x in maps)
+            low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+            ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
+            ours = ours, *torch.autograd.grad(ours, low, grad)
+            exact = exact, *torch.autograd.grad(exact, high, grad.double())
+            compare(ours, exact, bound)
+
+
+def compare(ours: Sequence[Tensor], exact: Sequence[Tensor], bound: float) -> None:
+    """Raise RuntimeError unless the result and its three gradients are as near to the exact ones as allowed."""
+    names = "result", "gradient of q", "gradient of k", "gradient of the value"
+    for name, x, y in zip(names, ours, exact, strict=True):
+        error = ((x - y).norm() / y.norm()).item()
+        if not error < bound:
+            raise RuntimeError(
+                f"the {name} of window attention in {x.dtype} is off by {error:.2g} of its norm, {bound} is allowed"
+            )

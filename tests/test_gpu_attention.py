@@ -1,0 +1,272 @@
+"""Window attention for GPUs, run by Triton's interpreter on the CPU and built by its compiler for cards not here."""
+
+import inspect
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d_emo.kernels import choice, plain, window_attention
+from d_emo.models import create_model
+from d_emo.models.attention import PARTITIONS, WindowAttention
+
+triton = pytest.importorskip("triton")
+emulation = pytest.importorskip("triton.runtime.interpreter")
+gpu = pytest.importorskip("d_emo.kernels.gpu.attention")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's kernels run on CPU tensors; afterwards Triton is what it was, which its interpreter does not see to."""
+    lang, dot = triton.language, emulation.InterpreterBuilder.create_dot
+    scopes = [lang, lang.core, lang.math, *(x for x in vars(lang.core).values() if isinstance(x, type))]
+    before = [dict(vars(scope)) for scope in scopes]
+
+    def widened(x):  # numpy has no bfloat16: the interpreter keeps its bits, and would multiply those
+        if x.dtype.scalar != lang.bfloat16:
+            return x
+        return emulation.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), lang.float32)
+
+    monkeypatch.setattr(
+        emulation.InterpreterBuilder, "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )  # fmt: skip
+    for module in (gpu, lang):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, triton.JITFunction):
+                monkeypatch.setattr(module, name, emulation.InterpretedFunction(function.fn))
+    yield
+    for scope, members in zip(scopes, before, strict=True):
+        for name in set(vars(scope)) - set(members):
+            delattr(scope, name)
+        for name, value in members.items():
+            if vars(scope)[name] is not value:
+                setattr(scope, name, value)
+
+
+@pytest.fixture
+def interpreted(monkeypatch, interpreter):
+    """The kernels are chosen for CPU tensors; the list that is returned grows with every launch."""
+    launches, launch = [], gpu.launch
+    monkeypatch.setattr(gpu, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
+    monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
+    monkeypatch.setattr("d_emo.kernels.attention.uses_triton", lambda *tensors: not choice._plain)
+    return launches
+
+
+def operands(size, widths, heads=2, batch=2, dtype=torch.float32, device="cpu"):
+    """Queries and keys as halves of one tensor, and a value. Shape: 2 x (B, H, W, C), (B, H, W, M)."""
+    generator = torch.Generator(device).manual_seed(0)
+    d, e = (heads * width for width in widths)
+    maps = [torch.randn(batch, *size, n, generator=generator, device=device) for n in (2 * d, e)]
+    return [x.to(dtype).detach().requires_grad_() for x in (*maps[0].chunk(2, -1), maps[1])]
+
+
+def with_gradients(inputs, dtype=None, **options):
+    """The output, and the gradients of q, k and z for a fixed random gradient of the output."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    out = window_attention(*inputs, **options)
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out.detach(), *torch.autograd.grad(out, inputs, seed)
+
+
+def off(x, exact):
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+SIZES = [
+    ((4, 8), (4, 4), (32, 80), 2),  # the studies' window of 16 tokens; widths of more than a chunk
+    ((14, 7), (7, 7), (20, 70), 1),  # the classifiers'; 49 tokens, widths that no chunk divides
+    ((8, 16), (8, 8), (16, 16), 1),  # the denoisers'
+    ((4, 6), (2, 3), (72, 24), 1),
+]
+
+
+@pytest.mark.parametrize("size, window, widths, batch", SIZES)
+@pytest.mark.parametrize("mode, enough", [("near", 1), ("far", 10**6), ("spanning", 1), ("spanning", 10**6)])
+def test_kernels_equal_the_plain_form_with_all_gradients(
+    interpreted, monkeypatch, size, window, widths, batch, mode, enough
+):
+    monkeypatch.setattr(gpu, "ENOUGH", enough)
+    inputs = operands(size, widths, batch=batch)
+    assert not inputs[0].is_contiguous()
+    options = dict(act="gelu", heads=2, window=window, partitions=PARTITIONS[mode])
+    ours = with_gradients(inputs, **options)
+    assert len(interpreted) == 2  # one forward, one backward
+    with plain():
+        torch.testing.assert_close(ours, with_gradients(inputs, **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["gelu", "silu", "none"])
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_every_activation_and_repetition(interpreted, act, repeat):
+    inputs = operands((2, 6), (8, 20), batch=1)
+    inputs[2] = 6 * inputs[2]  # far into the tails of the activations
+    options = dict(act=act, heads=2, window=(2, 3), partitions=PARTITIONS["far"], repeat=repeat)
+    ours = with_gradients(inputs, **options)
+    assert len(interpreted) == 2
+    with plain():
+        torch.testing.assert_close(ours, with_gradients(inputs, **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 1e-3)])
+def test_low_precision(interpreted, dtype, bound):
+    """The interpreter cuts bfloat16 off instead of rounding it, which costs a few times the error of a GPU."""
+    inputs = operands((2, 8), (16, 40), batch=1, dtype=dtype)
+    options = dict(act="gelu", heads=2, window=(2, 4), partitions=PARTITIONS["spanning"])
+    ours = with_gradients(inputs, **options)
+    assert len(interpreted) == 2 and all(x.dtype == dtype for x in ours)
+    with plain():
+        exact = with_gradients(inputs, torch.float64, **options)
+    assert max(map(off, ours, exact)) < bound
+
+
+def test_operands_of_any_strides_and_expanded_gradients(interpreted):
+    q, k, z = operands((2, 4), (8, 8), batch=2)
+    q, z = q.detach().transpose(1, 2).contiguous().transpose(1, 2), z.detach().transpose(0, 3)[:, :, :, :2]
+    z = torch.cat([z] * 1, 0).transpose(0, 3)
+    inputs = [x.detach().requires_grad_() for x in (q, k, z)]
+    options = dict(act="silu", heads=2, window=(2, 2), partitions=PARTITIONS["spanning"])
+    ours = torch.autograd.grad(window_attention(*inputs, **options).sum(), inputs)
+    assert len(interpreted) == 2
+    with plain():
+        theirs = torch.autograd.grad(window_attention(*inputs, **options).sum(), inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_lowers_every_operand(interpreted):
+    q, k, z = operands((2, 4), (8, 8), batch=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = window_attention(
+            q.bfloat16(), k.bfloat16(), z, act="none", heads=2, window=(2, 2), partitions=PARTITIONS["near"]
+        )
+    assert out.dtype == torch.bfloat16 and len(interpreted) == 1
+    assert torch.autograd.grad(out.float().sum(), z)[0].dtype == torch.float32
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_other_form(interpreted, monkeypatch):
+    def launched(inputs, window=(2, 2), partitions=PARTITIONS["spanning"]):
+        before = len(interpreted)
+        window_attention(*inputs, act="gelu", heads=2, window=window, partitions=partitions)
+        return len(interpreted) > before
+
+    class Unknown(PARTITIONS["near"][0]):
+        kind = "diagonal"
+
+    assert launched(operands((2, 2), (8, 8)))
+    assert not launched(operands((9, 9), (8, 8), batch=1), (9, 9))  # 81 tokens
+    assert not gpu.fits(*operands((2, 2), (8, 8), batch=0), (2, 2), PARTITIONS["near"])
+    assert not launched(operands((2, 2), (8, 8)), partitions=(Unknown,))
+    monkeypatch.setattr(gpu, "uses_tf32", lambda: False)
+    assert not launched(operands((2, 2), (8, 8)))
+    assert launched(operands((2, 2), (8, 8), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("autograd", [False, True])
+def test_a_compiled_attention_is_one_graph(interpreted, autograd):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    attention = WindowAttention(16, 32, num_heads=2, window_size=2)
+    x = torch.randn(2, 4, 4, 16)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(autograd):
+        ours = compiled(x)
+        assert interpreted
+        with plain():
+            theirs = attention(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if autograd:
+        ours, theirs = (torch.autograd.grad(y.square().sum(), list(attention.parameters())) for y in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_denoiser_trains_the_same_with_and_without_the_kernels(interpreted):
+    torch.manual_seed(0)
+    model = create_model(
+        "D-EMOv2-Ti-2", depth=1, hidden_size=24, num_heads=2, sample_size=8, window_size=2, num_classes=3
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, options = torch.randn(2, 4, 8, 8), {"timestep": torch.tensor([1, 7]), "class_labels": torch.tensor([0, 2])}
+
+    def train():
+        out = model(x, **options).sample
+        return out, *torch.autograd.grad(out.square().mean(), list(model.parameters()))
+
+    ours = train()
+    assert len(interpreted) == 2
+    with plain():
+        torch.testing.assert_close(ours, train(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_check_passes_and_sees_a_wrong_kernel(interpreted, monkeypatch):
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # wherever its first use may be
+        gpu.check(torch.device("cpu"))
+    assert [len(launched[1]) for launched in interpreted] == [4, 7] * 3
+    right = gpu.activation
+    monkeypatch.setattr(gpu, "activation", lambda z, mask, ACT: right(z, mask, "silu"))
+    with pytest.raises(RuntimeError, match="the result of window attention in torch.float32 is off by"):
+        gpu.check(torch.device("cpu"))
+
+
+def test_the_operators_pass_the_librarys_own_checks(interpreted):
+    inputs = operands((2, 4), (8, 8), batch=1)
+    torch.library.opcheck(gpu.attend, (*inputs, "gelu", 2, [2, 2], "both", 1))
+
+
+BUILD = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@pytest.mark.skipif(not shutil.which("cuobjdump", path=BUILD), reason="Triton's package has no NVIDIA tools here")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel, columns", [("forward_kernel", 64), ("backward_kernel", 32)])
+def test_kernels_compile_without_spills_and_fit_small_cards(monkeypatch, tmp_path, capability, kernel, columns):
+    """D-EMOv2-S at 256 px in bfloat16; 99 KB of shared memory is what the smallest of the cards have."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("before Triton 3.3 sources are described otherwise")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(gpu, kernel)
+    sizes = dict(
+        TALL=8, WIDE=8, TOKENS=64, D=64, D_CHUNK=64, E=256, E_CHUNK=columns, ACT="gelu", REPEAT=1, SCALE=0.125
+    )
+    numbers = {*gpu.VARYING, "batch", "row", "column"}
+    signature = {
+        name: "constexpr" if name in sizes else "i32" if name in numbers else "*bf16" for name in function.arg_names
+    }
+    even = [(i,) for i, (n, kind) in enumerate(signature.items()) if kind == "*bf16" or n in ("batch", "row", "column")]
+    source = ASTSource(function, signature, sizes, {i: [["tt.divisibility", 16]] for i in even})
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    usage = subprocess.run(
+        [BUILD / "cuobjdump", "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
+    ).stdout
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    assert stack == 0 and built.metadata.shared <= 99 * 1024
+    assert ("wgmma" if capability == 90 else "mma.sync") in built.asm["ptx"]
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [2, 128], ids=["many-launches", "one-launch"])
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float32, 2e-3)])
+def test_on_a_gpu_at_a_real_size(monkeypatch, dtype, bound, batch):
+    monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
+    inputs = operands((16, 16), (64, 256), heads=6, batch=batch, dtype=dtype, device="cuda")
+    assert choice.uses_triton(*inputs)
+    launched, launch = [], gpu.launch
+    monkeypatch.setattr(gpu, "launch", lambda *args, **options: launched.append(args) or launch(*args, **options))
+    options = dict(act="gelu", heads=6, window=(8, 8), partitions=PARTITIONS["spanning"])
+    ours = with_gradients(inputs, **options)
+    assert len(launched) == 2
+    with plain():
+        exact = with_gradients(inputs, torch.float64, **options)
+    for name, x, y in zip(("result", "q", "k", "z"), ours, exact, strict=True):
+        assert off(x, y) < bound, name
