@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-CHECKS: tuple[Callable[[torch.device], None], ...] = ()
+from d_emo.kernels.gpu import local
+
+CHECKS: tuple[Callable[[torch.device], None], ...] = (local.check,)
 """One for each kernel: raises unless it runs on the device and equals its plain form."""
 
 

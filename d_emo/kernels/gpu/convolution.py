@@ -1,4 +1,4 @@
-"""Triton kernels of a depthwise convolution of stride 1 that keeps the size: itself, and the gradient of its kernel.
+"""Triton kernel of a depthwise convolution of stride 1 that keeps the size, with batch statistics of its result.
 
 Maps are (B, H, W, M), contiguous. A program has a strip of columns and some channels, and walks down the rows of an
 image. So a row is loaded once for each column of the kernel, k times, where a program that makes its outputs one by one
@@ -15,13 +15,12 @@ Sums are float32. Weights are (k k, M), float32; see `taps_of`. Triton 3.2 knows
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-SIZES = (3, 5, 7)
-"""The kernel sizes there are."""
 
 CHANNELS_EACH = 2
 """Channels of a thread. The 32 threads of a warp then read 128 bytes of a bfloat16 map, a line of the cache."""
@@ -74,14 +73,14 @@ def _load_row(x_ptr, row, height, tile, mask, ROW: tl.constexpr):
 
 
 @triton.jit
-def _column(row_ptr, middle, tile, columns, known, J: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
+def _column(row_ptr, middle, columns, channels, known, J: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
             K: tl.constexpr):  # fmt: skip
     """The tile that column J of the kernel meets, in float32; the one in the middle is there already."""
     x = middle
     if J < K and J != K // 2:
         reached = columns + (J - K // 2)
         mask = (reached >= 0) & (reached < WIDTH) & known
-        x = tl.load(row_ptr + (J - K // 2) * M + tile, mask=mask, other=0.0)
+        x = tl.load(row_ptr + (reached * M + channels), mask=mask, other=0.0)
     return x.to(tl.float32)
 
 
@@ -121,7 +120,8 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
     strip = part % STRIPS
     image = (part // STRIPS) * (height.to(tl.int64) * ROW)
     channels = (pid % BLOCKS) * BLOCK_M + tl.max_contiguous(tl.arange(0, BLOCK_M), EACH)[None, :]
-    columns = strip * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    order = tl.arange(0, BLOCK_W)[:, None]  # Triton deals these out to the four warps in turns
+    columns = strip * BLOCK_W + order % 4 * (BLOCK_W // 4) + order // 4  # so each warp's are neighbours
     known = channels < M
     tile = columns * M + channels
     mask = (columns < WIDTH) & known
@@ -148,13 +148,13 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
         row_ptr = x_ptr + r * ROW
         middle = ahead
         ahead = _load_row(x_ptr, r + 1, height, tile, mask, ROW)
-        x0 = _column(row_ptr, middle, tile, columns, known, 0, WIDTH, M, K)
-        x1 = _column(row_ptr, middle, tile, columns, known, 1, WIDTH, M, K)
-        x2 = _column(row_ptr, middle, tile, columns, known, 2, WIDTH, M, K)
-        x3 = _column(row_ptr, middle, tile, columns, known, 3, WIDTH, M, K)
-        x4 = _column(row_ptr, middle, tile, columns, known, 4, WIDTH, M, K)
-        x5 = _column(row_ptr, middle, tile, columns, known, 5, WIDTH, M, K)
-        x6 = _column(row_ptr, middle, tile, columns, known, 6, WIDTH, M, K)
+        x0 = _column(row_ptr, middle, columns, channels, known, 0, WIDTH, M, K)
+        x1 = _column(row_ptr, middle, columns, channels, known, 1, WIDTH, M, K)
+        x2 = _column(row_ptr, middle, columns, channels, known, 2, WIDTH, M, K)
+        x3 = _column(row_ptr, middle, columns, channels, known, 3, WIDTH, M, K)
+        x4 = _column(row_ptr, middle, columns, channels, known, 4, WIDTH, M, K)
+        x5 = _column(row_ptr, middle, columns, channels, known, 5, WIDTH, M, K)
+        x6 = _column(row_ptr, middle, columns, channels, known, 6, WIDTH, M, K)
         done = _add_row(a0, x0, x1, x2, x3, x4, x5, x6, v00, v01, v02, v03, v04, v05, v06, K)
         a0 = _add_row(a1, x0, x1, x2, x3, x4, x5, x6, v10, v11, v12, v13, v14, v15, v16, K)
         a1 = _add_row(a2, x0, x1, x2, x3, x4, x5, x6, v20, v21, v22, v23, v24, v25, v26, K)
@@ -209,149 +209,6 @@ def _merge(mean_ptr, m2_ptr, out_ptr, parts, height, WIDTH: tl.constexpr, M: tl.
     tl.store(out_ptr + M + channels, tl.sum(total, axis=0)[None, :], mask=known)
 
 
-@triton.jit
-def _outer(x, d0, d1, d2, d3, d4, d5, d6, t0, t1, t2, t3, t4, t5, t6, K: tl.constexpr):
-    """A column of the kernel's gradient, t0 to t6, plus the products of a tile with those of k rows of the gradient.
-
-    The sum is over the axis of a tile that each thread has by itself, so it needs no exchange.
-    """
-    t0 += tl.sum(x * d0, axis=0)
-    t1 += tl.sum(x * d1, axis=0)
-    t2 += tl.sum(x * d2, axis=0)
-    if K > 3:
-        t3 += tl.sum(x * d3, axis=0)
-        t4 += tl.sum(x * d4, axis=0)
-    if K > 5:
-        t5 += tl.sum(x * d5, axis=0)
-        t6 += tl.sum(x * d6, axis=0)
-    return t0, t1, t2, t3, t4, t5, t6
-
-
-@triton.jit
-def _put_column(out_ptr, column, t0, t1, t2, t3, t4, t5, t6, channels, known, M: tl.constexpr, K: tl.constexpr):
-    """Store a column of the kernel's gradient, summed over the strip."""
-    out_ptr += column * M + channels
-    tl.store(out_ptr, tl.sum(t0, axis=0), mask=known)
-    tl.store(out_ptr + K * M, tl.sum(t1, axis=0), mask=known)
-    tl.store(out_ptr + 2 * K * M, tl.sum(t2, axis=0), mask=known)
-    if K > 3:
-        tl.store(out_ptr + 3 * K * M, tl.sum(t3, axis=0), mask=known)
-        tl.store(out_ptr + 4 * K * M, tl.sum(t4, axis=0), mask=known)
-    if K > 5:
-        tl.store(out_ptr + 5 * K * M, tl.sum(t5, axis=0), mask=known)
-        tl.store(out_ptr + 6 * K * M, tl.sum(t6, axis=0), mask=known)
-
-
-@triton.jit
-def _gradient(g, c, g_ptr, row, height, tile, mask, p, q, t, ROW: tl.constexpr, NORM: tl.constexpr):
-    """The gradient of the convolution's output, zero outside the map; with NORM it is ``p g + q c + t``, and stored."""
-    g = g.to(tl.float32)
-    if NORM:
-        stored = (p * g + (q * c.to(tl.float32) + t)).to(g_ptr.dtype.element_ty)
-        if row < height:
-            tl.store(g_ptr + row * ROW + tile, stored, mask=mask)
-        g = tl.where(mask, stored.to(tl.float32), 0.0)
-    return tl.where(row < height, g, 0.0)
-
-
-@triton.jit(do_not_specialize=["height", "strips", "parts"])
-def _correlate(x_ptr, g_ptr, c_ptr, norm_ptr, out_ptr, height, strips, parts, WIDTH: tl.constexpr, M: tl.constexpr,
-               K: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr,
-               EACH: tl.constexpr):  # fmt: skip
-    """A part's share of the kernel's gradient: some strips, one after the other, for some channels; see `correlate`.
-
-    The k rows of the gradient that meet a row of the map are kept, d0 of the lowest. Tiles are (groups, warps,
-    channels): Triton gives each warp some columns and each thread all groups.
-    """
-    HALF: tl.constexpr = K // 2
-    ROW: tl.constexpr = WIDTH * M
-    STRIPS: tl.constexpr = (WIDTH + GROUPS * BLOCK_W - 1) // (GROUPS * BLOCK_W)
-    BLOCKS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    pid = tl.program_id(0)
-    part = pid // BLOCKS
-    lanes = (pid % BLOCKS) * BLOCK_M + tl.max_contiguous(tl.arange(0, BLOCK_M), EACH)
-    channels = lanes[None, None, :]
-    known = channels < M
-    place = (tl.arange(0, GROUPS) * BLOCK_W)[:, None, None] + tl.arange(0, BLOCK_W)[None, :, None]
-    p = tl.load(norm_ptr + channels, mask=known, other=0.0)
-    q = tl.load(norm_ptr + M + channels, mask=known, other=0.0)
-    t = tl.load(norm_ptr + 2 * M + channels, mask=known, other=0.0)
-
-    none = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
-    t00, t01, t02, t03, t04, t05, t06 = none, none, none, none, none, none, none
-    t10, t11, t12, t13, t14, t15, t16 = none, none, none, none, none, none, none
-    t20, t21, t22, t23, t24, t25, t26 = none, none, none, none, none, none, none
-    t30, t31, t32, t33, t34, t35, t36 = none, none, none, none, none, none, none
-    t40, t41, t42, t43, t44, t45, t46 = none, none, none, none, none, none, none
-    t50, t51, t52, t53, t54, t55, t56 = none, none, none, none, none, none, none
-    t60, t61, t62, t63, t64, t65, t66 = none, none, none, none, none, none, none
-    zero = tl.zeros((GROUPS, BLOCK_W, BLOCK_M), tl.float32)
-    for strip in range(part, strips, parts):
-        image = (strip // STRIPS) * (height.to(tl.int64) * ROW)
-        columns = (strip % STRIPS) * (GROUPS * BLOCK_W) + place
-        tile = columns * M + channels
-        mask = (columns < WIDTH) & known
-        xs, gs, cs = x_ptr + image, g_ptr + image, c_ptr + image
-        d0, d1, d2, d3, d4, d5, d6 = zero, zero, zero, zero, zero, zero, zero
-        for row in tl.static_range(HALF):
-            d2, d1 = d1, d0
-            g = _load_row(gs, row, height, tile, mask, ROW)
-            c = _load_row(cs, row, height, tile, mask, ROW)
-            d0 = _gradient(g, c, gs, row, height, tile, mask, p, q, t, ROW, NORM)
-        g = _load_row(gs, HALF, height, tile, mask, ROW)
-        c = _load_row(cs, HALF, height, tile, mask, ROW)
-        ahead = _load_row(xs, 0, height, tile, mask, ROW)
-        for r in range(0, height):
-            row_ptr = xs + r * ROW
-            d6, d5, d4, d3, d2, d1 = d5, d4, d3, d2, d1, d0
-            d0 = _gradient(g, c, gs, r + HALF, height, tile, mask, p, q, t, ROW, NORM)
-            middle = ahead
-            g = _load_row(gs, r + HALF + 1, height, tile, mask, ROW)
-            c = _load_row(cs, r + HALF + 1, height, tile, mask, ROW)
-            ahead = _load_row(xs, r + 1, height, tile, mask, ROW)
-            x = _column(row_ptr, middle, tile, columns, known, 0, WIDTH, M, K)
-            t00, t10, t20, t30, t40, t50, t60 = _outer(
-                x, d0, d1, d2, d3, d4, d5, d6, t00, t10, t20, t30, t40, t50, t60, K
-            )
-            x = _column(row_ptr, middle, tile, columns, known, 1, WIDTH, M, K)
-            t01, t11, t21, t31, t41, t51, t61 = _outer(
-                x, d0, d1, d2, d3, d4, d5, d6, t01, t11, t21, t31, t41, t51, t61, K
-            )
-            x = _column(row_ptr, middle, tile, columns, known, 2, WIDTH, M, K)
-            t02, t12, t22, t32, t42, t52, t62 = _outer(
-                x, d0, d1, d2, d3, d4, d5, d6, t02, t12, t22, t32, t42, t52, t62, K
-            )
-            if K > 3:
-                x = _column(row_ptr, middle, tile, columns, known, 3, WIDTH, M, K)
-                t03, t13, t23, t33, t43, t53, t63 = _outer(
-                    x, d0, d1, d2, d3, d4, d5, d6, t03, t13, t23, t33, t43, t53, t63, K
-                )
-                x = _column(row_ptr, middle, tile, columns, known, 4, WIDTH, M, K)
-                t04, t14, t24, t34, t44, t54, t64 = _outer(
-                    x, d0, d1, d2, d3, d4, d5, d6, t04, t14, t24, t34, t44, t54, t64, K
-                )
-            if K > 5:
-                x = _column(row_ptr, middle, tile, columns, known, 5, WIDTH, M, K)
-                t05, t15, t25, t35, t45, t55, t65 = _outer(
-                    x, d0, d1, d2, d3, d4, d5, d6, t05, t15, t25, t35, t45, t55, t65, K
-                )
-                x = _column(row_ptr, middle, tile, columns, known, 6, WIDTH, M, K)
-                t06, t16, t26, t36, t46, t56, t66 = _outer(
-                    x, d0, d1, d2, d3, d4, d5, d6, t06, t16, t26, t36, t46, t56, t66, K
-                )
-    out_ptr += part * (K * K * M)
-    known = lanes < M
-    _put_column(out_ptr, 0, t00, t10, t20, t30, t40, t50, t60, lanes, known, M, K)
-    _put_column(out_ptr, 1, t01, t11, t21, t31, t41, t51, t61, lanes, known, M, K)
-    _put_column(out_ptr, 2, t02, t12, t22, t32, t42, t52, t62, lanes, known, M, K)
-    if K > 3:
-        _put_column(out_ptr, 3, t03, t13, t23, t33, t43, t53, t63, lanes, known, M, K)
-        _put_column(out_ptr, 4, t04, t14, t24, t34, t44, t54, t64, lanes, known, M, K)
-    if K > 5:
-        _put_column(out_ptr, 5, t05, t15, t25, t35, t45, t55, t65, lanes, known, M, K)
-        _put_column(out_ptr, 6, t06, t16, t26, t36, t46, t56, t66, lanes, known, M, K)
-
-
 def taps_of(weight: Tensor) -> Tensor:
     """The taps of a kernel, side by side for all channels. Shape: (M, 1, k, k) -> (k k, M), float32."""
     return weight.detach().reshape(len(weight), -1).t().to(torch.float32).contiguous()
@@ -390,8 +247,8 @@ def convolve(
     with torch.cuda.device_of(x):
         _convolve[(parts * triton.cdiv(dim, CHANNELS),)](
             x, taps, taps if bias is None else bias, x if plus is None else plus, out, *shares, height, WIDTH=width,
-            M=dim, K=side(taps), FLIP=flip, PLUS=plus is not None, ACT=act, STATISTICS=statistics, BLOCK_W=block,
-            BLOCK_M=CHANNELS, EACH=CHANNELS_EACH, num_warps=WARPS, enable_fp_fusion=True,
+            M=dim, K=math.isqrt(len(taps)), FLIP=flip, PLUS=plus is not None, ACT=act, STATISTICS=statistics,
+            BLOCK_W=block, BLOCK_M=CHANNELS, EACH=CHANNELS_EACH, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         if not statistics:
             return out, None
@@ -401,38 +258,6 @@ def convolve(
             enable_fp_fusion=True,
         )  # fmt: skip
     return out, whole
-
-
-def side(taps: Tensor) -> int:
-    """k of a kernel with k k taps."""
-    return {size * size: size for size in SIZES}[len(taps)]
-
-
-def correlate(x: Tensor, grad: Tensor, size: int, *, c: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """The gradient of the kernel from that of the convolution's output.
-
-    With ``norm``, ``grad`` is the gradient after the norm; that of the convolution's output, ``p grad + q c + t`` with
-    the three rows of ``norm``, is written in its place on the way. Each program sums some strips; the sums of all are
-    summed at the end.
-
-    Shape: x, grad and c (B, H, W, M), norm (3, M) in float32 -> (M, 1, size, size) in float32.
-    """
-    batch, height, width, dim = x.shape
-    block = strip_width(width)
-    strips, blocks = batch * triton.cdiv(width, block), triton.cdiv(dim, CHANNELS)
-    parts = min(strips, max(1, PROGRAMS * multiprocessors(x) // blocks))
-    shares = x.new_empty((parts, size * size, dim), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _correlate[(parts * blocks,)](
-            x, grad, grad if c is None else c, shares if norm is None else norm, shares, height, strips, parts,
-            WIDTH=width, M=dim, K=size, NORM=norm is not None, GROUPS=block // WARPS, BLOCK_W=WARPS, BLOCK_M=CHANNELS,
-            EACH=CHANNELS_EACH, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return shares.sum(0).t().reshape(dim, 1, size, size)
-
-
-PROGRAMS = 6
-"""Programs of a summing kernel for each multiprocessor of the GPU: two rounds of three at a time."""
 
 
 def multiprocessors(x: Tensor) -> int:
