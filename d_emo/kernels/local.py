@@ -29,7 +29,7 @@ PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.
 
 
 def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
-    """Whether `local_projection` takes this map and, in its order, these parameters; else the plain steps are wanted."""
+    """Whether `local_projection` takes this map and these parameters, in its order; else the plain steps are wanted."""
     if torch.is_grad_enabled() and uses_triton(a, *parameters):
         return a.numel() > a.shape[-1] and all(convolves_on_gpu(a, kernel.shape[-1]) for kernel in parameters[:1])
     if is_plain() or not torch.is_grad_enabled() or any(x.device.type != "cpu" for x in (a, *parameters)):
