@@ -140,7 +140,7 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
         v60, v61, v62, v63, v64, v65, v66 = _tap_row(w_ptr, K - 7, channels, known, M, K, FLIP)
     bias = tl.load(bias_ptr + channels, mask=known, other=0.0)
 
-    zero = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
+    zero = tl.full((BLOCK_W, BLOCK_M), 0, tl.float32)
     a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
     mean, m2 = zero, zero
     ahead = _load_row(x_ptr, 0, height, tile, mask, ROW)
@@ -192,13 +192,13 @@ def _merge(mean_ptr, m2_ptr, out_ptr, parts, height, WIDTH: tl.constexpr, M: tl.
     channels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     known = channels < M
     pixels = (parts // STRIPS * height * WIDTH).to(tl.float32)
-    total = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    total = tl.full((BLOCK_P, BLOCK_M), 0, tl.float32)
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)[:, None]
         share = tl.minimum(WIDTH - part % STRIPS * BLOCK_W, BLOCK_W) * height / pixels
         total += share * tl.load(mean_ptr + part * M + channels, mask=(part < parts) & known, other=0.0)
     mean = tl.sum(total, axis=0)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    total = tl.full((BLOCK_P, BLOCK_M), 0, tl.float32)
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)[:, None]
         there = (part < parts) & known

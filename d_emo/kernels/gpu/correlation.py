@@ -90,7 +90,7 @@ def _correlate(x_ptr, g_ptr, c_ptr, norm_ptr, out_ptr, height, strips, parts, WI
     q = tl.load(norm_ptr + M + channels, mask=known, other=0.0)
     t = tl.load(norm_ptr + 2 * M + channels, mask=known, other=0.0)
 
-    none = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
+    none = tl.full((BLOCK_W, BLOCK_M), 0, tl.float32)
     t00, t01, t02, t03, t04, t05, t06 = none, none, none, none, none, none, none
     t10, t11, t12, t13, t14, t15, t16 = none, none, none, none, none, none, none
     t20, t21, t22, t23, t24, t25, t26 = none, none, none, none, none, none, none
@@ -98,7 +98,7 @@ def _correlate(x_ptr, g_ptr, c_ptr, norm_ptr, out_ptr, height, strips, parts, WI
     t40, t41, t42, t43, t44, t45, t46 = none, none, none, none, none, none, none
     t50, t51, t52, t53, t54, t55, t56 = none, none, none, none, none, none, none
     t60, t61, t62, t63, t64, t65, t66 = none, none, none, none, none, none, none
-    zero = tl.zeros((GROUPS, BLOCK_W, BLOCK_M), tl.float32)
+    zero = tl.full((GROUPS, BLOCK_W, BLOCK_M), 0, tl.float32)
     for strip in range(part, strips, parts):
         image = (strip // STRIPS) * (height.to(tl.int64) * ROW)
         columns = (strip % STRIPS) * (GROUPS * BLOCK_W) + place

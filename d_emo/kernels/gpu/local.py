@@ -211,8 +211,10 @@ def check(device: torch.device) -> None:
 def _trial(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """The result and, if it has any, its gradients, for a gradient of the result that looks random."""
     out = function(*inputs)
-    grad = torch.arange(out.numel(), dtype=torch.float64, device=out.device).square().sin().view(out.shape).to(out.dtype)
-    return [out, *(torch.autograd.grad(out, inputs, grad) if out.requires_grad else ())]
+    if not out.requires_grad:
+        return [out]
+    grad = torch.arange(out.numel(), dtype=torch.float64, device=out.device).square().sin()
+    return [out, *torch.autograd.grad(out, inputs, grad.view(out.shape).to(out.dtype))]
 
 
 def _plain_conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -61,11 +61,11 @@ def _skip_backward(grad_ptr, a_ptr, c_ptr, norm_ptr, y_ptr, inner_ptr, sums_ptr,
     mean, factor, offset = _norm_of(norm_ptr, channels, known, M)
     rows = tl.arange(0, BLOCK_P)[:, None]
     tile = rows * M + channels
-    plain = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
-    weighted = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    plain = tl.full((BLOCK_P, BLOCK_M), 0, tl.float32)
+    weighted = tl.full((BLOCK_P, BLOCK_M), 0, tl.float32)
     for first in range(part * BLOCK_P, pixels, parts * BLOCK_P):
         mask = (rows < pixels - first) & known
-        start = (first + tl.zeros((), tl.int64)) * M
+        start = (first + tl.full((), 0, tl.int64)) * M
         grad = tl.load(grad_ptr + start + tile, mask=mask, other=0.0).to(tl.float32)
         c = tl.load(c_ptr + start + tile, mask=mask, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + start + tile, mask=mask, other=0.0).to(tl.float32)
