@@ -1,7 +1,9 @@
-"""The local branch's kernels for GPUs: in Triton's interpreter, compiled for GPUs that are not here, and on one that is."""
+"""The local branch's kernels for GPUs: in Triton's interpreter, compiled for GPUs that are not here, and on one."""
 
+import contextlib
 import copy
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,20 @@ def fresh_modules(*names):
     return [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names]
 
 
+@contextlib.contextmanager
+def language_kept():
+    """Triton's language afterwards as it was: its interpreter changes modules and classes, and leaves some changed."""
+    classes = [one for one in vars(tl.core).values() if isinstance(one, type) and one.__module__ == tl.core.__name__]
+    owners = {owner: dict(vars(owner)) for owner in (tl, tl.core, tl.math, *classes)}
+    yield
+    for owner, before in owners.items():
+        for name, value in list(vars(owner).items()):
+            if name not in before:
+                delattr(owner, name)
+            elif value is not before[name]:
+                setattr(owner, name, before[name])
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """`d_emo.kernels.gpu.local` for Triton's interpreter, on the CPU; the next test gets its own."""
@@ -40,7 +56,8 @@ def interpreted(monkeypatch):
     for module in summing:
         monkeypatch.setattr(module, "multiprocessors", lambda x: 3)
         monkeypatch.setattr(module, "PROGRAMS", 1)
-    yield local
+    with language_kept():
+        yield local
     fresh_modules()
 
 
@@ -76,7 +93,8 @@ def plain_conv(x, weight):
 
 
 def plain_branch(a, kernel, gamma, beta, projection, running_mean, running_var, momentum=0.3, eps=1e-6):
-    n = F.batch_norm(plain_conv(a, kernel).permute(0, 3, 1, 2), running_mean, running_var, gamma, beta, True, momentum, eps)
+    c = plain_conv(a, kernel).permute(0, 3, 1, 2)
+    n = F.batch_norm(c, running_mean, running_var, gamma, beta, True, momentum, eps)
     return F.linear(a + F.silu(n.permute(0, 2, 3, 1)), projection)
 
 
@@ -118,7 +136,8 @@ def compare_branch(local_projection, inputs, dtype, tolerance):
 
 
 @pytest.mark.parametrize("shape, size", [
-    ((2, 5, 3, 10), 3), ((2, 5, 3, 10), 5), ((2, 5, 3, 10), 7), ((1, 2, 19, 3), 7), ((7, 1, 1, 4), 5), ((1, 9, 6, 66), 5),
+    ((2, 5, 3, 10), 3), ((2, 5, 3, 10), 5), ((2, 5, 3, 10), 7), ((1, 2, 19, 3), 7), ((7, 1, 1, 4), 5),
+    ((1, 9, 6, 66), 5),
 ])  # fmt: skip
 def test_one_step_equals_the_plain_steps_with_all_gradients(interpreted, shape, size):
     compare_branch(interpreted.local_projection, branch_inputs(shape, size), torch.float32, 1e-4)
@@ -231,7 +250,7 @@ def test_a_block_in_training_under_autocast_takes_it_with_a_map_of_16_bits(ran, 
     for name, value in expected.items():
         assert got[name].dtype == value.dtype
         error, theirs = ((one.double() - exact[name].double()).norm() for one in (got[name], value))
-        assert error <= 2 * theirs + 1e-6, name
+        assert error <= 3 * theirs + 1e-6, name
 
 
 def folded(made):
@@ -294,26 +313,113 @@ def test_a_hook_on_the_local_convolution_still_sees_its_output(ran):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_compiler_keeps_one_graph(routed, training):
+    torch._dynamo.reset()
     made = block().train(training)
     x, c = torch.randn(2, 4, 4, 6), torch.randn(2, 6)
-    graphs = []
+    graphs, eager, compiled = [], made, copy.deepcopy(made)
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return graph
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     with torch.set_grad_enabled(training):
-        for one in ("aot_eager", backend):
-            torch._dynamo.reset()
-            eager, compiled = copy.deepcopy(made), copy.deepcopy(made)
-            ours, theirs = torch.compile(compiled, fullgraph=True, backend=one)(x, c), eager(x, c)
-            torch.testing.assert_close(ours, theirs)
-            if training:
-                for out in (ours, theirs):
-                    out.square().mean().backward()
-                for (name, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-                    torch.testing.assert_close(p.grad, q.grad, msg=name)
-                for p, q in zip(compiled.buffers(), eager.buffers(), strict=True):
-                    torch.testing.assert_close(p, q)
+        ours, theirs = torch.compile(compiled, fullgraph=True, backend=backend)(x, c), eager(x, c)
+    torch.testing.assert_close(ours, theirs)
+    if training:
+        for out in (ours, theirs):
+            out.square().mean().backward()
+        for (name, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+        for p, q in zip(compiled.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(p, q)
     wanted = "d_emo.local_projection" if training else "d_emo.depthwise_silu"
-    assert any(wanted in str(node.target) for node in graphs[0].graph.nodes)
+    assert len(graphs) == 1 and any(wanted in str(node.target) for node in graphs[0].graph.nodes)
+
+
+POINTERS = {
+    "_convolve": ("x_ptr", "plus_ptr", "out_ptr"), "_correlate": ("x_ptr", "g_ptr", "c_ptr"),
+    "_skip": ("a_ptr", "c_ptr", "y_ptr"), "_skip_backward": ("grad_ptr", "a_ptr", "c_ptr", "y_ptr", "inner_ptr"),
+    "_merge": (),
+}  # fmt: skip
+"""The kernels, and which of their pointers are to maps; the others are to float32."""
+
+WALK = {"WIDTH": 16, "M": 1536, "K": 5, "BLOCK_M": 64, "EACH": 2}
+COMPILED = [
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": False, "ACT": False, "STATISTICS": True, "BLOCK_W": 16}),
+    ("_convolve", {**WALK, "FLIP": True, "PLUS": True, "ACT": False, "STATISTICS": False, "BLOCK_W": 16}),
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": True, "ACT": True, "STATISTICS": False, "BLOCK_W": 16}),
+    ("_correlate", {**WALK, "NORM": True, "BLOCK_W": 8}),
+    ("_skip", {"M": 1536, "BLOCK_P": 32, "BLOCK_M": 128}),
+    ("_skip_backward", {"M": 1536, "BLOCK_P": 16, "BLOCK_M": 128}),
+    ("_merge", {"WIDTH": 16, "M": 1536, "BLOCK_W": 16, "BLOCK_P": 128, "BLOCK_M": 16}),
+]
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """The kernels by name, to be compiled where nothing is compiled yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    modules = fresh_modules("convolution", "correlation", "skip")
+    yield {name: kernel for module in modules for name, kernel in vars(module).items()}
+    fresh_modules()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name, constants", COMPILED)
+def test_a_kernel_compiles_for_a_gpu_and_its_registers_suffice(sources, tmp_path, capability, name, constants):
+    compiler = pytest.importorskip("triton.backends.compiler")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists() or not cuobjdump.with_name("ptxas").exists():
+        pytest.skip("Triton came without NVIDIA's tools")
+    kernel, maps = sources[name], POINTERS[name]
+    types = {
+        arg: "constexpr" if arg in constants else "*bf16" if arg in maps else "*fp32" if arg.endswith("_ptr") else "i32"
+        for arg in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if arg.endswith("_ptr")}
+    try:
+        source = triton.compiler.ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    except TypeError:
+        pytest.skip("Triton before 3.3 is asked in other words")
+    target = compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": True})
+    (binary := tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout)}
+    assert used["STACK"] == used["LOCAL"] == 0, used  # nothing spilled
+    assert used["REG"] <= 168, used  # three programs to a multiprocessor
+    assert used["SHARED"] <= 4096, used
+    loads = re.findall(r"ld\.global\S*", compiled.asm["ptx"])
+    assert loads and (name != "_skip" or any("v4.b32" in load for load in loads))  # 16 bytes at a time
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("shape, size", [((16, 16, 16, 1536), 5), ((2, 64, 64, 512), 5), ((3, 14, 15, 330), 7),
+                                         ((4, 28, 28, 96), 3)])  # fmt: skip
+def test_on_the_gpu_one_step_equals_the_plain_steps(dtype, tolerance, shape, size):
+    inputs = branch_inputs(shape, size, device="cuda")
+    assert kernels.fuses_training(inputs[0].to(dtype), *inputs[1:])
+    compare_branch(kernels.local_projection, inputs, dtype, tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_the_gpu_a_block_equals_its_plain_form(dtype, training, compiled):
+    made = AdaLNMobileBlock(384, num_heads=6, window_size=8).cuda().train(training)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    x, c = torch.randn(8, 16, 16, 384, device="cuda"), torch.randn(8, 384, device="cuda")
+    assert choice.triton_works(0)
+
+    def step(context, call):
+        with context, torch.autocast("cuda", dtype=dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
+            out = call(x, c)
+        grads = torch.autograd.grad(out.float().square().sum(), list(made.parameters())) if training else ()
+        return [out, *grads]
+
+    got = step(contextlib.nullcontext(), torch.compile(made) if compiled else made)
+    for one, other in zip(got, step(kernels.plain(), made), strict=True):
+        assert (one - other).norm() <= (2e-3 if dtype is None else 5e-2) * other.norm()
