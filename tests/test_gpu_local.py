@@ -253,6 +253,25 @@ def test_a_block_in_training_under_autocast_takes_it_with_a_map_of_16_bits(ran, 
         assert error <= 3 * theirs + 1e-6, name
 
 
+def test_under_autocast_a_map_of_32_bits_becomes_one_of_16(routed):
+    inputs, x = branch_inputs((2, 3, 4, 5), 3), torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
+    running = {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "momentum": 0.1, "eps": 1e-6}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels.local_projection(*inputs, **running).dtype == torch.bfloat16
+        assert kernels.depthwise_conv2d(x, inputs[1]).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert kernels.local_skip(inputs[0], inputs[1], None).dtype == torch.bfloat16
+            sizes = [(1, 1)] * 3
+            assert kernels.depthwise_silu(x, inputs[1], None, *sizes).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_training_mode_without_gradients_still_uses_the_batchs_statistics(ran):
+    results = assert_equals_plain(block())
+    assert ran == ["depthwise_conv2d"]
+    assert results["operator.local.norm.bn.num_batches_tracked"] == 1
+
+
 def folded(made):
     return fold_batch_norms(made.eval())
 
@@ -311,10 +330,13 @@ def test_a_hook_on_the_local_convolution_still_sees_its_output(ran):
     assert ran == ["depthwise_silu"]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_compiler_keeps_one_graph(routed, training):
+@pytest.mark.parametrize(
+    "training, norm, wanted", [(True, "batch", "local_projection"), (False, "batch", "depthwise_silu"),
+                               (True, "none", "depthwise_conv2d")]
+)  # fmt: skip
+def test_the_compiler_keeps_one_graph(routed, training, norm, wanted):
     torch._dynamo.reset()
-    made = block().train(training)
+    made = block(local_norm=norm).train(training)
     x, c = torch.randn(2, 4, 4, 6), torch.randn(2, 6)
     graphs, eager, compiled = [], made, copy.deepcopy(made)
 
@@ -332,8 +354,7 @@ def test_the_compiler_keeps_one_graph(routed, training):
             torch.testing.assert_close(p.grad, q.grad, msg=name)
         for p, q in zip(compiled.buffers(), eager.buffers(), strict=True):
             torch.testing.assert_close(p, q)
-    wanted = "d_emo.local_projection" if training else "d_emo.depthwise_silu"
-    assert len(graphs) == 1 and any(wanted in str(node.target) for node in graphs[0].graph.nodes)
+    assert len(graphs) == 1 and any(f"d_emo.{wanted}" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 POINTERS = {
@@ -364,8 +385,9 @@ def sources(monkeypatch, tmp_path):
     fresh_modules()
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name, constants", COMPILED)
+@pytest.mark.parametrize(
+    "capability, name, constants", [(90, *one) for one in COMPILED] + [(80, *one) for one in (COMPILED[0], COMPILED[3])]
+)
 def test_a_kernel_compiles_for_a_gpu_and_its_registers_suffice(sources, tmp_path, capability, name, constants):
     compiler = pytest.importorskip("triton.backends.compiler")
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
