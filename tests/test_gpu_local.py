@@ -357,6 +357,23 @@ def test_the_compiler_keeps_one_graph(routed, training, norm, wanted):
     assert len(graphs) == 1 and any(f"d_emo.{wanted}" in str(node.target) for node in graphs[0].graph.nodes)
 
 
+@pytest.mark.parametrize("needs", [True, False])
+def test_the_compiler_is_told_the_true_shapes_strides_and_types(interpreted, needs):
+    a, kernel, gamma, beta, projection = branch_inputs((2, 3, 4, 6), 3)
+    x = a.bfloat16()
+    ops = torch.ops.d_emo
+    out, c, statistics = ops.local_projection(x, kernel, gamma, beta, projection, 1e-6)
+    for op, args in (
+        (ops.local_projection, (x, kernel, gamma, beta, projection, 1e-6)),
+        (ops.local_projection_backward, (out, x, c, statistics, kernel, gamma, beta, projection, 1e-6, needs)),
+        (ops.depthwise_conv2d, (x, kernel)),
+        (ops.depthwise_conv2d_backward, (x, c, kernel, [needs, True])),
+        (ops.depthwise_conv2d_backward, (x, c, kernel, [True, needs])),
+        (ops.depthwise_silu, (x, kernel, beta, needs)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 POINTERS = {
     "_convolve": ("x_ptr", "plus_ptr", "out_ptr"), "_correlate": ("x_ptr", "g_ptr", "c_ptr"),
     "_skip": ("a_ptr", "c_ptr", "y_ptr"), "_skip_backward": ("grad_ptr", "a_ptr", "c_ptr", "y_ptr", "inner_ptr"),

@@ -181,4 +181,4 @@ def correlate(x: Tensor, grad: Tensor, size: int, *, c: Tensor | None = None, no
             WIDTH=width, M=dim, K=size, NORM=norm is not None, BLOCK_W=block, BLOCK_M=CHANNELS,
             EACH=CHANNELS_EACH, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return shares.sum(0).t().reshape(dim, 1, size, size)
+    return shares.sum(0).t().contiguous().view(dim, 1, size, size)
