@@ -6,9 +6,9 @@ What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md`
 from d_emo.kernels.activation import Activation, add_to
 from d_emo.kernels.attention import Partition, window_attention
 from d_emo.kernels.choice import fuses_inference, plain
-from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu
+from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu, fuses_activation
 from d_emo.kernels.linear import linear
-from d_emo.kernels.local import fuses_training, local_projection
+from d_emo.kernels.local import fuses_skip, fuses_training, local_projection, local_skip
 from d_emo.kernels.modulation import fuses_modulation, modulated_norm
 from d_emo.kernels.slices import in_slices
 
@@ -18,12 +18,15 @@ __all__ = [
     "add_to",
     "depthwise_conv2d",
     "depthwise_silu",
+    "fuses_activation",
     "fuses_inference",
     "fuses_modulation",
+    "fuses_skip",
     "fuses_training",
     "in_slices",
     "linear",
     "local_projection",
+    "local_skip",
     "modulated_norm",
     "plain",
     "window_attention",

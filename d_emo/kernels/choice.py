@@ -100,7 +100,7 @@ def fuses_inference(*tensors: Tensor | None) -> bool:
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast on their device wants a product's operands; as they are where it is off."""
-    device = tensors[0].device.type
+    device = "cuda" if tensors[0].is_cuda else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) if t.dtype == torch.float32 else t for t in tensors)

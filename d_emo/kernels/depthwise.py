@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import is_plain, lowered
+from d_emo.kernels.choice import fuses_inference, is_plain, lowered, uses_triton
+
+TRITON_SIZES = (3, 5, 7)
+"""The sizes of a kernel that Triton's form is written for."""
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -79,27 +82,47 @@ def _kernel_gradient_of_small_maps(x: Tensor, grad: Tensor, size: int) -> Tensor
     return (pairs @ offsets).view(channels, 1, size, size)
 
 
+def convolves_on_gpu(x: Tensor, size: int) -> bool:
+    """Whether Triton's depthwise convolution takes this map and a kernel of ``size`` x ``size``."""
+    return size in TRITON_SIZES and uses_triton(x)
+
+
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs.
+    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs, and one for GPUs.
 
     The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
     convolution; see `_kernel_gradient` for what replaces it.
 
     Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> (B, C, H, W).
     """
+    if convolves_on_gpu(x, weight.shape[-1]):
+        from d_emo.kernels.gpu import local
+
+        return local.depthwise_conv2d(lowered(x)[0].permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
     if is_plain() or x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return _DepthwiseConv2d.apply(*lowered(x, weight))
+
+
+def fuses_activation(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether `depthwise_silu` takes this map and this convolution; otherwise the plain steps are wanted."""
+    if torch.is_grad_enabled():
+        return False
+    return fuses_inference(x) or (stride == dilation == (1, 1) and convolves_on_gpu(x, weight.shape[-1]))
 
 
 def depthwise_silu(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """``SiLU(DWConv(x) + b)`` in one pass over the map, without a gradient; only where `fuses_inference`.
+    """``SiLU(DWConv(x) + b)`` in one pass over the map, without a gradient; only where `fuses_activation`.
 
     Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k), bias (C,) -> (B, C, H', W').
     """
+    if convolves_on_gpu(x, weight.shape[-1]):
+        from d_emo.kernels.gpu import local
+
+        return local.depthwise_silu(lowered(x)[0].permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, padding, stride, dilation, weight.shape[0], "swish", [], ""
     )

@@ -1,9 +1,10 @@
-"""The local branch of a block in training, with its skip and the projection after it.
+"""The local branch of a block, with its skip; in training with the projection after it.
 
     c = DWConv(a),  y = a + SiLU(BN(c)),  out = Wo y
 
 Step by step, a network keeps the wide maps a, c, BN(c) and y for its backward pass. Here it keeps a and c. The backward
-pass makes the other two anew, some rows at a time, so that they stay in the cache between the steps.
+pass makes the other two anew; on a CPU some rows at a time, so that they stay in the cache between the steps, and on a
+GPU as `d_emo.kernels.gpu.local` says.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import is_plain, lowered
-from d_emo.kernels.depthwise import depthwise_gradients
+from d_emo.kernels.choice import is_plain, lowered, uses_triton
+from d_emo.kernels.depthwise import convolves_on_gpu, depthwise_gradients
 from d_emo.kernels.linear import multiply
 
 CHUNK = 2**18
@@ -28,7 +29,9 @@ PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.
 
 
 def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
-    """Whether `local_projection` takes this map and these parameters; otherwise the plain steps are wanted."""
+    """Whether `local_projection` takes this map and these parameters, in its order; else the plain steps are wanted."""
+    if torch.is_grad_enabled() and uses_triton(a, *parameters):
+        return a.numel() > a.shape[-1] and all(convolves_on_gpu(a, kernel.shape[-1]) for kernel in parameters[:1])
     if is_plain() or not torch.is_grad_enabled() or any(x.device.type != "cpu" for x in (a, *parameters)):
         return False
     precision = PARAMETERS.get(lowered(a)[0].dtype)
@@ -53,6 +56,11 @@ def local_projection(
 
     Shape: a (B, H, W, M), kernel (M, 1, k, k), gamma and beta (M,), projection (C, M) -> (B, H, W, C).
     """
+    if uses_triton(a):
+        from d_emo.kernels.gpu import local
+
+        statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
+        return local.local_projection(lowered(a)[0], kernel, gamma, beta, projection, **statistics)
     a, kernel, projection = lowered(a, kernel, projection)
     a = a.contiguous()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -119,3 +127,20 @@ class _LocalProjection(torch.autograd.Function):
         grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel, (True, needs[1]))
         grad_y += _channels_last(grad_a)
         return grad_y, grad_kernel, grad_gamma, grad_beta, grad_projection, None, None, None, None
+
+
+def fuses_skip(a: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether `local_skip` takes this map and this convolution; otherwise the plain steps are wanted."""
+    if torch.is_grad_enabled() or (stride, dilation) != ((1, 1), (1, 1)):
+        return False
+    return convolves_on_gpu(a, weight.shape[-1])
+
+
+def local_skip(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``a + SiLU(DWConv(a) + b)`` in one pass over the map, without a gradient; only where `fuses_skip`.
+
+    Shape: a (B, H, W, M), weight (M, 1, k, k), bias (M,) -> (B, H, W, M).
+    """
+    from d_emo.kernels.gpu import local
+
+    return local.depthwise_silu(lowered(a)[0], weight, bias, skip=True)

@@ -99,12 +99,11 @@ class MobileOperator(nn.Module):
         if self.local is not None:
             if (out := self.in_one_step(a)) is not None:
                 return out  # (B, H, W, C_out)
-            y = self.local(a)  # (B, H', W', M)
-            a = kernels.add_to(y, a) if self.inner_skip else y  # eq. 5
+            a = self.local.added_to(a) if self.inner_skip else self.local(a)  # (B, H', W', M)  eq. 5
         return self.proj(a)  # (B, H', W', C_out)
 
     def in_one_step(self, a: Tensor) -> Tensor | None:
-        """Eq. 5 and the projection where `kernels.local_projection` does them: in training on a CPU; elsewhere None.
+        """Eq. 5 and the projection where `kernels.local_projection` does them, in training; elsewhere None.
 
         Shape: (B, H, W, M) -> (B, H, W, C_out).
         """

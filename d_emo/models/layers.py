@@ -170,11 +170,25 @@ class LocalConv(nn.Module):
         x = x.permute(0, 3, 1, 2)  # (B, C, H, W); this and the permutation back are views
         conv = self.conv
         simple = conv.stride == conv.dilation == (1, 1) and conv.bias is None
-        if not self.training and kernels.fuses_inference(x) and not isinstance(self.norm, nn.LayerNorm):
+        if self.is_affine() and kernels.fuses_activation(x, conv.weight, conv.stride, conv.dilation):
             x = kernels.depthwise_silu(x, *self.folded(), conv.stride, conv.padding, conv.dilation)
             return x.permute(0, 2, 3, 1)  # (B, H', W', C)
         x = kernels.depthwise_conv2d(x, conv.weight) if simple else conv(x)
         return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """``x`` plus what `forward` makes of it; in inference on a GPU in one pass over the map.
+
+        Shape: (B, H, W, C) -> (B, H, W, C).
+        """
+        conv = self.conv
+        if self.is_affine() and kernels.fuses_skip(x, conv.weight, conv.stride, conv.dilation) and is_bare(self):
+            return kernels.local_skip(x, *self.folded())
+        return kernels.add_to(self(x), x)
+
+    def is_affine(self) -> bool:
+        """Whether all but the activation is affine: the norm is in eval mode, and no layer norm."""
+        return not self.training and not isinstance(self.norm, nn.LayerNorm)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias of the convolution with the batch norm's running statistics in them."""

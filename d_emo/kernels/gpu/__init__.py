@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from d_emo.kernels.gpu import attention
+from d_emo.kernels.gpu import attention, local
 
-CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check,)
+CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.check)
 """One for each kernel: raises unless it runs on the device and equals its plain form."""
 
 

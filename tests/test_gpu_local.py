@@ -1,0 +1,464 @@
+"""The local branch's kernels for GPUs: in Triton's interpreter, compiled for GPUs that are not here, and on one."""
+
+import contextlib
+import copy
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from d_emo import kernels
+from d_emo.kernels import choice
+from d_emo.models.blocks import AdaLNMobileBlock, MobileOperator
+from d_emo.models.layers import LocalConv, fold_batch_norms, synchronise_batch_norms
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SIZES = (3, 5, 7)
+
+
+def fresh_modules(*names):
+    """The modules of `d_emo.kernels.gpu` made anew; Triton reads its settings when it decorates a kernel."""
+    for name in [name for name in sys.modules if name.startswith("d_emo.kernels.gpu")]:
+        del sys.modules[name]
+    return [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names]
+
+
+@contextlib.contextmanager
+def language_kept():
+    """Triton's language afterwards as it was: its interpreter changes modules and classes, and leaves some changed."""
+    classes = [one for one in vars(tl.core).values() if isinstance(one, type) and one.__module__ == tl.core.__name__]
+    owners = {owner: dict(vars(owner)) for owner in (tl, tl.core, tl.math, *classes)}
+    yield
+    for owner, before in owners.items():
+        for name, value in list(vars(owner).items()):
+            if name not in before:
+                delattr(owner, name)
+            elif value is not before[name]:
+                setattr(owner, name, before[name])
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`d_emo.kernels.gpu.local` for Triton's interpreter, on the CPU; the next test gets its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tl, "sum", triton.jit(tl.sum.fn))  # Triton's own function, made before the setting
+    local, *summing = fresh_modules("local", "correlation", "skip")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    # As on a GPU of three multiprocessors, so that a program has several strips and a sum several programs.
+    for module in summing:
+        monkeypatch.setattr(module, "multiprocessors", lambda x: 3)
+        monkeypatch.setattr(module, "PROGRAMS", 1)
+    with language_kept():
+        yield local
+    fresh_modules()
+
+
+@pytest.fixture
+def routed(interpreted, monkeypatch):
+    """Let the networks take the GPU's form on the CPU."""
+
+    def uses_triton(*tensors):
+        return not choice._plain and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+
+    for module in ("local", "depthwise"):
+        monkeypatch.setattr(f"d_emo.kernels.{module}.uses_triton", uses_triton)
+    monkeypatch.setattr("d_emo.kernels.depthwise.fuses_inference", lambda *tensors: False)
+    return interpreted
+
+
+@pytest.fixture
+def ran(routed, monkeypatch):
+    """The names of the GPU's operators that ran, instead of the CPU's forms."""
+    names = []
+
+    def noted(name, original):
+        return lambda *args, **kwargs: (names.append(name), original(*args, **kwargs))[1]
+
+    for name in ("local_projection", "depthwise_conv2d", "depthwise_silu"):
+        monkeypatch.setattr(routed, name, noted(name, getattr(routed, name)))
+    return names
+
+
+def plain_conv(x, weight):
+    padding = weight.shape[-1] // 2
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+def plain_branch(a, kernel, gamma, beta, projection, running_mean, running_var, momentum=0.3, eps=1e-6):
+    c = plain_conv(a, kernel).permute(0, 3, 1, 2)
+    n = F.batch_norm(c, running_mean, running_var, gamma, beta, True, momentum, eps)
+    return F.linear(a + F.silu(n.permute(0, 2, 3, 1)), projection)
+
+
+def branch_inputs(shape, size, mean=0.0, device="cpu"):
+    torch.manual_seed(0)
+    dim = shape[-1]
+    kernel = torch.randn(dim, 1, size, size) / size
+    if mean:
+        kernel += 1.0  # so that the mean of the map reaches that of the convolution
+    weights = [torch.randn(shape) + mean, kernel, torch.rand(dim) + 0.5, torch.randn(dim), torch.randn(6, dim)]
+    return [x.to(device) for x in weights]
+
+
+def all_results(function, inputs, dtype):
+    """The result, all gradients, and both running statistics."""
+    inputs = [x.to(dtype if i == 0 or dtype == torch.float64 else torch.float32) for i, x in enumerate(inputs)]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    running = [torch.full_like(inputs[2], value, requires_grad=False) for value in (0.5, 2.0)]
+    out = function(*inputs, *running)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    names = ["out", "a", "kernel", "gamma", "beta", "projection", "running_mean", "running_var"]
+    values = [out.detach(), *torch.autograd.grad(out, inputs, grad), *running]
+    return dict(zip(names, values, strict=True))
+
+
+def compare_branch(local_projection, inputs, dtype, tolerance):
+    """In the norm of each result, against float64."""
+
+    def ours(*tensors):
+        *inputs, mean, var = tensors
+        return local_projection(*inputs, running_mean=mean, running_var=var, momentum=0.3, eps=1e-6)
+
+    got, expected = all_results(ours, inputs, dtype), all_results(plain_branch, inputs, torch.float64)
+    for name, value in expected.items():
+        assert got[name].shape == value.shape
+        assert got[name].dtype == (dtype if name in ("out", "a") else torch.float32)
+        error = (got[name].double() - value).norm() / value.norm().clamp(min=1e-9)
+        assert error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("shape, size", [
+    ((2, 5, 3, 10), 3), ((2, 5, 3, 10), 5), ((2, 5, 3, 10), 7), ((1, 2, 19, 3), 7), ((7, 1, 1, 4), 5),
+    ((1, 9, 6, 66), 5),
+])  # fmt: skip
+def test_one_step_equals_the_plain_steps_with_all_gradients(interpreted, shape, size):
+    compare_branch(interpreted.local_projection, branch_inputs(shape, size), torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_in_half_precision_too(interpreted, dtype, tolerance):
+    compare_branch(interpreted.local_projection, branch_inputs((2, 4, 7, 6), 5), dtype, tolerance)
+
+
+def test_a_mean_far_from_zero_costs_no_precision(interpreted):
+    x = torch.randn(3, 6, 18, 4) * 0.1 + 1000  # squares of 1e6, of which float32 keeps 0.06; the variance is 0.01
+    taps = torch.zeros(9, 4)
+    taps[4] = 1.0
+    out, (mean, var) = interpreted.convolve(x, taps, statistics=True)
+    assert torch.equal(out, x)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 1, 2)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var((0, 1, 2), correction=0), rtol=1e-3, atol=0)
+    compare_branch(interpreted.local_projection, branch_inputs((3, 6, 5, 4), 3, mean=100.0), torch.float32, 1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_convolution_equals_the_librarys_with_its_gradients(interpreted, size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(5, 1, size, size, requires_grad=True)
+    grad = torch.randn(2, 4, 6, 5)
+    for ours, theirs in zip(
+        *((out, *torch.autograd.grad(out, (x, weight), grad)) for out in (
+            interpreted.depthwise_conv2d(x, weight), plain_conv(x, weight)
+        )), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    frozen = interpreted.depthwise_conv2d(x, weight.detach())
+    (got,) = torch.autograd.grad(frozen, x, grad)
+    torch.testing.assert_close(got, torch.autograd.grad(plain_conv(x, weight), x, grad)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_inference_in_one_pass_equals_the_steps(interpreted, dtype, bias, skip):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 4, 6, 5).to(dtype), torch.randn(5, 1, 5, 5), torch.randn(5) if bias else None
+    expected = plain_conv(x.double(), weight.double()) + (0 if bias is None else bias.double())
+    expected = F.silu(expected) + (x.double() if skip else 0)
+    got = interpreted.depthwise_silu(x, weight, bias, skip=skip)
+    assert got.dtype == dtype
+    assert (got.double() - expected).norm() <= (1e-5 if dtype == torch.float32 else 5e-3) * expected.norm()
+
+
+def test_the_trial_passes_and_names_what_is_wrong(interpreted, monkeypatch):
+    monkeypatch.setattr(interpreted, "TRIALS", interpreted.TRIALS[-1:])
+    interpreted.check(torch.device("cpu"))
+    for factor in (1.1, float("nan")):
+        wrong = torch.no_grad()(lambda *args, factor=factor: factor * interpreted._inference(*args))
+        monkeypatch.setattr(interpreted, "TRIALS", [("a step", wrong, interpreted._plain_inference, 2)])
+        with pytest.raises(RuntimeError, match="a step of size 3 in torch.float32 is off by"):
+            interpreted.check(torch.device("cpu"))
+
+
+def block(dim=6, **options):
+    torch.manual_seed(0)
+    made = AdaLNMobileBlock(dim, **{"num_heads": 2, "window_size": 2, "expand_ratio": 2, **options})
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    for name, buffer in made.named_buffers():
+        if "running" in name:
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return made
+
+
+def block_step(made, autocast=False):
+    """Output, gradients of the inputs and of every parameter, and the buffers after a step of a copy."""
+    made = copy.deepcopy(made)
+    x, c = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in ((2, 4, 6, 6), (2, 6)))
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = made(x, c)
+    named = {"out": out.detach()}
+    if out.requires_grad:
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+        named |= {"x": x.grad} | {name: p.grad for name, p in made.named_parameters()}
+    return named | dict(made.named_buffers())
+
+
+def assert_equals_plain(made, **options):
+    got = block_step(made, **options)
+    with kernels.plain():
+        expected = block_step(made, **options)
+    for name, value in expected.items():
+        error = (got[name].double() - value.double()).norm()
+        assert error <= 1e-4 * value.double().norm() + 1e-5, f"{name}: {error}"
+    return expected
+
+
+def test_a_block_in_training_takes_the_one_step(ran):
+    results = assert_equals_plain(block())
+    assert ran == ["local_projection"]
+    assert results["operator.local.norm.bn.num_batches_tracked"] == 1
+    assert "operator.local.conv.weight" in results
+
+
+def test_a_block_in_training_under_autocast_takes_it_with_a_map_of_16_bits(ran, routed, monkeypatch):
+    seen, convolve = [], routed.convolve
+    monkeypatch.setattr(routed, "convolve", lambda x, *args, **kw: (seen.append(x.dtype), convolve(x, *args, **kw))[1])
+    got = block_step(block(), autocast=True)
+    with kernels.plain():
+        expected, exact = block_step(block(), autocast=True), block_step(block())
+    assert ran == ["local_projection"] and set(seen) == {torch.bfloat16}
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        error, theirs = ((one.double() - exact[name].double()).norm() for one in (got[name], value))
+        assert error <= 3 * theirs + 1e-6, name
+
+
+def test_under_autocast_a_map_of_32_bits_becomes_one_of_16(routed):
+    inputs, x = branch_inputs((2, 3, 4, 5), 3), torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
+    running = {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "momentum": 0.1, "eps": 1e-6}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels.local_projection(*inputs, **running).dtype == torch.bfloat16
+        assert kernels.depthwise_conv2d(x, inputs[1]).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert kernels.local_skip(inputs[0], inputs[1], None).dtype == torch.bfloat16
+            sizes = [(1, 1)] * 3
+            assert kernels.depthwise_silu(x, inputs[1], None, *sizes).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_training_mode_without_gradients_still_uses_the_batchs_statistics(ran):
+    results = assert_equals_plain(block())
+    assert ran == ["depthwise_conv2d"]
+    assert results["operator.local.norm.bn.num_batches_tracked"] == 1
+
+
+def folded(made):
+    return fold_batch_norms(made.eval())
+
+
+@pytest.mark.parametrize("prepare", [nn.Module.eval, folded])
+@torch.no_grad()
+def test_a_block_in_inference_takes_the_one_pass(ran, prepare):
+    made = block()
+    prepare(made)
+    assert_equals_plain(made)
+    assert ran == ["depthwise_silu"]
+
+
+def synchronised(made):
+    synchronise_batch_norms(made)
+
+
+@pytest.mark.parametrize(
+    "options, change", [({"local_norm": "layer"}, None), ({"local_norm": "none"}, None), ({}, synchronised),
+                        ({}, nn.Module.eval), ({"inner_skip": False}, None)]
+)  # fmt: skip
+def test_other_norms_and_eval_mode_with_gradients_take_the_convolution_only(ran, options, change):
+    made = block(**options)
+    if change is not None:
+        change(made)
+    assert_equals_plain(made)
+    assert ran == ["depthwise_conv2d"]
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 9}, {"dilation": 2}])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_convolutions_are_the_librarys(ran, options, training):
+    made = block(**options).train(training)
+    with torch.set_grad_enabled(training):
+        assert_equals_plain(made)
+    assert not ran
+
+
+@torch.no_grad()
+def test_a_local_convolution_alone_takes_the_one_pass_in_inference(ran):
+    conv, x = LocalConv(5, kernel_size=3).eval(), torch.randn(2, 4, 6, 5)
+    got = conv(x)
+    with kernels.plain():
+        torch.testing.assert_close(got, conv(x), rtol=1e-4, atol=1e-5)
+    LocalConv(5, kernel_size=3, stride=2).eval()(x)
+    assert ran == ["depthwise_silu"]
+
+
+@torch.no_grad()
+def test_a_hook_on_the_local_convolution_still_sees_its_output(ran):
+    operator, seen = MobileOperator(6, attention=False).eval(), []
+    operator.local.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    x = torch.randn(1, 4, 4, 6)
+    out = operator(x)
+    torch.testing.assert_close(operator.proj(seen[0] + operator.expand(x)), out)
+    assert ran == ["depthwise_silu"]
+
+
+@pytest.mark.parametrize(
+    "training, norm, wanted", [(True, "batch", "local_projection"), (False, "batch", "depthwise_silu"),
+                               (True, "none", "depthwise_conv2d")]
+)  # fmt: skip
+def test_the_compiler_keeps_one_graph(routed, training, norm, wanted):
+    torch._dynamo.reset()
+    made = block(local_norm=norm).train(training)
+    x, c = torch.randn(2, 4, 4, 6), torch.randn(2, 6)
+    graphs, eager, compiled = [], made, copy.deepcopy(made)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.set_grad_enabled(training):
+        ours, theirs = torch.compile(compiled, fullgraph=True, backend=backend)(x, c), eager(x, c)
+    torch.testing.assert_close(ours, theirs)
+    if training:
+        for out in (ours, theirs):
+            out.square().mean().backward()
+        for (name, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+        for p, q in zip(compiled.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(p, q)
+    assert len(graphs) == 1 and any(f"d_emo.{wanted}" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_the_compiler_is_told_the_true_shapes_strides_and_types(interpreted, needs):
+    a, kernel, gamma, beta, projection = branch_inputs((2, 3, 4, 6), 3)
+    x = a.bfloat16()
+    ops = torch.ops.d_emo
+    out, c, statistics = ops.local_projection(x, kernel, gamma, beta, projection, 1e-6)
+    for op, args in (
+        (ops.local_projection, (x, kernel, gamma, beta, projection, 1e-6)),
+        (ops.local_projection_backward, (out, x, c, statistics, kernel, gamma, beta, projection, 1e-6, needs)),
+        (ops.depthwise_conv2d, (x, kernel)),
+        (ops.depthwise_conv2d_backward, (x, c, kernel, [needs, True])),
+        (ops.depthwise_conv2d_backward, (x, c, kernel, [True, needs])),
+        (ops.depthwise_silu, (x, kernel, beta, needs)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+POINTERS = {
+    "_convolve": ("x_ptr", "plus_ptr", "out_ptr"), "_correlate": ("x_ptr", "g_ptr", "c_ptr"),
+    "_skip": ("a_ptr", "c_ptr", "y_ptr"), "_skip_backward": ("grad_ptr", "a_ptr", "c_ptr", "y_ptr", "inner_ptr"),
+    "_merge": (),
+}  # fmt: skip
+"""The kernels, and which of their pointers are to maps; the others are to float32."""
+
+WALK = {"WIDTH": 16, "M": 1536, "K": 5, "BLOCK_M": 64, "EACH": 2}
+COMPILED = [
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": False, "ACT": False, "STATISTICS": True, "BLOCK_W": 16}),
+    ("_convolve", {**WALK, "FLIP": True, "PLUS": True, "ACT": False, "STATISTICS": False, "BLOCK_W": 16}),
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": True, "ACT": True, "STATISTICS": False, "BLOCK_W": 16}),
+    ("_correlate", {**WALK, "NORM": True, "BLOCK_W": 8}),
+    ("_skip", {"M": 1536, "BLOCK_P": 32, "BLOCK_M": 128}),
+    ("_skip_backward", {"M": 1536, "BLOCK_P": 16, "BLOCK_M": 128}),
+    ("_merge", {"WIDTH": 16, "M": 1536, "BLOCK_W": 16, "BLOCK_P": 128, "BLOCK_M": 16}),
+]
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """The kernels by name, to be compiled where nothing is compiled yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    modules = fresh_modules("convolution", "correlation", "skip")
+    yield {name: kernel for module in modules for name, kernel in vars(module).items()}
+    fresh_modules()
+
+
+@pytest.mark.parametrize(
+    "capability, name, constants", [(90, *one) for one in COMPILED] + [(80, *one) for one in (COMPILED[0], COMPILED[3])]
+)
+def test_a_kernel_compiles_for_a_gpu_and_its_registers_suffice(sources, tmp_path, capability, name, constants):
+    compiler = pytest.importorskip("triton.backends.compiler")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists() or not cuobjdump.with_name("ptxas").exists():
+        pytest.skip("Triton came without NVIDIA's tools")
+    kernel, maps = sources[name], POINTERS[name]
+    types = {
+        arg: "constexpr" if arg in constants else "*bf16" if arg in maps else "*fp32" if arg.endswith("_ptr") else "i32"
+        for arg in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if arg.endswith("_ptr")}
+    try:
+        source = triton.compiler.ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    except TypeError:
+        pytest.skip("Triton before 3.3 is asked in other words")
+    target = compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": True})
+    (binary := tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout)}
+    assert used["STACK"] == used["LOCAL"] == 0, used  # nothing spilled
+    assert used["REG"] <= 208, used  # 168 make three programs to a multiprocessor; older compilers take more
+    assert used["SHARED"] <= 4096, used
+    loads = re.findall(r"ld\.global\S*", compiled.asm["ptx"])
+    assert loads and (name != "_skip" or any("v4.b32" in load for load in loads))  # 16 bytes at a time
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("shape, size", [((16, 16, 16, 1536), 5), ((2, 64, 64, 512), 5), ((3, 14, 15, 330), 7),
+                                         ((4, 28, 28, 96), 3)])  # fmt: skip
+def test_on_the_gpu_one_step_equals_the_plain_steps(dtype, tolerance, shape, size):
+    inputs = branch_inputs(shape, size, device="cuda")
+    assert kernels.fuses_training(inputs[0].to(dtype), *inputs[1:])
+    compare_branch(kernels.local_projection, inputs, dtype, tolerance)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_the_gpu_a_block_equals_its_plain_form(dtype, training, compiled):
+    made = AdaLNMobileBlock(384, num_heads=6, window_size=8).cuda().train(training)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    x, c = torch.randn(8, 16, 16, 384, device="cuda"), torch.randn(8, 384, device="cuda")
+    assert choice.triton_works(0)
+
+    def step(context, call):
+        with context, torch.autocast("cuda", dtype=dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
+            out = call(x, c)
+        grads = torch.autograd.grad(out.float().square().sum(), list(made.parameters())) if training else ()
+        return [out, *grads]
+
+    got = step(contextlib.nullcontext(), torch.compile(made) if compiled else made)
+    for one, other in zip(got, step(kernels.plain(), made), strict=True):
+        assert (one - other).norm() <= (2e-3 if dtype is None else 5e-2) * other.norm()
