@@ -1,5 +1,7 @@
+import importlib
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +62,36 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch):
+    """Triton's kernels run on CPU tensors; afterwards Triton is what it was, which its interpreter does not see to."""
+    triton = pytest.importorskip("triton")
+    emulation = importlib.import_module("triton.runtime.interpreter")
+    names = ("attention", "convolution", "correlation", "skip")
+    modules = [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names]
+    lang, dot = triton.language, emulation.InterpreterBuilder.create_dot
+    scopes = [lang, lang.core, lang.math, *(x for x in vars(lang.core).values() if isinstance(x, type))]
+    before = [dict(vars(scope)) for scope in scopes]
+
+    def widened(x):  # numpy has no bfloat16: the interpreter keeps its bits, and would multiply those
+        if x.dtype.scalar != lang.bfloat16:
+            return x
+        return emulation.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), lang.float32)
+
+    monkeypatch.setattr(
+        emulation.InterpreterBuilder, "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )  # fmt: skip
+    for module in (*modules, lang):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, triton.JITFunction):
+                monkeypatch.setattr(module, name, emulation.InterpretedFunction(function.fn))
+    yield
+    for scope, members in zip(scopes, before, strict=True):
+        for name in set(vars(scope)) - set(members):
+            delattr(scope, name)
+        for name, value in members.items():
+            if vars(scope)[name] is not value:
+                setattr(scope, name, value)

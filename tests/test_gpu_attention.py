@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,42 +14,12 @@ from d_emo.models import create_model
 from d_emo.models.attention import PARTITIONS, WindowAttention
 
 triton = pytest.importorskip("triton")
-emulation = pytest.importorskip("triton.runtime.interpreter")
 gpu = pytest.importorskip("d_emo.kernels.gpu.attention")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
-    """Triton's kernels run on CPU tensors; afterwards Triton is what it was, which its interpreter does not see to."""
-    lang, dot = triton.language, emulation.InterpreterBuilder.create_dot
-    scopes = [lang, lang.core, lang.math, *(x for x in vars(lang.core).values() if isinstance(x, type))]
-    before = [dict(vars(scope)) for scope in scopes]
-
-    def widened(x):  # numpy has no bfloat16: the interpreter keeps its bits, and would multiply those
-        if x.dtype.scalar != lang.bfloat16:
-            return x
-        return emulation.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), lang.float32)
-
-    monkeypatch.setattr(
-        emulation.InterpreterBuilder, "create_dot",
-        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
-    )  # fmt: skip
-    for module in (gpu, lang):
-        for name, function in list(vars(module).items()):
-            if isinstance(function, triton.JITFunction):
-                monkeypatch.setattr(module, name, emulation.InterpretedFunction(function.fn))
-    yield
-    for scope, members in zip(scopes, before, strict=True):
-        for name in set(vars(scope)) - set(members):
-            delattr(scope, name)
-        for name, value in members.items():
-            if vars(scope)[name] is not value:
-                setattr(scope, name, value)
-
-
-@pytest.fixture
-def interpreted(monkeypatch, interpreter):
+def interpreted(monkeypatch, triton_interpreter):
     """The kernels are chosen for CPU tensors; the list that is returned grows with every launch."""
     launches, launch = [], gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))

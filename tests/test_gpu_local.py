@@ -5,7 +5,6 @@ import copy
 import importlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,46 +18,20 @@ from d_emo.models.blocks import AdaLNMobileBlock, MobileOperator
 from d_emo.models.layers import LocalConv, fold_batch_norms, synchronise_batch_norms
 
 triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIZES = (3, 5, 7)
 
 
-def fresh_modules(*names):
-    """The modules of `d_emo.kernels.gpu` made anew; Triton reads its settings when it decorates a kernel."""
-    for name in [name for name in sys.modules if name.startswith("d_emo.kernels.gpu")]:
-        del sys.modules[name]
-    return [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names]
-
-
-@contextlib.contextmanager
-def language_kept():
-    """Triton's language afterwards as it was: its interpreter changes modules and classes, and leaves some changed."""
-    classes = [one for one in vars(tl.core).values() if isinstance(one, type) and one.__module__ == tl.core.__name__]
-    owners = {owner: dict(vars(owner)) for owner in (tl, tl.core, tl.math, *classes)}
-    yield
-    for owner, before in owners.items():
-        for name, value in list(vars(owner).items()):
-            if name not in before:
-                delattr(owner, name)
-            elif value is not before[name]:
-                setattr(owner, name, before[name])
-
-
 @pytest.fixture
-def interpreted(monkeypatch):
-    """`d_emo.kernels.gpu.local` for Triton's interpreter, on the CPU; the next test gets its own."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(tl, "sum", triton.jit(tl.sum.fn))  # Triton's own function, made before the setting
-    local, *summing = fresh_modules("local", "correlation", "skip")
-    monkeypatch.delenv("TRITON_INTERPRET")
+def interpreted(monkeypatch, triton_interpreter):
+    """`d_emo.kernels.gpu.local` in Triton's interpreter, on the CPU."""
+    names = ("local", "correlation", "skip")
+    local, *summing = (importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names)
     # As on a GPU of three multiprocessors, so that a program has several strips and a sum several programs.
     for module in summing:
-        monkeypatch.setattr(module, "multiprocessors", lambda x: 3)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
         monkeypatch.setattr(module, "PROGRAMS", 1)
-    with language_kept():
-        yield local
-    fresh_modules()
+    return local
 
 
 @pytest.fixture
@@ -397,9 +370,8 @@ COMPILED = [
 def sources(monkeypatch, tmp_path):
     """The kernels by name, to be compiled where nothing is compiled yet."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    modules = fresh_modules("convolution", "correlation", "skip")
-    yield {name: kernel for module in modules for name, kernel in vars(module).items()}
-    fresh_modules()
+    modules = [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in ("convolution", "correlation", "skip")]
+    return {name: kernel for module in modules for name, kernel in vars(module).items()}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ in float32, takes 32 columns, and two fit. Two chunks are on their way while one
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from d_emo.kernels.gpu.convolution import multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 VARYING = ["first_part", "last_part", "held_part", "down", "across", "heads", "per_program"]
@@ -186,11 +187,6 @@ MOST_TOKENS = 64
 
 ENOUGH = 4
 """Programs for each multiprocessor, at least; the forward kernel has room for four at a time, the backward for two."""
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @torch.compiler.assume_constant_result

@@ -15,6 +15,7 @@ Sums are float32. Weights are (k k, M), float32; see `taps_of`. Triton 3.2 knows
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -260,6 +261,7 @@ def convolve(
     return out, whole
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that the map is on; 1 where Triton's interpreter stands in for it."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where Triton's interpreter stands in for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

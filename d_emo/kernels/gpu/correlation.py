@@ -173,7 +173,7 @@ def correlate(x: Tensor, grad: Tensor, size: int, *, c: Tensor | None = None, no
     batch, height, width, dim = x.shape
     block = min(strip_width(width), WARPS * COLUMNS[size])
     strips, blocks = batch * triton.cdiv(width, block), triton.cdiv(dim, CHANNELS)
-    parts = min(strips, max(1, PROGRAMS * multiprocessors(x) // blocks))
+    parts = min(strips, max(1, PROGRAMS * multiprocessors(x.device) // blocks))
     shares = x.new_empty((parts, size * size, dim), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _correlate[(parts * blocks,)](

@@ -103,7 +103,7 @@ def skip_backward(grad: Tensor, a: Tensor, c: Tensor, norm: Tensor) -> tuple[Ten
     """
     dim = a.shape[-1]
     pixels, block, blocks = a.numel() // dim, 16, triton.cdiv(dim, CHANNELS)
-    parts = min(triton.cdiv(pixels, block), max(1, PROGRAMS * multiprocessors(a) // blocks))
+    parts = min(triton.cdiv(pixels, block), max(1, PROGRAMS * multiprocessors(a.device) // blocks))
     y, inner, sums = torch.empty_like(a), torch.empty_like(a), a.new_empty((parts, 2, dim), dtype=torch.float32)
     with torch.cuda.device_of(a):
         _skip_backward[(parts * blocks,)](
