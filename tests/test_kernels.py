@@ -1,10 +1,14 @@
 """Every fast form equals the plain one, with all gradients."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from d_emo.kernels import in_slices, linear, plain, window_attention
+from d_emo.kernels import choice, in_slices, linear, plain, window_attention
 from d_emo.kernels.choice import HAS_ONEDNN
 from d_emo.models.attention import PARTITIONS
 from d_emo.models.layers import LocalConv
@@ -59,6 +63,34 @@ def test_linear_uses_onednn_for_float32_only_and_never_where_the_plain_form_is_w
 
     graph = torch.export.export(Layer(), (x, weight)).graph
     assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("capability, problem, works", [
+    ((9, 0), None, True), ((9, 0), RuntimeError("ptxas: no such card\nmore"), False), ((7, 5), None, False)
+])  # fmt: skip
+def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, recwarn, capability, problem, works):
+    gpu, tried = pytest.importorskip("d_emo.kernels.gpu"), []
+
+    def trial(device):
+        tried.append((str(device), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        if problem:
+            raise problem
+
+    monkeypatch.setattr(gpu, "CHECKS", (trial,))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    with torch.inference_mode():
+        assert choice.triton_works.__wrapped__(1) is works
+    assert tried == ([] if capability < (8, 0) else [("cuda:1", True, False)])
+    assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
+
+
+def test_an_environment_variable_turns_all_kernels_off():
+    code = "from d_emo.kernels import choice; print(choice.is_plain())"
+    for value, plain_form in (("plain", "True"), ("", "False")):
+        environment = {**os.environ, "D_EMO_KERNELS": value}
+        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == plain_form
 
 
 def attention_inputs(size, dtype, batch=2, heads=2):

@@ -25,12 +25,15 @@ HAS_ONEDNN = (
 )
 """Whether this build of the library has oneDNN's product and this CPU AVX-512."""
 
-_plain = False
+_plain = os.environ.get("D_EMO_KERNELS") == "plain"
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within this context every kernel takes its plain form, in standard operators: for counting and comparing."""
+    """Within this context every kernel takes its plain form, in standard operators: for counting and comparing.
+
+    The environment variable D_EMO_KERNELS=plain does the same for a whole process.
+    """
     global _plain
     before, _plain = _plain, True
     try:
@@ -62,13 +65,8 @@ def uses_triton(*tensors: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 @functools.cache
 def triton_works(index: int) -> bool:
-    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once on small maps.
-
-    The environment variable D_EMO_KERNELS=plain says no.
-    """
-    if os.environ.get("D_EMO_KERNELS") == "plain" or torch.version.cuda is None:
-        return False
-    if torch.cuda.get_device_capability(index) < (8, 0):
+    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
     try:
         from d_emo.kernels import gpu

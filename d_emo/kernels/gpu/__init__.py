@@ -13,10 +13,11 @@ CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.che
 
 
 def check(device: torch.device) -> None:
-    """Try every kernel on small maps.
+    """Try every kernel on small maps, whatever is going on around.
 
     Raises:
         Exception: A kernel does not compile, does not run, or computes something else.
     """
-    for one in CHECKS:
-        one(device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for one in CHECKS:
+            one(device)

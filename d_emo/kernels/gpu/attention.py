@@ -322,18 +322,17 @@ def check(device: torch.device) -> None:
     """
     generator, heads = torch.Generator(device).manual_seed(0), 2
     some = triton.cdiv(ENOUGH * multiprocessors(device), heads)  # images enough for one launch
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for dtype, window, images, bound in (
-            (torch.float32, (3, 5), 1, 5e-3), (torch.bfloat16, (7, 7), 1, 2e-2), (torch.bfloat16, (7, 7), some, 2e-2)
-        ):  # fmt: skip
-            shape = images, 2 * window[0], 2 * window[1]
-            maps = [torch.randn(*shape, heads * n, generator=generator, device=device) for n in (24, 24, 40, 40)]
-            *inputs, grad = (x.to(dtype) for x in maps)
-            low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
-            ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
-            ours = ours, *torch.autograd.grad(ours, low, grad)
-            exact = exact, *torch.autograd.grad(exact, high, grad.double())
-            compare(ours, exact, bound)
+    for dtype, window, images, bound in (
+        (torch.float32, (3, 5), 1, 5e-3), (torch.bfloat16, (7, 7), 1, 2e-2), (torch.bfloat16, (7, 7), some, 2e-2)
+    ):  # fmt: skip
+        shape = images, 2 * window[0], 2 * window[1]
+        maps = [torch.randn(*shape, heads * n, generator=generator, device=device) for n in (24, 24, 40, 40)]
+        *inputs, grad = (x.to(dtype) for x in maps)
+        low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+        ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
+        ours = ours, *torch.autograd.grad(ours, low, grad)
+        exact = exact, *torch.autograd.grad(exact, high, grad.double())
+        compare(ours, exact, bound)
 
 
 def compare(ours: Sequence[Tensor], exact: Sequence[Tensor], bound: float) -> None:
