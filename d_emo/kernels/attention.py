@@ -6,6 +6,8 @@ The plain form stacks the windows of all partitions and calls the library's atte
 fused kernel for a value wider than the query, and its general form copies each operand once more, scales two of them,
 looks for rows of minus infinity and, in bfloat16, does all of it in float32.
 
+On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see `d_emo.kernels.gpu.attention`.
+
 The CPU form gathers each operand once, in the order that the products want, for a few images or heads at a time, so
 that the gathered windows stay in the cache and their memory is used again. Its gradient keeps the attention maps and
 the value before the activation, and makes everything else anew.
