@@ -48,6 +48,24 @@ def test_a_network_is_one_graph(which, training):
     compare(which, training, "aot_eager")
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_network_compiled_for_a_cpu_is_made_of_what_its_compiler_does_well(autocast):
+    """In float32 products as convolutions, and no fused attention; see `d_emo.kernels.choice.compiles_for_cpu`."""
+    torch._dynamo.reset()
+    seen = []
+
+    def note(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    network, x, options = networks()["demo"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output(torch.compile(network, backend=note), x, options)
+    convolutions = sum("conv2d" in target for target in seen)
+    fused = any("scaled_dot_product_attention" in target for target in seen)
+    assert (convolutions, fused) == ((2, True) if autocast else (6, False))  # patches, depthwise; q and k, v, Wo, head
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("which", ["demo", "dit", "emo"])

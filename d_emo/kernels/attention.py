@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate, activate_backward
-from d_emo.kernels.choice import is_plain, lowered, uses_triton
+from d_emo.kernels.choice import compiles_for_cpu, is_plain, lowered, uses_triton
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -75,6 +75,8 @@ def window_attention(
             return gpu.window_attention(
                 *operands, act=act, heads=heads, window=window, partitions=partitions, repeat=repeat
             )
+    if compiles_for_cpu(z):
+        return joinable_window_attention(q, k, activate(z, act), heads, window, partitions, repeat)
     if is_plain() or z.device.type != "cpu":
         return plain_window_attention(q, k, activate(z, act), heads, window, partitions, repeat)
     layout, (q, k, z) = Layout(heads, window, tuple(partitions), repeat, act), lowered(q, k, z)
@@ -99,6 +101,26 @@ def plain_window_attention(
     mixed = mixed.transpose(1, 2).reshape(parts, batch, n, m, h, w, -1)  # (P, B, n, m, h, w, M)
     merged = [p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True)]  # P x (B, H, W, M)
     return functools.reduce(torch.add, merged)  # (B, H, W, M)
+
+
+def joinable_window_attention(
+    q: Tensor, k: Tensor, value: Tensor, heads: int, window: tuple[int, int], partitions: Sequence[type[Partition]],
+    repeat: int,
+) -> Tensor:  # fmt: skip
+    """`plain_window_attention` in single steps, partition by partition, which the compiler can join with others."""
+
+    def windows(x: Tensor, part: type[Partition]) -> Tensor:
+        """Shape: (B, H, W, C) -> (B, n, m, heads, h w, C / heads)."""
+        return part.split(x, window).flatten(3, 4).unflatten(-1, (heads, -1)).transpose(3, 4)
+
+    merged = []
+    for part in partitions:
+        queries, keys, values = (windows(x, part) for x in (q, k, value))
+        weights = torch.softmax(queries @ keys.mT * queries.shape[-1] ** -0.5, -1)  # (B, n, m, heads, h w, h w)
+        mixed = (weights @ values).transpose(3, 4).flatten(4)  # (B, n, m, h w, M)
+        merged.append(part.merge(mixed.unflatten(3, window)))
+    total = functools.reduce(torch.add, merged)
+    return repeat * total if repeat != 1 else total
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,22 @@ def triton_works(index: int) -> bool:
 def prefers_onednn(*tensors: Tensor | None) -> bool:
     """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512.
 
-    Not in compiled networks: the compiler takes oneDNN's product with constant weights only.
+    Not in compiled networks: the compiler takes oneDNN's product with constant weights only; see `compiles_for_cpu`.
     """
     if is_plain() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+
+def compiles_for_cpu(x: Tensor) -> bool:
+    """Whether a network is being compiled to run on a CPU in float32.
+
+    There the compiler calls MKL for a linear layer and oneDNN, the faster library, for a convolution; and it joins the
+    gathering of windows with the steps around it, but not with the library's attention.
+    """
+    if _plain or is_exporting() or not torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def fuses_inference(*tensors: Tensor | None) -> bool:

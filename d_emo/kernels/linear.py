@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate
-from d_emo.kernels.choice import prefers_onednn
+from d_emo.kernels.choice import compiles_for_cpu, prefers_onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activation = "none") -> Tensor:
@@ -20,6 +20,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activatio
 
     Shape: x (..., C), weight (D, C), bias (D,) -> (..., D).
     """
+    if x.ndim == 4 and compiles_for_cpu(x):  # as a 1 x 1 convolution; the permutations are views
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+        return activate(out.permute(0, 2, 3, 1), act)
     if not prefers_onednn(x, weight, bias):
         return activate(F.linear(x, weight, bias), act)
     if torch.is_grad_enabled():
