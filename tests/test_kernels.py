@@ -79,10 +79,30 @@ def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, recwa
     monkeypatch.setattr(gpu, "CHECKS", (trial,))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    choice.passes_trial.cache_clear()
     with torch.inference_mode():
-        assert choice.triton_works.__wrapped__(1) is works
+        assert choice.triton_works(1) is works
+    assert choice.triton_works(1) is works
+    choice.passes_trial.cache_clear()
     assert tried == ([] if capability < (8, 0) else [("cuda:1", True, False)])
     assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
+
+
+def test_the_trial_may_happen_while_a_network_is_compiled(monkeypatch):
+    gpu, tried = pytest.importorskip("d_emo.kernels.gpu"), []
+
+    def trial(device):
+        x = torch.randn(3, requires_grad=True)
+        tried.append(torch.autograd.grad(x.square().sum(), x)[0].sum().item())
+
+    monkeypatch.setattr(gpu, "CHECKS", (trial,))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    choice.passes_trial.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if choice.triton_works(0) else x, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1, 1] and len(tried) == 1
+    choice.passes_trial.cache_clear()
 
 
 def test_an_environment_variable_turns_all_kernels_off():

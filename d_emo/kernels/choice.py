@@ -63,8 +63,13 @@ def uses_triton(*tensors: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def triton_works(index: int) -> bool:
+    """`passes_trial`; the compiler, which would look into a cached function, calls this one and takes its word."""
+    return passes_trial(index)
+
+
+@functools.cache
+def passes_trial(index: int) -> bool:
     """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False

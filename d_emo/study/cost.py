@@ -21,7 +21,7 @@ from d_emo.study.plan import PlannedRun, latent_shape_of
 from d_emo.study.results import size_of
 from d_emo.training.optimizer import make_optimizer
 
-WARM, TIMED, ROUNDS = 2, 5, 3  # repetitions of a piece of work, and turns of all models
+WARM, TIMED, ROUNDS = 2, 5, 5  # repetitions of a piece of work, and turns of all models
 
 
 def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
@@ -60,12 +60,12 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
 
 
 def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, float]:
-    """Seconds of an optimizer step by `speed_key`, of all runs in turns, so that they meet the same disturbances."""
+    """Seconds of an optimizer step by `speed_key`: medians of all runs in turns, to and fro, as disturbances may be."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     different = {speed_key(run, settings): run for run in runs}
     seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(ROUNDS):
-        for key, run in different.items():
+    for turn in range(ROUNDS):
+        for key, run in list(different.items())[:: -1 if turn % 2 else 1]:
             shape = latent_shape_of(settings, run.training)
             seconds[key].append(measure_speed(run.training, shape, device, processes_of(settings.launch))[0])
     return {key: median(values) for key, values in seconds.items()}
