@@ -20,6 +20,9 @@ AXES = {
 }
 """What FID and loss are drawn against. A training step counts as three forward passes."""
 
+COLOURS = [f"C{i}" for i in range(10)] + ["black", "gold", "navy", "lime", "magenta", "teal", "salmon", "indigo"]
+"""Of the runs, in their order."""
+
 
 def draw_curves(
     path: Path, rows: Sequence[Row], losses: dict[tuple[str, int], Curve], names: Sequence[str],
@@ -52,7 +55,7 @@ def draw_curves(
         fids = [[row["fid"] for row in mine if row["step"] == step] for step in steps]
         curves = [curve.smoothed(int(curve.steps[-1]) // 20) for (run, _), curve in losses.items() if run == name]
         for axis, (upper, lower) in zip(AXES, panels.T, strict=True):
-            style = {"color": f"C{number}", "label": name}
+            style = {"color": COLOURS[number % len(COLOURS)], "label": name}
             band(upper, np.array(steps) * per_step[axis], fids, marker="o", **style)
             if curves:
                 length = min(len(curve.steps) for curve in curves)
