@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activatio
 
     Shape: x (..., C), weight (D, C), bias (D,) -> (..., D).
     """
-    if x.ndim == 4 and compiles_for_cpu(x):  # as a 1 x 1 convolution; the permutations are views
+    if compiles_for_cpu(x) and x.ndim == 4:  # as a 1 x 1 convolution; the permutations are views
         out = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
         return activate(out.permute(0, 2, 3, 1), act)
     if not prefers_onednn(x, weight, bias):
