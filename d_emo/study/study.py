@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import shlex
@@ -26,7 +27,7 @@ from d_emo.study.plots import draw_curves, draw_gaps
 from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
 
-GAPS, SPEEDS, COLUMNS = "norm_gap.json", "step_times.json", 10
+GAPS, COLUMNS = "norm_gap.json", 10
 
 
 class Study:
@@ -168,16 +169,16 @@ class Study:
         )  # fmt: skip
 
     def _step_times(self) -> dict[str, Any]:
-        """What is known of this study's steps; all of them are timed anew where one is missing."""
-        path = self.folder / SPEEDS
+        """How long a step of each of this study's models takes, timed together and once."""
+        keys = "\n".join(sorted({speed_key(run, self.settings) for run in self.runs}))
+        path = self.folder / f"step_times-{hashlib.sha256(keys.encode()).hexdigest()[:8]}.json"
         with claim(self.folder, wait=True):
-            times = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
-            if not times["seconds"].keys() >= {speed_key(run, self.settings) for run in self.runs}:
+            if not path.exists():
                 print("timing a training step of every model, in turns", flush=True)
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                times = {"hardware": describe_hardware(device), "seconds": step_times(self.settings, self.runs)}
-                write_json(path, times)
-        return times
+                seconds = step_times(self.settings, self.runs)
+                write_json(path, {"hardware": describe_hardware(device), "seconds": seconds})
+        return json.loads(path.read_text())
 
     def _gaps(self) -> list[Row]:
         found = [(run, run.folder / GAPS) for run in self.runs if run.name in self.settings.norm_gap]
