@@ -1,10 +1,14 @@
 """torch.compile takes each network as one graph, in training and in inference."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
+from d_emo.kernels.choice import HAS_ONEDNN
 from d_emo.models import create_model
 
 
@@ -49,21 +53,39 @@ def test_a_network_is_one_graph(which, training):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_network_compiled_for_a_cpu_is_made_of_what_its_compiler_does_well(autocast):
-    """In float32 products as convolutions, and no fused attention; see `d_emo.kernels.choice.compiles_for_cpu`."""
+def test_a_network_compiled_for_a_cpu_keeps_the_kernels_that_its_compiler_has_no_equal_for(autocast):
+    """In float32 oneDNN's products, the own gradient of a depthwise kernel, and no fused attention."""
     torch._dynamo.reset()
-    seen = []
+    seen = Counter()
 
     def note(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
+        seen.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
 
     network, x, options = networks()["demo"]
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def backend(graph, inputs):
+        note(graph, inputs)  # before the library takes its operators apart
+        return aot_autograd(fw_compiler=note, bw_compiler=note)(graph, inputs)
+
+    compiled = torch.compile(network, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        output(torch.compile(network, backend=note), x, options)
-    convolutions = sum("conv2d" in target for target in seen)
-    fused = any("scaled_dot_product_attention" in target for target in seen)
-    assert (convolutions, fused) == ((2, True) if autocast else (6, False))  # patches, depthwise; q and k, v, Wo, head
+        output(compiled, x, options).sum().backward()
+    products = 5 if autocast else 23  # forward one, backward two for each; the timestep's are always in float32
+    assert seen["d_emo.product.default"] == (products if HAS_ONEDNN else 0)
+    assert seen["d_emo.depthwise_gradients.default"] == (0 if autocast else 1)
+    assert any("scaled_dot_product" in name for name in seen) == autocast
+
+
+def test_the_operators_that_the_compiler_calls_keep_its_rules():
+    x, grad = (torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last) for _ in range(2))
+    torch.library.opcheck(torch.ops.d_emo.depthwise_gradients, (x, grad, torch.randn(6, 1, 3, 3)))
+    if HAS_ONEDNN:
+        rows, weight = torch.randn(7, 3).t(), torch.randn(7, 5).t()
+        for bias, act in ((None, "none"), (torch.randn(5), "gelu")):
+            torch.library.opcheck(torch.ops.d_emo.product, (rows, weight, bias, act))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ try:
 except ImportError:  # before PyTorch 2.8
     from torch.fx._symbolic_trace import is_fx_tracing
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has none
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -47,7 +47,12 @@ def is_plain() -> bool:
 
     The compiler joins the steps of the plain form itself, and other programs know standard operators only.
     """
-    return _plain or torch.compiler.is_compiling() or is_fx_tracing()
+    return torch.compiler.is_compiling() or wants_standard()
+
+
+def wants_standard() -> bool:
+    """Whether standard operators are wanted even of a compiled network: inside `plain`, exported or traced."""
+    return _plain or is_fx_tracing() or is_exporting()
 
 
 def uses_triton(*tensors: Tensor) -> bool:
@@ -55,7 +60,7 @@ def uses_triton(*tensors: Tensor) -> bool:
 
     Compiled networks take them too, as operators that the compiler does not look into; exported and traced ones do not.
     """
-    if _plain or is_fx_tracing() or is_exporting():
+    if wants_standard():
         return False
     if not all(t.is_cuda and t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
         return False
@@ -87,11 +92,8 @@ def passes_trial(index: int) -> bool:
 
 
 def prefers_onednn(*tensors: Tensor | None) -> bool:
-    """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512.
-
-    Not in compiled networks: the compiler takes oneDNN's product with constant weights only; see `compiles_for_cpu`.
-    """
-    if is_plain() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
+    """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512."""
+    if wants_standard() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
@@ -99,17 +101,17 @@ def prefers_onednn(*tensors: Tensor | None) -> bool:
 def compiles_for_cpu(x: Tensor) -> bool:
     """Whether a network is being compiled to run on a CPU in float32.
 
-    There the compiler calls MKL for a linear layer and oneDNN, the faster library, for a convolution; and it joins the
-    gathering of windows with the steps around it, but not with the library's attention.
+    There the compiler joins the gathering of windows with the steps around it, but not with the library's attention;
+    and its gradient of a depthwise kernel is the library's.
     """
-    if _plain or is_exporting() or not torch.compiler.is_compiling():
+    if wants_standard() or not torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def fuses_inference(*tensors: Tensor | None) -> bool:
     """Whether steps of inference may be joined into one operator of oneDNN: as `prefers_onednn`, and no gradient."""
-    return not torch.is_grad_enabled() and prefers_onednn(*tensors)
+    return not is_plain() and not torch.is_grad_enabled() and prefers_onednn(*tensors)
 
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import fuses_inference, is_plain, lowered, uses_triton
+from d_emo.kernels.choice import compiles_for_cpu, fuses_inference, is_plain, lowered, uses_triton
 
 TRITON_SIZES = (3, 5, 7)
 """The sizes of a kernel that Triton's form is written for."""
@@ -27,7 +27,20 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return tuple(_gradients_as_operator(x, grad, weight))
         return depthwise_gradients(x, grad, weight, ctx.needs_input_grad)
+
+
+@torch.library.custom_op("d_emo::depthwise_gradients", mutates_args=())
+def _gradients_as_operator(x: Tensor, grad: Tensor, weight: Tensor) -> list[Tensor]:
+    """`depthwise_gradients` as an operator, which the compiler calls as it is."""
+    return list(depthwise_gradients(x, grad, weight, (True, True)))
+
+
+@_gradients_as_operator.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight)]
 
 
 def depthwise_gradients(
@@ -99,7 +112,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         from d_emo.kernels.gpu import local
 
         return local.depthwise_conv2d(lowered(x)[0].permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-    if is_plain() or x.device.type != "cpu" or not torch.is_grad_enabled():
+    has_own_gradient = compiles_for_cpu(x) or (x.device.type == "cpu" and not is_plain())
+    if not has_own_gradient or not torch.is_grad_enabled():
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return _DepthwiseConv2d.apply(*lowered(x, weight))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate
-from d_emo.kernels.choice import compiles_for_cpu, prefers_onednn
+from d_emo.kernels.choice import prefers_onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activation = "none") -> Tensor:
@@ -20,9 +20,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activatio
 
     Shape: x (..., C), weight (D, C), bias (D,) -> (..., D).
     """
-    if compiles_for_cpu(x) and x.ndim == 4:  # as a 1 x 1 convolution; the permutations are views
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-        return activate(out.permute(0, 2, 3, 1), act)
     if not prefers_onednn(x, weight, bias):
         return activate(F.linear(x, weight, bias), act)
     if torch.is_grad_enabled():
@@ -35,8 +32,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activati
 
     Shape: x (..., C), weight (D, C) of any strides, bias (D,) -> (..., D).
     """
+    if torch.compiler.is_compiling():
+        return _product_as_operator(x, weight, bias, act)
     name, kind = {"none": ("none", ""), "gelu": ("gelu", "none"), "silu": ("swish", "")}[act]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], kind)
+
+
+@torch.library.custom_op("d_emo::product", mutates_args=())
+def _product_as_operator(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """`product` as an operator that the compiler calls as it is; oneDNN's own it takes with constant weights only."""
+    return product(x, weight, bias, act)
+
+
+@_product_as_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
