@@ -126,7 +126,7 @@ def rows_of(**figures):
     """Rows of runs by seed; a figure of a run is a list over seeds 0, 1, 2, ..."""
     return [
         {"run": run, "seed": seed, "step": 10, "parameters": 2e6, "macs": 3e6, "seconds_per_step": 0.5, "images": 40,
-         **{key: values[seed] for key, values in each.items()}}
+         "loss_over": "eps, uniform", **{key: values[seed] for key, values in each.items()}}
         for run, each in figures.items() for seed in range(len(each["fid"]))
     ]  # fmt: skip
 
@@ -169,6 +169,15 @@ def test_findings_say_first_where_the_first_run_loses():
     loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
     assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
     assert "nothing." in findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
+
+
+def test_losses_over_other_timesteps_are_not_compared():
+    rows = rows_of(a={"fid": [1.0], "loss": [0.5]}, b={"fid": [2.0], "loss": [0.25]})
+    assert difference(rows, "a", "b", 10, "loss").mean == 0.25 and "loss 0.5" in findings(rows, "Same", ["a", "b"])
+    rows[1]["loss_over"] = "eps, logit-normal 0 1"
+    text = findings(rows, "Other", ["a", "b"])
+    assert difference(rows, "a", "b", 10, "loss") is None and difference(rows, "a", "b", 10, "fid").mean == -1
+    assert "loss 0.5" not in text and text.endswith("Their losses are over other timesteps and are not compared.")
 
 
 def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
@@ -327,7 +336,8 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
     assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
     assert "As many real held-out images measure: FID 0.0" in report and "class % 10." in report
-    assert "D-EMO against DiT, flow, step 4, 2 seeds" in report and "dpm++:2 (eps)" in report
+    assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are over other timesteps", report)
+    assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)
     assert shown == ["curves.png", "norm_gap.png", "samples.png"]
     for name in shown:

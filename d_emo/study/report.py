@@ -70,6 +70,8 @@ def findings(rows: Sequence[Row], heading: str, names: Sequence[str]) -> str:
         seeds = difference(rows, first, other, step, "fid").count
         titles = {"loses": f"**{first} loses** in", "undecided": "Not decided:", "wins": "It wins in"}
         parts = [f"{title} {'; '.join(verdicts[kind]) or 'nothing'}." for kind, title in titles.items()]
+        if difference(rows, first, other, step, "loss") is None:
+            parts.append("Their losses are over other timesteps and are not compared.")
         lines.append(f"- {heading}, {first} against {other}, step {step:,}, {plural(seeds, 'seed')}. {' '.join(parts)}")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from d_emo.config import TrainSettings
 from d_emo.curves import Curve, read_run
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
@@ -102,10 +103,17 @@ def collect(
         rows += [
             {"run": run.name, "seed": run.seed, "step": step, "images": step * batch,
              "minutes": step * step_seconds / 60, "seconds_per_step": step_seconds, "parameters": parameters,
-             "macs": macs, "loss": recent(curves["loss"], step), **figures}
+             "macs": macs, "loss": recent(curves["loss"], step), "loss_over": loss_over(run.training), **figures}
             for step, figures in measured.items()
         ]  # fmt: skip
     return rows, losses
+
+
+def loss_over(training: TrainSettings) -> str:
+    """What a run's loss is the mean over, such as "eps, uniform": only losses over the same can be compared."""
+    if training.timestep_sampling == "uniform":
+        return f"{training.objective}, uniform"
+    return f"{training.objective}, {training.timestep_sampling} {training.logit_mean:g} {training.logit_std:g}"
 
 
 def recent(curve: Curve, step: int) -> float:
@@ -154,7 +162,9 @@ def last_common_step(rows: Sequence[Row], names: Sequence[str]) -> int | None:
 
 
 def difference(rows: Sequence[Row], name: str, other: str, step: int, figure: str) -> Estimate | None:
-    """``name`` minus ``other``, seed by seed; None if they share none."""
+    """``name`` minus ``other``, seed by seed; None if they share none, or it is the loss and is not over the same."""
+    if figure == "loss" and len({row["loss_over"] for row in rows if row["run"] in (name, other)}) > 1:
+        return None
     ours, theirs = (values_of(rows, each, step, figure) for each in (name, other))
     shared = sorted(ours.keys() & theirs.keys())
     return Estimate.of([ours[seed] - theirs[seed] for seed in shared]) if shared else None

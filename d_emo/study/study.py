@@ -191,6 +191,10 @@ class Study:
         """What was done, and the command that does it again."""
         settings, first = self.settings, self.runs[0]
         measured = {row["run"] for row in rows}
+        counts = {len({row["seed"] for row in rows if row["run"] == name}) for name in measured}
+        seeds = plural(max(counts), "seed")
+        if len(counts) > 1:
+            seeds = f"{min(counts)} to {seeds}, as the tables say"
         snapshots = [load_meta(run.snapshots()[-1]) for run in self.runs if run.name in measured and run.snapshots()]
         hardware = ", ".join(dict.fromkeys(meta["hardware"] for meta in snapshots))
         if settings.judge is not None:
@@ -204,7 +208,7 @@ class Study:
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
         return [
-            f"Made by `python scripts/compare.py {config_flags()}`: {plural(len(settings.seeds), 'seed')}, "
+            f"Made by `python scripts/compare.py {config_flags()}`: {seeds}, "
             f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}. Time is the "
             f"number of steps times the median time of one, measured of all models in turns on {timed_on}, without "
             "reading data.",
