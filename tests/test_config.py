@@ -44,9 +44,15 @@ def test_written_settings_read_back_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("settings_class", "argv", "words"),
     [
-        (TrainSettings, ["--max-stepz", "3"], "max-stepz"),
+        (TrainSettings, ["--max-stepz", "3"], "there is no setting 'max-stepz'; did you mean --max-steps? (--help"),
+        (TrainSettings, ["--config", "{tmp}/modle.yaml"], "there is no setting 'modle'; did you mean --model?"),
+        (TrainSettings, ["--nan", "3"], "--nan must be one of stop, skip, not 3"),
+        (TrainSettings, ["--model-options", "3"], "--model-options must be a mapping such as '{depth: 8}', not 3"),
+        (TrainSettings, ["--compile", "perhaps"], "--compile must be true or false, not perhaps"),
+        (SampleSettings, ["--class", "1", "--scheduler", "ddmp"], "--scheduler must be one of ddpm, ddim, dpm++"),
+        (SampleSettings, ["--class", "1", "--guidance-scale", "1", "x"], "--guidance-scale must be a number, not x"),
         (TrainSettings, ["--max-step", "3"], "max-step"),
-        (TrainSettings, ["--max-steps", "many"], "--max-steps: Expected a int"),
+        (TrainSettings, ["--max-steps", "many"], "--max-steps must be a whole number, not many"),
         (TrainSettings, ["--max-steps", "0"], "--max-steps must be at least 1"),
         (TrainSettings, ["--batch-size", "0"], "--batch-size"),
         (TrainSettings, ["--learning-rate", "-1"], "--learning-rate"),
@@ -61,7 +67,9 @@ def test_written_settings_read_back_the_same(tmp_path):
         (FidSettings, ["--samples", "a"], "reference"),
     ],
 )
-def test_wrong_settings_are_one_sentence(settings_class, argv, words):
+def test_wrong_settings_are_one_sentence(settings_class, argv, words, tmp_path):
+    (tmp_path / "modle.yaml").write_text("modle: DiT-S-2\n")
+    argv = [word.replace("{tmp}", str(tmp_path)) for word in argv]
     with pytest.raises(InputError) as caught:
         parse_settings(settings_class, "", argv)
     assert words in str(caught.value) and "\n" not in str(caught.value)

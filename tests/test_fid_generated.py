@@ -200,7 +200,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
         (["--steps", "0"], "--steps must lie between 1 and 1000, not 0"),
         (["--steps", "1001"], "--steps must lie between 1 and 1000, not 1001"),
         (["--guidance-scale", "-1"], "--guidance-scale must be finite and not negative, not -1"),
-        (["--guidance-scale", "nan"], "--guidance-scale: Expected a float"),
+        (["--guidance-scale", "nan"], "--guidance-scale must be a number, not nan"),
         (["--num-images", "3", "--metrics", "prc"], "precision and recall need more than 3 images .* not 3"),
         (["--metrics", "fid", "clip"], "unknown metric 'clip' .* known are fid, sfid, isc, prc, kid"),
         (["--metrics", ","], "--metrics names nothing"),

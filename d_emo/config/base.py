@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -58,7 +60,7 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
             options |= {"nargs": "?", "const": True}  # --compile means --compile true
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
-        flag = each.metadata.get("flag") or "--" + each.name.replace("_", "-")
+        flag = _flag(each)
         if flag.isupper():  # the word for a positional argument in --help
             options.pop("required", None)
             parser.add_argument(each.name, metavar=flag, **options)
@@ -67,11 +69,39 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
     try:
         values = parser.parse_args(argv)
     except ArgumentError as error:
-        message = " ".join(str(error).split())
-        message = re.sub(r'Parser key "(\w+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
-        message = re.sub(r"<class '(\w+)'>", r"\1", message)
-        raise InputError(f"{message} (--help lists what is accepted)") from None
+        flags = {each.name: _flag(each) for each in fields(settings_class)}
+        raise InputError(f"{_sentence(str(error), flags, hints)} (--help lists what is accepted)") from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+
+
+def _flag(one: Field) -> str:
+    """What a setting is called on the command line."""
+    return one.metadata.get("flag") or "--" + one.name.replace("_", "-")
+
+
+def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
+    """What the parser complains of, in words; ``flags`` and ``hints`` are the settings' flags and types by name."""
+    complaint = " ".join(complaint.split())
+    if wrong := re.match(r'Parser key "(\w+)"(?: element \d+)?:.*(?:Got value|Given value): (.*)', complaint):
+        name, value = wrong.groups()
+        return f"{flags[name]} must be {in_words(hints[name])}, not {value}"
+    if unknown := re.match(r"(?:unrecognized arguments: -*|Option ')([\w-]+)", complaint):
+        near = difflib.get_close_matches(f"--{unknown[1].replace('_', '-')}", flags.values(), 1)
+        return f"there is no setting {unknown[1]!r}" + (f"; did you mean {near[0]}?" if near else "")
+    return complaint
+
+
+def in_words(kind: Any) -> str:
+    """A type as a user would say it, such as "a whole number" or "one of grid, png"."""
+    arguments = [each for each in get_args(kind) if each is not NoneType]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(in_words, arguments))
+    if get_origin(kind) is list:
+        return in_words(arguments[0])  # of each of several values
+    words = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping such as '{depth: 8}'"}
+    return words.get(get_origin(kind) or kind, "text")
 
 
 def check_image_side(image_size: int | None) -> None:
