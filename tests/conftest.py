@@ -4,10 +4,18 @@ import os
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from d_emo.models import create_model
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(autouse=True)
+def accelerate_starts_anew():
+    """Accelerate keeps the precision of the first run in a process; the next test's run may want another."""
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

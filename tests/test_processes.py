@@ -208,7 +208,6 @@ def test_bf16_in_a_sharded_model_is_autocast_over_float32(tmp_path, monkeypatch)
     """Output and gradients of FSDP2 on two CPU processes equal those of one, to the bit, and timesteps stay exact."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    AcceleratorState._reset_state(True)
     settings = TrainSettings(tracker="none", output_dir=str(tmp_path))
     accelerator = open_accelerator(settings, accumulation=1, precision="bf16")
     assert accelerator.mixed_precision == "no"  # and without a GPU accelerate shards nothing, so the test does

@@ -343,7 +343,6 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     for name in shown:
         with Image.open(folder / name) as picture:
             assert picture.width > 300 and len(picture.convert("L").getcolors()) > 10
-    AcceleratorState._reset_state(True)
 
 
 def test_with_a_reference_the_fid_script_measures(tmp_path, monkeypatch):
