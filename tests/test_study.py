@@ -27,7 +27,15 @@ from d_emo.study.execution import claim, run_script
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import plan_runs
 from d_emo.study.report import course_table, findings, gap_table, main_table, read_rows
-from d_emo.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
+from d_emo.study.results import (
+    Estimate,
+    add_measurement,
+    at_time,
+    difference,
+    last_common_step,
+    minutes_by_step,
+    read_measurements,
+)
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
@@ -343,6 +351,18 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     for name in shown:
         with Image.open(folder / name) as picture:
             assert picture.width > 300 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_only_the_last_snapshots_are_measured_where_no_more_is_wanted(tmp_path, called, monkeypatch):
+    settings = settings_of(tmp_path, measure="last", seeds=[3], runs={"D-EMO": RUNS["D-EMO"]})
+    small = Study(settings, scripts=ROOT / "scripts")
+    small.work()
+    assert list(read_measurements(small.runs[0])) == [4]
+    add_measurement(small.runs[0], 2, {"fid": 1.0})  # as by a study that wants all
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    report = small.report().read_text()
+    assert "Step 4." in report and "FID at step" not in report
+    assert [row["step"] for row in read_rows(tmp_path / "report" / "results.csv")] == [4]
 
 
 def test_with_a_reference_the_fid_script_measures(tmp_path, monkeypatch):

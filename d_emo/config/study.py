@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from d_emo.config.base import InputError, setting
 
@@ -42,6 +42,7 @@ class StudySettings:
         None, "measure by scripts/fid.py against these real images (or statistics), instead of by a judge"
     )
     fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
+    measure: Literal["all", "last"] = setting("all", "every snapshot of a run, or the last one only")
     num_images: int = setting(1000, "images to draw for each measurement")
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
     samplers: dict[str, str] | None = setting(

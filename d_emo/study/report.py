@@ -167,7 +167,9 @@ def write_report(
         "confidence interval of Student's t over the seeds, without correction for looking at many figures."
     )
     for heading, names in some.items():
-        parts += [f"## {heading}", main_table(rows, names), course_table(rows, names)]
+        parts += [f"## {heading}", main_table(rows, names)]
+        if len({row["step"] for row in rows if row["run"] in names}) > 1:
+            parts.append(course_table(rows, names))
     if gaps:
         write_csv(folder / "norm_gap.csv", gaps)
         parts += ["## Train mode against eval mode", gap_table(gaps)]

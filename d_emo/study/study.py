@@ -106,7 +106,7 @@ class Study:
 
     def _measure(self, run: PlannedRun) -> None:
         """Measure the snapshots that have not been."""
-        for snapshot in run.snapshots():
+        for snapshot in run.snapshots()[-1 if self.settings.measure == "last" else 0 :]:
             if step_of(snapshot) in read_measurements(run):
                 continue
             if self.classifier is not None:
@@ -153,6 +153,9 @@ class Study:
         times = self._step_times()
         seconds = {run.name: times["seconds"][speed_key(run, settings)] for run in self.runs}
         rows, losses = collect(self.runs, sizes, seconds)
+        if settings.measure == "last":  # runs shared with another study may have more
+            ends = {run.name: run.training.max_steps for run in self.runs}
+            rows = [row for row in rows if row["step"] == ends[row["run"]]]
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
