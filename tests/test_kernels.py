@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from d_emo.config import RunError
 from d_emo.kernels import choice, in_slices, linear, plain, window_attention
 from d_emo.kernels.choice import HAS_ONEDNN
 from d_emo.models.attention import PARTITIONS
@@ -62,7 +63,7 @@ def test_linear_uses_onednn_for_float32_only_and_never_where_the_plain_form_is_w
             return linear(x, weight)
 
     graph = torch.export.export(Layer(), (x, weight)).graph
-    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+    assert not any(name in str(node.target) for node in graph.nodes for name in ("mkldnn", "d_emo"))
 
 
 @pytest.mark.parametrize("capability, problem, works", [
@@ -79,6 +80,7 @@ def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, recwa
     monkeypatch.setattr(gpu, "CHECKS", (trial,))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
     choice.passes_trial.cache_clear()
     with torch.inference_mode():
         assert choice.triton_works(1) is works
@@ -86,6 +88,22 @@ def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, recwa
     choice.passes_trial.cache_clear()
     assert tried == ([] if capability < (8, 0) else [("cuda:1", True, False)])
     assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
+
+
+def test_a_trial_that_breaks_the_gpu_ends_with_the_remedy(monkeypatch):
+    gpu = pytest.importorskip("d_emo.kernels.gpu")
+
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(gpu, "CHECKS", (broken,))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    choice.passes_trial.cache_clear()
+    with pytest.raises(RunError, match="illegal memory access was encountered.; start again with D_EMO_KERNELS=plain"):
+        choice.triton_works(0)
+    choice.passes_trial.cache_clear()
 
 
 def test_the_trial_may_happen_while_a_network_is_compiled(monkeypatch):

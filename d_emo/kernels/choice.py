@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from d_emo.config import RunError
+
 try:
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing as is_fx_tracing
 except ImportError:  # before PyTorch 2.8
@@ -75,7 +77,11 @@ def triton_works(index: int) -> bool:
 
 @functools.cache
 def passes_trial(index: int) -> bool:
-    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once."""
+    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once.
+
+    Raises:
+        RunError: A kernel failed so that this process can no longer use the GPU.
+    """
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
     try:
@@ -84,6 +90,11 @@ def passes_trial(index: int) -> bool:
         gpu.check(torch.device("cuda", index))
     except Exception as error:  # of the compiler, the driver, or a difference: all mean the plain form
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        try:
+            torch.cuda.synchronize(index)
+        except Exception:  # such as an illegal address, after which CUDA refuses everything
+            remedy = "start again with D_EMO_KERNELS=plain in the environment, which turns them off"
+            raise RunError(f"Triton's kernels broke off on this GPU ({reason}); {remedy}") from None
         warnings.warn(
             f"Triton's kernels are not used on this GPU, the library's take their place: {reason}", stacklevel=2
         )
