@@ -10,6 +10,7 @@ The flow objective is that of SiT (Ma et al., 2024) with the linear path: x_t = 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Draws(NamedTuple):
         return Draws(*(field[rows] for field in self._asdict().values()))
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What the objectives share: the draw of a step's randomness, label dropout, the split of the output.
 
     Args:
@@ -56,9 +57,9 @@ class Objective(nn.Module):
         self.null_class, self.label_dropout, self.learn_sigma = null_class, label_dropout, learn_sigma
         self.num_train_timesteps, self.logit_normal = num_train_timesteps, logit_normal
 
+    @abstractmethod
     def noise_schedule(self) -> Any:
         """The diffusers scheduler whose config tells sampling what the denoiser was trained for."""
-        raise NotImplementedError
 
     def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> Draws:
         """Draw one step's randomness on the generator's device."""

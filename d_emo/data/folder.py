@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -85,9 +86,9 @@ class StoredImages(ClassImages):
         self.image_size, self.skip_corrupt = image_size, skip_corrupt
         self.skipped = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # one count over all workers
 
+    @abstractmethod
     def load(self, index: int) -> torch.Tensor:
         """Image ``index``, or an :class:`InputError` that names it. Shape: (3, image_size, image_size)."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.labels)

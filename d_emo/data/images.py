@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from PIL import Image
@@ -10,7 +12,7 @@ from torch.utils.data import Dataset
 from d_emo.config import InputError
 
 
-class ClassImages(Dataset):
+class ClassImages(Dataset, ABC):
     """What the loaders below have in common.
 
     Attributes:
@@ -27,9 +29,9 @@ class ClassImages(Dataset):
     flip: bool = False
     sequential: bool = False
 
+    @abstractmethod
     def label(self, index: int) -> int:
         """Class id of image ``index``, without loading it."""
-        raise NotImplementedError
 
     def origin(self, index: int) -> str:
         """Where image ``index`` comes from, for messages about it."""

@@ -6,6 +6,7 @@ section III-C3 and table XVI (D-EMO); EMOv1 paper (iRMB); DiT paper, section 3.2
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ class MobileOperator(nn.Module):
         )
 
 
-class ReorderedOperator(MobileOperator):
+class ReorderedOperator(MobileOperator, ABC):
     """A `MobileOperator` whose attention and convolution meet in another way, for ablations; the weights are the same.
 
     Both parts are needed, and the value has to be expanded before it is mixed (the post order).
@@ -147,9 +148,9 @@ class ReorderedOperator(MobileOperator):
         u = pad_to_multiple(u, self.expand.window)  # (B, H', W', C)
         return self.proj(self.operate(u, self.expand.value(u))[:, :height, :width])  # (B, H, W, C_out)
 
+    @abstractmethod
     def operate(self, u: Tensor, value: Tensor) -> Tensor:
         """Shape: u (B, H, W, C), value (B, H, W, M) -> (B, H, W, M)."""
-        raise NotImplementedError
 
 
 class ConvFirstOperator(ReorderedOperator):
