@@ -127,7 +127,8 @@ def start_from(
     """Copy a snapshot's weights into a new model for fine-tuning.
 
     Classes and latent size may be others: the label table keeps the rows of classes with the same name and the null
-    row, and the position embedding stays the new model's. All else must be alike.
+    row, and the position embedding stays the new model's. The objective may be another too: what a network knows of
+    its images serves both, and only what it says of them is learnt anew. All else must be alike.
 
     Args:
         path: Snapshot folder, or a run folder for its newest one.
@@ -143,8 +144,6 @@ def start_from(
         InputError: No such snapshot, or one that does not fit; names what differs.
     """
     old = load_denoiser(path)
-    if old.objective != objective:
-        raise InputError(f"the snapshot {old.path} was trained with --objective {old.objective}, not {objective}")
     theirs, mine = old.model.config, model.config
     if theirs.in_channels != mine.in_channels:
         raise InputError(
@@ -173,7 +172,8 @@ def start_from(
     step = old.meta["step"]
     rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
     trained = {key: old.meta[key] for key in ("step", "training_minutes") if key in old.meta}
-    return f"Weights from {old.path} (step {step:,}), {rows}.", trained
+    other = "" if old.objective == objective else f", trained with {old.objective}"
+    return f"Weights from {old.path} (step {step:,}{other}), {rows}.", trained
 
 
 def load_classifier(path: str | Path) -> ClassifierSnapshot:

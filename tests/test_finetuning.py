@@ -85,7 +85,14 @@ def digits(tmp_path_factory):
 def test_the_same_classes_and_size_start_from_every_weight(tmp_path, digits):
     run = task(tmp_path, init_from=str(digits.path))
     torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
-    assert run.start in run.introduction() and "knows 10 of the 10 classes" in run.start
+    assert run.start in run.introduction() and "(step 2), which knows 10 of the 10 classes" in run.start
+
+
+def test_the_objective_may_be_another(tmp_path, digits):
+    run = task(tmp_path, init_from=str(digits.path), objective="flow")
+    torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
+    assert "(step 2, trained with eps), which knows 10" in run.start
+    assert checkpoint.load_denoiser(fit(run, run.settings)).objective == "flow"
 
 
 def test_a_snapshot_knows_how_long_its_start_had_been_trained(tmp_path, digits):
@@ -133,7 +140,6 @@ def test_another_image_size_recomputes_the_position_embedding(tmp_path, digits):
         ({"model": "DiT-S-2"}, "block is i2rmb there, dit here"),
         ({"model_options": {**TINY["model_options"], "num_heads": 4}}, "num_heads is 3 there, 4 here"),
         ({"model_options": {**TINY["model_options"], "learn_sigma": False}}, "learn_sigma is True there, False here"),
-        ({"objective": "flow"}, "--objective eps, not flow"),
         ({"init_from": "no/such/snapshot"}, "no snapshot folder no/such/snapshot"),
     ],
 )
