@@ -1,14 +1,15 @@
 # `make demo` and `make test` set everything up in .venv (once) and run.
 PYTHON ?= python3
 BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 READY := .venv/.ready
 DEV := .venv/.dev
 
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_classifier.py --config configs/demo_classifier.yaml
-	$(BIN)/accelerate launch --quiet --num_processes 1 scripts/train_dit.py --config configs/demo.yaml
+	$(LAUNCH) scripts/train_classifier.py --config configs/demo_classifier.yaml
+	$(LAUNCH) scripts/train_dit.py --config configs/demo.yaml
 	$(BIN)/python scripts/judge.py --checkpoint demo/denoiser --classifier demo/classifier --output demo/digits.png
 
 test: $(DEV)
