@@ -59,7 +59,7 @@ def test_written_settings_read_back_the_same(tmp_path):
         (TrainSettings, ["--label-dropout", "1.5"], "--label-dropout"),
         (TrainSettings, ["--ema-decay", "1"], "--ema-decay"),
         (TrainSettings, ["--dataset", "cifar"], "dataset"),
-        (TrainSettings, ["--config", "no-such.yaml"], "no-such.yaml"),
+        (TrainSettings, ["--config", "no-such.yaml"], "--config: File does not exist: "),
         (TrainSettings, ["--model", "SiT-S/2", "--objective", "eps"], "--model DiT-S/2"),
         (TrainSettings, ["--objective", "v"], "--objective"),
         (SampleSettings, ["--class", "1", "--steps", "1001"], "--steps"),

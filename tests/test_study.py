@@ -176,7 +176,8 @@ def test_findings_say_first_where_the_first_run_loses():
     assert text.count("\n") == 0 and "step 10, 3 seeds" in text
     loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
     assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
-    assert "nothing." in findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
+    alone = findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
+    assert "nothing." in alone and "losses" not in alone
 
 
 def test_losses_over_other_timesteps_are_not_compared():
@@ -356,9 +357,13 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
 def test_only_the_last_snapshots_are_measured_where_no_more_is_wanted(tmp_path, called, monkeypatch):
     settings = settings_of(tmp_path, measure="last", seeds=[3], runs={"D-EMO": RUNS["D-EMO"]})
     small = Study(settings, scripts=ROOT / "scripts")
-    small.work()
-    assert list(read_measurements(small.runs[0])) == [4]
+    small.runs[0].folder.mkdir(parents=True)
     add_measurement(small.runs[0], 2, {"fid": 1.0})  # as by a study that wants all
+    with pytest.raises(InputError, match="nothing of the study"):
+        small.report()
+    small.work()
+    assert list(read_measurements(small.runs[0])) == [2, 4]
+    assert list(read_measurements(small.runs[0], last=True)) == [4]
     monkeypatch.setattr(sys, "argv", ["compare.py"])
     report = small.report().read_text()
     assert "Step 4." in report and "FID at step" not in report

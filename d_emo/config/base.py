@@ -88,7 +88,7 @@ def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> s
     if unknown := re.match(r"(?:unrecognized arguments: -*|Option ')([\w-]+)", complaint):
         near = difflib.get_close_matches(f"--{unknown[1].replace('_', '-')}", flags.values(), 1)
         return f"there is no setting {unknown[1]!r}" + (f"; did you mean {near[0]}?" if near else "")
-    return complaint
+    return re.sub(r'Parser key "([\w-]+)"', r"--\1", complaint)
 
 
 def in_words(kind: Any) -> str:

@@ -16,6 +16,7 @@ from d_emo.study.results import (
     difference,
     last_common_step,
     minutes_by_step,
+    same_loss,
     values_of,
     write_csv,
 )
@@ -70,7 +71,7 @@ def findings(rows: Sequence[Row], heading: str, names: Sequence[str]) -> str:
         seeds = difference(rows, first, other, step, "fid").count
         titles = {"loses": f"**{first} loses** in", "undecided": "Not decided:", "wins": "It wins in"}
         parts = [f"{title} {'; '.join(verdicts[kind]) or 'nothing'}." for kind, title in titles.items()]
-        if difference(rows, first, other, step, "loss") is None:
+        if not same_loss(rows, first, other):
             parts.append("Their losses are over other timesteps and are not compared.")
         lines.append(f"- {heading}, {first} against {other}, step {step:,}, {plural(seeds, 'seed')}. {' '.join(parts)}")
     return "\n".join(lines)

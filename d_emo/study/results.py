@@ -50,11 +50,12 @@ class Estimate:
         return f"{self.mean:.{digits}f}" + ("" if self.half_width is None else f" ± {self.half_width:.{digits}f}")
 
 
-def read_measurements(run: PlannedRun) -> dict[int, dict[str, float]]:
-    """Figures of a run's snapshots by step."""
+def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[str, float]]:
+    """Figures of a run's snapshots by step; with ``last``, of the one at its end only."""
     if not run.results.exists():
         return {}
-    return {int(step): figures for step, figures in json.loads(run.results.read_text()).items()}
+    measured = {int(step): figures for step, figures in json.loads(run.results.read_text()).items()}
+    return {step: figures for step, figures in measured.items() if not last or step == run.training.max_steps}
 
 
 def add_measurement(run: PlannedRun, step: int, figures: dict[str, float]) -> None:
@@ -79,7 +80,7 @@ def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
 
 
 def collect(
-    runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]], seconds: dict[str, float]
+    runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]], seconds: dict[str, float], *, last: bool = False
 ) -> tuple[list[Row], dict[tuple, Curve]]:
     """A row for every measured snapshot, and the loss curve of every trained run by (name, seed).
 
@@ -89,10 +90,11 @@ def collect(
         runs: Of the study.
         sizes: Parameters and multiply-accumulates by name.
         seconds: Of a training step, by name.
+        last: Only of the snapshots at the end.
     """
     rows, losses = [], {}
     for run in runs:
-        measured = read_measurements(run)
+        measured = read_measurements(run, last=last)
         if not measured:
             continue
         curves, batch = read_run(run.folder).curves, run.training.batch_size
@@ -161,9 +163,14 @@ def last_common_step(rows: Sequence[Row], names: Sequence[str]) -> int | None:
     return max(common, default=None)
 
 
+def same_loss(rows: Sequence[Row], name: str, other: str) -> bool:
+    """Whether the losses of two runs are means over the same."""
+    return len({row["loss_over"] for row in rows if row["run"] in (name, other)}) == 1
+
+
 def difference(rows: Sequence[Row], name: str, other: str, step: int, figure: str) -> Estimate | None:
     """``name`` minus ``other``, seed by seed; None if they share none, or it is the loss and is not over the same."""
-    if figure == "loss" and len({row["loss_over"] for row in rows if row["run"] in (name, other)}) > 1:
+    if figure == "loss" and not same_loss(rows, name, other):
         return None
     ours, theirs = (values_of(rows, each, step, figure) for each in (name, other))
     shared = sorted(ours.keys() & theirs.keys())

@@ -106,7 +106,8 @@ class Study:
 
     def _measure(self, run: PlannedRun) -> None:
         """Measure the snapshots that have not been."""
-        for snapshot in run.snapshots()[-1 if self.settings.measure == "last" else 0 :]:
+        snapshots = run.snapshots()
+        for snapshot in snapshots if self.settings.measure == "all" else snapshots[-1:]:
             if step_of(snapshot) in read_measurements(run):
                 continue
             if self.classifier is not None:
@@ -143,8 +144,9 @@ class Study:
             InputError: Nothing has been measured yet, or matplotlib is not installed.
         """
         settings, folder = self.settings, Path(self.settings.report_dir)
+        last = settings.measure == "last"  # runs shared with another study may have more measurements
         sizes = {run.name: size_of(run, latent_shape_of(settings, run.training)) for run in self.runs}
-        if not any(read_measurements(run) for run in self.runs):
+        if not any(read_measurements(run, last=last) for run in self.runs):
             raise InputError(f"nothing of the study in {self.folder} is measured yet")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +154,7 @@ class Study:
             raise InputError(f"the report's folder {folder} cannot be made: {error.strerror}") from None
         times = self._step_times()
         seconds = {run.name: times["seconds"][speed_key(run, settings)] for run in self.runs}
-        rows, losses = collect(self.runs, sizes, seconds)
-        if settings.measure == "last":  # runs shared with another study may have more
-            ends = {run.name: run.training.max_steps for run in self.runs}
-            rows = [row for row in rows if row["step"] == ends[row["run"]]]
+        rows, losses = collect(self.runs, sizes, seconds, last=last)
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
