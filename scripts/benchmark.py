@@ -14,11 +14,10 @@ def main() -> None:
     settings = parse_settings(BENCHMARKS[kind], __doc__, flags)
     from d_emo.benchmark import run_benchmark, table, write_report
 
-    results, baseline, device = run_benchmark(settings)
-    print(table(results, baseline))
+    report = run_benchmark(settings)
+    print("\n\n".join([table(report), *report.profiles]))
     if settings.output:
-        options = dataclasses.asdict(settings)
-        write_report(Path(settings.output), results, baseline=baseline, settings=options, device=device)
+        write_report(Path(settings.output), report, dataclasses.asdict(settings))
         print(f"\nwrote {settings.output}/table.md, results.json and plot.png")
 
 

@@ -1,10 +1,12 @@
 import json
 import sys
+import time
 
 import pytest
 import torch
 
 from d_emo.benchmark import run_benchmark, transcribe, write_report
+from d_emo.benchmark.profile import operator_times, profile_table
 from d_emo.benchmark.timing import Case, measure, saved_bytes
 from d_emo.config import (
     BENCHMARKS,
@@ -74,28 +76,52 @@ def test_saved_memory_counts_each_tensor_once_and_no_parameters():
 
 
 def test_denoisers_are_measured_and_reported(tmp_path):
-    settings = DenoiserBenchmarkSettings(depth=1, rounds=1, batch_size=1, pixels=[64], device="cpu")
-    results, baseline, device = run_benchmark(settings)
+    settings = DenoiserBenchmarkSettings(depth=1, rounds=1, batch_size=1, pixels=[64], device="cpu", profile=True)
+    report = run_benchmark(settings)
+    results = report.results
     names = ["D-EMO", "plain transcription", "our DiT", "diffusers DiT"]
     assert [(r.group, r.name) for r in results] == [
         (f"S-2, 64 px, {work}", name) for work in ("training", "inference") for name in names
     ]
     assert all(r.milliseconds > 0 and r.ratio > 0 and r.gmacs_per_second > 0 for r in results)
-    assert [r.ratio for r in results if r.name == baseline] == [1, 1]
+    assert [r.ratio for r in results if r.name == report.baseline] == [1, 1]
     assert all((r.saved_megabytes is None) == ("inference" in r.group) for r in results)
-    write_report(tmp_path / "new", results, baseline=baseline, settings={}, device=device)
-    assert len((tmp_path / "new/table.md").read_text().splitlines()) == 2 + len(results) + 2
+    write_report(tmp_path / "new", report, {})
+    written, lines = (tmp_path / "new/table.md").read_text(), 2 + len(results) + 2
+    profiles = [line for line in written.splitlines()[lines:] if line.startswith("| `")]
+    assert len(profiles) == 2 * 12 and any("linear" in line or "mm`" in line for line in profiles)
     assert json.loads((tmp_path / "new/results.json").read_text())["results"][0]["name"] == "D-EMO"
     assert (tmp_path / "new/plot.png").stat().st_size > 1000
+
+
+def test_a_profile_has_the_operators_of_a_step_in_milliseconds(monkeypatch):
+    x, ran, device = torch.randn(1000, 1000), [], torch.device("cpu")
+    cases = [Case("g", name, lambda name=name: ran.append((name, torch.erf(x)))) for name in ("few", "many")]
+    operator_times(cases[0], 1, device)  # the profiler's own start
+    ran.clear()
+    start = time.perf_counter()
+    times = operator_times(cases[0], 50, device)
+    passed = time.perf_counter() - start
+    assert len(ran) == 50 and 0 < times["aten::erf"] <= sum(times.values()) <= 1e3 * passed / 50  # of one step
+    monkeypatch.setattr("d_emo.benchmark.profile.operator_times", lambda case, *_: {case.name: 1.5, "both": 2})
+    monkeypatch.setattr("d_emo.benchmark.profile.SHOWN", 2)
+    assert profile_table(cases, rounds=1, device=device).splitlines() == [
+        "| g, ms | few | many |",
+        "|---|---:|---:|",
+        "| `both` | 2.0 | 2.0 |",
+        "| `few` | 1.5 | 0.0 |",
+        "| all others | 0.0 | 1.5 |",
+        "| all | 3.5 | 3.5 |",
+    ]
 
 
 def test_classifiers_are_measured_beside_a_fused_peer():
     settings = ClassifierBenchmarkSettings(
         models=["emov2_1m"], peers=["repvit_m0_9"], rounds=1, batch_size=1, image_size=64, device="cpu"
     )
-    results, baseline, _ = run_benchmark(settings)
-    assert [r.name for r in results] == ["emov2_1m, plain transcription", "emov2_1m", "repvit_m0_9"]
-    assert baseline == "repvit_m0_9"
+    report = run_benchmark(settings)
+    assert [r.name for r in report.results] == ["emov2_1m, plain transcription", "emov2_1m", "repvit_m0_9"]
+    assert report.baseline == "repvit_m0_9" and not report.profiles
 
 
 @pytest.mark.parametrize(

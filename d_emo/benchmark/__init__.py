@@ -8,7 +8,8 @@ import torch
 
 from d_emo.benchmark.classifiers import classifier_cases
 from d_emo.benchmark.denoisers import BASELINE, denoiser_cases
-from d_emo.benchmark.report import Result, table, write_report
+from d_emo.benchmark.profile import profile_table
+from d_emo.benchmark.report import Report, Result, table, write_report
 from d_emo.benchmark.timing import measure
 from d_emo.benchmark.transcription import transcribe
 from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings, InputError
@@ -16,8 +17,8 @@ from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings, InputErro
 __all__ = ["run_benchmark", "table", "transcribe", "write_report"]
 
 
-def run_benchmark(settings: BenchmarkSettings) -> tuple[list[Result], str, torch.device]:
-    """Measure what the settings name; returns the lines of the table, the baseline's name and the device."""
+def run_benchmark(settings: BenchmarkSettings) -> Report:
+    """Measure what the settings name."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no GPU here; leave it out")
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -28,11 +29,15 @@ def run_benchmark(settings: BenchmarkSettings) -> tuple[list[Result], str, torch
     else:
         groups = iter([classifier_cases(settings, device)])
         baseline = (settings.peers or settings.models)[0]
-    results = []
+    report = Report(baseline, device)
     for cases in groups:
         print(f"measuring {cases[0].group}", file=sys.stderr)
         measure(cases, rounds=settings.rounds, device=device, clock=settings.clock)
         first = next(case for case in cases if case.name == baseline)
-        results += [Result.of(case, baseline=first, batch_size=settings.batch_size, device=device) for case in cases]
+        report.results += [
+            Result.of(case, baseline=first, batch_size=settings.batch_size, device=device) for case in cases
+        ]
+        if settings.profile:
+            report.profiles.append(profile_table(cases, rounds=settings.rounds, device=device))
         cases.clear()  # the next group's networks need the memory
-    return results, baseline, device
+    return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,24 @@ def model_flops_utilisation(case: Case, device: torch.device) -> float | None:
     return next((2 * case.macs / case.median / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def table(results: Sequence[Result], baseline: str) -> str:
+@dataclass
+class Report:
+    """What was measured: a line of the table for each case, and the profile of each group where it was asked for."""
+
+    baseline: str
+    device: torch.device
+    results: list[Result] = field(default_factory=list)
+    profiles: list[str] = field(default_factory=list)
+
+
+def table(report: Report) -> str:
     """A markdown table."""
     lines = [
-        f"| what | network | ms per step (quartiles) | images/s | time over {baseline} | GMAC/s | kept for backward "
-        "| peak memory | MFU |",
+        f"| what | network | ms per step (quartiles) | images/s | time over {report.baseline} | GMAC/s "
+        "| kept for backward | peak memory | MFU |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for r in results:
+    for r in report.results:
         low, high = r.quartiles
         speed = f"{r.gmacs_per_second:.0f}" if r.gmacs_per_second else "-"
         kept, peak = (f"{x:,.0f} MB" if x is not None else "-" for x in (r.saved_megabytes, r.peak_megabytes))
@@ -92,10 +102,8 @@ def processor() -> str:
     return next(found, platform.processor() or platform.machine())
 
 
-def write_report(
-    folder: Path, results: Sequence[Result], *, baseline: str, settings: dict[str, Any], device: torch.device
-) -> None:
-    """Write ``table.md``, ``results.json`` and ``plot.png`` into a folder.
+def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None:
+    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder.
 
     Raises:
         InputError: if the folder cannot be made, or matplotlib is not installed.
@@ -108,12 +116,17 @@ def write_report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder} cannot be made: {error.strerror}") from None
-    where = machine(device)
+    where = machine(report.device)
     about = ", ".join(f"{key} {value}" for key, value in where.items())
-    (folder / "table.md").write_text(f"{table(results, baseline)}\n\n{about}\n")
-    record = {"machine": where, "settings": settings, "baseline": baseline, "results": [asdict(r) for r in results]}
+    (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
+    record = {
+        "machine": where,
+        "settings": settings,
+        "baseline": report.baseline,
+        "results": [asdict(r) for r in report.results],
+    }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(results).savefig(folder / "plot.png", dpi=120)
+    plot(report.results).savefig(folder / "plot.png", dpi=120)
 
 
 def plot(results: Sequence[Result]) -> Any:

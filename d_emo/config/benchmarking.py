@@ -17,6 +17,7 @@ class BenchmarkSettings:
     clock: Literal["wall", "cpu"] = setting("wall", "cpu: this process's own time, for a machine shared with others")
     threads: int | None = setting(None, "CPU threads. Default: PyTorch's choice")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
+    profile: bool = setting(False, "also where the time goes, by operator, in as many rounds more")
     output: str | None = setting(None, "folder for table.md, results.json and plot.png. Default: print the table only")
 
     def __post_init__(self) -> None:
