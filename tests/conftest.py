@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from d_emo.models import create_model
 
@@ -28,6 +29,19 @@ def tiny_denoiser():
             if "adaLN" in name or "final_layer" in name:
                 parameter.normal_(0, 0.02)
     return model.eval()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six images of noise in two classes, as ImageNet lays them out, three to train on and three to measure on."""
+    for part in ("train", "val"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "photos" / part / label
+            folder.mkdir(parents=True)
+            for index in range(3):
+                pixels = np.random.default_rng([index, len(part)]).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "photos"
 
 
 @pytest.fixture

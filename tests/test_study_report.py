@@ -1,0 +1,78 @@
+"""The arithmetic of a study's report: intervals, differences, what is said first."""
+
+import pytest
+
+from d_emo.study.report import course_table, findings, gap_table, main_table
+from d_emo.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
+
+
+def rows_of(**figures):
+    """Rows of runs by seed; a figure of a run is a list over seeds 0, 1, 2, ..."""
+    return [
+        {"run": run, "seed": seed, "step": 10, "parameters": 2e6, "macs": 3e6, "seconds_per_step": 0.5, "images": 40,
+         "loss_over": "eps, uniform", **{key: values[seed] for key, values in each.items()}}
+        for run, each in figures.items() for seed in range(len(each["fid"]))
+    ]  # fmt: skip
+
+
+def test_an_estimate_has_students_interval():
+    estimate = Estimate.of([1.0, 2.0, 3.0])
+    assert estimate.mean == 2 and estimate.half_width == pytest.approx(4.302653 / 3**0.5)
+    assert estimate.show(1) == "2.0 ± 2.5" and not estimate.decided and Estimate.of([5, 5.1, 4.9]).decided
+    assert Estimate.of([-5, -5.1, -4.9]).decided
+    alone = Estimate.of([4.0])
+    assert alone.half_width is None and alone.show() == "4.00" and not alone.decided
+
+
+def test_differences_pair_the_seeds_that_both_have():
+    rows = rows_of(a={"fid": [1.0, 20.0, 7.0]}, b={"fid": [2.0, 22.0]})
+    gap = difference(rows, "a", "b", 10, "fid")
+    assert (gap.mean, gap.count) == (-1.5, 2)
+    assert difference(rows, "a", "c", 10, "fid") is None and difference(rows, "a", "b", 10, "recall") is None
+    assert last_common_step(rows, ["a", "b"]) == 10 and last_common_step(rows, ["a", "c"]) is None
+    rows += [{**rows[0], "step": 20}]
+    assert last_common_step(rows, ["a"]) == 20 and last_common_step(rows, ["a", "b"]) == 10
+
+
+def test_fid_at_equal_time_lies_on_the_line_between_measured_steps():
+    rows = rows_of(a={"fid": [8.0]}, b={"fid": [9.0]})
+    rows += [{**rows[0], "step": 20, "fid": 4.0}]
+    assert minutes_by_step(rows, "a") == {10: 10 * 0.5 / 60, 20: 20 * 0.5 / 60}
+    assert at_time(rows, "a", 12.5 * 0.5 / 60) == [pytest.approx(7.0)]
+    assert at_time(rows, "b", 10 * 0.5 / 60) == [9.0] and at_time(rows, "b", 1 * 0.5 / 60) == []
+
+
+def test_findings_say_first_where_the_first_run_loses():
+    rows = rows_of(
+        us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
+        them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
+    )
+    rows.append({**rows[0], "seed": 3, "fid": 1000.0})  # a seed that the other does not have
+    text = findings(rows, "Test", ["us", "them", "nobody"])
+    assert text.count("\n") == 0 and "step 10, 3 seeds" in text
+    loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
+    assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
+    alone = findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
+    assert "nothing." in alone and "losses" not in alone
+
+
+def test_losses_over_other_timesteps_are_not_compared():
+    rows = rows_of(a={"fid": [1.0], "loss": [0.5]}, b={"fid": [2.0], "loss": [0.25]})
+    assert difference(rows, "a", "b", 10, "loss").mean == 0.25 and "loss 0.5" in findings(rows, "Same", ["a", "b"])
+    rows[1]["loss_over"] = "eps, logit-normal 0 1"
+    text = findings(rows, "Other", ["a", "b"])
+    assert difference(rows, "a", "b", 10, "loss") is None and difference(rows, "a", "b", 10, "fid").mean == -1
+    assert "loss 0.5" not in text and text.endswith("Their losses are over other timesteps and are not compared.")
+
+
+def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
+    rows = rows_of(a={"fid": [1.0, 2.0, 3.0]}, b={"fid": [3.0, 4.0, 5.0]})
+    table = main_table(rows, ["a", "b", "missing"])
+    assert table.startswith("Step 10.") and "missing" not in table
+    assert "| a | 3 | 2.00M | 3.0M | 500 | 2.00 ± 2.48 | - |" in table
+    assert "| b | 3 | 2.00M | 3.0M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
+    course = course_table([*rows, {**rows[0], "step": 20, "fid": 0.5}], ["a", "b"])
+    assert course.splitlines()[0] == "| FID at step | 10 | 20 | after 0.1 minutes |"
+    assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 | 1.00 |", "| b | 4.00 ± 2.48 | - | 4.00 ± 2.48 |"]
+    gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
+    assert "| a | 0.750 | 0.750 |" in gap_table(gaps)
