@@ -13,10 +13,14 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
-def accelerate_starts_anew():
-    """Accelerate keeps the precision of the first run in a process; the next test's run may want another."""
+def precision_starts_anew():
+    """Accelerate keeps the precision of the first run in a process, and a run allows TF32; the next test may not."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in switches]
     yield
     AcceleratorState._reset_state(True)
+    for each, allowed in zip(switches, before, strict=True):
+        each.allow_tf32 = allowed
 
 
 @pytest.fixture

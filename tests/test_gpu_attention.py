@@ -175,7 +175,7 @@ def test_a_denoiser_trains_the_same_with_and_without_the_kernels(interpreted):
 
 def test_the_check_passes_and_sees_a_wrong_kernel(interpreted, monkeypatch):
     gpu.check(torch.device("cpu"))
-    assert [len(launched[1]) for launched in interpreted] == [4, 7] * 3
+    assert [len(launched[1]) for launched in interpreted] == [4, 7] * 4
     right = gpu.activation
     monkeypatch.setattr(gpu, "activation", lambda z, mask, ACT: right(z, mask, "silu"))
     with pytest.raises(RuntimeError, match="the result of window attention in torch.float32 is off by"):
@@ -224,7 +224,7 @@ def test_kernels_compile_without_spills_and_fit_small_cards(monkeypatch, tmp_pat
 
 @on_gpu
 @pytest.mark.parametrize("batch", [2, 128], ids=["many-launches", "one-launch"])
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float32, 5e-3)])
 def test_on_a_gpu_at_a_real_size(monkeypatch, dtype, bound, batch):
     monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
     inputs = operands((16, 16), (64, 256), heads=6, batch=batch, dtype=dtype, device="cuda")

@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
+from d_emo.benchmark.timing import saved_bytes
 from d_emo.config import RunError
 from d_emo.kernels import choice, in_slices, linear, plain, window_attention
 from d_emo.kernels.choice import HAS_ONEDNN
@@ -66,61 +69,110 @@ def test_linear_uses_onednn_for_float32_only_and_never_where_the_plain_form_is_w
     assert not any(name in str(node.target) for node in graph.nodes for name in ("mkldnn", "d_emo"))
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """As if there were a GPU, on which nothing has been tried; yields how to set what a trial does."""
+    gpu = pytest.importorskip("d_emo.kernels.gpu")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, answer in (
+        ("get_device_capability", (9, 0)), ("synchronize", None), ("set_device", None),
+        ("is_current_stream_capturing", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(choice, "_tried", {})
+    return lambda trial: monkeypatch.setattr(gpu, "CHECKS", (trial,))
+
+
 @pytest.mark.parametrize("capability, problem, works", [
     ((9, 0), None, True), ((9, 0), RuntimeError("ptxas: no such card\nmore"), False), ((7, 5), None, False)
 ])  # fmt: skip
-def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, recwarn, capability, problem, works):
-    gpu, tried = pytest.importorskip("d_emo.kernels.gpu"), []
+def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, card, recwarn, capability, problem, works):
+    tried = []
 
     def trial(device):
         tried.append((str(device), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         if problem:
             raise problem
 
-    monkeypatch.setattr(gpu, "CHECKS", (trial,))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    card(trial)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    choice.passes_trial.cache_clear()
     with torch.inference_mode():
         assert choice.triton_works(1) is works
     assert choice.triton_works(1) is works
-    choice.passes_trial.cache_clear()
     assert tried == ([] if capability < (8, 0) else [("cuda:1", True, False)])
     assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
 
 
-def test_a_trial_that_breaks_the_gpu_ends_with_the_remedy(monkeypatch):
-    gpu = pytest.importorskip("d_emo.kernels.gpu")
-
+def test_a_trial_that_breaks_the_gpu_ends_with_the_remedy(monkeypatch, card):
     def broken(_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    monkeypatch.setattr(gpu, "CHECKS", (broken,))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    card(broken)
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    choice.passes_trial.cache_clear()
     with pytest.raises(RunError, match="illegal memory access was encountered.; start again with D_EMO_KERNELS=plain"):
         choice.triton_works(0)
-    choice.passes_trial.cache_clear()
 
 
-def test_the_trial_may_happen_while_a_network_is_compiled(monkeypatch):
-    gpu, tried = pytest.importorskip("d_emo.kernels.gpu"), []
+def test_a_trial_without_memory_decides_nothing(card):
+    def crowded(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card(crowded)
+    with pytest.raises(torch.OutOfMemoryError):
+        choice.triton_works(0)
+    card(lambda device: None)
+    assert choice.triton_works(0)
+
+
+def test_nothing_is_tried_while_a_cuda_graph_is_recorded(monkeypatch, card):
+    card(lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not choice.triton_works(0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choice.triton_works(0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choice.triton_works(0)
+
+
+def differentiated(tried):
+    """A trial that takes a gradient of numbers, and needs them to be real ones."""
 
     def trial(device):
         x = torch.randn(3, requires_grad=True)
         tried.append(torch.autograd.grad(x.square().sum(), x)[0].sum().item())
 
-    monkeypatch.setattr(gpu, "CHECKS", (trial,))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    choice.passes_trial.cache_clear()
+    return trial
+
+
+def test_the_trial_may_happen_while_a_network_is_compiled(card):
+    card(differentiated(tried := []))
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x + 1 if choice.triton_works(0) else x, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [1, 1] and len(tried) == 1
-    choice.passes_trial.cache_clear()
+
+
+def test_the_trial_may_happen_in_a_checkpointed_block(card, recwarn):
+    card(differentiated(tried := []))
+    x = torch.randn(4, requires_grad=True)
+    checkpoint(lambda x: (x * (2 if choice.triton_works(0) else 3)).exp(), x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x).exp().detach())
+    assert len(tried) == 1 and not recwarn.list
+
+
+def test_what_the_trial_saves_is_not_counted_as_a_networks(card):
+    card(differentiated([]))
+    x = torch.randn(5, requires_grad=True)
+    assert saved_bytes(lambda: choice.triton_works(0) and x.exp().sum()) == 5 * 4
+
+
+@pytest.mark.parametrize("surroundings", [
+    FakeTensorMode, lambda: torch.device("meta"), lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+])  # fmt: skip
+def test_the_trial_takes_no_notice_of_what_is_around_it(card, surroundings):
+    card(differentiated(tried := []))
+    with surroundings():
+        assert choice.triton_works(0)
+    assert len(tried) == 1
 
 
 def test_an_environment_variable_turns_all_kernels_off():

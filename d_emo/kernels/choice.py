@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -71,13 +70,23 @@ def uses_triton(*tensors: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def triton_works(index: int) -> bool:
-    """`passes_trial`; the compiler, which would look into a cached function, calls this one and takes its word."""
-    return passes_trial(index)
+    """`passes_trial`; the compiler, which would look into a cached function, calls this one and takes its word.
+
+    False while a CUDA graph is recorded, unless they were tried before: nothing can be tried then.
+    """
+    if index not in _tried:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _tried[index] = passes_trial(index)
+    return _tried[index]
 
 
-@functools.cache
+_tried: dict[int, bool] = {}
+"""By GPU, whether `passes_trial`."""
+
+
 def passes_trial(index: int) -> bool:
-    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form, tried once.
+    """Whether every kernel of `d_emo.kernels.gpu` runs on this GPU and equals its plain form.
 
     Raises:
         RunError: A kernel failed so that this process can no longer use the GPU.
@@ -88,6 +97,8 @@ def passes_trial(index: int) -> bool:
         from d_emo.kernels import gpu
 
         gpu.check(torch.device("cuda", index))
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # of the compiler, the driver, or a difference: all mean the plain form
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -15,9 +16,19 @@ CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.che
 def check(device: torch.device) -> None:
     """Try every kernel on small maps, whatever is going on around.
 
+    That is why it has a thread of its own: autograd's modes and hooks (a checkpointed block would be computed anew
+    within the trial, and what the trial saves be counted as a network's), autocast, function transforms, fake tensors
+    and the default device are a thread's own.
+
     Raises:
         Exception: A kernel does not compile, does not run, or computes something else.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+
+    def trial() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts with the first
         for one in CHECKS:
             one(device)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(trial).result()

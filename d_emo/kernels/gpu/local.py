@@ -43,6 +43,7 @@ def _local_projection(
     a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, c, and mean and variance of c."""
+    a = a.contiguous()
     c, statistics = convolve(a, taps_of(kernel), statistics=True)
     y = skip(a, c, _norm(statistics, gamma, beta, eps))
     with torch.autocast(a.device.type, enabled=False):
@@ -52,7 +53,7 @@ def _local_projection(
 @_local_projection.register_fake
 def _(a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float) -> tuple[Tensor, ...]:
     out = a.new_empty((*a.shape[:-1], len(projection)))
-    return out, torch.empty_like(a), a.new_empty((2, a.shape[-1]), dtype=torch.float32)
+    return out, a.new_empty(a.shape), a.new_empty((2, a.shape[-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("d_emo::local_projection_backward", mutates_args=())
@@ -65,7 +66,7 @@ def _local_projection_backward(
     With the sums s1 of dn and s2 of ``dn (c - mean)`` over N pixels, a batch norm's gradient is
     ``dc = factor (dn - s1 / N - (c - mean) s2 / (var + eps) / N)``, here as ``p dn + q c + t`` for each channel.
     """
-    grad, pixels = grad.contiguous(), a.numel() // a.shape[-1]
+    (grad, a, c), pixels = (x.contiguous() for x in (grad, a, c)), a.numel() // a.shape[-1]
     norm = _norm(statistics, gamma, beta, eps)
     mean, factor, _ = norm
     inverse = 1.0 / (statistics[1] + eps)
@@ -91,7 +92,7 @@ def _(
     projection: Tensor, eps: float, needs_projection: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     like = projection.new_empty(projection.shape if needs_projection else 0)
-    return torch.empty_like(a), kernel.new_empty(kernel.shape), torch.empty_like(gamma), torch.empty_like(beta), like
+    return a.new_empty(a.shape), kernel.new_empty(kernel.shape), torch.empty_like(gamma), torch.empty_like(beta), like
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -120,7 +121,7 @@ def local_projection(
     Shape: a (B, H, W, M), kernel (M, 1, k, k), gamma and beta (M,), projection (C, M) -> (B, H, W, C).
     """
     operator = torch.ops.d_emo.local_projection
-    out, _, statistics = operator(a.contiguous(), kernel, gamma, beta, projection, eps)
+    out, _, statistics = operator(a, kernel, gamma, beta, projection, eps)
     pixels = a.numel() // a.shape[-1]
     with torch.no_grad():
         mean, var = statistics.detach()
@@ -131,18 +132,18 @@ def local_projection(
 
 @torch.library.custom_op("d_emo::depthwise_conv2d", mutates_args=())
 def _depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    return convolve(x, taps_of(weight))[0]
+    return convolve(x.contiguous(), taps_of(weight))[0]
 
 
 @_depthwise_conv2d.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("d_emo::depthwise_conv2d_backward", mutates_args=())
 def _depthwise_conv2d_backward(x: Tensor, grad: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """The gradients of the map and the kernel; empty if unneeded."""
-    grad = grad.contiguous()
+    x, grad = x.contiguous(), grad.contiguous()
     grad_x = convolve(grad, taps_of(weight), flip=True)[0] if needs[0] else x.new_empty(0)
     grad_weight = correlate(x, grad, weight.shape[-1]).to(weight.dtype) if needs[1] else weight.new_empty(0)
     return grad_x, grad_weight
@@ -167,18 +168,18 @@ _depthwise_conv2d.register_autograd(
 
 @torch.library.custom_op("d_emo::depthwise_silu", mutates_args=())
 def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, skip: bool) -> Tensor:
-    bias = None if bias is None else bias.float()
+    x, bias = x.contiguous(), None if bias is None else bias.float()
     return convolve(x, taps_of(weight), bias=bias, act=True, plus=x if skip else None)[0]
 
 
 @_depthwise_silu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, skip: bool) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution of stride 1 that keeps the size. Shape: (B, H, W, M), (M, 1, k, k) -> (B, H, W, M)."""
-    return torch.ops.d_emo.depthwise_conv2d(x.contiguous(), weight)
+    return torch.ops.d_emo.depthwise_conv2d(x, weight)
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, *, skip: bool = False) -> Tensor:
@@ -186,7 +187,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, *, skip: bool
 
     Shape: x (B, H, W, M), weight (M, 1, k, k), bias (M,) -> (B, H, W, M).
     """
-    return torch.ops.d_emo.depthwise_silu(x.contiguous(), weight, bias, skip)
+    return torch.ops.d_emo.depthwise_silu(x, weight, bias, skip)
 
 
 def check(device: torch.device) -> None:
@@ -196,9 +197,12 @@ def check(device: torch.device) -> None:
         RuntimeError: A result differs.
     """
     generator = torch.Generator().manual_seed(0)
-    for dtype, size, tolerance in ((torch.float32, 3, 1e-3), (torch.bfloat16, 5, 3e-2)):
+    for dtype, size, tolerance in (
+        (torch.float32, 3, 5e-3), (torch.bfloat16, 5, 3e-2), (torch.float16, 7, 1e-2)  # float32 may be TF32
+    ):  # fmt: skip
         shapes = (2, 5, 19, 70), (70, 1, size, size), (70,), (70,), (10, 70)
-        x, *weights = (torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes)
+        cpu = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+        x, *weights = (torch.randn(shape, **cpu).to(device).requires_grad_() for shape in shapes)
         for name, ours, theirs, number in TRIALS:
             inputs = [(x + 1).detach().to(dtype).requires_grad_(), *weights[:number]]
             exact = [one.detach().double().requires_grad_() for one in inputs]

@@ -18,8 +18,8 @@ from d_emo.kernels.gpu.convolution import WARPS, multiprocessors
 CHANNELS = 128
 """Of a program."""
 
-PROGRAMS = 16
-"""Programs of the backward kernel for each multiprocessor: four rounds of four at a time."""
+PROGRAMS = 15
+"""Programs of the backward kernel for each multiprocessor: five rounds of three at a time, its registers' limit."""
 
 
 @triton.jit
