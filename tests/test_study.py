@@ -264,7 +264,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert len(read_rows(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
     assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
-    assert "As many real held-out images measure: FID 0.0" in report and "class % 10." in report
+    assert "20 real held-out images measure: FID 0.0" in report and "class % 10." in report
     assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are over other timesteps", report)
     assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)
@@ -325,7 +325,8 @@ def test_nothing_measured_is_said(tmp_path):
 def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatch, capsys):
     from d_emo.study import cost
 
-    monkeypatch.setattr(cost, "measure_speed", lambda *args: (1.8, 0.9))  # seconds of a step, and of a forward pass
+    monkeypatch.setattr(cost.Workload, "step", lambda self: 1.8)  # seconds
+    monkeypatch.setattr(cost.Workload, "draw", lambda self: 0.9)
     settings = settings_of(tmp_path, launch=["--num_processes=2"], guidance_scale=1.5)
     assert processes_of(settings.launch) == 2 and processes_of(["--cpu"]) == 1
     runs = plan_runs(settings)
@@ -335,5 +336,6 @@ def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatc
     hours = 2 * 2 * (4 * 1.8 + 20 * 4 * 2 * 0.9 / 2) / 3600
     assert f"{hours:,.1f} hours on 2 x" in table and "no buffers" not in table
     monkeypatch.undo()
-    step, image = cost.measure_speed(runs[0].training, (3, 8, 8), torch.device("cpu"), 2)
+    work = cost.Workload(runs[0].training, (3, 8, 8), torch.device("cpu"), 2)
+    step, image = work.step(), work.draw()
     assert step > 0 and image > 0

@@ -1,7 +1,10 @@
 """The arithmetic of a study's report: intervals, differences, what is said first."""
 
 import pytest
+import torch
 
+from d_emo.data import open_dataset, to_uint8
+from d_emo.study.measuring import is_empty
 from d_emo.study.report import course_table, findings, gap_table, main_table
 from d_emo.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
 
@@ -76,3 +79,14 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 | 1.00 |", "| b | 4.00 ± 2.48 | - | 4.00 ± 2.48 |"]
     gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
     assert "| a | 0.750 | 0.750 |" in gap_table(gaps)
+
+
+def test_a_ground_without_a_shape_is_empty():
+    shapes = open_dataset(dataset="shapes", data_dir=None, split="test", image_size=64, num_images=1000)
+    real = to_uint8(torch.stack([shapes[index][0] for index in range(0, 1000, 7)]))
+    noise = torch.randint(-15, 16, (5, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    grounds = (torch.tensor([20, 90, 200, 128, 235]).view(-1, 1, 1, 1) + noise).to(torch.uint8)
+    grounds[0, :, :4, :5] = 255  # 20 of 4,096 pixels are a speck; one more is something
+    assert not is_empty(real).any() and is_empty(grounds).all()
+    grounds[0, :, 5, 0] = 255
+    assert not is_empty(grounds)[0]

@@ -21,7 +21,7 @@ from d_emo.study.plan import PlannedRun, latent_shape_of
 from d_emo.study.results import size_of
 from d_emo.training.optimizer import make_optimizer
 
-WARM, TIMED, ROUNDS = 2, 5, 5  # repetitions of a piece of work, and turns of all models
+WARM, TIMED, ROUNDS = 2, 5, 20  # repetitions of a piece of work, and turns of all models
 
 
 def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
@@ -42,7 +42,8 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
             continue
         shape = latent_shape_of(settings, run.training)
         parameters, macs = size_of(run, shape)
-        step, image = measure_speed(run.training, shape, device, processes)
+        work = Workload(run.training, shape, device, processes)
+        step, image = settled(work.step), settled(work.draw)
         training = step * run.training.max_steps / 3600
         snapshots = -(-run.training.max_steps // run.training.snapshot_every)
         measuring = image * settings.num_images * network_calls(settings, run.training) * snapshots / processes / 3600
@@ -60,15 +61,21 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
 
 
 def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, float]:
-    """Seconds of an optimizer step by `speed_key`: medians of all runs in turns, to and fro, as disturbances may be."""
+    """Seconds of an optimizer step by `speed_key`: medians of single steps of all models in turns, to and fro.
+
+    What disturbs the machine then disturbs all of them alike.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    different = {speed_key(run, settings): run for run in runs}
+    different = {speed_key(run, settings): run.training for run in runs}
+    works = {
+        key: Workload(training, latent_shape_of(settings, training), device, processes_of(settings.launch))
+        for key, training in different.items()
+    }
     seconds: dict[str, list[float]] = defaultdict(list)
-    for turn in range(ROUNDS):
-        for key, run in list(different.items())[:: -1 if turn % 2 else 1]:
-            shape = latent_shape_of(settings, run.training)
-            seconds[key].append(measure_speed(run.training, shape, device, processes_of(settings.launch))[0])
-    return {key: median(values) for key, values in seconds.items()}
+    for turn in range(WARM + ROUNDS):
+        for key in list(works)[:: -1 if turn % 2 else 1]:
+            seconds[key].append(works[key].step())
+    return {key: median(values[WARM:]) for key, values in seconds.items()}
 
 
 def speed_key(run: PlannedRun, settings: StudySettings) -> str:
@@ -94,39 +101,67 @@ def network_calls(settings: StudySettings, training: TrainSettings) -> int:
     return steps * (2 if guided else 1)
 
 
-def measure_speed(
-    training: TrainSettings, latent_shape: tuple[int, int, int], device: torch.device, processes: int
-) -> tuple[float, float]:
-    """Seconds of one optimizer step, and of drawing one image's forward pass, on one process of so many."""
-    share = training.batch_size // processes
-    micro = min(training.micro_batch_size or (share if device.type == "cuda" else 8), share)
-    use_cores(device, processes)
-    channels, side, _ = latent_shape
-    options = {"sample_size": side, "in_channels": channels} | (training.model_options or {})
-    model = create_model(training.model, **options).to(device)
-    objective = OBJECTIVES[training.objective](null_class=model.null_class).to(device)
-    optimizer = make_optimizer(model, training, {}, device)
-    latents = torch.randn(micro, *latent_shape, device=device)
-    labels = torch.zeros(micro, dtype=torch.long, device=device)
-    draws = objective.draw(torch.Generator(device).manual_seed(0), micro, latent_shape)
-    if training.compile:
-        model.compile()
-    autocast = precision(training, device)
+class Workload:
+    """One model's training and drawing, on one process of so many, on made-up latents.
 
-    def step() -> None:
-        with autocast():
-            loss = objective(model, latents, labels, draws)["loss"]
+    Args:
+        training: Settings of the run.
+        latent_shape: Channels, height and width.
+        device: Where.
+        processes: That share the batch.
+    """
+
+    def __init__(
+        self, training: TrainSettings, latent_shape: tuple[int, int, int], device: torch.device, processes: int
+    ):
+        share = training.batch_size // processes
+        micro = min(training.micro_batch_size or (share if device.type == "cuda" else 8), share)
+        use_cores(device, processes)
+        channels, side, _ = latent_shape
+        options = {"sample_size": side, "in_channels": channels} | (training.model_options or {})
+        self.model, self.device, self.parts = create_model(training.model, **options).to(device), device, share // micro
+        self.objective = OBJECTIVES[training.objective](null_class=self.model.null_class).to(device)
+        self.optimizer = make_optimizer(self.model, training, {}, device)
+        self.latents = torch.randn(micro, *latent_shape, device=device)
+        self.labels = torch.zeros(micro, dtype=torch.long, device=device)
+        self.draws = self.objective.draw(torch.Generator(device).manual_seed(0), micro, latent_shape)
+        if training.compile:
+            self.model.compile()
+        self.autocast = precision(training, device)
+
+    def step(self) -> float:
+        """Seconds of an optimizer step; one part of the batch is done for all."""
+        return self._seconds(self._backward) * self.parts + self._seconds(self._update)
+
+    def draw(self) -> float:
+        """Seconds of a forward pass of one image; the model cannot be trained any more."""
+        fold_batch_norms(self.model.eval())
+        return self._seconds(self._forward) / len(self.latents)
+
+    def _backward(self) -> None:
+        with self.autocast():
+            loss = self.objective(self.model, self.latents, self.labels, self.draws)["loss"]
         loss.backward()
 
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    seconds = timed(step, device) * (share // micro) + timed(update, device)
-    fold_batch_norms(model.eval())
-    with torch.no_grad():
-        drawing = timed(lambda: model(latents, timestep=draws.timesteps, class_labels=labels), device) / micro
-    return seconds, drawing
+    @torch.no_grad()
+    def _forward(self) -> None:
+        self.model(self.latents, timestep=self.draws.timesteps, class_labels=self.labels)
+
+    def _seconds(self, work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def settled(measured: Callable[[], float]) -> float:
+    """Median of some measurements, after some to warm up."""
+    return median([measured() for _ in range(WARM + TIMED)][WARM:])
 
 
 def precision(training: TrainSettings, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
@@ -135,15 +170,3 @@ def precision(training: TrainSettings, device: torch.device) -> Callable[[], con
     chosen = training.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(chosen)
     return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a piece of work, after some repetitions to warm up."""
-    seconds = []
-    for _ in range(WARM + TIMED):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[WARM:])[TIMED // 2]

@@ -41,33 +41,43 @@ class Meter:
         self._codec: tuple[str, Codec] | None = None
 
     def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
-        """FID, share recognised (of Shapes-1000 by part, too), precision and recall of a snapshot's drawings.
+        """FID, share recognised (of Shapes-1000 by part, too, and the share without a shape), precision and recall.
 
         Shares in percent, precision and recall between 0 and 1.
         """
         opened = load_denoiser(snapshot)
         judge = self._open_judge(opened)
         labels = judging.even_labels(self.settings.num_images, len(opened.class_names))
-        return self._figures(judge.look(self.draw(opened, labels.tolist(), norm_buffers)), labels, opened)
+        return self._figures(self.draw(opened, labels.tolist(), norm_buffers), judge, labels, opened)
 
     def measure_real(self, snapshot: Path) -> dict[str, float] | None:
-        """The same figures of as many held-out images, for comparison; None where there are none."""
+        """The same figures of as many held-out images, or all, and how many; None where there are none."""
         opened = load_denoiser(snapshot)
         judge = self._open_judge(opened)
         if self._held_out is None:
             return None
         chosen = spread(len(self._held_out), self.settings.num_images)
         labels = torch.tensor([self._held_out.label(index) for index in chosen])
-        return self._figures(judge.look(judging.batches_of(self._held_out, len(chosen))), labels, opened)
+        figures = self._figures(judging.batches_of(self._held_out, len(chosen)), judge, labels, opened)
+        return {"images": len(chosen), **figures}
 
     def _figures(
-        self, verdict: judging.Verdict, labels: torch.Tensor, opened: DenoiserSnapshot
+        self, batches: Iterator[torch.Tensor], judge: Judge, labels: torch.Tensor, opened: DenoiserSnapshot
     ) -> dict[str, float]:
-        figures = {"fid": self._judge.fid(verdict), "recognised": share(verdict.classes == labels)}
+        empty: list[torch.Tensor] = []
+
+        def noted() -> Iterator[torch.Tensor]:
+            for images in batches:
+                empty.append(is_empty(images))
+                yield images
+
+        verdict = judge.look(noted())
+        figures = {"fid": judge.fid(verdict), "recognised": share(verdict.classes == labels)}
         if opened.meta["data"] == "shapes":
+            figures["empty"] = share(torch.cat(empty))
             for name, place in judging.SHAPES_PARTS.items():
                 figures[name] = share(verdict.classes // place % 10 == labels // place % 10)
-        return {**figures, **precision_recall(verdict.features, self._judge.real.features)}
+        return {**figures, **precision_recall(verdict.features, judge.real.features)}
 
     def draw(
         self, opened: DenoiserSnapshot, labels: list[int], norm_buffers: str = "trained"
@@ -146,6 +156,18 @@ class Meter:
             {"timestep": (i + 0.5) * width, **{mode: values[i] for mode, values in means.items()}}
             for i in range(LEVELS)
         ]
+
+
+def is_empty(images: torch.Tensor) -> torch.Tensor:
+    """Whether there is nothing but a ground: of 200 pixels not one is further than 40 from the median in a channel.
+
+    The smallest shape of Shapes-1000 covers 3 of 100 pixels, and differs by 51 from its ground.
+
+    Shape: images (B, 3, H, W) uint8 -> (B,) bool.
+    """
+    pixels = images.flatten(2).float()
+    away = (pixels - pixels.median(dim=2, keepdim=True).values).abs().amax(dim=1)  # (B, H W)
+    return (away > 40).float().mean(dim=1) < 1 / 200
 
 
 def share(right: torch.Tensor) -> float:

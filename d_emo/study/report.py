@@ -44,6 +44,7 @@ FIGURES = {
     "shape": Figure("shape %", 1, 1),
     "colour": Figure("colour %", 1, 1),
     "ground": Figure("ground %", 1, 1),
+    "empty": Figure("empty %", 1, -1),
     "precision": Figure("precision", 3, 1),
     "recall": Figure("recall", 3, 1),
     "inception_score": Figure("IS", 1, 1),

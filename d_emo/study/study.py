@@ -28,6 +28,10 @@ from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
 
 GAPS, COLUMNS = "norm_gap.json", 10
+CUT_SHORT = (
+    " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the end: that "
+    "speaks against it."
+)
 
 
 class Study:
@@ -204,18 +208,23 @@ class Study:
             how = (
                 f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
                 f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
-                f"classifier of the same classes (`{settings.judge}`) and compare with nothing outside this study; "
-                "class, shape, colour and ground are the shares of drawings in which it sees what was asked for."
+                f"classifier of the same classes ({self._judge_name()}) and compare with nothing outside this study; "
+                "class, shape, colour and ground are the shares of drawings in which it sees what was asked for"
+                + (", empty that of drawings without a shape." if any("empty" in row for row in rows) else ".")
             ) + self._real_words()
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
         return [
             f"Made by `python scripts/compare.py {config_flags()}`: {seeds}, "
             f"{first.training.max_steps:,} steps of {first.training.batch_size}, trained on {hardware}. Time is the "
-            f"number of steps times the median time of one, measured of all models in turns on {timed_on}, without "
-            "reading data.",
+            f"number of steps times the median time of one, measured of all models in turns, step by step, on "
+            f"{timed_on}, without reading data." + CUT_SHORT * (first.training.schedule == "cosine"),
             how,
         ]
+
+    def _judge_name(self) -> str:
+        config = self._classifier_config
+        return f"`{self.settings.judge}`" + ("" if config is None else f", an {config.model}")
 
     def _real_file(self) -> Path:
         return self.folder / f"real-{self.runs[0].protocol}.json"
@@ -226,8 +235,9 @@ class Study:
         figures = json.loads(path.read_text()) if path.exists() else None
         if not figures:
             return ""
+        count = figures.pop("images")
         shown = [f"{FIGURES[key].title} {value:.{FIGURES[key].digits}f}" for key, value in figures.items()]
-        return f" As many real held-out images measure: {', '.join(shown)}."
+        return f" {count:,} real held-out images measure: {', '.join(shown)}."
 
     def _draw_grid(self, path: Path, names: list[str], rows: list[Row]) -> bool:
         """Ten classes from the same noise by each run of the first seed at its last measured step."""
