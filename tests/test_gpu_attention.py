@@ -71,6 +71,26 @@ def test_kernels_equal_the_plain_form_with_all_gradients(
         torch.testing.assert_close(ours, with_gradients(inputs, **options), rtol=1e-4, atol=1e-5)
 
 
+def test_a_gpu_with_less_shared_memory_keeps_fewer_chunks_on_their_way(interpreted, monkeypatch):
+    forward, stages = gpu.forward_kernel, []
+
+    class Small:
+        def __getitem__(self, grid):
+            def run(*args, num_stages, **sizes):
+                stages.append(num_stages)
+                if num_stages > 1:
+                    raise gpu.OutOfResources(139264, 101376, "shared memory")
+                return forward[grid](*args, num_stages=num_stages, **sizes)
+
+            return run
+
+    inputs = operands((4, 4), (16, 16))
+    options = dict(act="gelu", heads=2, window=(4, 4), partitions=PARTITIONS["near"])
+    exact = window_attention(*inputs, **options)
+    monkeypatch.setattr(gpu, "forward_kernel", Small())
+    assert torch.equal(window_attention(*inputs, **options), exact) and stages == [3, 1]
+
+
 @pytest.mark.parametrize("act", ["gelu", "silu", "none"])
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_every_activation_and_repetition(interpreted, act, repeat):
