@@ -158,13 +158,13 @@ class Study:
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
-        pictures = [("curves.png", "FID and training loss against steps, images, arithmetic and time")]
+        pictures = [("curves.png", "FID of the runs; training loss, a panel for each thing it is the mean over")]
         gaps = self._gaps()
         if gaps:
             draw_gaps(folder / "norm_gap.png", gaps)
             pictures.append(("norm_gap.png", "Error in train mode over eval mode by noise level"))
         if self._draw_grid(folder / "samples.png", shown, rows):
-            pictures.append(("samples.png", "Drawings of each run from the same noise and labels"))
+            pictures.append(("samples.png", "Drawings by each run, from the same noise, of the classes named above"))
         return write_report(
             folder, title=settings.title, introduction=self._introduction(rows, times["hardware"]),
             tables=settings.tables, rows=rows, losses=losses, gaps=gaps, pictures=pictures,
