@@ -1,9 +1,16 @@
 """What a study's plots and grids of samples show, read from the figures themselves."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from d_emo.curves import Curve
+from d_emo.sampling import draw_grid
+from d_emo.sampling.pictures import two_lines
+from d_emo.study import study
 from d_emo.study.plots import band, draw_curves, draw_gaps
 from d_emo.study.results import Estimate
 
@@ -95,3 +102,42 @@ def test_a_mixed_study_says_which_runs_have_bands(tmp_path, figures):
     rows = [row for row in rows if row["run"] != "b" or row["seed"] < 2]
     draw_curves(tmp_path / "c.png", rows, losses, ["a", "b"], {})
     assert figures[0].get_supxlabel().endswith("of the mean, for runs of 3 seeds or more")
+
+
+def test_a_grid_grows_by_the_names_of_its_columns_and_is_else_the_same():
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    plain = np.array(draw_grid(images, ["a", "b"], 2))
+    assert plain.shape == (2 * (64 + 22) + 4, 2 * (64 + 4) + 4, 3)
+    for names, lines in ((["cat", "dog"], 1), (["cat", "orange circle on black"], 2)):
+        named = np.array(draw_grid(images, ["a", "b"], 2, names=names))
+        assert np.array_equal(named[lines * 22 :], plain)
+        header = named[: lines * 22].min(axis=(0, 2)) < 128  # dark columns of pixels
+        assert header[4:68].any() and header[72:136].any() and not header[68:72].any()
+
+
+def test_a_name_breaks_where_its_lines_are_most_alike():
+    def fits(text):
+        return len(text) <= 16
+
+    assert two_lines("orange circle on black", fits) == "orange circle\non black"
+    assert two_lines("red ring on sky", fits) == "red ring on sky"
+    assert two_lines("incomprehensibilities", fits) == "incomprehensibi…"
+
+
+def test_a_studys_samples_are_large_and_stand_under_the_names_of_their_classes(tmp_path, monkeypatch):
+    asked = []
+    names = [f"class {number}" for number in range(19)]
+    monkeypatch.setattr(study, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
+    monkeypatch.setattr(study, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
+    drawn = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
+    runs = [SimpleNamespace(name=name, seed=0, folder=tmp_path, norm_buffers="trained") for name in "ab"]
+    whole = SimpleNamespace(
+        runs=runs, settings=SimpleNamespace(seeds=[0]), meter=SimpleNamespace(draw=lambda *args: iter([drawn]))
+    )
+    rows = [{"run": run.name, "seed": 0, "step": 4} for run in runs]
+    assert study.Study._draw_grid(whole, tmp_path / "s.png", ["a", "b"], rows)
+    assert asked[0]["names"] == names[::2] and asked[0]["scale"] == 2
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.width == 10 * (128 + 4) + 4
+        bar = 18 * 22 // 14
+        assert picture.height == bar + 2 * (128 + bar) + 4

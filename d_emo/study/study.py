@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
 
 GAPS, COLUMNS = "norm_gap.json", 10
+
+TILE = 96
+"""Least side, in pixels, of a drawing in the grid of samples."""
 
 
 class Study:
@@ -230,21 +234,25 @@ class Study:
         return f" As many real held-out images measure: {', '.join(shown)}."
 
     def _draw_grid(self, path: Path, names: list[str], rows: list[Row]) -> bool:
-        """Ten classes from the same noise by each run of the first seed at its last measured step."""
-        drawn, captions = [], []
+        """Ten classes, named on top, from the same noise by each run of the first seed at its last measured step."""
+        drawn, captions, classes = [], [], []
         for run in self.runs:
             steps = [row["step"] for row in rows if row["run"] == run.name and row["seed"] == run.seed]
             if run.name not in names or run.seed != self.settings.seeds[0] or not steps or run.name in captions:
                 continue
             opened = load_denoiser(run.folder / "snapshots" / f"step-{max(steps)}")
             count = len(opened.class_names)
-            drawn += self.meter.draw(
-                opened, [i * (count - 1) // (COLUMNS - 1) for i in range(COLUMNS)], run.norm_buffers
-            )
+            labels = [i * (count - 1) // (COLUMNS - 1) for i in range(COLUMNS)]
+            drawn += self.meter.draw(opened, labels, run.norm_buffers)
+            classes = [opened.class_names[label] for label in labels]
             captions.append(run.name)
         if drawn:
-            scale = max(1, 96 // drawn[0].shape[-1])
-            draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale).save(path)
+            side = drawn[0].shape[-1]
+            scale = math.ceil(TILE / side)
+            grid = draw_grid(
+                torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=side * scale // 7
+            )
+            grid.save(path)
         return bool(drawn)
 
 
