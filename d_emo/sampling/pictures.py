@@ -20,23 +20,51 @@ from d_emo.sampling.sampler import decode, sample_images
 from d_emo.sampling.schedulers import make_scheduler
 
 
-def draw_grid(images: torch.Tensor, captions: Sequence[str], columns: int, *, scale: int = 1) -> Image.Image:
+def draw_grid(
+    images: torch.Tensor, captions: Sequence[str], columns: int, *, scale: int = 1, names: Sequence[str] = (),
+    text_size: int = 14,
+) -> Image.Image:
     """One row of images per caption, the caption above its row.
 
-    Shape: images (len(captions) * columns, 3, H, W) uint8.
+    Args:
+        images: Row by row. Shape: (len(captions) * columns, 3, H, W) uint8.
+        scale: Times which they are enlarged.
+        names: Of the columns, written once on top, in two lines where one would be too wide.
+        text_size: In pixels.
     """
     height, width = images.shape[-2] * scale, images.shape[-1] * scale
-    gap, bar = 4, 22
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(captions) * (height + bar) + gap), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    gap, bar, font = 4, text_size * 22 // 14, ImageFont.load_default(text_size)
+    heads = [two_lines(name, lambda text: font.getlength(text) <= width) for name in names]
+    header = max((len(head.splitlines()) for head in heads), default=0) * bar
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, header + len(captions) * (height + bar) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, head in enumerate(heads):
+        for line, text in enumerate(head.splitlines()):
+            middle = gap + column * (width + gap) + width / 2
+            draw.text((middle, line * bar + 3), text, fill="black", font=font, anchor="ma")
     for row, caption in enumerate(captions):
-        top = row * (height + bar)
+        top = header + row * (height + bar)
         draw.text((gap, top + 3), caption, fill="black", font=font)
         for column in range(columns):
             pixels = images[row * columns + column].permute(1, 2, 0).contiguous().numpy()
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + column * (width + gap), top + bar))
     return canvas
+
+
+def two_lines(text: str, fits: Callable[[str], bool]) -> str:
+    """A text as it is where it fits, else broken where its lines are most alike; what is still too wide is cut off."""
+    words = text.split()
+    if not fits(text) and len(words) > 1:
+        breaks = [(" ".join(words[:count]), " ".join(words[count:])) for count in range(1, len(words))]
+        text = "\n".join(min(breaks, key=lambda lines: max(map(len, lines))))
+    lines = []
+    for line in text.splitlines():
+        kept = line
+        while not fits(kept) and len(kept) > 1:
+            kept = kept.rstrip("…")[:-1] + "…"
+        lines.append(kept)
+    return "\n".join(lines)
 
 
 def free_path(wanted: str | None, default: str) -> Path:

@@ -10,42 +10,72 @@ import numpy as np
 
 from d_emo.config import InputError
 from d_emo.curves import Curve
-from d_emo.study.results import Row
+from d_emo.study.results import Estimate, Row
 
 AXES = {
     "step": "optimizer steps",
     "images": "images seen",
-    "training_macs": "multiply-accumulates of training",
-    "minutes": "minutes of training",
+    "training_macs": "multiply-accumulates\nof training",
+    "minutes": "minutes of training\n(steps × a step's time)",
 }
-"""What FID and loss are drawn against. A training step counts as three forward passes."""
+"""What FID is drawn against. A training step counts as three forward passes."""
 
-COLOURS = [f"C{i}" for i in range(10)] + ["black", "gold", "navy", "lime", "magenta", "teal", "salmon", "indigo"]
-"""Of the runs, in their order."""
+BAND_SEEDS = 3
+"""So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
+
+PUBLISHED_OVER = "eps, uniform"
+"""What the published losses are the means over."""
 
 
 def draw_curves(
     path: Path, rows: Sequence[Row], losses: dict[tuple[str, int], Curve], names: Sequence[str],
     published: dict[str, Curve],
 ) -> None:
-    """FID and smoothed loss of the runs against steps, images, multiply-accumulates and minutes.
+    """FID of the runs above, their smoothed losses below: a panel for each thing that a loss is the mean over.
 
-    Lines are means over seeds; bands go from the least to the greatest of them.
+    FID is drawn against steps, images, multiply-accumulates and minutes; where all runs are measured at one step only,
+    run by run. Lines are means over seeds, bands 95 % confidence intervals.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
     except ImportError:
         raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    panels = figure.subplots(2, len(AXES), sharey="row")
-    for number, name in enumerate(names):
-        mine = [row for row in rows if row["run"] == name]
-        if not mine:
-            continue
+    by_run = {name: mine for name in names if (mine := [row for row in rows if row["run"] == name])}
+    styles = {name: run_style(number, name) for number, name in enumerate(by_run)}
+    shown = [row for mine in by_run.values() for row in mine]
+    once = len({row["step"] for row in shown}) == 1
+    heights = [0.8 + 0.24 * len(by_run) if once else 3.2, 3.3 + 0.06 * len(by_run)]
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, height_ratios=heights)
+    if once:
+        draw_dots(upper.subplots(), by_run, styles)
+    else:
+        draw_courses(upper.subplots(1, len(AXES), sharey=True), by_run, styles)
+    kinds = list(dict.fromkeys(row["loss_over"] for row in shown))
+    panels = lower.subplots(1, len(kinds), squeeze=False)[0]
+    for kind, panel in zip(kinds, panels, strict=True):
+        draw_losses(
+            panel, {name: [curve for (run, _), curve in losses.items() if run == name]
+                    for name, mine in by_run.items() if mine[0]["loss_over"] == kind}, styles,
+        )  # fmt: skip
+        panel.set_title(f"loss over {kind}", fontsize="medium")
+        for name, curve in published.items() if kind == PUBLISHED_OVER else ():
+            panel.plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
+    panels[0].set_ylabel("training loss, running mean")
+    lines = {line.get_label(): line for panel in (*panels, *upper.axes[:1]) for line in panel.lines}
+    order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
+    lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
+                 fontsize="small")  # fmt: skip
+    figure.supxlabel(seeds_words(shown), fontsize="small")
+    figure.savefig(path, dpi=160)
+
+
+def draw_courses(panels: Sequence[Any], by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
+    """FID against each of `AXES`."""
+    for name, mine in by_run.items():
         per_step = {
             "step": 1, "images": mine[0]["images"] / mine[0]["step"],
             "training_macs": 3 * mine[0]["macs"] * mine[0]["images"] / mine[0]["step"],
@@ -53,37 +83,98 @@ def draw_curves(
         }  # fmt: skip
         steps = sorted({row["step"] for row in mine})
         fids = [[row["fid"] for row in mine if row["step"] == step] for step in steps]
-        curves = [curve.smoothed(int(curve.steps[-1]) // 20) for (run, _), curve in losses.items() if run == name]
-        for axis, (upper, lower) in zip(AXES, panels.T, strict=True):
-            style = {"color": COLOURS[number % len(COLOURS)], "label": name}
-            band(upper, np.array(steps) * per_step[axis], fids, marker="o", **style)
-            if curves:
-                length = min(len(curve.steps) for curve in curves)
-                values = np.stack([curve.values[:length] for curve in curves], axis=1)
-                band(lower, curves[0].steps[:length] * per_step[axis], values, **style)
-    for name, curve in published.items():
-        panels[1, 0].plot(curve.steps, curve.values, "--", color="0.25", label=f"{name}, published")
-    for title, (upper, lower) in zip(AXES.values(), panels.T, strict=True):
-        lower.set_xlabel(title)
-        for panel in (upper, lower):
-            panel.grid(alpha=0.3)
-            panel.set_yscale("log")
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.spines[["top", "right"]].set_visible(False)
-    for axis in (panels[0, 0].yaxis, panels[1, 0].yaxis):
-        axis.set_major_formatter("{x:g}")
-    panels[0, 0].yaxis.set_minor_formatter("{x:g}")
-    panels[0, 0].set_ylabel("FID")
-    panels[1, 0].set_ylabel("training loss, running mean")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
-    figure.savefig(path, dpi=110)
+        for axis, panel in zip(AXES, panels, strict=True):
+            band(panel, np.array(steps) * per_step[axis], fids, marker="o", **styles[name])
+    for title, panel in zip(AXES.values(), panels, strict=True):
+        panel.set_xlabel(title)
+        dress(panel)
+        logarithmic(panel, "y")
+    panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
+    panels[0].set_ylabel("FID")
+
+
+def draw_dots(panel: Any, by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
+    """FID of runs measured at one step: a line for each run, from the top, with its seeds and their mean."""
+    for place, (name, mine) in enumerate(by_run.items()):
+        fids, colour = [row["fid"] for row in mine], styles[name]["color"]
+        panel.plot(fids, [place] * len(fids), "o", ms=4, color=colour, alpha=0.6)
+        panel.plot(np.mean(fids), place, "|", ms=13, mew=2.5, color=colour)
+    first = next(iter(by_run))
+    panel.axvline(np.mean([row["fid"] for row in by_run[first]]), color="0.5", lw=0.8, zorder=0)
+    panel.set_yticks(range(len(by_run)), by_run)
+    panel.set_ylim(len(by_run) - 0.4, -0.6)
+    dress(panel)
+    panel.xaxis.set_major_formatter("{x:g}")
+    fids = [row["fid"] for mine in by_run.values() for row in mine]
+    wide = max(fids) > 4 * min(fids) > 0
+    if wide:
+        logarithmic(panel, "x")
+    words = f"FID at step {by_run[first][0]['step']:,}{' (log axis)' if wide else ''}"
+    panel.set_xlabel(f"{words}; dots: seeds, bars: their means, thin line: mean of {first}")
+
+
+def draw_losses(panel: Any, curves: dict[str, list[Curve]], styles: dict[str, dict[str, Any]]) -> None:
+    """Running means, over a twentieth of the training, against steps."""
+    for name, mine in curves.items():
+        if mine:
+            length = min(len(curve.steps) for curve in mine)
+            smooth = [curve.smoothed(int(curve.steps[-1]) // 20).values[:length] for curve in mine]
+            band(panel, mine[0].steps[:length], np.stack(smooth, axis=1), **styles[name])
+    panel.set_xlabel(AXES["step"])
+    dress(panel)
+    logarithmic(panel, "y")
+
+
+def run_style(number: int, name: str) -> dict[str, Any]:
+    """Of the lines of a run: ten colours, then the same ones dashed."""
+    return {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": name}
+
+
+def dress(panel: Any) -> None:
+    """A light grid and few ticks, such as 20k."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.xaxis.set_major_locator(MaxNLocator(6))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def logarithmic(panel: Any, name: str) -> None:
+    """A log axis with its numbers written out, several in each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    getattr(panel, f"set_{name}scale")("log")
+    axis = getattr(panel, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def band(panel: Any, x: np.ndarray, values: Sequence[Sequence[float]], **style: Any) -> None:
-    """A line through the means, and a band between the extremes."""
-    panel.plot(x, [np.mean(v) for v in values], lw=1.5, ms=4, **style)
-    panel.fill_between(x, [np.min(v) for v in values], [np.max(v) for v in values], alpha=0.15, color=style["color"])
+    """A line through the means, and a band over their 95 % confidence intervals, cut at a fifth of the mean.
+
+    The cut keeps it positive, for log axes. Points of fewer than `BAND_SEEDS` seeds have no band.
+    """
+    estimates = [Estimate.of(list(each)) for each in values]
+    means = np.array([estimate.mean for estimate in estimates])
+    panel.plot(x, means, lw=1.5, ms=4, **style)
+    if all(estimate.count >= BAND_SEEDS for estimate in estimates):
+        half = np.array([estimate.half_width for estimate in estimates])
+        panel.fill_between(x, np.maximum(means - half, 0.2 * means), means + half, alpha=0.15, color=style["color"])
+
+
+def seeds_words(rows: Sequence[Row]) -> str:
+    """What lines and bands are, for the reader of a plot."""
+    seeds = {name: len({row["seed"] for row in rows if row["run"] == name}) for name in {row["run"] for row in rows}}
+    if max(seeds.values()) == 1:
+        return "one seed: no intervals"
+    words = "lines: means over the seeds"
+    if max(seeds.values()) >= BAND_SEEDS:
+        words += "; bands: 95 % confidence intervals of the mean"
+        if min(seeds.values()) < BAND_SEEDS:
+            words += f", for runs of {BAND_SEEDS} seeds or more"
+    return words
 
 
 def draw_gaps(path: Path, gaps: Sequence[Row]) -> None:
@@ -96,10 +187,12 @@ def draw_gaps(path: Path, gaps: Sequence[Row]) -> None:
         mine = [row for row in gaps if row["run"] == name]
         levels = sorted({row["timestep"] for row in mine})
         ratios = [[row["train"] / row["eval"] for row in mine if row["timestep"] == t] for t in levels]
-        band(panel, np.array(levels), ratios, color=f"C{number}", label=name)
+        dashes = ("-", "--", ":")[number % 3]  # runs without a batch norm lie on one another, at 1
+        band(panel, np.array(levels), ratios, color=f"C{number}", ls=dashes, label=name)
     panel.axhline(1, color="0.5", lw=0.8)
     panel.set_xlabel("timestep (1000 is noise)")
     panel.set_ylabel("error in train mode over eval mode")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
+    figure.supxlabel(seeds_words(gaps), fontsize="small")
     figure.savefig(path, dpi=110)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ CUT_SHORT = (
     " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the end: that "
     "speaks against it."
 )
+
+TILE = 96
+"""Least side, in pixels, of a drawing in the grid of samples."""
 
 
 class Study:
@@ -162,13 +166,13 @@ class Study:
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
-        pictures = [("curves.png", "FID and training loss against steps, images, arithmetic and time")]
+        pictures = [("curves.png", "FID of the runs; training loss, a panel for each thing it is the mean over")]
         gaps = self._gaps()
         if gaps:
             draw_gaps(folder / "norm_gap.png", gaps)
             pictures.append(("norm_gap.png", "Error in train mode over eval mode by noise level"))
         if self._draw_grid(folder / "samples.png", shown, rows):
-            pictures.append(("samples.png", "Drawings of each run from the same noise and labels"))
+            pictures.append(("samples.png", "Drawings by each run, from the same noise, of the classes named above"))
         return write_report(
             folder, title=settings.title, introduction=self._introduction(rows, times["hardware"]),
             tables=settings.tables, rows=rows, losses=losses, gaps=gaps, pictures=pictures,
@@ -240,21 +244,25 @@ class Study:
         return f" {count:,} real held-out images measure: {', '.join(shown)}."
 
     def _draw_grid(self, path: Path, names: list[str], rows: list[Row]) -> bool:
-        """Ten classes from the same noise by each run of the first seed at its last measured step."""
-        drawn, captions = [], []
+        """Ten classes, named on top, from the same noise by each run of the first seed at its last measured step."""
+        drawn, captions, classes = [], [], []
         for run in self.runs:
             steps = [row["step"] for row in rows if row["run"] == run.name and row["seed"] == run.seed]
             if run.name not in names or run.seed != self.settings.seeds[0] or not steps or run.name in captions:
                 continue
             opened = load_denoiser(run.folder / "snapshots" / f"step-{max(steps)}")
             count = len(opened.class_names)
-            drawn += self.meter.draw(
-                opened, [i * (count - 1) // (COLUMNS - 1) for i in range(COLUMNS)], run.norm_buffers
-            )
+            labels = [i * (count - 1) // (COLUMNS - 1) for i in range(COLUMNS)]
+            drawn += self.meter.draw(opened, labels, run.norm_buffers)
+            classes = [opened.class_names[label] for label in labels]
             captions.append(run.name)
         if drawn:
-            scale = max(1, 96 // drawn[0].shape[-1])
-            draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale).save(path)
+            side = drawn[0].shape[-1]
+            scale = math.ceil(TILE / side)
+            grid = draw_grid(
+                torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=side * scale // 7
+            )
+            grid.save(path)
         return bool(drawn)
 
 

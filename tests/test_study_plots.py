@@ -1,0 +1,143 @@
+"""What a study's plots and grids of samples show, read from the figures themselves."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d_emo.curves import Curve
+from d_emo.sampling import draw_grid
+from d_emo.sampling.pictures import two_lines
+from d_emo.study import study
+from d_emo.study.plots import band, draw_curves, draw_gaps
+from d_emo.study.results import Estimate
+
+matplotlib_figure = pytest.importorskip("matplotlib.figure")
+OVER = {"a": "eps, uniform", "b": "eps, uniform", "c": "flow, uniform"}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    saved, save = [], matplotlib_figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib_figure.Figure, "savefig",
+        lambda figure, *args, **options: saved.append(figure) or save(figure, *args, **options),
+    )  # fmt: skip
+    return saved
+
+
+def study_of(steps, seeds=(0, 1, 2)):
+    """Rows and losses of the runs of `OVER`."""
+    rows = [
+        {"run": run, "seed": seed, "step": step, "images": 4 * step, "macs": 3e6, "seconds_per_step": 0.5,
+         "loss_over": over, "fid": 100 / step + seed + 10 * number}
+        for number, (run, over) in enumerate(OVER.items()) for seed in seeds for step in steps
+    ]  # fmt: skip
+    curve = Curve(np.arange(1, 21), np.linspace(1, 0.1, 20))
+    return rows, {(run, seed): Curve(curve.steps, curve.values + seed / 50) for run in OVER for seed in seeds}
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))]
+
+
+def lines(panel):
+    return {line.get_label() for line in panel.lines}
+
+
+def test_fid_is_drawn_against_four_things_and_losses_only_beside_comparable_ones(tmp_path, figures):
+    published = {"DiT": Curve(np.array([1, 20]), np.array([1.0, 0.2]))}
+    draw_curves(tmp_path / "c.png", *study_of([10, 20]), list(OVER), published)
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == [""] * 4 + ["loss over eps, uniform", "loss over flow, uniform"]
+    assert lines(panels[0]) == {"a", "b", "c"}
+    assert lines(panels[4]) == {"a", "b", "DiT, published"} and lines(panels[5]) == {"c"}
+    assert panels[3].get_xlabel() == "minutes of training\n(steps × a step's time)"
+    legend = [text.get_text() for text in figures[0].subfigs[1].legends[0].get_texts()]
+    assert legend == ["a", "b", "c", "DiT, published"]
+    assert "lines: means over the seeds; bands: 95 % confidence intervals of the mean" in texts(figures[0])
+
+
+def test_runs_measured_at_one_step_get_a_line_each_with_their_seeds_and_mean(tmp_path, figures):
+    draw_curves(tmp_path / "c.png", *study_of([20]), ["a", "c", "b", "never measured"], {})
+    dots, *losses = figures[0].axes
+    assert len(losses) == 2 and [label.get_text() for label in dots.get_yticklabels()] == ["a", "c", "b"]
+    assert dots.yaxis_inverted() and dots.get_xscale() == "log"  # from 5 to 27
+    marks = [line.get_xydata().tolist() for line in dots.lines]
+    assert marks[2:4] == [[[25, 1], [26, 1], [27, 1]], [[26, 1]]]  # of c
+    assert [x for x, _ in marks[-1]] == [6, 6], "the first run's mean, from top to bottom"
+    assert dots.get_xlabel().startswith("FID at step 20 (log axis); dots: seeds, bars: their means")
+
+
+def test_bands_are_students_intervals_and_stay_positive():
+    panel = matplotlib_figure.Figure().subplots()
+    values = [[9.0, 10.0, 11.0], [0.1, 1.0, 7.0]]
+    band(panel, np.array([1, 2]), values, color="C0")
+    heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+    half = Estimate.of(values[0]).half_width
+    assert {round(10 - half, 6), round(10 + half, 6)} <= {round(float(y), 6) for y in heights}
+    assert heights.min() == pytest.approx(0.2 * 2.7)
+    band(panel, np.array([1, 2]), [[1.0, 2.0], [1.0, 2.0]], color="C1")
+    assert len(panel.lines) == 2 and len(panel.collections) == 1, "no band from two seeds"
+
+
+@pytest.mark.parametrize(("seeds", "words"), [
+    ([0], "one seed: no intervals"), ([0, 1], "lines: means over the seeds"),
+    ([0, 1, 2], "lines: means over the seeds; bands: 95 % confidence intervals of the mean"),
+])  # fmt: skip
+def test_the_plot_of_train_mode_says_what_its_bands_are(tmp_path, figures, seeds, words):
+    gaps = [{"run": run, "seed": seed, "timestep": t, "train": 2.0 + seed, "eval": 2.0}
+            for run in ("a", "b") for seed in seeds for t in (50, 950)]  # fmt: skip
+    draw_gaps(tmp_path / "g.png", gaps)
+    assert figures[0].get_supxlabel() == words
+    ours, theirs, _ = figures[0].axes[0].lines
+    assert ours.get_linestyle() != theirs.get_linestyle(), "one may lie on the other"
+
+
+def test_a_mixed_study_says_which_runs_have_bands(tmp_path, figures):
+    rows, losses = study_of([10, 20])
+    rows = [row for row in rows if row["run"] != "b" or row["seed"] < 2]
+    draw_curves(tmp_path / "c.png", rows, losses, ["a", "b"], {})
+    assert figures[0].get_supxlabel().endswith("of the mean, for runs of 3 seeds or more")
+
+
+def test_a_grid_grows_by_the_names_of_its_columns_and_is_else_the_same():
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    plain = np.array(draw_grid(images, ["a", "b"], 2))
+    assert plain.shape == (2 * (64 + 22) + 4, 2 * (64 + 4) + 4, 3)
+    for names, lines in ((["cat", "dog"], 1), (["cat", "orange circle on black"], 2)):
+        named = np.array(draw_grid(images, ["a", "b"], 2, names=names))
+        assert np.array_equal(named[lines * 22 :], plain)
+        header = named[: lines * 22].min(axis=(0, 2)) < 128  # dark columns of pixels
+        assert header[4:68].any() and header[72:136].any() and not header[68:72].any()
+
+
+def test_a_name_breaks_where_its_lines_are_most_alike():
+    def fits(text):
+        return len(text) <= 16
+
+    assert two_lines("orange circle on black", fits) == "orange circle\non black"
+    assert two_lines("red ring on sky", fits) == "red ring on sky"
+    assert two_lines("incomprehensibilities", fits) == "incomprehensibi…"
+
+
+def test_a_studys_samples_are_large_and_stand_under_the_names_of_their_classes(tmp_path, monkeypatch):
+    asked = []
+    names = [f"class {number}" for number in range(19)]
+    monkeypatch.setattr(study, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
+    monkeypatch.setattr(study, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
+    drawn = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
+    runs = [SimpleNamespace(name=name, seed=0, folder=tmp_path, norm_buffers="trained") for name in "ab"]
+    whole = SimpleNamespace(
+        runs=runs, settings=SimpleNamespace(seeds=[0]), meter=SimpleNamespace(draw=lambda *args: iter([drawn]))
+    )
+    rows = [{"run": run.name, "seed": 0, "step": 4} for run in runs]
+    assert study.Study._draw_grid(whole, tmp_path / "s.png", ["a", "b"], rows)
+    assert asked[0]["names"] == names[::2] and asked[0]["scale"] == 2
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.width == 10 * (128 + 4) + 4
+        bar = 18 * 22 // 14
+        assert picture.height == bar + 2 * (128 + bar) + 4
