@@ -23,7 +23,7 @@ INSIDE = {
         "stop", "guard", "optimizer", "watch", "sharding", "loop", "denoiser", "accuracy", "teacher", "classifier",
         "vae",
     ],
-    "benchmark": ["timing", "transcription", "denoisers", "classifiers", "report"],
+    "benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
     "study": ["plan", "execution", "measuring", "results", "report", "plots", "cost", "study"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [

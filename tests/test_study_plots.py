@@ -48,14 +48,17 @@ def lines(panel):
     return {line.get_label() for line in panel.lines}
 
 
-def test_fid_is_drawn_against_four_things_and_losses_only_beside_comparable_ones(tmp_path, figures):
+def test_fid_and_losses_are_drawn_against_four_things_and_losses_beside_comparable_ones_only(tmp_path, figures):
     published = {"DiT": Curve(np.array([1, 20]), np.array([1.0, 0.2]))}
     draw_curves(tmp_path / "c.png", *study_of([10, 20]), list(OVER), published)
     panels = figures[0].axes
-    assert [panel.get_title() for panel in panels] == [""] * 4 + ["loss over eps, uniform", "loss over flow, uniform"]
-    assert lines(panels[0]) == {"a", "b", "c"}
-    assert lines(panels[4]) == {"a", "b", "DiT, published"} and lines(panels[5]) == {"c"}
-    assert panels[3].get_xlabel() == "minutes of training\n(steps × a step's time)"
+    titles = {number: title for number, panel in enumerate(panels) if (title := panel.get_title(loc="left"))}
+    assert titles == {4: "loss over eps, uniform", 8: "loss over flow, uniform"} and len(panels) == 12
+    assert all(lines(panel) == {"a", "b", "c"} for panel in panels[:4])
+    assert lines(panels[4]) == {"a", "b", "DiT, published"} and all(lines(panel) == {"c"} for panel in panels[8:])
+    assert [panels[number].get_xlabel() for number in (3, 11)] == ["minutes of training\n(steps × a step's time)"] * 2
+    ends = [panel.lines[0].get_xdata()[-1] for panel in panels[4:8]]
+    assert ends == [panel.lines[0].get_xdata()[-1] for panel in panels[:4]]  # both of run a, step 20
     legend = [text.get_text() for text in figures[0].subfigs[1].legends[0].get_texts()]
     assert legend == ["a", "b", "c", "DiT, published"]
     assert "lines: means over the seeds; bands: 95 % confidence intervals of the mean" in texts(figures[0])
@@ -64,7 +67,7 @@ def test_fid_is_drawn_against_four_things_and_losses_only_beside_comparable_ones
 def test_runs_measured_at_one_step_get_a_line_each_with_their_seeds_and_mean(tmp_path, figures):
     draw_curves(tmp_path / "c.png", *study_of([20]), ["a", "c", "b", "never measured"], {})
     dots, *losses = figures[0].axes
-    assert len(losses) == 2 and [label.get_text() for label in dots.get_yticklabels()] == ["a", "c", "b"]
+    assert len(losses) == 2 * 4 and [label.get_text() for label in dots.get_yticklabels()] == ["a", "c", "b"]
     assert dots.yaxis_inverted() and dots.get_xscale() == "log"  # from 5 to 27
     marks = [line.get_xydata().tolist() for line in dots.lines]
     assert marks[2:4] == [[[25, 1], [26, 1], [27, 1]], [[26, 1]]]  # of c

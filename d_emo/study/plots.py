@@ -18,7 +18,7 @@ AXES = {
     "training_macs": "multiply-accumulates\nof training",
     "minutes": "minutes of training\n(steps × a step's time)",
 }
-"""What FID is drawn against. A training step counts as three forward passes."""
+"""What FID and losses are drawn against. A training step counts as three forward passes."""
 
 BAND_SEEDS = 3
 """So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
@@ -31,10 +31,10 @@ def draw_curves(
     path: Path, rows: Sequence[Row], losses: dict[tuple[str, int], Curve], names: Sequence[str],
     published: dict[str, Curve],
 ) -> None:
-    """FID of the runs above, their smoothed losses below: a panel for each thing that a loss is the mean over.
+    """FID of the runs above, their smoothed losses below, a row for each thing that a loss is the mean over.
 
-    FID is drawn against steps, images, multiply-accumulates and minutes; where all runs are measured at one step only,
-    run by run. Lines are means over seeds, bands 95 % confidence intervals.
+    They are drawn against steps, images, multiply-accumulates and minutes; the FID of runs that are measured at one
+    step only, run by run. Lines are means over seeds, bands 95 % confidence intervals.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -47,25 +47,23 @@ def draw_curves(
     styles = {name: run_style(number, name) for number, name in enumerate(by_run)}
     shown = [row for mine in by_run.values() for row in mine]
     once = len({row["step"] for row in shown}) == 1
-    heights = [0.8 + 0.24 * len(by_run) if once else 3.2, 3.3 + 0.06 * len(by_run)]
+    kinds = list(dict.fromkeys(row["loss_over"] for row in shown))
+    heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     upper, lower = figure.subfigures(2, height_ratios=heights)
     if once:
         draw_dots(upper.subplots(), by_run, styles)
     else:
         draw_courses(upper.subplots(1, len(AXES), sharey=True), by_run, styles)
-    kinds = list(dict.fromkeys(row["loss_over"] for row in shown))
-    panels = lower.subplots(1, len(kinds), squeeze=False)[0]
-    for kind, panel in zip(kinds, panels, strict=True):
-        draw_losses(
-            panel, {name: [curve for (run, _), curve in losses.items() if run == name]
-                    for name, mine in by_run.items() if mine[0]["loss_over"] == kind}, styles,
-        )  # fmt: skip
-        panel.set_title(f"loss over {kind}", fontsize="medium")
+    grid = lower.subplots(len(kinds), len(AXES), sharex="col", sharey="row", squeeze=False)
+    for kind, panels in zip(kinds, grid, strict=True):
+        alike = {name: mine for name, mine in by_run.items() if mine[0]["loss_over"] == kind}
+        draw_losses(panels, alike, losses, styles)
+        panels[0].set_title(f"loss over {kind}", fontsize="medium", loc="left")
         for name, curve in published.items() if kind == PUBLISHED_OVER else ():
-            panel.plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
-    panels[0].set_ylabel("training loss, running mean")
-    lines = {line.get_label(): line for panel in (*panels, *upper.axes[:1]) for line in panel.lines}
+            panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
+    name_axes(grid[-1])
+    lines = {line.get_label(): line for panel in (*grid[:, 0], *upper.axes[:1]) for line in panel.lines}
     order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
     lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
                  fontsize="small")  # fmt: skip
@@ -76,21 +74,32 @@ def draw_curves(
 def draw_courses(panels: Sequence[Any], by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
     """FID against each of `AXES`."""
     for name, mine in by_run.items():
-        per_step = {
-            "step": 1, "images": mine[0]["images"] / mine[0]["step"],
-            "training_macs": 3 * mine[0]["macs"] * mine[0]["images"] / mine[0]["step"],
-            "minutes": mine[0]["seconds_per_step"] / 60,
-        }  # fmt: skip
+        units = per_step(mine[0])
         steps = sorted({row["step"] for row in mine})
         fids = [[row["fid"] for row in mine if row["step"] == step] for step in steps]
         for axis, panel in zip(AXES, panels, strict=True):
-            band(panel, np.array(steps) * per_step[axis], fids, marker="o", **styles[name])
-    for title, panel in zip(AXES.values(), panels, strict=True):
-        panel.set_xlabel(title)
+            band(panel, np.array(steps) * units[axis], fids, marker="o", **styles[name])
+    for panel in panels:
         dress(panel)
         logarithmic(panel, "y")
-    panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
+    name_axes(panels)
     panels[0].set_ylabel("FID")
+
+
+def per_step(row: Row) -> dict[str, float]:
+    """How far one step of a run goes on each of `AXES`."""
+    images = row["images"] / row["step"]
+    return {
+        "step": 1, "images": images, "training_macs": 3 * row["macs"] * images,
+        "minutes": row["seconds_per_step"] / 60,
+    }  # fmt: skip
+
+
+def name_axes(panels: Sequence[Any]) -> None:
+    """What each of the panels is drawn against."""
+    for title, panel in zip(AXES.values(), panels, strict=True):
+        panel.set_xlabel(title)
+    panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
 
 
 def draw_dots(panel: Any, by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
@@ -113,16 +122,23 @@ def draw_dots(panel: Any, by_run: dict[str, list[Row]], styles: dict[str, dict[s
     panel.set_xlabel(f"{words}; dots: seeds, bars: their means, thin line: mean of {first}")
 
 
-def draw_losses(panel: Any, curves: dict[str, list[Curve]], styles: dict[str, dict[str, Any]]) -> None:
-    """Running means, over a twentieth of the training, against steps."""
-    for name, mine in curves.items():
-        if mine:
-            length = min(len(curve.steps) for curve in mine)
-            smooth = [curve.smoothed(int(curve.steps[-1]) // 20).values[:length] for curve in mine]
-            band(panel, mine[0].steps[:length], np.stack(smooth, axis=1), **styles[name])
-    panel.set_xlabel(AXES["step"])
-    dress(panel)
-    logarithmic(panel, "y")
+def draw_losses(
+    panels: Sequence[Any], by_run: dict[str, list[Row]], losses: dict[tuple[str, int], Curve],
+    styles: dict[str, dict[str, Any]],
+) -> None:
+    """Running means, over a twentieth of the training, against each of `AXES`."""
+    for name, rows in by_run.items():
+        mine = [curve for (run, _), curve in losses.items() if run == name]
+        if not mine:  # a run that measures the weights of another
+            continue
+        length, units = min(len(curve.steps) for curve in mine), per_step(rows[0])
+        smooth = [curve.smoothed(int(curve.steps[-1]) // 20).values[:length] for curve in mine]
+        for axis, panel in zip(AXES, panels, strict=True):
+            band(panel, mine[0].steps[:length] * units[axis], np.stack(smooth, axis=1), **styles[name])
+    for panel in panels:
+        dress(panel)
+        logarithmic(panel, "y")
+    panels[0].set_ylabel("training loss,\nrunning mean")
 
 
 def run_style(number: int, name: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Study:
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         published = published_curves() if settings.published_loss else {}
         draw_curves(folder / "curves.png", rows, losses, shown, published)
-        pictures = [("curves.png", "FID of the runs; training loss, a panel for each thing it is the mean over")]
+        pictures = [("curves.png", "FID and training loss against steps, images, arithmetic and time")]
         gaps = self._gaps()
         if gaps:
             draw_gaps(folder / "norm_gap.png", gaps)
