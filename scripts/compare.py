@@ -16,9 +16,7 @@ def main() -> None:
     study = Study(settings, scripts=Path(__file__).parent)
     if settings.plan:
         return print(study.plan())
-    if not settings.report_only:
-        study.work()
-    print(f"report    {study.report()}")
+    study.conclude([] if settings.report_only else study.work())
 
 
 if __name__ == "__main__":

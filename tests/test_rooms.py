@@ -24,7 +24,7 @@ INSIDE = {
         "vae",
     ],
     "benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
-    "study": ["plan", "execution", "measuring", "results", "report", "plots", "cost", "study"],
+    "study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
     "sampling": ["schedulers", "classes", "sampler", "pictures", "pipeline", "live", "page"],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "parts", "result", "measurement", "judging",

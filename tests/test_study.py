@@ -18,19 +18,16 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from d_emo import checkpoint
-from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings
+from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings, write_yaml
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
-from d_emo.study import Study, study
+from d_emo.study import Study, execution, study
 from d_emo.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
-from d_emo.study.execution import claim, run_script
+from d_emo.study.execution import ScriptError, claim, run_script
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import plan_runs
 from d_emo.study.report import read_rows
-from d_emo.study.results import (
-    add_measurement,
-    read_measurements,
-)
+from d_emo.study.results import add_measurement, read_measurements, write_csv, write_json
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
@@ -91,6 +88,7 @@ def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
     ({"runs": {"a": {"of": "b"}, "b": {"model": "DiT-S-2"}}}, "'a' must be"),
     ({"runs": {"a": {"modle": "DiT-S-2"}}}, "the run 'a' of the study: .*modle"),
     ({"runs": {"a": {"max_steps": -1}}}, "the run 'a' of the study: --max-steps"),
+    ({"runs": {"D-EMO, x": {}, "other": {}, "D-EMO x": {}}}, "'D-EMO, x' and 'D-EMO x' would share a folder"),
 ])  # fmt: skip
 def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sentence):
     with pytest.raises(InputError, match=sentence):
@@ -137,27 +135,232 @@ def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
     assert stop.value.code == 143
 
 
+def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
+    """A process that runs a script as a study does, with the lock of a folder; it imports no torch."""
+    code = (
+        f"import runpy; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
+        f"with own['claim'](Path({str(folder or script.parent / 'any')!r})) as lock:\n"
+        f"    own['run_script'](Path({str(script)!r}), [], lock=lock)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def wait_for(note: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return note.read_text()
+
+
 def test_sigterm_reaches_the_script_which_saves_and_ends(tmp_path):
     script, note = tmp_path / "child.py", tmp_path / "note"
     script.write_text(
         "import signal, sys, time\n"
         f"def stop(*_): open({str(note)!r}, 'a').write('saved'); sys.exit(143)\n"
-        f"signal.signal(signal.SIGTERM, stop); open({str(note)!r}, 'w').write('began '); time.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"with open({str(note)!r}, 'w') as file: file.write('began ')\n"  # closed here: a finalizer swallows exits
+        "time.sleep(60)\n"
     )
-    code = f"import pathlib; from d_emo.study import execution; execution.run_script(pathlib.Path({str(script)!r}), [])"
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 60
-    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    parent = start_parent(script)
+    wait_for(note)
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(30) == 143 and note.read_text() == "began saved"
 
 
 def test_a_folder_is_claimed_once(tmp_path):
     with claim(tmp_path / "run") as first, claim(tmp_path / "run") as second, claim(tmp_path / "other") as third:
-        assert (first, second, third) == (True, False, True)
+        assert first and second is None and third
     with claim(tmp_path / "run") as again, claim(tmp_path / "more", wait=True) as waited:
         assert again and waited
+
+
+def test_a_script_keeps_the_claim_of_a_study_that_was_killed(tmp_path):
+    script, note = tmp_path / "child.py", tmp_path / "note"
+    script.write_text(f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    parent = start_parent(script, tmp_path / "run")
+    child = int(wait_for(note))
+    parent.kill()
+    parent.wait()
+    with claim(tmp_path / "run") as lock:
+        assert lock is None, "the script is at work"
+    os.kill(child, signal.SIGKILL)
+    with claim(tmp_path / "run", wait=True) as lock:
+        assert lock
+
+
+# ---- what is refused before anything is trained ----------------------------------------------------------------------
+
+
+def open_study(folder: Path, **changes) -> Study:
+    return Study(settings_of(folder, **changes), scripts=ROOT / "scripts")
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"samplers": {"eps": "dpm+:20"}}, r"dpm\+:20 does not draw from the eps objective; use one of ddpm, .*dpm\+\+"),
+    ({"samplers": {"flow": "ddim:20"}}, "ddim:20 does not draw from the flow objective; use one of euler, heun"),
+    ({"samplers": {"eps": "ddim:0"}}, "ddim:0: .*positive"),
+    ({"samplers": {"noise": "ddim:20"}}, "by objective .eps, flow., not by 'noise'"),
+    ({"encode": {"dataset": "digits", "imagesize": 8}}, "the study's encode: there is no setting 'imagesize'"),
+    ({"encode": {"image_size": 8}}, "which images to encode; give --data-dir"),
+    ({"train": {**TRAIN, "tracker": "wandb"}}, "'D-EMO' has the tracker wandb"),
+    ({"train": {**TRAIN, "label_dropout": 0.0}, "guidance_scale": 2.0}, "guidance_scale must be 1"),
+    ({"norm_gap": ["DiT, flow"]}, "'DiT, flow' is of the flow objective"),
+    ({"judge": None, "reference": "none.npz"}, "reference none.npz does not exist"),
+    ({"judge": None, "reference": __file__, "fid": {"metric": ["fid"]}}, "the study's fid: there is no setting 'met"),
+    ({"judge": None, "reference": __file__, "fid": {"metrics": ["fit"]}}, "the study's fid: unknown metric 'fit'"),
+    ({"judge": None, "reference": __file__, "fid": {"output": "x"}}, "fid must not have output"),
+    ({"judge": None, "reference": __file__, "fid": {"scheduler": "ddim"}}, "fid's scheduler ddim does not draw from"),
+])  # fmt: skip
+def test_what_would_fail_after_the_training_is_refused_before_it(tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        open_study(tmp_path, **changes)
+
+
+def test_a_study_of_imagenet_asks_for_its_images_unless_it_only_plans_or_reports():
+    config = ["--config", str(ROOT / "configs" / "study" / "imagenet256.yaml"), "--reference", __file__]
+    for flags in (["--plan"], ["--report-only"], ["--data-dir", "IMAGENET/train"]):
+        Study(parse_settings(StudySettings, "", [*config, *flags]), scripts=ROOT / "scripts")
+    with pytest.raises(InputError, match="give --data-dir FOLDER"):
+        Study(parse_settings(StudySettings, "", config), scripts=ROOT / "scripts")
+
+
+def pretend_training(folder: Path, *, step: int, leave_out: tuple[str, ...] = (), **changes) -> None:
+    """What a run of the study with these settings leaves behind after so many steps."""
+    run = plan_runs(settings_of(folder, train={**TRAIN, **changes}))[0]
+    (run.folder / "snapshots" / f"step-{step}").mkdir(parents=True)
+    write_yaml(run.training, run.folder / "config.yaml")
+    values = yaml.safe_load((run.folder / "config.yaml").read_text())
+    for name in leave_out:
+        del values[name]
+    (run.folder / "config.yaml").write_text(yaml.safe_dump({**values, "vae": "pixels", "image_size": 8}))
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"learning_rate": 0.5}, "'D-EMO', seed 3, was trained with learning_rate 0.05, where the study says 0.5; give"),
+    ({"batch_size": 8, "ema_decay": 0.6}, "with batch_size 4, where the study says 8; ema_decay 0.5, where"),
+    ({"micro_batch_size": 2}, "micro_batch_size 4, where the study says 2"),
+    ({"model_options": {**TINY, "depth": 2}}, "model_options {'depth': 1, "),
+    ({"weight_decay": 0.1}, "weight_decay 0.0, where the study says 0.1"),
+    ({"max_steps": 2}, "max_steps 4, where the study says 2"),
+])  # fmt: skip
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path, changes, sentence, step):
+    pretend_training(tmp_path, step=step, leave_out=("weight_decay", "logit_mean"))
+    open_study(tmp_path)
+    open_study(tmp_path, train={**TRAIN, **changes}, plan=True)
+    with pytest.raises(InputError, match=sentence) as refusal:
+        open_study(tmp_path, train={**TRAIN, **changes}, report_only=True)
+    assert f"remove {tmp_path / 'study' / 'runs' / 'd-emo-seed3'} to train it again" in str(refusal.value)
+
+
+def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
+    pretend_training(tmp_path, step=4)
+    open_study(tmp_path, train={**TRAIN, "log_every": 3, "num_workers": 1, "state_every": 9, "max_steps": 6})
+    (tmp_path / "study").rename(tmp_path / "moved")
+    moved = {"output_dir": str(tmp_path / "moved")}
+    open_study(tmp_path, **moved)
+    with pytest.raises(InputError, match="batch_size"):
+        open_study(tmp_path, **moved, train={**TRAIN, "batch_size": 8})
+    run = tmp_path / "moved" / "runs" / "d-emo-seed3"
+    (run / "config.yaml").write_text("[")
+    with pytest.raises(InputError, match="config.yaml of the study's run 'D-EMO', seed 3, is damaged"):
+        open_study(tmp_path, **moved)
+    (run / "snapshots" / "step-4").rmdir()
+    open_study(tmp_path, **moved)  # nothing was trained
+
+
+def test_with_a_cosine_schedule_more_steps_are_another_run(tmp_path):
+    cosine = {"schedule": "cosine", "max_steps": 4}
+    pretend_training(tmp_path, step=4, **cosine)
+    open_study(tmp_path, train={**TRAIN, **cosine})
+    with pytest.raises(InputError, match="max_steps 4, where the study says 6"):
+        open_study(tmp_path, train={**TRAIN, **cosine, "max_steps": 6})
+
+
+@pytest.mark.parametrize(("encode", "sentence"), [
+    ({"dataset": "digits", "image_size": 16, "vae": "pixels"}, "latents were encoded with image_size 8, where .* 16"),
+    ({"dataset": "digits", "image_size": 8, "vae": "d-emo-f8"}, "vae pixels, where the study says d-emo-f8"),
+    ({"dataset": "shapes"}, "dataset digits, where the study says shapes"),
+    ({"data_dir": "photos"}, "dataset digits, where the study says folder"),
+])  # fmt: skip
+def test_latents_of_other_settings_are_not_taken_for_these(tmp_path, encode, sentence):
+    index = {"data": "digits", "images": 1438, "image_size": 8, "codec": "pixels", "dtype": "float16"}
+    (tmp_path / "study" / "latents").mkdir(parents=True)
+    write_json(tmp_path / "study" / "latents" / "index.json", index)
+    open_study(tmp_path)
+    open_study(tmp_path, encode={"dataset": "digits"})
+    with pytest.raises(InputError, match=sentence):
+        open_study(tmp_path, encode=encode)
+
+
+# ---- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    whole, tried, measured = open_study(tmp_path), [], []
+
+    def run(script, arguments, **_):
+        tried.append((script.stem, Path(arguments[-1]).stem))
+        if tried[-1][1].startswith("d-emo"):
+            raise ScriptError("train_dit.py ended with exit code 1")
+
+    monkeypatch.setattr(study, "run_script", run)
+    monkeypatch.setattr(Study, "_measure", lambda self, run, lock: measured.append((run.name, run.seed)))
+    monkeypatch.setattr(Study, "report", lambda self: Path("report.md"))
+    failed = whole.work()
+    names = ["latents", "judge", "d-emo-seed3", "dit-flow-seed3", "d-emo-seed5", "dit-flow-seed5"]
+    assert [name for _, name in tried] == names
+    assert failed == ["D-EMO, seed 3", "D-EMO, seed 5"] and measured == [("DiT, flow", 3), ("DiT, flow", 5)]
+    assert "D-EMO, seed 3: train_dit.py ended with exit code 1; the other runs go on" in capsys.readouterr().err
+
+    sentence = "2 runs failed: D-EMO, seed 3; D-EMO, seed 5"
+    with pytest.raises(RunError, match=sentence):
+        whole.conclude(failed)
+    assert "report" not in capsys.readouterr().out, "nothing is measured"
+    add_measurement(whole.runs[1], 4, {"fid": 1.0})
+    with pytest.raises(RunError, match=sentence):
+        whole.conclude(failed)
+    assert "report    report.md" in capsys.readouterr().out
+    whole.conclude([])
+
+
+@pytest.mark.parametrize("name", ["encode_latents", "train_classifier"])
+def test_without_latents_or_a_judge_nothing_is_trained(tmp_path, monkeypatch, name):
+    tried = []
+
+    def run(script, arguments, **_):
+        tried.append(script.stem)
+        if script.stem == name:
+            raise ScriptError("it ended")
+
+    monkeypatch.setattr(study, "run_script", run)
+    with pytest.raises(ScriptError):
+        open_study(tmp_path).work()
+    assert tried[-1] == name
+
+
+def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for write, value in ((write_json, {"a": 1}), (write_csv, [{"a": 1}])):
+        with pytest.raises(RunError, match=r"file/x \(Not a directory\); nothing that was measured before is lost"):
+            write(tmp_path / "file" / "x", value)
+    with pytest.raises(RunError, match=r"folder cannot be written \(.*file/study/latents: Not a directory\); nothing"):
+        open_study(tmp_path, output_dir=str(tmp_path / "file" / "study")).work()
+
+    whole = open_study(tmp_path)
+    whole.runs[0].folder.mkdir(parents=True)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "report", full)
+        with pytest.raises(RunError, match=r"the report cannot be written \(No space left on device\); nothing"):
+            whole.conclude([])
+    for content in ('{"4": {"fid"', "[1]", '{"x": {}}', '{"4": 1}'):
+        whole.runs[0].results.write_text(content)
+        with pytest.raises(InputError, match=rf"{whole.runs[0].results} is damaged; remove it"):
+            whole.report()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -214,7 +417,7 @@ def called(monkeypatch):
     """Scripts run in this process; their names and arguments."""
     calls = []
 
-    def run(script, arguments, *, launch=()):
+    def run(script, arguments, *, launch=(), lock=None):
         calls.append((script.stem, *arguments, *launch))
         spec = importlib.util.spec_from_file_location(script.stem, script)
         module = importlib.util.module_from_spec(spec)
@@ -246,6 +449,12 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert len(called) == 6, "all is there"
     monkeypatch.setattr(study, "step_times", None)
     whole.report()  # does not time anything again
+    for changes, sentence in (
+        ({"train": {**TRAIN, "learning_rate": 0.1}}, "'D-EMO', seed 3, was trained with learning_rate 0.05"),
+        ({"encode": {"dataset": "digits", "image_size": 16}}, "encoded with image_size 8"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            open_study(tmp_path, **changes)
 
     folder = tmp_path / "report"
     rows = read_rows(folder / "results.csv")
@@ -291,24 +500,26 @@ def test_only_the_last_snapshots_are_measured_where_no_more_is_wanted(tmp_path, 
 
 
 def test_with_a_reference_the_fid_script_measures(tmp_path, monkeypatch):
+    real = tmp_path / "real.npz"
+    real.touch()
     settings = settings_of(
-        tmp_path, judge=None, reference="real.npz", fid={"steps": 3, "metrics": ["fid", "prc"]}, launch=["--cpu"]
+        tmp_path, judge=None, reference=str(real), fid={"steps": 3, "metrics": ["fid", "prc"]}, launch=["--cpu"]
     )
     measured = Study(settings, scripts=ROOT / "scripts")
     calls = []
 
-    def run(script, arguments, *, launch):
+    def run(script, arguments, *, launch, lock):
         calls.append((script.name, arguments, launch))
         Path(arguments[arguments.index("--output") + 1]).write_text('{"fid": 4.5, "recall": 0.25, "features": "x"}')
 
     monkeypatch.setattr(study, "run_script", run)
     snapshot = tmp_path / "step-4"
     snapshot.mkdir()
-    assert measured._fid(snapshot) == {"fid": 4.5, "recall": 0.25}
+    assert measured._fid(snapshot, lock=None) == {"fid": 4.5, "recall": 0.25}
     ((name, arguments, launch),) = calls
     assert name == "fid.py" and launch == ["--cpu"]
     text = " ".join(arguments)
-    parts = (f"--checkpoint {snapshot}", "--reference real.npz", "--num-images 20", "--steps 3", "--metrics fid prc")
+    parts = (f"--checkpoint {snapshot}", f"--reference {real}", "--num-images 20", "--steps 3", "--metrics fid prc")
     assert all(part in text for part in parts)
 
 

@@ -55,8 +55,13 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
     """All runs, the first seed's of every model before the second's.
 
     Raises:
-        InputError: A run's settings are none that scripts/train_dit.py takes.
+        InputError: A run's settings are none that scripts/train_dit.py takes; two runs would share a folder.
     """
+    folders: dict[str, str] = {}
+    for name in (name for name, own in settings.runs.items() if "of" not in own):
+        other = folders.setdefault(slug(name), name)
+        if other != name:
+            raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug(name)}; rename one")
     protocol = protocol_of(settings)
     latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
     planned: list[PlannedRun] = []

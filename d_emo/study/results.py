@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from d_emo.config import TrainSettings
+from d_emo.config import InputError, TrainSettings
 from d_emo.curves import Curve, read_run
+from d_emo.latents.shards import write_atomically
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.study.plan import PlannedRun
 
 Row = dict[str, Any]
+KEPT = "nothing that was measured before is lost, and the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,17 @@ class Estimate:
 
 
 def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[str, float]]:
-    """Figures of a run's snapshots by step; with ``last``, of the one at its end only."""
+    """Figures of a run's snapshots by step; with ``last``, of the one at its end only.
+
+    Raises:
+        InputError: The file of its figures is damaged.
+    """
     if not run.results.exists():
         return {}
-    measured = {int(step): figures for step, figures in json.loads(run.results.read_text()).items()}
+    try:
+        measured = {int(step): dict(figures) for step, figures in read_json(run.results).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise _damaged(run.results) from None
     return {step: figures for step, figures in measured.items() if not last or step == run.training.max_steps}
 
 
@@ -63,11 +73,29 @@ def add_measurement(run: PlannedRun, step: int, figures: dict[str, float]) -> No
     write_json(run.results, dict(sorted({**read_measurements(run), step: figures}.items())))
 
 
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged; remove it, and the same command makes it again")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value; a kill leaves the old file or the new."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    """Write a value; a kill or a full disk leaves the old file or the new.
+
+    Raises:
+        RunError: The disk is full, say.
+    """
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode(), KEPT)
 
 
 def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
@@ -124,12 +152,17 @@ def recent(curve: Curve, step: int) -> float:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows; columns in the order in which they first appear, empty where a row has none."""
+    """Write rows; columns in the order in which they first appear, empty where a row has none.
+
+    Raises:
+        RunError: The disk is full, say.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue().encode(), KEPT)
 
 
 def values_of(rows: Sequence[Row], name: str, step: int, figure: str) -> dict[int, float]:

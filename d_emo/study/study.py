@@ -10,23 +10,24 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from d_emo.card import describe_hardware
 from d_emo.checkpoint import load_denoiser, load_meta, step_of
-from d_emo.config import ClassifierSettings, InputError, StudySettings, parse_settings
+from d_emo.config import ClassifierSettings, InputError, RunError, StudySettings, parse_settings
 from d_emo.curves import published_curves
 from d_emo.latents.shards import INDEX
 from d_emo.sampling import draw_grid
+from d_emo.study.checks import check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.study.cost import cost_table, speed_key, step_times
-from d_emo.study.execution import claim, run_script
+from d_emo.study.execution import ScriptError, as_flags, claim, run_script, writing
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import PlannedRun, as_arguments, latent_shape_of, latents_folder, plan_runs
 from d_emo.study.plots import draw_curves, draw_gaps
 from d_emo.study.report import FIGURES, plural, write_report
-from d_emo.study.results import Row, add_measurement, collect, read_measurements, size_of, write_json
+from d_emo.study.results import Row, add_measurement, collect, read_json, read_measurements, size_of, write_json
 
 GAPS, COLUMNS = "norm_gap.json", 10
 CUT_SHORT = (
@@ -46,15 +47,23 @@ class Study:
         scripts: Folder of this project's scripts.
 
     Raises:
-        InputError: Settings that cannot work.
+        InputError: Settings that cannot work, or others than what is there was made with.
     """
 
     def __init__(self, settings: StudySettings, *, scripts: Path):
         self.settings, self.scripts, self.folder = settings, scripts, Path(settings.output_dir)
         self.runs = plan_runs(settings)
+        check_measuring(settings, self.runs)
         self.classifier, self._classifier_config = None, None
         if settings.judge is not None:
             self.classifier = self._locate_judge(settings.judge)
+        if settings.plan:
+            return
+        if not settings.report_only:
+            check_inputs(settings)
+        check_same_latents(settings)
+        for run in self.runs:
+            check_same_training(run)
 
     def _locate_judge(self, judge: str) -> Path:
         path = Path(judge)
@@ -69,50 +78,79 @@ class Study:
         """What the study will cost on this machine, as a table."""
         return cost_table(self.settings, self.runs)
 
-    def work(self) -> None:
-        """Do what is left to do; runs that another process works on are passed over."""
+    @writing("the study's folder")
+    def work(self) -> list[str]:
+        """Do what is left to do; runs that another process works on are passed over.
+
+        Returns:
+            Name and seed of the runs that failed; the others go on without them.
+        """
         settings = self.settings
         if settings.encode is not None:
             self._encode(settings.encode)
         if self._classifier_config is not None:
             self._train_judge()
         wanted = [run for run in self.runs if run.name in (settings.only or settings.runs)]
+        failed: dict[Path, str] = {}
         for number, run in enumerate(wanted, 1):
-            with claim(run.folder) as mine:
-                if not mine:
-                    print(f"[{number}/{len(wanted)}] {run.name}, seed {run.seed}: another process works on it")
+            called = f"{run.name}, seed {run.seed}"
+            with claim(run.folder) as lock:
+                if lock is None:
+                    print(f"[{number}/{len(wanted)}] {called}: another process works on it")
                     continue
-                if not run.is_trained():
-                    print(f"[{number}/{len(wanted)}] {run.name}, seed {run.seed}", flush=True)
-                    self._train(run)
-                self._measure(run)
+                if run.folder in failed:
+                    continue
+                check_same_training(run)
+                try:
+                    if not run.is_trained():
+                        print(f"[{number}/{len(wanted)}] {called}", flush=True)
+                        self._train(run, lock)
+                    self._measure(run, lock)
+                except ScriptError as error:
+                    failed[run.folder] = called
+                    print(f"{called}: {error}; the other runs go on", file=sys.stderr, flush=True)
+        return list(failed.values())
+
+    def conclude(self, failed: list[str]) -> None:
+        """Write the report of what there is, then end on the runs that failed.
+
+        Raises:
+            RunError: Some failed, or the report cannot be written.
+        """
+        last = self.settings.measure == "last"
+        if not failed or any(read_measurements(run, last=last) for run in self.runs):
+            with writing("the report"):
+                print(f"report    {self.report()}", flush=True)
+        if failed:
+            raise RunError(f"{plural(len(failed), 'run')} failed: {'; '.join(failed)}")
 
     def _encode(self, options: dict[str, Any]) -> None:
         output = latents_folder(self.settings)
-        with claim(output, wait=True):
+        with claim(output, wait=True) as lock:
+            check_same_latents(self.settings)
             if not (output / INDEX).exists():
-                self._script("encode_latents", [*as_flags(options), "--output", str(output)])
+                self._script("encode_latents", [*as_flags(options), "--output", str(output)], lock)
 
     def _train_judge(self) -> None:
         config = self._classifier_config
-        with claim(Path(config.output_dir), wait=True):
+        with claim(Path(config.output_dir), wait=True) as lock:
             if not (Path(config.output_dir) / "snapshots" / f"step-{config.max_steps}").is_dir():
-                self._script("train_classifier", ["--config", self.settings.judge])
+                self._script("train_classifier", ["--config", self.settings.judge], lock)
 
-    def _train(self, run: PlannedRun) -> None:
+    def _train(self, run: PlannedRun, lock: TextIO) -> None:
         config = run.folder.with_suffix(".yaml")
         config.write_text(as_arguments(run.training))
-        self._script("train_dit", ["--config", str(config)])
+        self._script("train_dit", ["--config", str(config)], lock)
 
-    def _script(self, name: str, arguments: list[str]) -> None:
-        run_script(self.scripts / f"{name}.py", arguments, launch=self.settings.launch)
+    def _script(self, name: str, arguments: list[str], lock: TextIO) -> None:
+        run_script(self.scripts / f"{name}.py", arguments, launch=self.settings.launch, lock=lock)
 
     @functools.cached_property
     def meter(self) -> Meter:
         """Opened when it is first needed."""
         return Meter(self.settings, self.classifier)
 
-    def _measure(self, run: PlannedRun) -> None:
+    def _measure(self, run: PlannedRun, lock: TextIO) -> None:
         """Measure the snapshots that have not been."""
         snapshots = run.snapshots()
         for snapshot in snapshots if self.settings.measure == "all" else snapshots[-1:]:
@@ -121,7 +159,7 @@ class Study:
             if self.classifier is not None:
                 figures = self.meter.measure(snapshot, norm_buffers=run.norm_buffers)
             else:
-                figures = self._fid(snapshot)
+                figures = self._fid(snapshot, lock)
             add_measurement(run, step_of(snapshot), figures)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
@@ -132,14 +170,14 @@ class Study:
         if run.name in self.settings.norm_gap and not gaps.exists():
             write_json(gaps, self.meter.norm_gap(run.snapshots()[-1]))
 
-    def _fid(self, snapshot: Path) -> dict[str, float]:
+    def _fid(self, snapshot: Path, lock: TextIO) -> dict[str, float]:
         """The figures that scripts/fid.py gives a snapshot."""
         settings, output = self.settings, snapshot.parent / f".{snapshot.name}-fid.json"
         options = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
         self._script("fid", [
             "--checkpoint", str(snapshot), "--reference", settings.reference, "--output", str(output),
             *as_flags(options),
-        ])  # fmt: skip
+        ], lock)  # fmt: skip
         result = json.loads(output.read_text())
         return {name: result[name] for name in FIGURES if name in result}
 
@@ -194,7 +232,7 @@ class Study:
         found = [(run, run.folder / GAPS) for run in self.runs if run.name in self.settings.norm_gap]
         return [
             {"run": run.name, "seed": run.seed, **level}
-            for run, path in found if path.exists() for level in json.loads(path.read_text())
+            for run, path in found if path.exists() for level in read_json(path)
         ]  # fmt: skip
 
     def _introduction(self, rows: list[Row], timed_on: str) -> list[str]:
@@ -236,7 +274,7 @@ class Study:
     def _real_words(self) -> str:
         """What real held-out images measure, in a sentence."""
         path = self._real_file()
-        figures = json.loads(path.read_text()) if path.exists() else None
+        figures = read_json(path) if path.exists() else None
         if not figures:
             return ""
         count = figures.pop("images")
@@ -264,15 +302,6 @@ class Study:
             )
             grid.save(path)
         return bool(drawn)
-
-
-def as_flags(options: dict[str, Any]) -> list[str]:
-    """Settings as flags of a script."""
-    flags = []
-    for key, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key.replace('_', '-')}", *map(str, values)]
-    return flags
 
 
 def config_flags() -> str:
