@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 
 from d_emo import checkpoint
-from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings, write_yaml
+from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
-from d_emo.study import Study, execution, study
+from d_emo.study import Study, study
 from d_emo.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
-from d_emo.study.execution import ScriptError, claim, run_script
+from d_emo.study.execution import ScriptError, claim
 from d_emo.study.measuring import Meter
 from d_emo.study.plan import plan_runs
 from d_emo.study.report import read_rows
 from d_emo.study.results import add_measurement, read_measurements, write_csv, write_json
 
-ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
-TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
-TRAIN = {
-    "model_options": TINY, "max_steps": 4, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.05,
-    "snapshot_every": 2, "log_every": 1, "ema_decay": 0.5,
-}  # fmt: skip
-RUNS = {
-    "D-EMO": {"model": "D-EMOv2-Ti-2", "model_options": {"window_size": 2}},
-    "DiT, flow": {"model": "DiT-Ti-2", "objective": "flow"},
-    "no buffers": {"of": "D-EMO", "norm_buffers": "initial"},
-}
-JUDGE = {
-    "model": "emov1_1m", "dataset": "digits", "image_size": 32, "max_steps": 2, "snapshot_every": 2, "batch_size": 4,
-    "model_options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8, 8, 8, 8], "window_size": 2},
-    "warmup_steps": 0,
-}  # fmt: skip
-
-
-def settings_of(folder: Path, **changes) -> StudySettings:
-    values = {
-        "title": "Tiny", "output_dir": str(folder / "study"), "report_dir": str(folder / "report"), "train": TRAIN,
-        "encode": {"dataset": "digits", "image_size": 8, "vae": "pixels"}, "runs": RUNS, "seeds": [3, 5],
-        "judge": str(folder / "judge.yaml"), "num_images": 20, "samplers": {"eps": "dpm++:2", "flow": "euler:2"},
-    }  # fmt: skip
-    (folder / "judge.yaml").write_text(yaml.safe_dump({**JUDGE, "output_dir": str(folder / "judge")}))
-    return StudySettings(**{**values, **changes})
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -118,179 +88,6 @@ def test_the_ablations_share_the_runs_of_the_study_that_they_change():
     )
     shared = study.keys() & both.keys()
     assert len(shared) == 6 and all(study[folder] == both[folder] for folder in shared)
-
-
-# ---- other scripts as children ---------------------------------------------------------------------------------------
-
-
-def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
-    script = tmp_path / "child.py"
-    script.write_text("import sys; print('ran with', *sys.argv[1:]); sys.exit(int(sys.argv[1]))")
-    run_script(script, ["0", "--flag"])
-    assert "ran with 0 --flag" in capfd.readouterr().out
-    with pytest.raises(RunError, match="child.py ended with exit code 2"):
-        run_script(script, ["2"])
-    with pytest.raises(SystemExit) as stop:
-        run_script(script, ["143"])
-    assert stop.value.code == 143
-
-
-def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
-    """A process that runs a script as a study does, with the lock of a folder; it imports no torch."""
-    code = (
-        f"import runpy; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
-        f"with own['claim'](Path({str(folder or script.parent / 'any')!r})) as lock:\n"
-        f"    own['run_script'](Path({str(script)!r}), [], lock=lock)"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-def wait_for(note: Path) -> str:
-    deadline = time.monotonic() + 60
-    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return note.read_text()
-
-
-def test_sigterm_reaches_the_script_which_saves_and_ends(tmp_path):
-    script, note = tmp_path / "child.py", tmp_path / "note"
-    script.write_text(
-        "import signal, sys, time\n"
-        f"def stop(*_): open({str(note)!r}, 'a').write('saved'); sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        f"with open({str(note)!r}, 'w') as file: file.write('began ')\n"  # closed here: a finalizer swallows exits
-        "time.sleep(60)\n"
-    )
-    parent = start_parent(script)
-    wait_for(note)
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(30) == 143 and note.read_text() == "began saved"
-
-
-def test_a_folder_is_claimed_once(tmp_path):
-    with claim(tmp_path / "run") as first, claim(tmp_path / "run") as second, claim(tmp_path / "other") as third:
-        assert first and second is None and third
-    with claim(tmp_path / "run") as again, claim(tmp_path / "more", wait=True) as waited:
-        assert again and waited
-
-
-def test_a_script_keeps_the_claim_of_a_study_that_was_killed(tmp_path):
-    script, note = tmp_path / "child.py", tmp_path / "note"
-    script.write_text(f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
-    parent = start_parent(script, tmp_path / "run")
-    child = int(wait_for(note))
-    parent.kill()
-    parent.wait()
-    with claim(tmp_path / "run") as lock:
-        assert lock is None, "the script is at work"
-    os.kill(child, signal.SIGKILL)
-    with claim(tmp_path / "run", wait=True) as lock:
-        assert lock
-
-
-# ---- what is refused before anything is trained ----------------------------------------------------------------------
-
-
-def open_study(folder: Path, **changes) -> Study:
-    return Study(settings_of(folder, **changes), scripts=ROOT / "scripts")
-
-
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"samplers": {"eps": "dpm+:20"}}, r"dpm\+:20 does not draw from the eps objective; use one of ddpm, .*dpm\+\+"),
-    ({"samplers": {"flow": "ddim:20"}}, "ddim:20 does not draw from the flow objective; use one of euler, heun"),
-    ({"samplers": {"eps": "ddim:0"}}, "ddim:0: .*positive"),
-    ({"samplers": {"noise": "ddim:20"}}, "by objective .eps, flow., not by 'noise'"),
-    ({"encode": {"dataset": "digits", "imagesize": 8}}, "the study's encode: there is no setting 'imagesize'"),
-    ({"encode": {"image_size": 8}}, "which images to encode; give --data-dir"),
-    ({"train": {**TRAIN, "tracker": "wandb"}}, "'D-EMO' has the tracker wandb"),
-    ({"train": {**TRAIN, "label_dropout": 0.0}, "guidance_scale": 2.0}, "guidance_scale must be 1"),
-    ({"norm_gap": ["DiT, flow"]}, "'DiT, flow' is of the flow objective"),
-    ({"judge": None, "reference": "none.npz"}, "reference none.npz does not exist"),
-    ({"judge": None, "reference": __file__, "fid": {"metric": ["fid"]}}, "the study's fid: there is no setting 'met"),
-    ({"judge": None, "reference": __file__, "fid": {"metrics": ["fit"]}}, "the study's fid: unknown metric 'fit'"),
-    ({"judge": None, "reference": __file__, "fid": {"output": "x"}}, "fid must not have output"),
-    ({"judge": None, "reference": __file__, "fid": {"scheduler": "ddim"}}, "fid's scheduler ddim does not draw from"),
-])  # fmt: skip
-def test_what_would_fail_after_the_training_is_refused_before_it(tmp_path, changes, sentence):
-    with pytest.raises(InputError, match=sentence):
-        open_study(tmp_path, **changes)
-
-
-def test_a_study_of_imagenet_asks_for_its_images_unless_it_only_plans_or_reports():
-    config = ["--config", str(ROOT / "configs" / "study" / "imagenet256.yaml"), "--reference", __file__]
-    for flags in (["--plan"], ["--report-only"], ["--data-dir", "IMAGENET/train"]):
-        Study(parse_settings(StudySettings, "", [*config, *flags]), scripts=ROOT / "scripts")
-    with pytest.raises(InputError, match="give --data-dir FOLDER"):
-        Study(parse_settings(StudySettings, "", config), scripts=ROOT / "scripts")
-
-
-def pretend_training(folder: Path, *, step: int, leave_out: tuple[str, ...] = (), **changes) -> None:
-    """What a run of the study with these settings leaves behind after so many steps."""
-    run = plan_runs(settings_of(folder, train={**TRAIN, **changes}))[0]
-    (run.folder / "snapshots" / f"step-{step}").mkdir(parents=True)
-    write_yaml(run.training, run.folder / "config.yaml")
-    values = yaml.safe_load((run.folder / "config.yaml").read_text())
-    for name in leave_out:
-        del values[name]
-    (run.folder / "config.yaml").write_text(yaml.safe_dump({**values, "vae": "pixels", "image_size": 8}))
-
-
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"learning_rate": 0.5}, "'D-EMO', seed 3, was trained with learning_rate 0.05, where the study says 0.5; give"),
-    ({"batch_size": 8, "ema_decay": 0.6}, "with batch_size 4, where the study says 8; ema_decay 0.5, where"),
-    ({"micro_batch_size": 2}, "micro_batch_size 4, where the study says 2"),
-    ({"model_options": {**TINY, "depth": 2}}, "model_options {'depth': 1, "),
-    ({"weight_decay": 0.1}, "weight_decay 0.0, where the study says 0.1"),
-    ({"max_steps": 2}, "max_steps 4, where the study says 2"),
-])  # fmt: skip
-@pytest.mark.parametrize("step", [2, 4])
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path, changes, sentence, step):
-    pretend_training(tmp_path, step=step, leave_out=("weight_decay", "logit_mean"))
-    open_study(tmp_path)
-    open_study(tmp_path, train={**TRAIN, **changes}, plan=True)
-    with pytest.raises(InputError, match=sentence) as refusal:
-        open_study(tmp_path, train={**TRAIN, **changes}, report_only=True)
-    assert f"remove {tmp_path / 'study' / 'runs' / 'd-emo-seed3'} to train it again" in str(refusal.value)
-
-
-def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
-    pretend_training(tmp_path, step=4)
-    open_study(tmp_path, train={**TRAIN, "log_every": 3, "num_workers": 1, "state_every": 9, "max_steps": 6})
-    (tmp_path / "study").rename(tmp_path / "moved")
-    moved = {"output_dir": str(tmp_path / "moved")}
-    open_study(tmp_path, **moved)
-    with pytest.raises(InputError, match="batch_size"):
-        open_study(tmp_path, **moved, train={**TRAIN, "batch_size": 8})
-    run = tmp_path / "moved" / "runs" / "d-emo-seed3"
-    (run / "config.yaml").write_text("[")
-    with pytest.raises(InputError, match="config.yaml of the study's run 'D-EMO', seed 3, is damaged"):
-        open_study(tmp_path, **moved)
-    (run / "snapshots" / "step-4").rmdir()
-    open_study(tmp_path, **moved)  # nothing was trained
-
-
-def test_with_a_cosine_schedule_more_steps_are_another_run(tmp_path):
-    cosine = {"schedule": "cosine", "max_steps": 4}
-    pretend_training(tmp_path, step=4, **cosine)
-    open_study(tmp_path, train={**TRAIN, **cosine})
-    with pytest.raises(InputError, match="max_steps 4, where the study says 6"):
-        open_study(tmp_path, train={**TRAIN, **cosine, "max_steps": 6})
-
-
-@pytest.mark.parametrize(("encode", "sentence"), [
-    ({"dataset": "digits", "image_size": 16, "vae": "pixels"}, "latents were encoded with image_size 8, where .* 16"),
-    ({"dataset": "digits", "image_size": 8, "vae": "d-emo-f8"}, "vae pixels, where the study says d-emo-f8"),
-    ({"dataset": "shapes"}, "dataset digits, where the study says shapes"),
-    ({"data_dir": "photos"}, "dataset digits, where the study says folder"),
-])  # fmt: skip
-def test_latents_of_other_settings_are_not_taken_for_these(tmp_path, encode, sentence):
-    index = {"data": "digits", "images": 1438, "image_size": 8, "codec": "pixels", "dtype": "float16"}
-    (tmp_path / "study" / "latents").mkdir(parents=True)
-    write_json(tmp_path / "study" / "latents" / "index.json", index)
-    open_study(tmp_path)
-    open_study(tmp_path, encode={"dataset": "digits"})
-    with pytest.raises(InputError, match=sentence):
-        open_study(tmp_path, encode=encode)
 
 
 # ---- what goes wrong on the way --------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""A study's children: stopped with it, and nobody else's while they live."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_study import ROOT
+
+from d_emo.config import RunError
+from d_emo.study import execution
+from d_emo.study.execution import claim, run_script
+
+
+def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
+    script = tmp_path / "child.py"
+    script.write_text("import sys; print('ran with', *sys.argv[1:]); sys.exit(int(sys.argv[1]))")
+    run_script(script, ["0", "--flag"])
+    assert "ran with 0 --flag" in capfd.readouterr().out
+    with pytest.raises(RunError, match="child.py ended with exit code 2"):
+        run_script(script, ["2"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, ["143"])
+    assert stop.value.code == 143
+
+
+def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
+    """A process that runs a script as a study does, with the lock of a folder; it imports no torch."""
+    code = (
+        f"import runpy; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
+        f"with own['claim'](Path({str(folder or script.parent / 'any')!r})) as lock:\n"
+        f"    own['run_script'](Path({str(script)!r}), [], lock=lock)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def wait_for(note: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return note.read_text()
+
+
+def test_sigterm_reaches_the_script_which_saves_and_ends(tmp_path):
+    script, note = tmp_path / "child.py", tmp_path / "note"
+    script.write_text(
+        "import signal, sys, time\n"
+        f"def stop(*_): open({str(note)!r}, 'a').write('saved'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"with open({str(note)!r}, 'w') as file: file.write('began ')\n"  # closed here: a finalizer swallows exits
+        "time.sleep(60)\n"
+    )
+    parent = start_parent(script)
+    wait_for(note)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(30) == 143 and note.read_text() == "began saved"
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    with claim(tmp_path / "run") as first, claim(tmp_path / "run") as second, claim(tmp_path / "other") as third:
+        assert first and second is None and third
+    with claim(tmp_path / "run") as again, claim(tmp_path / "more", wait=True) as waited:
+        assert again and waited
+
+
+def test_a_script_keeps_the_claim_of_a_study_that_was_killed(tmp_path):
+    script, note = tmp_path / "child.py", tmp_path / "note"
+    script.write_text(f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    parent = start_parent(script, tmp_path / "run")
+    child = int(wait_for(note))
+    parent.kill()
+    parent.wait()
+    with claim(tmp_path / "run") as lock:
+        assert lock is None, "the script is at work"
+    os.kill(child, signal.SIGKILL)
+    with claim(tmp_path / "run", wait=True) as lock:
+        assert lock
