@@ -30,6 +30,10 @@ from d_emo.study.report import FIGURES, plural, write_report
 from d_emo.study.results import Row, add_measurement, collect, read_json, read_measurements, size_of, write_json
 
 GAPS, COLUMNS = "norm_gap.json", 10
+PARTS = (
+    "class, shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
+    "drawings without a shape."
+)
 CUT_SHORT = (
     " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the end: that "
     "speaks against it."
@@ -251,8 +255,7 @@ class Study:
                 f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
                 f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
                 f"classifier of the same classes ({self._judge_name()}) and compare with nothing outside this study; "
-                "class, shape, colour and ground are the shares of drawings in which it sees what was asked for"
-                + (", empty that of drawings without a shape." if any("empty" in row for row in rows) else ".")
+                + (PARTS if any("empty" in row for row in rows) else "class is the share that it takes for the class.")
             ) + self._real_words()
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
