@@ -255,7 +255,7 @@ class Study:
                 f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
                 f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
                 f"classifier of the same classes ({self._judge_name()}) and compare with nothing outside this study; "
-                + (PARTS if any("empty" in row for row in rows) else "class is the share that it takes for the class.")
+                + (PARTS if any("empty" in row for row in rows) else "class is the share that it takes for what was asked for.")
             ) + self._real_words()
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
