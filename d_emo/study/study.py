@@ -34,6 +34,7 @@ PARTS = (
     "class, shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
     "drawings without a shape."
 )
+WHOLE = "class is the share of drawings that it takes for what was asked for."
 CUT_SHORT = (
     " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the end: that "
     "speaks against it."
@@ -255,7 +256,7 @@ class Study:
                 f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
                 f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
                 f"classifier of the same classes ({self._judge_name()}) and compare with nothing outside this study; "
-                + (PARTS if any("empty" in row for row in rows) else "class is the share that it takes for what was asked for.")
+                + (PARTS if any("empty" in row for row in rows) else WHOLE)
             ) + self._real_words()
         else:
             how = f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."
