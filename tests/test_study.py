@@ -201,6 +201,10 @@ def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_
     monkeypatch.setattr(study, "step_times", lambda settings, runs: asked.append(1) or dict.fromkeys(keys, 1.0))
     whole = Study(settings, scripts=ROOT / "scripts")
     assert whole._step_times() == whole._step_times() and len(asked) == 1
+    (kept,) = whole.folder.glob("step_times-*.json")
+    kept.write_text(kept.read_text()[:-9])
+    with pytest.raises(InputError, match=f"{kept.name} is damaged; remove it"):
+        whole._step_times()
     wider = {**runs, "deeper": {"model": "DiT-Ti-2", "model_options": {"depth": 2}}}
     Study(settings_of(tmp_path, runs=wider), scripts=ROOT / "scripts")._step_times()
     assert len(asked) == 2

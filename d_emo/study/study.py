@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -183,7 +182,7 @@ class Study:
             "--checkpoint", str(snapshot), "--reference", settings.reference, "--output", str(output),
             *as_flags(options),
         ], lock)  # fmt: skip
-        result = json.loads(output.read_text())
+        result = read_json(output)
         return {name: result[name] for name in FIGURES if name in result}
 
     def report(self) -> Path:
@@ -231,7 +230,7 @@ class Study:
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
                 seconds = step_times(self.settings, self.runs)
                 write_json(path, {"hardware": describe_hardware(device), "seconds": seconds})
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def _gaps(self) -> list[Row]:
         found = [(run, run.folder / GAPS) for run in self.runs if run.name in self.settings.norm_gap]
@@ -273,7 +272,7 @@ class Study:
         return f"`{self.settings.judge}`" + ("" if config is None else f", an {config.model}")
 
     def _real_file(self) -> Path:
-        return self.folder / f"real-{self.runs[0].protocol}.json"
+        return self.folder / f"held-out-{self.runs[0].protocol}.json"
 
     def _real_words(self) -> str:
         """What real held-out images measure, in a sentence."""
