@@ -20,7 +20,7 @@ from d_emo import checkpoint, kernels
 from d_emo.config import InputError
 from d_emo.kernels.activation import activate
 from d_emo.models import Denoiser, create_model
-from d_emo.models.attention import PARTITIONS, FarPartition, WindowAttention
+from d_emo.models.attention import WindowAttention
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.layers import fold_batch_norms
 from d_emo.training.accuracy import open_classifier
@@ -197,20 +197,20 @@ def gather(x: Tensor, groups: tuple[int, int]) -> Tensor:
 
 
 def attend_in_low_rank(
-    attention: WindowAttention, q: Tensor, k: Tensor, z: Tensor, act: kernels.Activation = "none"
+    attention: WindowAttention, qk: Tensor, z: Tensor, act: kernels.Activation = "none"
 ) -> Tensor:
     """`WindowAttention.attend` with tensors of at most four axes, as Core ML wants them; the same result.
 
-    Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
+    Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
     value = activate(z, act)
-    (h, w), (batch, height, width, _) = attention.window, q.shape
+    (h, w), (batch, height, width, _) = attention.window, z.shape
     n, m = height // h, width // w
     total = torch.zeros_like(value)
-    for partition in PARTITIONS[attention.mode]:
-        far = partition is FarPartition
+    for partition in kernels.PARTITIONS[attention.mode]:
+        far = partition is kernels.FarPartition
         heads = []
-        for x in (q, k, value):
+        for x in (*qk.chunk(2, dim=-1), value):
             x = gather(x, (h, w)) if far else x
             x = x.reshape(batch * n, h, m, -1).transpose(1, 2)  # (B n, m, h, w C)
             heads.append(x.reshape(batch * n * m, h * w, attention.num_heads, -1).transpose(1, 2))

@@ -3,7 +3,8 @@ import reference_block as reference
 import torch
 
 from d_emo.config import InputError
-from d_emo.models.attention import PARTITIONS, FarPartition, NearPartition, WindowAttention, pad_to_multiple
+from d_emo.kernels import PARTITIONS, FarPartition, NearPartition
+from d_emo.models.attention import WindowAttention, pad_to_multiple
 
 SIZES = [
     ((4, 4), (4, 4)),

@@ -54,7 +54,7 @@ def test_a_network_is_one_graph(which, training):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_network_compiled_for_a_cpu_keeps_the_kernels_that_its_compiler_has_no_equal_for(autocast):
-    """In float32 oneDNN's products, the own gradient of a depthwise kernel, and no fused attention."""
+    """The attention, the local branch with the projection and, in float32, oneDNN's products."""
     torch._dynamo.reset()
     seen = Counter()
 
@@ -70,18 +70,45 @@ def test_a_network_compiled_for_a_cpu_keeps_the_kernels_that_its_compiler_has_no
         note(graph, inputs)  # before the library takes its operators apart
         return aot_autograd(fw_compiler=note, bw_compiler=note)(graph, inputs)
 
-    compiled = torch.compile(network, backend=backend)
+    eager, compiled = copy.deepcopy(network), torch.compile(network, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        output(compiled, x, options).sum().backward()
-    products = 5 if autocast else 23  # forward one, backward two for each; the timestep's are always in float32
+        outputs = output(compiled, x, options), output(eager, x, options)
+    for out in outputs:
+        out.square().mean().backward()
+    for name in ("window_attention_on_cpu", "local_projection_on_cpu"):
+        assert seen[f"d_emo.{name}.default"] == 2  # before the library takes its operators apart, and after
+        assert seen[f"d_emo.{name}_backward.default"] == 1
+    products = 5 if autocast else 20  # forward one, backward two for each; the timestep's are always in float32
     assert seen["d_emo.product.default"] == (products if HAS_ONEDNN else 0)
-    assert seen["d_emo.depthwise_gradients.default"] == (0 if autocast else 1)
-    assert any("scaled_dot_product" in name for name in seen) == autocast
+    assert seen["aten.convolution.default"] == 1  # that of the patches
+    assert not any("scaled_dot_product" in name for name in seen)
+    pairs = {"output": outputs}
+    for (name, ours), theirs in zip(network.named_buffers(), eager.buffers(), strict=True):
+        pairs[name] = ours.double(), theirs.double()  # batch norm's running statistics
+    for (name, ours), theirs in zip(network.named_parameters(), eager.parameters(), strict=True):
+        pairs[f"gradient of {name}"] = ours.grad, theirs.grad
+    for name, (ours, theirs) in pairs.items():
+        error, size = (ours - theirs).norm().item(), theirs.norm().item()
+        assert error <= (3e-2 if autocast else 1e-5) * size + 1e-6, f"{name}: {error} of {size}"
 
 
 def test_the_operators_that_the_compiler_calls_keep_its_rules():
     x, grad = (torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last) for _ in range(2))
-    torch.library.opcheck(torch.ops.d_emo.depthwise_gradients, (x, grad, torch.randn(6, 1, 3, 3)))
+    operators, kernel = torch.ops.d_emo, torch.randn(6, 1, 3, 3)
+    torch.library.opcheck(operators.depthwise_gradients, (x, grad, kernel))
+    qk, z, options = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 10), ("gelu", 2, [2, 3], "spanning", 2)
+    for keep in (True, False):
+        for needed in {False, keep}:
+            inputs = qk.requires_grad_(needed), z.requires_grad_(needed)
+            torch.library.opcheck(operators.window_attention_on_cpu, (*inputs, *options, keep))
+    maps = operators.window_attention_on_cpu(qk, z, *options, True)[1]
+    torch.library.opcheck(operators.window_attention_on_cpu_backward, (z.detach(), qk, z, maps, *options))
+    a, vectors, projection = torch.randn(2, 5, 4, 6), (torch.randn(6), torch.randn(6)), torch.randn(3, 6)
+    inputs = [one.requires_grad_() for one in (a, kernel, *vectors, projection)]
+    torch.library.opcheck(operators.local_projection_on_cpu, (*inputs, 1e-6))
+    inputs = [one.detach() for one in inputs]
+    out, *kept = operators.local_projection_on_cpu(*inputs, 1e-6)
+    torch.library.opcheck(operators.local_projection_on_cpu_backward, (out, *inputs, *kept, 1e-6))
     if HAS_ONEDNN:
         rows, weight = torch.randn(7, 3).t(), torch.randn(7, 5).t()
         for bias, act in ((None, "none"), (torch.randn(5), "gelu")):

@@ -11,7 +11,7 @@ import torch
 
 from d_emo.kernels import choice, plain, window_attention
 from d_emo.models import create_model
-from d_emo.models.attention import PARTITIONS, WindowAttention
+from d_emo.models.attention import WindowAttention
 
 triton = pytest.importorskip("triton")
 gpu = pytest.importorskip("d_emo.kernels.gpu.attention")
@@ -29,15 +29,15 @@ def interpreted(monkeypatch, triton_interpreter):
 
 
 def operands(size, widths, heads=2, batch=2, dtype=torch.float32, device="cpu"):
-    """Queries and keys as halves of one tensor, and a value. Shape: 2 x (B, H, W, C), (B, H, W, M)."""
+    """Queries with keys, and a value. Shape: (B, H, W, 2C), (B, H, W, M)."""
     generator = torch.Generator(device).manual_seed(0)
     d, e = (heads * width for width in widths)
     maps = [torch.randn(batch, *size, n, generator=generator, device=device) for n in (2 * d, e)]
-    return [x.to(dtype).detach().requires_grad_() for x in (*maps[0].chunk(2, -1), maps[1])]
+    return [x.to(dtype).requires_grad_() for x in maps]
 
 
 def with_gradients(inputs, dtype=None, **options):
-    """The output, and the gradients of q, k and z for a fixed random gradient of the output."""
+    """The output, and the gradients of qk and z for a fixed random gradient of the output."""
     inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
     out = window_attention(*inputs, **options)
     seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -63,8 +63,7 @@ def test_kernels_equal_the_plain_form_with_all_gradients(
 ):
     monkeypatch.setattr(gpu, "ENOUGH", enough)
     inputs = operands(size, widths, batch=batch)
-    assert not inputs[0].is_contiguous()
-    options = dict(act="gelu", heads=2, window=window, partitions=PARTITIONS[mode])
+    options = dict(act="gelu", heads=2, window=window, mode=mode)
     ours = with_gradients(inputs, **options)
     assert len(interpreted) == 2  # one forward, one backward
     with plain():
@@ -85,7 +84,7 @@ def test_a_gpu_with_less_shared_memory_keeps_fewer_chunks_on_their_way(interpret
             return run
 
     inputs = operands((4, 4), (16, 16))
-    options = dict(act="gelu", heads=2, window=(4, 4), partitions=PARTITIONS["near"])
+    options = dict(act="gelu", heads=2, window=(4, 4), mode="near")
     exact = window_attention(*inputs, **options)
     monkeypatch.setattr(gpu, "forward_kernel", Small())
     assert torch.equal(window_attention(*inputs, **options), exact) and stages == [3, 1]
@@ -95,8 +94,8 @@ def test_a_gpu_with_less_shared_memory_keeps_fewer_chunks_on_their_way(interpret
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_every_activation_and_repetition(interpreted, act, repeat):
     inputs = operands((2, 6), (8, 20), batch=1)
-    inputs[2] = 6 * inputs[2]  # far into the tails of the activations
-    options = dict(act=act, heads=2, window=(2, 3), partitions=PARTITIONS["far"], repeat=repeat)
+    inputs[1] = 6 * inputs[1]  # far into the tails of the activations
+    options = dict(act=act, heads=2, window=(2, 3), mode="far", repeat=repeat)
     ours = with_gradients(inputs, **options)
     assert len(interpreted) == 2
     with plain():
@@ -107,7 +106,7 @@ def test_every_activation_and_repetition(interpreted, act, repeat):
 def test_low_precision(interpreted, dtype, bound):
     """The interpreter cuts bfloat16 off instead of rounding it, which costs a few times the error of a GPU."""
     inputs = operands((2, 8), (16, 40), batch=1, dtype=dtype)
-    options = dict(act="gelu", heads=2, window=(2, 4), partitions=PARTITIONS["spanning"])
+    options = dict(act="gelu", heads=2, window=(2, 4), mode="spanning")
     ours = with_gradients(inputs, **options)
     assert len(interpreted) == 2 and all(x.dtype == dtype for x in ours)
     with plain():
@@ -116,11 +115,11 @@ def test_low_precision(interpreted, dtype, bound):
 
 
 def test_operands_of_any_strides_and_expanded_gradients(interpreted):
-    q, k, z = operands((2, 4), (8, 8), batch=2)
-    q, z = q.detach().transpose(1, 2).contiguous().transpose(1, 2), z.detach().transpose(0, 3)[:, :, :, :2]
-    z = torch.cat([z] * 1, 0).transpose(0, 3)
-    inputs = [x.detach().requires_grad_() for x in (q, k, z)]
-    options = dict(act="silu", heads=2, window=(2, 2), partitions=PARTITIONS["spanning"])
+    qk, z = (x.detach() for x in operands((2, 4), (8, 8), batch=2))
+    qk, z = qk.transpose(1, 2).contiguous().transpose(1, 2), z.transpose(0, 3).contiguous().transpose(0, 3)
+    inputs = [x.requires_grad_() for x in (qk, z)]
+    assert not any(x.is_contiguous() for x in inputs)
+    options = dict(act="silu", heads=2, window=(2, 2), mode="spanning")
     ours = torch.autograd.grad(window_attention(*inputs, **options).sum(), inputs)
     assert len(interpreted) == 2
     with plain():
@@ -129,28 +128,22 @@ def test_operands_of_any_strides_and_expanded_gradients(interpreted):
 
 
 def test_autocast_lowers_every_operand(interpreted):
-    q, k, z = operands((2, 4), (8, 8), batch=1)
+    qk, z = operands((2, 4), (8, 8), batch=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = window_attention(
-            q.bfloat16(), k.bfloat16(), z, act="none", heads=2, window=(2, 2), partitions=PARTITIONS["near"]
-        )
+        out = window_attention(qk.bfloat16(), z, act="none", heads=2, window=(2, 2), mode="near")
     assert out.dtype == torch.bfloat16 and len(interpreted) == 1
     assert torch.autograd.grad(out.float().sum(), z)[0].dtype == torch.float32
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_other_form(interpreted, monkeypatch):
-    def launched(inputs, window=(2, 2), partitions=PARTITIONS["spanning"]):
+    def launched(inputs, window=(2, 2)):
         before = len(interpreted)
-        window_attention(*inputs, act="gelu", heads=2, window=window, partitions=partitions)
+        window_attention(*inputs, act="gelu", heads=2, window=window, mode="spanning")
         return len(interpreted) > before
-
-    class Unknown(PARTITIONS["near"][0]):
-        kind = "diagonal"
 
     assert launched(operands((2, 2), (8, 8)))
     assert not launched(operands((9, 9), (8, 8), batch=1), (9, 9))  # 81 tokens
-    assert not gpu.fits(*operands((2, 2), (8, 8), batch=0), (2, 2), PARTITIONS["near"])
-    assert not launched(operands((2, 2), (8, 8)), partitions=(Unknown,))
+    assert not gpu.fits(*operands((2, 2), (8, 8), batch=0), (2, 2))
     monkeypatch.setattr(gpu, "uses_tf32", lambda: False)
     assert not launched(operands((2, 2), (8, 8)))
     assert launched(operands((2, 2), (8, 8), dtype=torch.bfloat16))
@@ -195,7 +188,7 @@ def test_a_denoiser_trains_the_same_with_and_without_the_kernels(interpreted):
 
 def test_the_check_passes_and_sees_a_wrong_kernel(interpreted, monkeypatch):
     gpu.check(torch.device("cpu"))
-    assert [len(launched[1]) for launched in interpreted] == [4, 7] * 4
+    assert [len(launched[1]) for launched in interpreted] == [3, 5] * 4
     right = gpu.activation
     monkeypatch.setattr(gpu, "activation", lambda z, mask, ACT: right(z, mask, "silu"))
     with pytest.raises(RuntimeError, match="the result of window attention in torch.float32 is off by"):
@@ -204,7 +197,7 @@ def test_the_check_passes_and_sees_a_wrong_kernel(interpreted, monkeypatch):
 
 def test_the_operators_pass_the_librarys_own_checks(interpreted):
     inputs = operands((2, 4), (8, 8), batch=1)
-    torch.library.opcheck(gpu.attend, (*inputs, "gelu", 2, [2, 2], "both", 1))
+    torch.library.opcheck(gpu.attend, (*inputs, "gelu", 2, [2, 2], "spanning", 1))
 
 
 BUILD = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -225,11 +218,11 @@ def test_kernels_compile_without_spills_and_fit_small_cards(monkeypatch, tmp_pat
     sizes = dict(
         TALL=8, WIDE=8, TOKENS=64, D=64, D_CHUNK=64, E=256, E_CHUNK=columns, ACT="gelu", REPEAT=1, SCALE=0.125
     )
-    numbers = {*gpu.VARYING, "batch", "row", "column"}
+    numbers = set(gpu.VARYING)
     signature = {
         name: "constexpr" if name in sizes else "i32" if name in numbers else "*bf16" for name in function.arg_names
     }
-    even = [(i,) for i, (n, kind) in enumerate(signature.items()) if kind == "*bf16" or n in ("batch", "row", "column")]
+    even = [(i,) for i, (n, kind) in enumerate(signature.items()) if kind == "*bf16"]
     source = ASTSource(function, signature, sizes, {i: [["tt.divisibility", 16]] for i in even})
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -251,10 +244,10 @@ def test_on_a_gpu_at_a_real_size(monkeypatch, dtype, bound, batch):
     assert choice.uses_triton(*inputs)
     launched, launch = [], gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *args, **options: launched.append(args) or launch(*args, **options))
-    options = dict(act="gelu", heads=6, window=(8, 8), partitions=PARTITIONS["spanning"])
+    options = dict(act="gelu", heads=6, window=(8, 8), mode="spanning")
     ours = with_gradients(inputs, **options)
     assert len(launched) == 2
     with plain():
         exact = with_gradients(inputs, torch.float64, **options)
-    for name, x, y in zip(("result", "q", "k", "z"), ours, exact, strict=True):
+    for name, x, y in zip(("result", "qk", "z"), ours, exact, strict=True):
         assert off(x, y) < bound, name

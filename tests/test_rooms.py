@@ -12,7 +12,9 @@ ROOMS = [
 ]
 INSIDE = {
     "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
-    "kernels": ["choice", "activation", "linear", "attention", "depthwise", "local", "modulation", "slices"],
+    "kernels": [
+        "choice", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
+    ],
     "models": [
         "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "ablations", "table", "timm_registry", "convert",

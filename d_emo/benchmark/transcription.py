@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d_emo import kernels
 from d_emo.models import Denoiser
-from d_emo.models.attention import PARTITIONS, FarPartition, WindowAttention
+from d_emo.models.attention import WindowAttention
 from d_emo.models.backbone import EMO
 from d_emo.models.blocks import AdaLNMobileBlock, MetaMobileBlock, MobileOperator
 from d_emo.models.layers import ChannelsLastBatchNorm, LayerScale, LocalConv
@@ -66,8 +66,8 @@ def attention(part: WindowAttention, u: Tensor) -> Tensor:
     q, k = pointwise(u, part.qk).chunk(2, dim=1)  # 2 x (B, C, H', W')
     v = part.act(pointwise(u, part.v))  # (B, M, H', W')
     total = torch.zeros_like(v)
-    for partition in PARTITIONS[part.mode]:
-        far = partition is FarPartition
+    for partition in kernels.PARTITIONS[part.mode]:
+        far = partition is kernels.FarPartition
         qs, ks, vs = (windows(x, part.num_heads, part.window, far) for x in (q, k, v))  # (B, n, m, heads, T, d or e)
         weights = torch.softmax(qs @ ks.transpose(-2, -1) * qs.shape[-1] ** -0.5, dim=-1)  # (B, n, m, heads, T, T)
         total = total + unwindow(weights @ vs, part.window, far)

@@ -10,7 +10,8 @@ On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see 
 
 The CPU form gathers each operand once, in the order that the products want, for a few images or heads at a time, so
 that the gathered windows stay in the cache and their memory is used again. Its gradient keeps the attention maps and
-the value before the activation, and makes everything else anew.
+the value before the activation, and makes everything else anew. In a compiled network it is an operator that the
+compiler calls as it is: what the compiler makes of the single steps, or of the library's attention, takes longer.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate, activate_backward
-from d_emo.kernels.choice import compiles_for_cpu, is_plain, lowered, uses_triton
+from d_emo.kernels.choice import lowered, uses_triton, wants_standard
+from d_emo.kernels.partitions import PARTITIONS, AttentionMode
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -34,65 +36,48 @@ FROZEN_CHUNK = 2**18
 """The same without a gradient, where nothing of a chunk is kept: 1 MB in float32."""
 
 
-class Partition(Protocol):
-    """Cuts a map into windows (``split``, a view) and puts windows back (``merge``).
-
-    Attributes:
-        kind: "near" or "far", the kinds that the GPU's kernel knows.
-    """
-
-    kind: ClassVar[str]
-
-    @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor: ...
-
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor: ...
-
-
 def window_attention(
-    q: Tensor, k: Tensor, z: Tensor, *, act: Activation, heads: int, window: tuple[int, int],
-    partitions: Sequence[type[Partition]], repeat: int = 1,
+    qk: Tensor, z: Tensor, *, act: Activation, heads: int, window: tuple[int, int], mode: AttentionMode,
+    repeat: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Attention within the windows of every partition, summed over the partitions and multiplied by ``repeat``.
+    """Attention within the windows of every partition of a mode, their sum multiplied by ``repeat``.
 
     Args:
-        q, k: queries and keys.
+        qk: queries and, after them, keys.
         z: the value before its activation.
         act: of the value.
-        heads: that the channels are divided among.
+        heads: that the channels of each are divided among.
         window: height and width of a window; divides the map.
-        partitions: of the map.
+        mode: near, far, or both summed.
         repeat: factor of the result, for equal partitions that are computed once.
 
-    Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
+    Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
-    if uses_triton(q, k, z):
+    options = act, heads, list(window), mode, repeat
+    if uses_triton(qk, z):
         from d_emo.kernels.gpu import attention as gpu
 
-        operands = lowered(q, k, z)
-        if gpu.fits(*operands, window, partitions):
-            return gpu.window_attention(
-                *operands, act=act, heads=heads, window=window, partitions=partitions, repeat=repeat
-            )
-    if compiles_for_cpu(z):
-        return joinable_window_attention(q, k, activate(z, act), heads, window, partitions, repeat)
-    if is_plain() or z.device.type != "cpu":
-        return plain_window_attention(q, k, activate(z, act), heads, window, partitions, repeat)
-    layout, (q, k, z) = Layout(heads, window, tuple(partitions), repeat, act), lowered(q, k, z)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, z)):
-        return _WindowAttention.apply(q, k, z, layout)
+        operands = lowered(qk, z)
+        if gpu.fits(*operands, window):
+            return gpu.attend(*operands, *options)
+    if wants_standard() or z.device.type != "cpu":
+        return plain_window_attention(qk, activate(z, act), heads, window, mode, repeat)
+    qk, z = lowered(qk, z)
+    keep = torch.is_grad_enabled() and (qk.requires_grad or z.requires_grad)
+    if torch.compiler.is_compiling():
+        return _attend(qk, z, *options, keep)[0]
+    if keep:
+        return _WindowAttention.apply(qk, z, Layout(*options))
     with torch.autocast("cpu", enabled=False):
-        return forward(q, k, z, layout)
+        return forward(qk, z, Layout(*options))
 
 
 def plain_window_attention(
-    q: Tensor, k: Tensor, value: Tensor, heads: int, window: tuple[int, int], partitions: Sequence[type[Partition]],
-    repeat: int,
-) -> Tensor:  # fmt: skip
+    qk: Tensor, value: Tensor, heads: int, window: tuple[int, int], mode: AttentionMode, repeat: int
+) -> Tensor:
     """The plain form of `window_attention`, after the activation."""
-    value = repeat * value if repeat != 1 else value
-    windows = [torch.stack([p.split(x, window) for p in partitions]) for x in (q, k, value)]
+    partitions, value = PARTITIONS[mode], repeat * value if repeat != 1 else value
+    windows = [torch.stack([p.split(x, window) for p in partitions]) for x in (*qk.chunk(2, dim=-1), value)]
     parts, batch, n, m, h, w, _ = windows[0].shape  # each (P, B, n, m, h, w, C or M)
     operands = [
         x.reshape(parts * batch * n * m, h * w, heads, -1).transpose(1, 2) for x in windows
@@ -103,26 +88,6 @@ def plain_window_attention(
     return functools.reduce(torch.add, merged)  # (B, H, W, M)
 
 
-def joinable_window_attention(
-    q: Tensor, k: Tensor, value: Tensor, heads: int, window: tuple[int, int], partitions: Sequence[type[Partition]],
-    repeat: int,
-) -> Tensor:  # fmt: skip
-    """`plain_window_attention` in single steps, partition by partition, which the compiler can join with others."""
-
-    def windows(x: Tensor, part: type[Partition]) -> Tensor:
-        """Shape: (B, H, W, C) -> (B, n, m, heads, h w, C / heads)."""
-        return part.split(x, window).flatten(3, 4).unflatten(-1, (heads, -1)).transpose(3, 4)
-
-    merged = []
-    for part in partitions:
-        queries, keys, values = (windows(x, part) for x in (q, k, value))
-        weights = torch.softmax(queries @ keys.mT * queries.shape[-1] ** -0.5, -1)  # (B, n, m, heads, h w, h w)
-        mixed = (weights @ values).transpose(3, 4).flatten(4)  # (B, n, m, h w, M)
-        merged.append(part.merge(mixed.unflatten(3, window)))
-    total = functools.reduce(torch.add, merged)
-    return repeat * total if repeat != 1 else total
-
-
 @dataclass(frozen=True)
 class Layout:
     """How maps are cut into batches of matrices; see `window_attention` for the fields.
@@ -130,11 +95,11 @@ class Layout:
     A chunk is some images and some heads of a map, (b, H, W, some heads' channels), as a view.
     """
 
-    heads: int
-    window: tuple[int, int]
-    partitions: tuple[type[Partition], ...]
-    repeat: int
     act: Activation
+    heads: int
+    window: Sequence[int]
+    mode: AttentionMode
+    repeat: int
 
     def chunks(self, *maps: Tensor, size: int, most: int | None = None) -> Iterator[tuple[int, list[Tensor]]]:
         """The heads in a chunk, and that chunk of each map; ``size`` elements of the widest map belong to an image."""
@@ -151,7 +116,7 @@ class Layout:
 
     def views(self, x: Tensor, heads: int) -> list[Tensor]:
         """The windows of each partition. Shape: (b, H, W, C) -> P x (b, n, m, heads, h, w, C / heads)."""
-        splits = [part.split(x, self.window).unflatten(-1, (heads, -1)) for part in self.partitions]
+        splits = [part.split(x, self.window).unflatten(-1, (heads, -1)) for part in PARTITIONS[self.mode]]
         return [split.permute(0, 1, 2, 5, 3, 4, 6) for split in splits]
 
     def gather(self, x: Tensor, heads: int) -> Tensor:
@@ -165,53 +130,118 @@ class Layout:
             share = share.view(place.shape)
             place.add_(share) if i else place.copy_(share)
 
-    def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """The attention maps, in float32 or better. Shape: 2 x (N, T, d) -> (N, T, T)."""
+    def weigh(self, queries: Tensor, keys: Tensor, out: Tensor) -> None:
+        """The attention maps, computed in float32 or better. Shape: 2 x (N, T, d) -> out (N, T, T)."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         logits = torch.bmm(queries.to(dtype) * queries.shape[-1] ** -0.5, keys.to(dtype).mT)
-        return torch.softmax(logits, -1)
+        if out.dtype == dtype:
+            torch.softmax(logits, -1, out=out)
+        else:
+            out.copy_(torch.softmax(logits, -1))
+
+    def maps(self, z: Tensor) -> Tensor:
+        """Room for the attention maps of all chunks. Shape: z (B, H, W, M) -> (all N, T, T)."""
+        tokens = self.window[0] * self.window[1]
+        batch, height, width, _ = z.shape
+        number = len(PARTITIONS[self.mode]) * batch * (height // self.window[0]) * (width // self.window[1])
+        return z.new_empty((number * self.heads, tokens, tokens))
 
 
-def forward(q: Tensor, k: Tensor, z: Tensor, layout: Layout, maps: list[Tensor] | None = None) -> Tensor:
-    """The result; the attention maps of each chunk are appended to ``maps``."""
-    out, most = torch.empty(z.shape, dtype=z.dtype), FROZEN_CHUNK if maps is None else CHUNK
+def forward(qk: Tensor, z: Tensor, layout: Layout, maps: Tensor | None = None) -> Tensor:
+    """The result; the attention maps of each chunk are written to ``maps``, one after the other."""
+    q, k = qk.chunk(2, dim=-1)  # 2 x (B, H, W, C)
+    out, most, done = torch.empty(z.shape, dtype=z.dtype), FROZEN_CHUNK if maps is None else CHUNK, 0
     for heads, (qs, ks, zs, outs) in layout.chunks(q, k, z, out, size=z[0].numel(), most=most):
-        weights = layout.weights(layout.gather(qs, heads), layout.gather(ks, heads)).to(z.dtype)  # (N, T, T)
-        if maps is not None:
-            maps.append(weights)
-        weights = layout.repeat * weights if layout.repeat != 1 else weights
+        queries, keys = layout.gather(qs, heads), layout.gather(ks, heads)  # (N, T, d)
+        count, tokens, _ = queries.shape
+        weights = z.new_empty((count, tokens, tokens)) if maps is None else maps[done : done + count]
+        layout.weigh(queries, keys, weights)
+        weights, done = layout.repeat * weights if layout.repeat != 1 else weights, done + count
         values = layout.gather(activate(zs, layout.act), heads)  # (N, T, e)
         layout.scatter(torch.bmm(weights, values), outs, heads)
     return out
 
 
+def backward(grad: Tensor, qk: Tensor, z: Tensor, maps: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The gradients of ``qk`` and ``z``."""
+    grad_qk, grad_z, done = torch.empty(qk.shape, dtype=qk.dtype), torch.empty(z.shape, dtype=z.dtype), 0
+    halves = *qk.chunk(2, dim=-1), *grad_qk.chunk(2, dim=-1)  # 4 x (B, H, W, C)
+    scale = (halves[0].shape[-1] // layout.heads) ** -0.5
+    for heads, (qs, ks, grad_qs, grad_ks, zs, gs, grad_zs) in layout.chunks(
+        *halves, z, grad, grad_z, size=z[0].numel()
+    ):
+        outer = layout.gather(gs, heads)  # (N, T, e)
+        weights, done = maps[done : done + len(outer)], done + len(outer)
+        outer = layout.repeat * outer if layout.repeat != 1 else outer
+        values = layout.gather(activate(zs, layout.act), heads)  # (N, T, e)
+        grad_weights = torch.bmm(outer, values.mT)  # (N, T, T)
+        layout.scatter(torch.bmm(weights.mT, outer), grad_zs, heads)
+        grad_zs.copy_(activate_backward(grad_zs, zs, layout.act))
+        grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+        layout.scatter(torch.bmm(grad_logits, layout.gather(ks, heads)), grad_qs, heads)
+        layout.scatter(torch.bmm(grad_logits.mT, layout.gather(qs, heads)), grad_ks, heads)
+    return grad_qk, grad_z
+
+
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, z: Tensor, layout: Layout) -> Tensor:
-        maps: list[Tensor] = []
+    def forward(ctx: Any, qk: Tensor, z: Tensor, layout: Layout) -> Tensor:
+        maps, ctx.layout = layout.maps(z), layout
+        ctx.save_for_backward(qk, z, maps)
         with torch.autocast("cpu", enabled=False):
-            out = forward(q, k, z, layout, maps)
-        ctx.save_for_backward(q, k, z, *maps)
-        ctx.layout = layout
-        return out
+            return forward(qk, z, layout, maps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, z, *maps = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, z)]
-        chunks = layout.chunks(q, k, z, grad, *grads, size=z[0].numel())
-        scale = (q.shape[-1] // layout.heads) ** -0.5
-        for weights, (heads, (qs, ks, zs, gs, grad_q, grad_k, grad_z)) in zip(maps, chunks, strict=True):
-            outer = layout.gather(gs, heads)  # (N, T, e)
-            outer = layout.repeat * outer if layout.repeat != 1 else outer
-            values = layout.gather(activate(zs, layout.act), heads)  # (N, T, e)
-            grad_weights = torch.bmm(outer, values.mT)  # (N, T, T)
-            grad_values = torch.bmm(weights.mT, outer)  # (N, T, e)
-            layout.scatter(grad_values, grad_z, heads)
-            grad_z.copy_(activate_backward(grad_z, zs, layout.act))
-            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
-            layout.scatter(torch.bmm(grad_logits, layout.gather(ks, heads)), grad_q, heads)
-            layout.scatter(torch.bmm(grad_logits.mT, layout.gather(qs, heads)), grad_k, heads)
-        return *grads, None
+        return *backward(grad, *ctx.saved_tensors, ctx.layout), None
+
+
+OPTIONS = "str act, int heads, int[] window, str mode, int repeat"
+
+
+@torch.library.custom_op(
+    "d_emo::window_attention_on_cpu", mutates_args=(),
+    schema=f"(Tensor qk, Tensor z, {OPTIONS}, bool keep) -> (Tensor, Tensor)",
+)  # fmt: skip
+def _attend(qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The result and, with ``keep``, the attention maps, which the backward pass needs; otherwise no element."""
+    *options, keep = options
+    layout = Layout(*options)
+    maps = layout.maps(z) if keep else None
+    with torch.autocast("cpu", enabled=False):
+        return forward(qk, z, layout, maps), z.new_empty(0) if maps is None else maps
+
+
+@_attend.register_fake
+def _(qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *options, keep = options
+    return z.new_empty(z.shape), Layout(*options).maps(z) if keep else z.new_empty(0)
+
+
+@torch.library.custom_op(
+    "d_emo::window_attention_on_cpu_backward", mutates_args=(),
+    schema=f"(Tensor grad, Tensor qk, Tensor z, Tensor maps, {OPTIONS}) -> (Tensor, Tensor)",
+)  # fmt: skip
+def _attend_backward(grad: Tensor, qk: Tensor, z: Tensor, maps: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return backward(grad, qk, z, maps, Layout(*options))
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, qk: Tensor, z: Tensor, maps: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return qk.new_empty(qk.shape), z.new_empty(z.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qk, z, *ctx.options, _ = inputs
+    ctx.set_materialize_grads(False)  # of the maps, which nobody asks for
+    ctx.save_for_backward(qk, z, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = (None, None) if grad is None else _attend_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, *[None] * (len(ctx.options) + 1)
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)

@@ -44,9 +44,9 @@ def plain() -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether the plain form is wanted: inside `plain`, and while a network is compiled, exported or traced.
+    """Whether the plain form of small steps is wanted: inside `plain`, and in a network compiled, exported or traced.
 
-    The compiler joins the steps of the plain form itself, and other programs know standard operators only.
+    The compiler joins small steps itself, and other programs know standard operators only.
     """
     return torch.compiler.is_compiling() or wants_standard()
 
@@ -118,17 +118,6 @@ def prefers_onednn(*tensors: Tensor | None) -> bool:
     if wants_standard() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
-
-
-def compiles_for_cpu(x: Tensor) -> bool:
-    """Whether a network is being compiled to run on a CPU in float32.
-
-    There the compiler joins the gathering of windows with the steps around it, but not with the library's attention;
-    and its gradient of a depthwise kernel is the library's.
-    """
-    if wants_standard() or not torch.compiler.is_compiling():
-        return False
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def fuses_inference(*tensors: Tensor | None) -> bool:

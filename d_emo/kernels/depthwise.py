@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import compiles_for_cpu, fuses_inference, is_plain, lowered, uses_triton
+from d_emo.kernels.choice import fuses_inference, lowered, uses_triton, wants_standard
 
 TRITON_SIZES = (3, 5, 7)
 """The sizes of a kernel that Triton's form is written for."""
@@ -112,8 +112,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         from d_emo.kernels.gpu import local
 
         return local.depthwise_conv2d(lowered(x)[0].permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-    has_own_gradient = compiles_for_cpu(x) or (x.device.type == "cpu" and not is_plain())
-    if not has_own_gradient or not torch.is_grad_enabled():
+    if x.device.type != "cpu" or wants_standard() or not torch.is_grad_enabled():
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return _DepthwiseConv2d.apply(*lowered(x, weight))
 

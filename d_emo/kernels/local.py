@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import is_plain, lowered, uses_triton
+from d_emo.kernels.choice import lowered, uses_triton, wants_standard
 from d_emo.kernels.depthwise import convolves_on_gpu, depthwise_gradients
 from d_emo.kernels.linear import multiply
 
@@ -30,14 +30,14 @@ PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.
 
 def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
     """Whether `local_projection` takes this map and these parameters, in its order; else the plain steps are wanted."""
-    if torch.is_grad_enabled() and uses_triton(a, *parameters):
-        return a.numel() > a.shape[-1] and all(convolves_on_gpu(a, kernel.shape[-1]) for kernel in parameters[:1])
-    if is_plain() or not torch.is_grad_enabled() or any(x.device.type != "cpu" for x in (a, *parameters)):
+    if not torch.is_grad_enabled() or wants_standard() or a.numel() <= a.shape[-1]:
+        return False  # one value per channel has no variance; the library refuses it in its own words
+    if uses_triton(a, *parameters):
+        return all(convolves_on_gpu(a, kernel.shape[-1]) for kernel in parameters[:1])
+    if any(x.device.type != "cpu" for x in (a, *parameters)):
         return False
     precision = PARAMETERS.get(lowered(a)[0].dtype)
-    if precision is None or any(x.dtype != precision for x in parameters):
-        return False
-    return a.numel() > a.shape[-1]  # one value per channel has no variance; the library refuses it in its own words
+    return precision is not None and all(x.dtype == precision for x in parameters)
 
 
 def local_projection(
@@ -59,14 +59,18 @@ def local_projection(
     if uses_triton(a):
         from d_emo.kernels.gpu import local
 
-        statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
-        return local.local_projection(lowered(a)[0], kernel, gamma, beta, projection, **statistics)
-    a, kernel, projection = lowered(a, kernel, projection)
-    a = a.contiguous()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        c = F.conv2d(_channels_first(a), kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
-        mean, var = torch.batch_norm_update_stats(c, running_mean, running_var, momentum)
-    return _LocalProjection.apply(a, kernel, gamma, beta, projection, c, mean, var, eps)
+        out, mean, var = local.local_projection(lowered(a)[0], kernel, gamma, beta, projection, eps)
+    else:
+        a, kernel, projection = lowered(a, kernel, projection)
+        if not torch.compiler.is_compiling():
+            running = running_mean, running_var, momentum
+            return _LocalProjection.apply(a, kernel, gamma, beta, projection, eps, running)
+        out, _, mean, var = _local_projection(a, kernel, gamma, beta, projection, eps)
+    pixels = a.numel() // a.shape[-1]
+    with torch.no_grad():
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+        running_var.lerp_((var.detach() * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
+    return out
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -92,41 +96,109 @@ def _normed(rows: Tensor, statistics: tuple[Any, ...]) -> Tensor:
     return _channels_last(F.batch_norm(image, mean, var, gamma, beta, eps=eps)).view(rows.shape)
 
 
+def forward(
+    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float,
+    running: tuple[Tensor, Tensor, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result, c, and mean and variance of c; the running statistics are updated."""
+    with torch.autocast("cpu", enabled=False):
+        c = F.conv2d(_channels_first(a), kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
+        mean, var = torch.batch_norm_update_stats(c, *running)
+        y, c = torch.empty_like(a), _channels_last(c)
+        for some, convolved, out in _rows(a, c, y):
+            normed = _normed(convolved, (mean, var, gamma, beta, eps))
+            torch.add(some, F.silu(normed, inplace=True), out=out)
+        return multiply(y, projection), c, mean, var
+
+
+def backward(
+    grad: Tensor, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, c: Tensor, mean: Tensor,
+    var: Tensor, eps: float, needs_kernel: bool, needs_projection: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of the first five arguments of `forward`."""
+    grad_y = multiply(grad, projection.t())  # (B, H, W, M)
+    y, inner = torch.empty_like(a), torch.empty_like(a)
+    for some, convolved, outer, out, grad_out in _rows(a, c, grad_y, y, inner):
+        normed = _normed(convolved, (mean, var, gamma, beta, eps))
+        torch.ops.aten.silu_backward.grad_input(outer, normed, grad_input=grad_out)
+        torch.add(some, F.silu(normed, inplace=True), out=out)
+    grad_projection = None
+    if needs_projection:
+        grad_projection = multiply(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
+    del y
+    grad_c, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+        _channels_first(inner), _channels_first(c), gamma, None, None, mean, torch.rsqrt(var + eps), True, eps,
+        [True] * 3,
+    )  # fmt: skip
+    del inner
+    grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel, (True, needs_kernel))
+    grad_y += _channels_last(grad_a)
+    return grad_y, grad_kernel, grad_gamma, grad_beta, grad_projection
+
+
 class _LocalProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, c: Tensor, mean: Tensor,
-        var: Tensor, eps: float,
+        ctx: Any, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float,
+        running: tuple[Tensor, Tensor, float],
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(a, kernel, gamma, beta, projection, c, mean, var)
-        ctx.eps, y = eps, torch.empty_like(a)
-        with torch.autocast("cpu", enabled=False):
-            for some, convolved, out in _rows(a, _channels_last(c), y):
-                normed = _normed(convolved, (mean, var, gamma, beta, eps))
-                torch.add(some, F.silu(normed, inplace=True), out=out)
-            return multiply(y, projection)
+        a, ctx.eps = a.contiguous(), eps
+        out, *kept = forward(a, kernel, gamma, beta, projection, eps, running)
+        ctx.save_for_backward(a, kernel, gamma, beta, projection, *kept)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, kernel, gamma, beta, projection, c, mean, var = ctx.saved_tensors
-        grad_y = multiply(grad, projection.t())  # (B, H, W, M)
-        y, inner = torch.empty_like(a), torch.empty_like(a)
-        for some, convolved, outer, out, grad_out in _rows(a, _channels_last(c), grad_y, y, inner):
-            normed = _normed(convolved, (mean, var, gamma, beta, ctx.eps))
-            torch.ops.aten.silu_backward.grad_input(outer, normed, grad_input=grad_out)
-            torch.add(some, F.silu(normed, inplace=True), out=out)
-        needs, grad_projection = ctx.needs_input_grad, None
-        if needs[4]:
-            grad_projection = multiply(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
-        del y
-        grad_c, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-            _channels_first(inner), c, gamma, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, [True] * 3
-        )
-        del inner
-        grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel, (True, needs[1]))
-        grad_y += _channels_last(grad_a)
-        return grad_y, grad_kernel, grad_gamma, grad_beta, grad_projection, None, None, None, None
+        needs = ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        return *backward(grad, *ctx.saved_tensors, ctx.eps, *needs), None, None
+
+
+@torch.library.custom_op("d_emo::local_projection_on_cpu", mutates_args=())
+def _local_projection(
+    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` as an operator that the compiler calls as it is; its caller updates the running statistics."""
+    running = torch.zeros_like(gamma), torch.ones_like(gamma), 0.0
+    return forward(a.contiguous(), kernel, gamma, beta, projection, eps, running)
+
+
+@_local_projection.register_fake
+def _(
+    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    out = a.new_empty((*a.shape[:-1], len(projection)))
+    return out, a.new_empty(a.shape), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+@torch.library.custom_op("d_emo::local_projection_on_cpu_backward", mutates_args=())
+def _local_projection_backward(
+    grad: Tensor, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, c: Tensor, mean: Tensor,
+    var: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        a, parameters = a.contiguous(), (kernel, gamma, beta, projection)
+        return backward(grad.contiguous(), a, *parameters, c, mean, var, eps, True, True)
+
+
+@_local_projection_backward.register_fake
+def _(grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in operands[:5])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *operands, ctx.eps = inputs
+    ctx.set_materialize_grads(False)  # of c and its statistics, which nobody asks for
+    ctx.save_for_backward(*operands, *output[1:])
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    return *_local_projection_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_local_projection.register_autograd(_gradients, setup_context=_keep)
 
 
 def fuses_skip(a: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""Attention inside windows of a feature map: the partitions, their exact inverses, and the one class that uses them.
+"""Attention inside windows of a feature map, and plain attention over all of it.
 
 Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (strided windows, pre-attention).
 """
@@ -12,56 +12,10 @@ from torch import Tensor, nn
 
 from d_emo import kernels
 from d_emo.config import InputError
-from d_emo.kernels import Partition
+from d_emo.kernels import PARTITIONS, AttentionMode
 from d_emo.models.layers import ACTIVATIONS, Linear, linear_act, pair
 
-AttentionMode = Literal["near", "far", "spanning"]
 AttentionOrder = Literal["post", "pre"]
-
-
-class NearPartition:
-    """A window is a rectangle of adjacent tokens.
-
-    Shape: map (B, n * h, m * w, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
-    """
-
-    kind = "near"
-
-    @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
-        (h, w), (batch, height, width, dim) = window, x.shape
-        return x.view(batch, height // h, h, width // w, w, dim).permute(0, 1, 3, 2, 4, 5)
-
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor:
-        batch, n, m, h, w, dim = windows.shape
-        return windows.permute(0, 1, 3, 2, 4, 5).reshape(batch, n * h, m * w, dim)
-
-
-class FarPartition:
-    """A window is a grid of tokens that spans the whole map: h x w tokens at strides (H / h, W / w).
-
-    Shape: map (B, h * n, w * m, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
-    """
-
-    kind = "far"
-
-    @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
-        (h, w), (batch, height, width, dim) = window, x.shape
-        return x.view(batch, h, height // h, w, width // w, dim).permute(0, 2, 4, 1, 3, 5)
-
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor:
-        batch, n, m, h, w, dim = windows.shape
-        return windows.permute(0, 3, 1, 4, 2, 5).reshape(batch, h * n, w * m, dim)
-
-
-PARTITIONS: dict[str, tuple[type[Partition], ...]] = {
-    "near": (NearPartition,),
-    "far": (FarPartition,),
-    "spanning": (NearPartition, FarPartition),
-}
 
 
 def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -148,22 +102,22 @@ class WindowAttention(nn.Module):
 
         Shape: u (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
         """
-        q, k = self.qk(u).chunk(2, dim=-1)  # 2 x (B, H, W, C)
+        qk = self.qk(u)  # (B, H, W, 2C)
         if type(act) in ACTIVATIONS:  # the attention applies it itself, to keep one map less for the backward pass
-            return self.attend(q, k, z, ACTIVATIONS[type(act)])
-        return self.attend(q, k, z if act is None else act(z))
+            return self.attend(qk, z, ACTIVATIONS[type(act)])
+        return self.attend(qk, z if act is None else act(z))
 
-    def attend(self, q: Tensor, k: Tensor, z: Tensor, act: kernels.Activation = "none") -> Tensor:
+    def attend(self, qk: Tensor, z: Tensor, act: kernels.Activation = "none") -> Tensor:
         """Attention within the windows of every partition of the mode, summed over the partitions.
 
-        Shape: q, k (B, H, W, C), the value before its activation (B, H, W, M) -> (B, H, W, M).
+        Shape: qk (B, H, W, 2C), the value before its activation (B, H, W, M) -> (B, H, W, M).
         """
-        partitions, repeat = PARTITIONS[self.mode], 1
-        if self.merge_equal_partitions and tuple(q.shape[1:3]) == self.window:
+        mode, repeat = self.mode, 1
+        if self.merge_equal_partitions and tuple(z.shape[1:3]) == self.window:
             # A map of one window: near and far are the same tokens, so the sum is one of them times their number.
-            partitions, repeat = partitions[:1], len(partitions)
+            mode, repeat = "near", len(PARTITIONS[mode])
         return kernels.window_attention(
-            q, k, z, act=act, heads=self.num_heads, window=self.window, partitions=partitions, repeat=repeat
+            qk, z, act=act, heads=self.num_heads, window=self.window, mode=mode, repeat=repeat
         )
 
 

@@ -3,10 +3,10 @@
     out = repeat * sum over the partitions of  merge(softmax(q k^T / sqrt(d)) act(z))
 
 The partitions differ only in where a window's tokens lie, so tiles are loaded from where they are and nothing is
-gathered: q and k may be the two halves of one tensor. A program owns some windows of one head of an image. It makes a
-window's map once, keeps it in registers, and goes through the value in chunks of its columns; the second partition adds
-to what the first has stored. The forward pass keeps nothing but its operands, the backward pass makes the map and the
-activation anew.
+gathered. q and k lie side by side in one tensor, and so do their gradients. A program owns some windows of one head of
+an image. It makes a window's map once, keeps it in registers, and goes through the value in chunks of its columns; the
+second partition adds to what the first has stored. The forward pass keeps nothing but its operands, the backward pass
+makes the map and the activation anew.
 
 Sizes come from the compiler's report (registers, spills, shared memory), not yet from a clock. A warp has 16 tokens. At
 64 tokens and 64 columns in a chunk four programs share an H100's multiprocessor. The backward pass holds one more map
@@ -103,20 +103,19 @@ def activation(z, mask, ACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    q, k, z, out, batch, row, column, first_part, last_part, held_part, down, across, heads, per_program,
+    qk, z, out, first_part, last_part, held_part, down, across, heads, per_program,
     TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
     E: tl.constexpr, E_CHUNK: tl.constexpr, ACT: tl.constexpr, REPEAT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Partitions ``first_part`` to ``last_part`` (0 is near, 1 is far); those after ``held_part`` add to ``out``.
 
-    Grid: (images times heads, groups of ``per_program`` windows). ``batch``, ``row`` and ``column`` are the strides of
-    q and k; z and out are contiguous.
+    Grid: (images times heads, groups of ``per_program`` windows). All maps are contiguous.
     """
     REAL: tl.constexpr = TALL * WIDE
     image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    wide, z_column = across * WIDE, heads * E
-    q += image * batch + head * D
-    k += image * batch + head * D
+    wide, qk_column, z_column = across * WIDE, 2 * heads * D, heads * E
+    q = qk + image * (down * TALL * wide * qk_column) + head * D
+    k = q + heads * D
     z += image * (down * TALL * wide * z_column) + head * E
     out += image * (down * TALL * wide * z_column) + head * E
     start = tl.program_id(1) * per_program
@@ -125,7 +124,7 @@ def forward_kernel(
         later = part - held_part  # 0 or 1
         for window in range(start, tl.minimum(start + per_program, down * across)):
             y, x = places(window, far, down, across, TALL, WIDE, TOKENS)
-            pixels = y * row + x * column
+            pixels = (y * wide + x) * qk_column
             weights = attention_map(q, k, pixels, REAL, TOKENS, D, D_CHUNK, SCALE)
             weights = (weights * REPEAT).to(z.dtype.element_ty)
             for first in range(0, E, E_CHUNK):
@@ -138,18 +137,18 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_kernel(
-    grad, q, k, z, grad_q, grad_k, grad_z, batch, row, column, first_part, last_part, held_part, down, across, heads,
-    per_program, TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
+    grad, qk, z, grad_qk, grad_z, first_part, last_part, held_part, down, across, heads, per_program,
+    TALL: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr,
     E: tl.constexpr, E_CHUNK: tl.constexpr, ACT: tl.constexpr, REPEAT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `forward_kernel`, which has the same arguments; gradients are contiguous."""
+    """The gradients of `forward_kernel`, which has the same arguments."""
     REAL: tl.constexpr = TALL * WIDE
     image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    wide, q_column, z_column = across * WIDE, heads * D, heads * E
-    q += image * batch + head * D
-    k += image * batch + head * D
-    grad_q += image * (down * TALL * wide * q_column) + head * D
-    grad_k += image * (down * TALL * wide * q_column) + head * D
+    wide, qk_column, z_column = across * WIDE, 2 * heads * D, heads * E
+    q = qk + image * (down * TALL * wide * qk_column) + head * D
+    k = q + heads * D
+    grad_q = grad_qk + image * (down * TALL * wide * qk_column) + head * D
+    grad_k = grad_q + heads * D
     z += image * (down * TALL * wide * z_column) + head * E
     grad += image * (down * TALL * wide * z_column) + head * E
     grad_z += image * (down * TALL * wide * z_column) + head * E
@@ -159,7 +158,7 @@ def backward_kernel(
         later = part - held_part  # 0 or 1
         for window in range(start, tl.minimum(start + per_program, down * across)):
             y, x = places(window, far, down, across, TALL, WIDE, TOKENS)
-            pixels = y * row + x * column
+            pixels = (y * wide + x) * qk_column
             weights = attention_map(q, k, pixels, REAL, TOKENS, D, D_CHUNK, SCALE)
             turned = tl.trans((weights * REPEAT).to(z.dtype.element_ty))
             product = tl.full((TOKENS, TOKENS), 0.0, tl.float32)
@@ -174,15 +173,13 @@ def backward_kernel(
             for first in tl.static_range(0, D, D_CHUNK):
                 at, mask = tile(pixels, first, REAL, TOKENS, D, D_CHUNK)
                 queries, keys = tl.load(q + at, mask=mask, other=0.0), tl.load(k + at, mask=mask, other=0.0)
-                at, mask = tile((y * wide + x) * q_column, first, REAL, TOKENS, D, D_CHUNK)
                 add(grad_q + at, tl.dot(logits, keys), mask, later)
                 add(grad_k + at, tl.dot(tl.trans(logits), queries), mask, later)
         tl.debug_barrier()
 
 
-OPTIONS = "str act, int heads, int[] window, str partitions, int repeat"
-KINDS = {("near",): "near", ("far",): "far", ("near", "far"): "both", ("far", "near"): "both"}
-PARTS = {"near": (0, 1), "far": (1, 2), "both": (0, 2)}
+OPTIONS = "str act, int heads, int[] window, str mode, int repeat"
+PARTS = {"near": (0, 1), "far": (1, 2), "spanning": (0, 2)}
 MOST_TOKENS = 64
 """Of a window: the float32 maps of a larger one do not fit the registers."""
 
@@ -197,19 +194,10 @@ def uses_tf32() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def fits(q: Tensor, k: Tensor, z: Tensor, window: Sequence[int], partitions: Sequence[Any]) -> bool:
+def fits(qk: Tensor, z: Tensor, window: Sequence[int]) -> bool:
     """Whether the kernels take these: one precision (float32 only as TF32), and windows that are small enough."""
-    known = tuple(getattr(part, "kind", None) for part in partitions) in KINDS and z.numel() > 0
-    same = q.dtype == k.dtype == z.dtype and (z.dtype != torch.float32 or uses_tf32())
-    return known and same and window[0] * window[1] <= MOST_TOKENS
-
-
-def window_attention(
-    q: Tensor, k: Tensor, z: Tensor, *, act: str, heads: int, window: Sequence[int], partitions: Sequence[Any],
-    repeat: int,
-) -> Tensor:  # fmt: skip
-    """`d_emo.kernels.window_attention`, only where it `fits`. Shape: q, k (B, H, W, C), z (B, H, W, M) -> as z."""
-    return attend(q, k, z, act, heads, list(window), KINDS[tuple(part.kind for part in partitions)], repeat)
+    same = qk.dtype == z.dtype and (z.dtype != torch.float32 or uses_tf32())
+    return same and z.numel() > 0 and window[0] * window[1] <= MOST_TOKENS
 
 
 def chunk_of(width: int, most: int) -> int:
@@ -217,7 +205,7 @@ def chunk_of(width: int, most: int) -> int:
     return min((c for c in (64, 32, 16) if c <= most), key=lambda c: triton.cdiv(width, c) * (c + 16))
 
 
-def launch(kernel: Any, maps: Sequence[Tensor], q: Tensor, z: Tensor, options: Sequence[Any], columns: int) -> None:
+def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], columns: int) -> None:
     """Run a kernel over all windows of all partitions.
 
     Where images and heads alone make `ENOUGH` programs, there is one launch, and a program does all the windows of its
@@ -227,25 +215,25 @@ def launch(kernel: Any, maps: Sequence[Tensor], q: Tensor, z: Tensor, options: S
     Args:
         kernel: the forward or the backward one.
         maps: its tensors.
-        q, z: which of them tell the strides, and the sizes.
-        options: act, heads, window, partitions, repeat.
+        qk, z: which of them tell the sizes.
+        options: act, heads, window, mode, repeat.
         columns: of the value in a chunk, at most.
     """
-    act, heads, (tall, wide), partitions, repeat = options
-    (images, height, width, dim), (first, last) = q.shape, PARTS[partitions]
-    down, across, programs = height // tall, width // wide, images * heads
+    act, heads, (tall, wide), mode, repeat = options
+    (images, height, width, both), (first, last) = qk.shape, PARTS[mode]
+    dim, down, across, programs = both // 2 // heads, height // tall, width // wide, images * heads
     groups = min(down * across, triton.cdiv(ENOUGH * multiprocessors(z.device), programs))
     each = triton.cdiv(down * across, groups)
     tokens = max(16, triton.next_power_of_2(tall * wide))
     sizes = dict(
-        TALL=tall, WIDE=wide, TOKENS=tokens, D=dim // heads, D_CHUNK=chunk_of(dim // heads, 64), E=z.shape[-1] // heads,
-        E_CHUNK=chunk_of(z.shape[-1] // heads, columns), ACT=act, REPEAT=repeat, SCALE=(dim // heads) ** -0.5,
+        TALL=tall, WIDE=wide, TOKENS=tokens, D=dim, D_CHUNK=chunk_of(dim, 64), E=z.shape[-1] // heads,
+        E_CHUNK=chunk_of(z.shape[-1] // heads, columns), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
     )  # fmt: skip
 
     def run(one: tuple[int, int], num_stages: int) -> None:
         kernel[(programs, triton.cdiv(down * across, each))](
-            *maps, *q.stride()[:3], *one, first, down, across, heads, each, **sizes, num_warps=tokens // 16,
-            num_stages=num_stages, enable_fp_fusion=True,
+            *maps, *one, first, down, across, heads, each, **sizes, num_warps=tokens // 16, num_stages=num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
@@ -256,49 +244,42 @@ def launch(kernel: Any, maps: Sequence[Tensor], q: Tensor, z: Tensor, options: S
                 run(one, num_stages=1)
 
 
-def alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the same strides, and the channels side by side; halves of one tensor stay as they are."""
-    if q.stride() == k.stride() and q.stride(-1) == 1:
-        return q, k
-    return q.contiguous(), k.contiguous()
-
-
 @torch.library.custom_op(
-    "d_emo::window_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor z, {OPTIONS}) -> Tensor"
+    "d_emo::window_attention", mutates_args=(), schema=f"(Tensor qk, Tensor z, {OPTIONS}) -> Tensor"
 )
-def attend(q: Tensor, k: Tensor, z: Tensor, *options: Any) -> Tensor:
-    """See `window_attention`."""
-    (q, k), z = alike(q, k), z.contiguous()
+def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
+    """`d_emo.kernels.window_attention`, only where it `fits`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
+    qk, z = qk.contiguous(), z.contiguous()
     out = torch.empty_like(z)
-    launch(forward_kernel, (q, k, z, out), q, z, options, columns=128 // z.element_size())
+    launch(forward_kernel, (qk, z, out), qk, z, options, columns=128 // z.element_size())
     return out
 
 
 @torch.library.custom_op(
     "d_emo::window_attention_backward", mutates_args=(),
-    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor z, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
 )  # fmt: skip
-def attend_backward(grad: Tensor, q: Tensor, k: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and z."""
-    (q, k), z, grad = alike(q, k), z.contiguous(), grad.to(z.dtype).contiguous()
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, z))
-    launch(backward_kernel, (grad, q, k, z, *grads), q, z, options, columns=64 // z.element_size())
+def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The gradients of qk and z."""
+    qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
+    grads = torch.empty_like(qk), torch.empty_like(z)
+    launch(backward_kernel, (grad, qk, z, *grads), qk, z, options, columns=64 // z.element_size())
     return grads
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, z: Tensor, *options: Any) -> Tensor:
+def _(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
     return z.new_empty(z.shape)
 
 
 @attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), z.new_empty(z.shape)
+def _(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return qk.new_empty(qk.shape), z.new_empty(z.shape)
 
 
 def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, z, *ctx.options = inputs
-    ctx.save_for_backward(q, k, z)
+    qk, z, *ctx.options = inputs
+    ctx.save_for_backward(qk, z)
 
 
 def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -308,14 +289,15 @@ def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attend.register_autograd(differentiate, setup_context=keep_operands)
 
 
-def reference(q: Tensor, k: Tensor, z: Tensor, heads: int, window: Sequence[int]) -> Tensor:
-    """Both partitions with GELU, in the plainest way. Shape: q, k (B, H, W, C), z (B, H, W, M) -> (B, H, W, M)."""
-    (h, w), (_, height, width, _), total = window, q.shape, 0
+def reference(qk: Tensor, z: Tensor, heads: int, window: Sequence[int]) -> Tensor:
+    """Both partitions with GELU, in the plainest way. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M)."""
+    (h, w), (_, height, width, _), total = window, z.shape, 0
     places = torch.arange(height * width, device=z.device).view(height, width)
     near = places.view(height // h, h, width // w, w).permute(0, 2, 1, 3).reshape(-1, h * w)
     far = places.view(h, height // h, w, width // w).permute(1, 3, 0, 2).reshape(-1, h * w)
+    maps = *qk.chunk(2, dim=-1), z
     for windows in (near, far):
-        qs, ks, zs = (x.flatten(1, 2)[:, windows].unflatten(-1, (heads, -1)).transpose(2, 3) for x in (q, k, z))
+        qs, ks, zs = (x.flatten(1, 2)[:, windows].unflatten(-1, (heads, -1)).transpose(2, 3) for x in maps)
         weights = torch.softmax(qs @ ks.mT * qs.shape[-1] ** -0.5, -1)  # (B, windows, heads, h w, h w)
         mixed = (weights @ torch.nn.functional.gelu(zs)).transpose(2, 3).flatten(1, 2).flatten(2)
         total = total + mixed[:, windows.flatten().argsort()]
@@ -337,19 +319,19 @@ def check(device: torch.device) -> None:
         shape = images, 2 * window[0], 2 * window[1]
         maps = [
             torch.randn(*shape, heads * n, generator=generator, device=device, dtype=torch.float32)
-            for n in (narrow, narrow, wide, wide)
+            for n in (2 * narrow, wide, wide)
         ]
         *inputs, grad = (x.to(dtype) for x in maps)
         low, high = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
-        ours, exact = attend(*low, "gelu", heads, list(window), "both", 1), reference(*high, heads, window)
+        ours, exact = attend(*low, "gelu", heads, list(window), "spanning", 1), reference(*high, heads, window)
         ours = ours, *torch.autograd.grad(ours, low, grad)
         exact = exact, *torch.autograd.grad(exact, high, grad.double())
         compare(ours, exact, bound)
 
 
 def compare(ours: Sequence[Tensor], exact: Sequence[Tensor], bound: float) -> None:
-    """Raise RuntimeError unless the result and its three gradients are as near to the exact ones as allowed."""
-    names = "result", "gradient of q", "gradient of k", "gradient of the value"
+    """Raise RuntimeError unless the result and its gradients are as near to the exact ones as allowed."""
+    names = "result", "gradient of queries and keys", "gradient of the value"
     for name, x, y in zip(names, ours, exact, strict=True):
         error = ((x - y).norm() / y.norm()).item()
         if not error < bound:

@@ -113,21 +113,14 @@ _local_projection.register_autograd(_gradients, setup_context=_keep)
 
 
 def local_projection(
-    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, *, running_mean: Tensor,
-    running_var: Tensor, momentum: float, eps: float,
-) -> Tensor:  # fmt: skip
-    """``Wo (a + SiLU(BN(DWConv(a))))`` with batch norm in training mode; see `d_emo.kernels.local_projection`.
+    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Wo (a + SiLU(BN(DWConv(a))))`` with batch norm in training mode, and mean and biased variance of DWConv(a).
 
-    Shape: a (B, H, W, M), kernel (M, 1, k, k), gamma and beta (M,), projection (C, M) -> (B, H, W, C).
+    Shape: a (B, H, W, M), kernel (M, 1, k, k), gamma and beta (M,), projection (C, M) -> (B, H, W, C), (M,), (M,).
     """
-    operator = torch.ops.d_emo.local_projection
-    out, _, statistics = operator(a, kernel, gamma, beta, projection, eps)
-    pixels = a.numel() // a.shape[-1]
-    with torch.no_grad():
-        mean, var = statistics.detach()
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
-    return out
+    out, _, statistics = torch.ops.d_emo.local_projection(a, kernel, gamma, beta, projection, eps)
+    return out, *statistics.detach()
 
 
 @torch.library.custom_op("d_emo::depthwise_conv2d", mutates_args=())
@@ -227,9 +220,7 @@ def _plain_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _branch(a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor) -> Tensor:
-    mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
-    running = {"running_mean": mean.detach(), "running_var": var.detach(), "momentum": 0.1, "eps": 1e-6}
-    return local_projection(a, kernel, gamma, beta, projection, **running)
+    return local_projection(a, kernel, gamma, beta, projection, eps=1e-6)[0]
 
 
 def _plain_branch(a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor) -> Tensor:
