@@ -355,12 +355,12 @@ POINTERS = {
 }  # fmt: skip
 """The kernels, and which of their pointers are to maps; the others are to float32."""
 
-WALK = {"WIDTH": 16, "M": 1536, "K": 5, "BLOCK_M": 64, "EACH": 2}
+WALK = {"WIDTH": 16, "M": 1536, "K": 5, "COLUMNS": 4, "GROUPS": 4, "BLOCK_M": 64, "EACH": 2}
 COMPILED = [
-    ("_convolve", {**WALK, "FLIP": False, "PLUS": False, "ACT": False, "STATISTICS": True, "BLOCK_W": 16}),
-    ("_convolve", {**WALK, "FLIP": True, "PLUS": True, "ACT": False, "STATISTICS": False, "BLOCK_W": 16}),
-    ("_convolve", {**WALK, "FLIP": False, "PLUS": True, "ACT": True, "STATISTICS": False, "BLOCK_W": 16}),
-    ("_correlate", {**WALK, "NORM": True, "BLOCK_W": 8}),
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": False, "ACT": False, "STATISTICS": True}),
+    ("_convolve", {**WALK, "FLIP": True, "PLUS": True, "ACT": False, "STATISTICS": False}),
+    ("_convolve", {**WALK, "FLIP": False, "PLUS": True, "ACT": True, "STATISTICS": False}),
+    ("_correlate", {**WALK, "NORM": True}),
     ("_skip", {"M": 1536, "BLOCK_P": 32, "BLOCK_M": 128}),
     ("_skip_backward", {"M": 1536, "BLOCK_P": 16, "BLOCK_M": 128}),
     ("_merge", {"WIDTH": 16, "M": 1536, "BLOCK_W": 16, "BLOCK_P": 128, "BLOCK_M": 16}),

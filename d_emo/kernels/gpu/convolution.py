@@ -1,14 +1,14 @@
 """Triton kernel of a depthwise convolution of stride 1 that keeps the size, with batch statistics of its result.
 
 Maps are (B, H, W, M), contiguous. A program has a strip of columns and some channels, and walks down the rows of an
-image. So a row is loaded once for each column of the kernel, k times, where a program that makes its outputs one by one
-loads it k k times; and all loads of a row but the first come from the multiprocessor's own cache.
+image. The strip is cut into `WARPS` groups of neighbouring columns, a warp for each. A thread has two channels of all
+columns of its group and keeps them apart, as tensors of a tuple: so it loads each column of a row, and those beside the
+group, once, turns it into float32 once, and uses it for all outputs and taps that meet it.
 
-Each thread keeps all k k taps of its `CHANNELS_EACH` channels in registers, for some columns. The widest loads, of 8
-channels in bfloat16, would need 200 registers for the taps (k = 5); taps loaded anew for each row would take more of
-the cache's bandwidth than the map does.
+Each thread keeps all k k taps of its channels in registers. The widest loads, of 8 channels in bfloat16, would need 200
+registers for the taps (k = 5); taps loaded anew for each row would take more of the cache's bandwidth than the map.
 
-Sums are float32. Weights are (k k, M), float32; see `taps_of`. Triton 3.2 knows no tuples: hence the many names.
+Sums are float32. Weights are (k k, M), float32; see `taps_of`. Tuples need Triton 3.3.
 """
 
 # ruff: noqa: N803
@@ -27,160 +27,128 @@ CHANNELS_EACH = 2
 """Channels of a thread. The 32 threads of a warp then read 128 bytes of a bfloat16 map, a line of the cache."""
 
 CHANNELS = 64
-"""Channels of a program: those of one warp. The warps share out the columns."""
+"""Channels of a program: those of one warp."""
 
 WARPS = 4
 
 
 @triton.jit
-def _tap_row(w_ptr, row, channels, known, M: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
-    """A row of the kernel: seven tensors, of which the first K count."""
-    start, step = row * K * M, M
-    if FLIP:
-        start, step = (K * K - 1 - row * K) * M, -M
-    w_ptr += start + channels
-    w0 = tl.load(w_ptr, mask=known, other=0.0)
-    w1 = tl.load(w_ptr + step, mask=known, other=0.0)
-    w2 = tl.load(w_ptr + 2 * step, mask=known, other=0.0)
-    w3, w4, w5, w6 = w0, w0, w0, w0
-    if K > 3:
-        w3 = tl.load(w_ptr + 3 * step, mask=known, other=0.0)
-        w4 = tl.load(w_ptr + 4 * step, mask=known, other=0.0)
-    if K > 5:
-        w5 = tl.load(w_ptr + 5 * step, mask=known, other=0.0)
-        w6 = tl.load(w_ptr + 6 * step, mask=known, other=0.0)
-    return w0, w1, w2, w3, w4, w5, w6
+def _channels(block, M: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr):
+    """Numbers and mask of a block of channels. Shape: (1, BLOCK_M), both."""
+    channels = block * BLOCK_M + tl.max_contiguous(tl.arange(0, BLOCK_M), EACH)[None, :]
+    return channels, channels < M
 
 
 @triton.jit
-def _add_row(total, x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6, K: tl.constexpr):
-    """``total`` plus the products of a row of the map with a row of the kernel."""
-    total += x0 * w0
-    total += x1 * w1
-    total += x2 * w2
-    if K > 3:
-        total += x3 * w3
-        total += x4 * w4
-    if K > 5:
-        total += x5 * w5
-        total += x6 * w6
-    return total
+def _load_row(row_ptr, start, channels, known, FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr,
+              M: tl.constexpr):  # fmt: skip
+    """The columns ``start + FIRST`` to ``start + LAST`` of a row, without the last; zero beside the map."""
+    row = ()
+    for j in tl.static_range(FIRST, LAST):
+        column = start + j
+        mask = (column >= 0) & (column < WIDTH) & known
+        row = row + (tl.load(row_ptr + (column * M + channels), mask=mask, other=0.0),)
+    return row
 
 
 @triton.jit
-def _load_row(x_ptr, row, height, tile, mask, ROW: tl.constexpr):
-    """A row's tile, zero beside the map; below the map it is that of the last row, which the caller must not use."""
-    return tl.load(x_ptr + tl.minimum(row, height - 1) * ROW + tile, mask=mask, other=0.0)
-
-
-@triton.jit
-def _column(row_ptr, middle, columns, channels, known, J: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
-            K: tl.constexpr):  # fmt: skip
-    """The tile that column J of the kernel meets, in float32; the one in the middle is there already."""
-    x = middle
-    if J < K and J != K // 2:
-        reached = columns + (J - K // 2)
-        mask = (reached >= 0) & (reached < WIDTH) & known
-        x = tl.load(row_ptr + (reached * M + channels), mask=mask, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _store_row(total, row, out_ptr, plus_ptr, bias, tile, mask, mean, m2, ROW: tl.constexpr, PLUS: tl.constexpr,
-               ACT: tl.constexpr, STATISTICS: tl.constexpr):  # fmt: skip
-    """Finish a row of the output; returns the mean of each column so far, and its squared distances from it summed."""
-    if ACT:
-        total += bias
-        total = total / (1.0 + tl.exp(-total))
-    if PLUS:
-        total += tl.load(plus_ptr + row * ROW + tile, mask=mask, other=0.0).to(tl.float32)
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * ROW + tile, out, mask=mask)
-    if STATISTICS:
-        distance = out.to(tl.float32) - mean
-        mean += distance * (1.0 / (row + 1))
-        m2 += distance * (out.to(tl.float32) - mean)
-    return mean, m2
+def _store_row(totals, row, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH: tl.constexpr,
+               M: tl.constexpr, COLUMNS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
+               STATISTICS: tl.constexpr):  # fmt: skip
+    """Finish a row of the output. Returns the first value of all, and the sums of the distances from it so far."""
+    for c in tl.static_range(COLUMNS):
+        mask = (start + c < WIDTH) & known
+        place = (row * WIDTH + start + c) * M + channels
+        total = totals[c]
+        if ACT:
+            total += bias
+            total = total / (1.0 + tl.exp(-total))
+        if PLUS:
+            total += tl.load(plus_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        out = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place, out, mask=mask)
+        if STATISTICS:
+            value = out.to(tl.float32)
+            if c == 0:
+                pivot = tl.where(row == 0, value, pivot)
+            distance = tl.where(start + c < WIDTH, value - pivot, 0.0)
+            sums += distance
+            squares += distance * distance
+    return pivot, sums, squares
 
 
 @triton.jit(do_not_specialize=["height"])
 def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, height, WIDTH: tl.constexpr, M: tl.constexpr,
               K: tl.constexpr, FLIP: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr, STATISTICS: tl.constexpr,
-              BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
+              COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
     """A strip of an image, all rows, for some channels; see `convolve`.
 
-    The totals of the k - 1 rows under way are kept, a0 of the uppermost. A row of the map that comes completes a0's row
-    and takes part in k - 1 others. The tile in the middle is loaded one row ahead, which brings the row to the cache.
+    The totals of the k - 1 rows under way are kept, those of the uppermost first. A row of the map that comes completes
+    that one and takes part in k - 1 others. It has been loaded while the row before it was worked on.
     """
     HALF: tl.constexpr = K // 2
-    ROW: tl.constexpr = WIDTH * M
-    STRIPS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    STRIPS: tl.constexpr = (WIDTH + GROUPS * COLUMNS - 1) // (GROUPS * COLUMNS)
     BLOCKS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     part = pid // BLOCKS
-    strip = part % STRIPS
-    image = (part // STRIPS) * (height.to(tl.int64) * ROW)
-    channels = (pid % BLOCKS) * BLOCK_M + tl.max_contiguous(tl.arange(0, BLOCK_M), EACH)[None, :]
-    order = tl.arange(0, BLOCK_W)[:, None]  # Triton deals these out to the four warps in turns
-    columns = strip * BLOCK_W + order % 4 * (BLOCK_W // 4) + order // 4  # so each warp's are neighbours
-    known = channels < M
-    tile = columns * M + channels
-    mask = (columns < WIDTH) & known
+    channels, known = _channels(pid % BLOCKS, M, BLOCK_M, EACH)
+    start = part % STRIPS * (GROUPS * COLUMNS) + COLUMNS * tl.arange(0, GROUPS)[:, None]
+    image = (part // STRIPS) * (height.to(tl.int64) * (WIDTH * M))
     x_ptr += image
     out_ptr += image
     plus_ptr += image
 
-    v00, v01, v02, v03, v04, v05, v06 = _tap_row(w_ptr, K - 1, channels, known, M, K, FLIP)
-    v10, v11, v12, v13, v14, v15, v16 = _tap_row(w_ptr, K - 2, channels, known, M, K, FLIP)
-    v20, v21, v22, v23, v24, v25, v26 = _tap_row(w_ptr, K - 3, channels, known, M, K, FLIP)
-    if K > 3:
-        v30, v31, v32, v33, v34, v35, v36 = _tap_row(w_ptr, K - 4, channels, known, M, K, FLIP)
-        v40, v41, v42, v43, v44, v45, v46 = _tap_row(w_ptr, K - 5, channels, known, M, K, FLIP)
-    if K > 5:
-        v50, v51, v52, v53, v54, v55, v56 = _tap_row(w_ptr, K - 6, channels, known, M, K, FLIP)
-        v60, v61, v62, v63, v64, v65, v66 = _tap_row(w_ptr, K - 7, channels, known, M, K, FLIP)
+    taps = ()
+    for i in tl.static_range(K * K):
+        tap = K * K - 1 - i if FLIP else i
+        taps = taps + (tl.load(w_ptr + tap * M + channels, mask=known, other=0.0),)
     bias = tl.load(bias_ptr + channels, mask=known, other=0.0)
-
-    zero = tl.full((BLOCK_W, BLOCK_M), 0, tl.float32)
-    a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
-    mean, m2 = zero, zero
-    ahead = _load_row(x_ptr, 0, height, tile, mask, ROW)
+    zero = tl.full((GROUPS, BLOCK_M), 0, tl.float32)
+    pivot, sums, squares = zero, zero, zero
+    under_way = ()
+    for _ in tl.static_range((K - 1) * COLUMNS):
+        under_way = under_way + (zero,)
+    ahead = _load_row(x_ptr, start, channels, known, -HALF, COLUMNS + HALF, WIDTH, M)
     for r in range(0, height):
-        row_ptr = x_ptr + r * ROW
-        middle = ahead
-        ahead = _load_row(x_ptr, r + 1, height, tile, mask, ROW)
-        x0 = _column(row_ptr, middle, columns, channels, known, 0, WIDTH, M, K)
-        x1 = _column(row_ptr, middle, columns, channels, known, 1, WIDTH, M, K)
-        x2 = _column(row_ptr, middle, columns, channels, known, 2, WIDTH, M, K)
-        x3 = _column(row_ptr, middle, columns, channels, known, 3, WIDTH, M, K)
-        x4 = _column(row_ptr, middle, columns, channels, known, 4, WIDTH, M, K)
-        x5 = _column(row_ptr, middle, columns, channels, known, 5, WIDTH, M, K)
-        x6 = _column(row_ptr, middle, columns, channels, known, 6, WIDTH, M, K)
-        done = _add_row(a0, x0, x1, x2, x3, x4, x5, x6, v00, v01, v02, v03, v04, v05, v06, K)
-        a0 = _add_row(a1, x0, x1, x2, x3, x4, x5, x6, v10, v11, v12, v13, v14, v15, v16, K)
-        a1 = _add_row(a2, x0, x1, x2, x3, x4, x5, x6, v20, v21, v22, v23, v24, v25, v26, K)
-        if K > 3:
-            a2 = _add_row(a3, x0, x1, x2, x3, x4, x5, x6, v30, v31, v32, v33, v34, v35, v36, K)
-            a3 = _add_row(a4, x0, x1, x2, x3, x4, x5, x6, v40, v41, v42, v43, v44, v45, v46, K)
-        if K > 5:
-            a4 = _add_row(a5, x0, x1, x2, x3, x4, x5, x6, v50, v51, v52, v53, v54, v55, v56, K)
-            a5 = _add_row(zero, x0, x1, x2, x3, x4, x5, x6, v60, v61, v62, v63, v64, v65, v66, K)
+        row = ()
+        for j in tl.static_range(COLUMNS + K - 1):
+            row = row + (ahead[j].to(tl.float32),)
+        below = x_ptr + tl.minimum(r + 1, height - 1) * (WIDTH * M)  # after the last row, any
+        ahead = _load_row(below, start, channels, known, -HALF, COLUMNS + HALF, WIDTH, M)
+        done, others = (), ()
+        for i in tl.static_range(K):
+            for c in tl.static_range(COLUMNS):
+                total = under_way[i * COLUMNS + c] if i < K - 1 else zero
+                for j in tl.static_range(K):
+                    total += row[c + j] * taps[(K - 1 - i) * K + j]
+                if i == 0:
+                    done = done + (total,)
+                else:
+                    others = others + (total,)
+        under_way = others
         if r >= HALF:
-            mean, m2 = _store_row(
-                done, r - HALF, out_ptr, plus_ptr, bias, tile, mask, mean, m2, ROW, PLUS, ACT, STATISTICS
-            )
+            pivot, sums, squares = _store_row(
+                done, r - HALF, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH, M,
+                COLUMNS, PLUS, ACT, STATISTICS,
+            )  # fmt: skip
     # What lies below the map is zero, so the rows still under way are complete.
     for i in tl.static_range(HALF):
-        left = a0 if i == 0 else (a1 if i == 1 else a2)
+        left = ()
+        for c in tl.static_range(COLUMNS):
+            left = left + (under_way[i * COLUMNS + c],)
         if height - HALF + i >= 0:
-            mean, m2 = _store_row(
-                left, height - HALF + i, out_ptr, plus_ptr, bias, tile, mask, mean, m2, ROW, PLUS, ACT, STATISTICS
-            )
+            pivot, sums, squares = _store_row(
+                left, height - HALF + i, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH,
+                M, COLUMNS, PLUS, ACT, STATISTICS,
+            )  # fmt: skip
     if STATISTICS:
-        count = tl.minimum(WIDTH - strip * BLOCK_W, BLOCK_W)
-        average = tl.sum(tl.where(mask, mean, 0.0), axis=0)[None, :] / count
-        distance = tl.where(mask, mean - average, 0.0)
-        spread = tl.sum(tl.where(mask, m2, 0.0) + height * distance * distance, axis=0)[None, :]
+        count = height * tl.minimum(tl.maximum(WIDTH - start, 0), COLUMNS).to(tl.float32)  # of each group
+        share = count / tl.sum(count, axis=0)[None, :]
+        offset = sums / tl.maximum(count, 1.0)
+        mean = pivot + offset
+        average = tl.sum(share * mean, axis=0)[None, :]
+        distance = tl.where(count > 0, mean - average, 0.0)
+        spread = tl.sum(squares - sums * offset + count * distance * distance, axis=0)[None, :]
         tl.store(mean_ptr + part * M + channels, average, mask=known)
         tl.store(m2_ptr + part * M + channels, spread, mask=known)
 
@@ -249,7 +217,8 @@ def convolve(
         _convolve[(parts * triton.cdiv(dim, CHANNELS),)](
             x, taps, taps if bias is None else bias, x if plus is None else plus, out, *shares, height, WIDTH=width,
             M=dim, K=math.isqrt(len(taps)), FLIP=flip, PLUS=plus is not None, ACT=act, STATISTICS=statistics,
-            BLOCK_W=block, BLOCK_M=CHANNELS, EACH=CHANNELS_EACH, num_warps=WARPS, enable_fp_fusion=True,
+            COLUMNS=block // WARPS, GROUPS=WARPS, BLOCK_M=CHANNELS, EACH=CHANNELS_EACH, num_warps=WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if not statistics:
             return out, None
