@@ -133,6 +133,17 @@ def test_a_mean_far_from_zero_costs_no_precision(routed):
     compare_branch(branch_inputs((3, 6, 5, 4), 3, mean=100.0), torch.float32, 1e-3)
 
 
+def test_what_would_lie_beside_the_map_has_no_part_in_the_statistics(interpreted):
+    """A value there that float16 cannot hold; a map of 5 columns has groups of columns that are all beside it."""
+    x, taps = torch.zeros(1, 2, 5, 1, dtype=torch.float16), torch.zeros(5, 5, 1)
+    x[..., 3:, 0] = 30000
+    taps[2, :3, 0] = torch.tensor([8.0, -1.0, 1.0])
+    out, (mean, var) = interpreted.convolve(x, taps.view(25, 1), statistics=True)
+    assert out.isfinite().all()
+    torch.testing.assert_close(mean, out.float().mean((0, 1, 2)))
+    torch.testing.assert_close(var, out.float().var((0, 1, 2), correction=0))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_convolution_equals_the_librarys_with_its_gradients(interpreted, size):
     torch.manual_seed(0)

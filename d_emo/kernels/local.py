@@ -174,16 +174,19 @@ def _(
 @torch.library.custom_op("d_emo::local_projection_on_cpu_backward", mutates_args=())
 def _local_projection_backward(
     grad: Tensor, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, c: Tensor, mean: Tensor,
-    var: Tensor, eps: float,
+    var: Tensor, eps: float, needs_kernel: bool, needs_projection: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward` as an operator; what is not needed is empty."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        a, parameters = a.contiguous(), (kernel, gamma, beta, projection)
-        return backward(grad.contiguous(), a, *parameters, c, mean, var, eps, True, True)
+        operands = a.contiguous(), kernel, gamma, beta, projection
+        grads = backward(grad.contiguous(), *operands, c, mean, var, eps, needs_kernel, needs_projection)
+    return tuple(a.new_empty(0) if one is None else one for one in grads)
 
 
 @_local_projection_backward.register_fake
 def _(grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in operands[:5])
+    wanted = True, operands[-2], True, True, operands[-1]
+    return tuple(x.new_empty(x.shape if one else 0) for x, one in zip(operands[:5], wanted, strict=True))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,7 +198,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    return *_local_projection_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    _, needs_kernel, *_, needs_projection, _ = ctx.needs_input_grad
+    grads = _local_projection_backward(grad, *ctx.saved_tensors, ctx.eps, needs_kernel, needs_projection)
+    wanted = True, needs_kernel, True, True, needs_projection
+    return *(one if kept else None for one, kept in zip(grads, wanted, strict=True)), None
 
 
 _local_projection.register_autograd(_gradients, setup_context=_keep)

@@ -101,6 +101,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["AdaLNMobileBlock", "DiTBlock"]
+    _repeated_blocks = _no_split_modules
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
     @register_to_config
@@ -193,6 +194,13 @@ class Denoiser(ModelMixin, ConfigMixin):
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """Trade compute for memory in training; batch-norm statistics are still updated once per step."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_block)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.nn.Module.compile`; with gradient checkpointing on, each block by itself, once for all.
+
+        The compiler cannot look into checkpointing that leaves batch norm's statistics alone the second time.
+        """
+        (self.compile_repeated_blocks if self.gradient_checkpointing else super().compile)(*args, **kwargs)
 
     def forward(
         self,

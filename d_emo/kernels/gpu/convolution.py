@@ -145,7 +145,7 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
         count = height * tl.minimum(tl.maximum(WIDTH - start, 0), COLUMNS).to(tl.float32)  # of each group
         share = count / tl.sum(count, axis=0)[None, :]
         offset = sums / tl.maximum(count, 1.0)
-        mean = pivot + offset
+        mean = tl.where(count > 0, pivot + offset, 0.0)  # a group beside the map may have any pivot
         average = tl.sum(share * mean, axis=0)[None, :]
         distance = tl.where(count > 0, mean - average, 0.0)
         spread = tl.sum(squares - sums * offset + count * distance * distance, axis=0)[None, :]
