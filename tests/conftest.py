@@ -81,6 +81,11 @@ def random_inception(tmp_path_factory):
     return folder / "weights.pth"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: after a compiled backward pass autograd has threads, and refuses forks."""
+    items.sort(key=lambda item: "one_thread" not in item.fixturenames)
+
+
 @pytest.fixture
 def one_thread():
     """Torch on one thread, for tests that fork: OpenMP's threads do not survive a fork."""
