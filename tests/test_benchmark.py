@@ -86,11 +86,12 @@ def test_denoisers_are_measured_and_reported(tmp_path):
     assert all(r.milliseconds > 0 and r.ratio > 0 and r.gmacs_per_second > 0 for r in results)
     assert [r.ratio for r in results if r.name == report.baseline] == [1, 1]
     assert all((r.saved_megabytes is None) == ("inference" in r.group) for r in results)
-    write_report(tmp_path / "new", report, {})
+    write_report(tmp_path / "new", report, {"rounds": 1, "output": str(tmp_path / "new")})
     written, lines = (tmp_path / "new/table.md").read_text(), 2 + len(results) + 2
     profiles = [line for line in written.splitlines()[lines:] if line.startswith("| `")]
     assert len(profiles) == 2 * 12 and any("linear" in line or "mm`" in line for line in profiles)
-    assert json.loads((tmp_path / "new/results.json").read_text())["results"][0]["name"] == "D-EMO"
+    record = json.loads((tmp_path / "new/results.json").read_text())
+    assert record["results"][0]["name"] == "D-EMO" and record["settings"] == {"rounds": 1}  # no place of this machine
     assert (tmp_path / "new/plot.png").stat().st_size > 1000
 
 

@@ -121,7 +121,7 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
     (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
     record = {
         "machine": where,
-        "settings": settings,
+        "settings": {name: value for name, value in settings.items() if name != "output"},  # which says nothing later
         "baseline": report.baseline,
         "results": [asdict(r) for r in report.results],
     }
