@@ -199,6 +199,20 @@ def test_a_run_folder_that_vanishes_is_named(tmp_path, tracker):
         fit(task, settings)
 
 
+def test_ctrl_c_that_breaks_a_step_off_ends_in_one_sentence(tmp_path):
+    """As it does while the compiler's processes are at work."""
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path / "run")})
+    task = DenoiserTask(settings)
+
+    def loss(*args):
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the compiler was killed")
+
+    task.loss = loss
+    with pytest.raises(RunError, match=r"^stopped by .* within step 1, which is lost$"):
+        fit(task, settings)
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 

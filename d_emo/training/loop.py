@@ -201,7 +201,13 @@ class _Run:
         settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
         while self.step < settings.max_steps and not stop:
-            figures, stop = self._train_step(batches, stop_watch)
+            try:
+                figures, stop = self._train_step(batches, stop_watch)
+            except Exception as error:
+                wish = stop_watch.received  # a signal, which reaches the compiler's processes too
+                if isinstance(error, RunError) or not wish:
+                    raise
+                raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
             self.step += 1
             last = self.step == settings.max_steps
             with self._saving("curves"):
