@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models import EMO
 from d_emo.models.attention import WindowAttention
 from d_emo.models.layers import LocalConv

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d_emo import checkpoint, kernels
-from d_emo.config import InputError
+from d_emo import kernels
+from d_emo.errors import InputError
+from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.kernels.activation import activate
 from d_emo.models import Denoiser, create_model
 from d_emo.models.attention import WindowAttention
@@ -240,8 +241,8 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         InputError: if it is none of them, or an image size is given for a denoiser.
     """
     denoiser = None
-    if Path(source).is_dir() and checkpoint.kind_of(source) == "denoiser":
-        snapshot = checkpoint.load_denoiser(source)
+    if Path(source).is_dir() and kind_of(source) == "denoiser":
+        snapshot = load_denoiser(source)
         name, denoiser = str(snapshot.path), snapshot.model
     elif not Path(source).exists() and source.replace("/", "-") in DENOISERS:
         torch.manual_seed(0)

@@ -18,10 +18,10 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 
-class Draws(NamedTuple):
+class StepNoise(NamedTuple):
     """All randomness of one step, for the whole global batch; a process slices its share out of it.
 
     Because it depends on (seed, step) alone, neither the number of processes nor accumulation changes it.
@@ -33,8 +33,8 @@ class Draws(NamedTuple):
     drop_label: torch.Tensor  # (B,) bool
     flip: torch.Tensor  # (B,) bool
 
-    def __getitem__(self, rows: slice) -> Draws:  # type: ignore[override]
-        return Draws(*(field[rows] for field in self._asdict().values()))
+    def __getitem__(self, rows: slice) -> StepNoise:  # type: ignore[override]
+        return StepNoise(*(field[rows] for field in self._asdict().values()))
 
 
 class Objective(nn.Module, ABC):
@@ -61,10 +61,10 @@ class Objective(nn.Module, ABC):
     def noise_schedule(self) -> Any:
         """The diffusers scheduler whose config tells sampling what the denoiser was trained for."""
 
-    def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> Draws:
+    def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> StepNoise:
         """Draw one step's randomness on the generator's device."""
         device, shape = generator.device, (batch_size, *latent_shape)
-        return Draws(
+        return StepNoise(
             noise=torch.randn(shape, generator=generator, device=device),
             posterior_noise=torch.randn(shape, generator=generator, device=device),
             timesteps=self._draw_timesteps(generator, batch_size),
@@ -82,7 +82,7 @@ class Objective(nn.Module, ABC):
         return share * self.num_train_timesteps
 
     def _predict(
-        self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, draws: Draws
+        self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, draws: StepNoise
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here."""
         labels = torch.where(draws.drop_label, self.null_class, labels)
@@ -130,7 +130,7 @@ class EpsObjective(Objective):
     def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
         return super()._draw_timesteps(generator, batch_size).long().clamp(max=self.num_train_timesteps - 1)
 
-    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
+    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: StepNoise) -> dict:
         """Loss of a batch.
 
         Shape: latents (B, C, H, W), labels (B,) -> scalars "loss", "mse" and, with a learned variance, "vb".
@@ -143,7 +143,7 @@ class EpsObjective(Objective):
         vb = self._bound(latents, noisy, t, predicted.detach(), variance).mean()
         return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
 
-    def noised(self, latents: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def noised(self, latents: torch.Tensor, draws: StepNoise) -> torch.Tensor:
         """Latents at the noise level of the draws' timesteps. Shape: (B, C, H, W) -> same."""
         t = draws.timesteps
         return self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * draws.noise
@@ -179,7 +179,7 @@ class FlowObjective(Objective):
     def noise_schedule(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
 
-    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> dict:
+    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: StepNoise) -> dict:
         """Loss of a batch. Shape: latents (B, C, H, W), labels (B,) -> scalars "loss" and "mse", which are equal."""
         t = (draws.timesteps / self.num_train_timesteps)[:, None, None, None]
         velocity, _ = self._predict(denoiser, (1 - t) * latents + t * draws.noise, labels, draws)

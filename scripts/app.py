@@ -11,9 +11,9 @@ from d_emo.config import AppSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(AppSettings, __doc__)
-    from d_emo.checkpoint import load_denoiser, newest_denoiser
-    from d_emo.sampling import page
-    from d_emo.sampling.live import Studio
+    from d_emo.app import page
+    from d_emo.app.studio import Studio
+    from d_emo.io.snapshot import load_denoiser, newest_denoiser
 
     page.import_gradio()
     page.check_address(settings.host, settings.port)

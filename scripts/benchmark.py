@@ -4,7 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from d_emo.config import BENCHMARKS, InputError, parse_settings, run_cli
+from d_emo.config import BENCHMARKS, parse_settings, run_cli
+from d_emo.errors import InputError
 
 
 def main() -> None:
@@ -12,7 +13,7 @@ def main() -> None:
     if kind not in BENCHMARKS:
         raise InputError(f"say what to measure: benchmark.py {' or benchmark.py '.join(BENCHMARKS)} (--help after it)")
     settings = parse_settings(BENCHMARKS[kind], __doc__, flags)
-    from d_emo.benchmark import run_benchmark, table, write_report
+    from d_emo.lab.benchmark import run_benchmark, table, write_report
 
     report = run_benchmark(settings)
     print("\n\n".join([table(report), *report.profiles]))

@@ -11,7 +11,7 @@ from d_emo.config import StudySettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(StudySettings, __doc__)
-    from d_emo.study import Study
+    from d_emo.lab.study import Study
 
     study = Study(settings, scripts=Path(__file__).parent)
     if settings.plan:

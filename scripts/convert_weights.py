@@ -7,7 +7,7 @@ from d_emo.config import ConvertSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(ConvertSettings, __doc__)
-    from d_emo.checkpoint import load_classifier
+    from d_emo.io.snapshot import load_classifier
     from d_emo.models.convert import check_variant, read_released_classifier, write_timm_folder
     from d_emo.models.counting import count_parameters
 

@@ -12,11 +12,11 @@ def main() -> None:
     from accelerate import PartialState
 
     from d_emo.data import open_dataset
-    from d_emo.data.cores import loader_workers, use_cores
     from d_emo.latents import default_codec, encode, load_codec
+    from d_emo.threads import loader_workers, use_threads
 
     process = PartialState()
-    use_cores(process.device, process.num_processes)
+    use_threads(process.device, process.num_processes)
     workers = loader_workers(settings.num_workers, process.device, process.num_processes)
     with process.local_main_process_first():
         images = open_dataset(

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from d_emo.config import ExplainSettings, InputError, parse_settings, run_cli
+from d_emo.config import ExplainSettings, parse_settings, run_cli
+from d_emo.errors import InputError
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(FidSettings, __doc__, argv)
     from accelerate import PartialState  # after parsing, so that --help and typing errors need no torch
 
-    from d_emo.data.cores import use_cores
     from d_emo.evaluation import Measurement
+    from d_emo.threads import use_threads
 
     state = PartialState()
-    use_cores(state.device, state.num_processes)
+    use_threads(state.device, state.num_processes)
     options = ("metrics", "features", "inception_weights", "batch_size", "output")
     measurement = Measurement(
         settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}
@@ -43,8 +43,8 @@ def draw_and_measure(settings: FidSettings, measurement, state):
     import torch
 
     import d_emo
-    from d_emo.checkpoint import load_denoiser
-    from d_emo.evaluation import Share, draw_labels, fingerprint
+    from d_emo.evaluation import Ranks, draw_labels, fingerprint
+    from d_emo.io.snapshot import load_denoiser
     from d_emo.latents import load_codec
     from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images, set_steps
 
@@ -81,7 +81,7 @@ def draw_and_measure(settings: FidSettings, measurement, state):
         generate, settings.num_images, image_size=(snapshot.image_size, snapshot.image_size), name=str(snapshot.path),
         sampling=sampling, identity=identity, work_dir=settings.work_dir, save_npz=settings.save_npz,
         save_png=settings.save_png,
-        share=Share(state.process_index, state.num_processes, state.wait_for_everyone),
+        share=Ranks(state.process_index, state.num_processes, state.wait_for_everyone),
     )  # fmt: skip
 
 

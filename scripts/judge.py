@@ -8,15 +8,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from d_emo.config import DEFAULT_SCHEDULERS, InputError, JudgeSettings, check_guidance, parse_settings, run_cli
+from d_emo.config import DEFAULT_SCHEDULERS, JudgeSettings, check_guidance, parse_settings, run_cli
+from d_emo.errors import InputError
 
 
 def main() -> None:
     settings = parse_settings(JudgeSettings, __doc__)
     import torch
 
-    from d_emo.checkpoint import load_denoiser
-    from d_emo.evaluation import ClassifierFeatures, Judge, judging
+    from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics
+    from d_emo.io.snapshot import load_denoiser
     from d_emo.latents import load_codec
     from d_emo.sampling import make_scheduler, prepare_denoiser, set_steps
 
@@ -34,22 +35,22 @@ def main() -> None:
     for name, steps in runs:
         set_steps(make_scheduler(name, snapshot.scheduler_config), steps)  # refuses before anything is drawn
     data = snapshot.meta.get("data")
-    real, held_out = judging.open_real(
+    real, held_out = classifier_metrics.open_real(
         data, snapshot.image_size, names, data_dir=settings.data_dir, validate_dir=settings.validate_dir
     )
-    judge = Judge(features, judging.batches_of(real, judging.REAL_IMAGES), device=device)
+    judge = Judge(features, classifier_metrics.batches_of(real, classifier_metrics.REAL_IMAGES), device=device)
     model, codec = prepare_denoiser(snapshot.model.to(device)), load_codec(snapshot.codec).to(device)
     draw = partial(drawings, model, codec, snapshot.scheduler_config, settings.guidance_scale)
     measurement = {
         "command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "step": snapshot.meta["step"],
     }
-    labels = judging.even_labels(settings.num_images, len(names))
+    labels = classifier_metrics.even_labels(settings.num_images, len(names))
     Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
     if settings.samplers:
         return compare(judge, draw, runs, labels, measurement, Path(settings.output), device)
-    figures = judging.judge_drawings(
+    figures = classifier_metrics.judge_drawings(
         judge, judge.look(draw(labels.tolist(), *runs[0])), labels, held_out=held_out, image_size=snapshot.image_size,
-        parts=judging.SHAPES_PARTS if data == "shapes" else None,
+        parts=classifier_metrics.SHAPES_PARTS if data == "shapes" else None,
     )
     show(settings, snapshot, figures, partial(draw, scheduler=runs[0][0], steps=runs[0][1]), measurement)
 
@@ -58,7 +59,7 @@ def drawings(model, codec, schedule, guidance_scale, labels, scheduler, steps):
     """Batches of drawings of these classes, seeds 0, 1, 2, ..."""
     from tqdm import tqdm
 
-    from d_emo.evaluation.judging import BATCH
+    from d_emo.evaluation.classifier_metrics import BATCH
     from d_emo.sampling import make_scheduler, sample_images
 
     title = f"{scheduler}, {steps} steps"
@@ -73,8 +74,8 @@ def drawings(model, codec, schedule, guidance_scale, labels, scheduler, steps):
 
 def compare(judge, draw, runs, labels, measurement, output, device) -> None:
     """Judge each sampler in turn; the table so far is written after every one."""
-    from d_emo.card import describe_hardware
     from d_emo.evaluation import judge_sampler, sampler_table
+    from d_emo.io.card import describe_hardware
 
     rows: list[dict] = []
     measurement |= {"features": judge.extractor.name, "hardware": describe_hardware(device), "rows": rows}
@@ -92,7 +93,7 @@ def show(settings, snapshot, figures, draw, measurement) -> None:
     """Draw the picture of ten classes; write and print the figures."""
     import torch
 
-    from d_emo import card
+    from d_emo.io import card
     from d_emo.sampling import draw_grid, save_png
 
     names, output = snapshot.class_names, Path(settings.output)

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from d_emo.config import InputError
-from d_emo.models.table import ablations_table, models_table
+from d_emo.errors import InputError
+from d_emo.lab.models_table import ablations_table, models_table
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from d_emo.config import PlotSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(PlotSettings, __doc__)
-    from d_emo.curves import choose_published, plot_losses, read_run
+    from d_emo.lab.loss_curves import choose_published, plot_losses, read_run
 
     runs = [read_run(folder) for folder in settings.runs]
     published = choose_published(runs, settings.published)

@@ -12,7 +12,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from d_emo import sampling
-    from d_emo.checkpoint import load_denoiser, newest_denoiser
+    from d_emo.io.snapshot import load_denoiser, newest_denoiser
     from d_emo.latents import load_codec
 
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())

@@ -5,8 +5,8 @@ from d_emo.config import ClassifierSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(ClassifierSettings, __doc__)
-    from d_emo.checkpoint import load_classifier
-    from d_emo.hub import prepare_push, push_snapshot
+    from d_emo.io.hub import prepare_push, push_snapshot
+    from d_emo.io.snapshot import load_classifier
     from d_emo.training import fit
     from d_emo.training.accuracy import Accuracy
     from d_emo.training.classifier import ClassifierTask

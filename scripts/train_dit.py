@@ -10,7 +10,7 @@ from d_emo.config import TrainSettings, parse_settings, run_cli
 
 def main() -> None:
     settings = parse_settings(TrainSettings, __doc__)
-    from d_emo.hub import prepare_push, push_snapshot
+    from d_emo.io.hub import prepare_push, push_snapshot
     from d_emo.sampling import preview_grid
     from d_emo.training import fit
     from d_emo.training.denoiser import DenoiserTask

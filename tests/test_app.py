@@ -21,9 +21,11 @@ import torch
 from PIL import Image
 from test_pipeline import NAMES, snapshot
 
-from d_emo.checkpoint import load_denoiser
-from d_emo.config import AppSettings, InputError, parse_settings
-from d_emo.sampling import live, page
+from d_emo.app import page
+from d_emo.app import studio as live
+from d_emo.config import AppSettings, parse_settings
+from d_emo.errors import InputError
+from d_emo.io.snapshot import load_denoiser
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -2,7 +2,7 @@ import pytest
 import reference_block as reference
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, FarPartition, NearPartition
 from d_emo.models.attention import WindowAttention, pad_to_multiple
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from d_emo.config import InputError
 from d_emo.data import AugmentedFolder, CentreCroppedFolder, StepSampler
 from d_emo.data.sampler import EpochIndex
+from d_emo.errors import InputError
 
 
 def augmented(photos, **options):

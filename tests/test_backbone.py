@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models import EMO, create_model
 from d_emo.models.timm_registry import register_with_timm
 

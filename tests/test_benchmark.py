@@ -5,17 +5,11 @@ import time
 import pytest
 import torch
 
-from d_emo.benchmark import run_benchmark, transcribe, write_report
-from d_emo.benchmark.profile import operator_times, profile_table
-from d_emo.benchmark.timing import Case, measure, saved_bytes
-from d_emo.config import (
-    BENCHMARKS,
-    ClassifierBenchmarkSettings,
-    DenoiserBenchmarkSettings,
-    InputError,
-    parse_settings,
-    run_cli,
-)
+from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings, run_cli
+from d_emo.errors import InputError
+from d_emo.lab.benchmark import run_benchmark, transcribe, write_report
+from d_emo.lab.benchmark.profile import operator_times, profile_table
+from d_emo.lab.benchmark.timing import Case, measure, saved_bytes
 from d_emo.models import create_model
 
 
@@ -104,8 +98,8 @@ def test_a_profile_has_the_operators_of_a_step_in_milliseconds(monkeypatch):
     times = operator_times(cases[0], 50, device)
     passed = time.perf_counter() - start
     assert len(ran) == 50 and 0 < times["aten::erf"] <= sum(times.values()) <= 1e3 * passed / 50  # of one step
-    monkeypatch.setattr("d_emo.benchmark.profile.operator_times", lambda case, *_: {case.name: 1.5, "both": 2})
-    monkeypatch.setattr("d_emo.benchmark.profile.SHOWN", 2)
+    monkeypatch.setattr("d_emo.lab.benchmark.profile.operator_times", lambda case, *_: {case.name: 1.5, "both": 2})
+    monkeypatch.setattr("d_emo.lab.benchmark.profile.SHOWN", 2)
     assert profile_table(cases, rounds=1, device=device).splitlines() == [
         "| g, ms | few | many |",
         "|---|---:|---:|",

@@ -13,10 +13,12 @@ import yaml
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 
-from d_emo import card, checkpoint
-from d_emo.config import ClassifierSettings, InputError, TrainSettings
+from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.data import Shapes1000
-from d_emo.evaluation import judging
+from d_emo.errors import InputError
+from d_emo.evaluation import classifier_metrics
+from d_emo.io import card
+from d_emo.io.snapshot import SHIPPED_SNAPSHOT, save_classifier, save_denoiser
 from d_emo.models import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ def snapshot(tmp_path):
 
 
 def save(folder, model, settings, **meta):
-    checkpoint.save_denoiser(folder, model, scheduler=DDPMScheduler(), meta={**META, **meta}, settings=settings)
+    save_denoiser(folder, model, scheduler=DDPMScheduler(), meta={**META, **meta}, settings=settings)
     return folder
 
 
@@ -66,7 +68,7 @@ def test_a_classifier_has_its_own_card(tmp_path):
     model = create_model("emov2_1m", num_classes=10)
     measured = {"ema": {"top1": 0.98764, "top5": 1, "images": 359}, "raw": {"top1": 0.5, "top5": 0.75, "images": 359}}
     meta = {**META, "held_out_accuracy": 0.9876, "accuracy": measured}
-    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
+    save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
     text = text_of(tmp_path / "c")
     for fact in ("# emov2_1m on", "label smoothing 0.1", "weight decay 0.05", "98.76%", "load_classifier"):
         assert fact in text, fact
@@ -129,7 +131,7 @@ def test_a_picture_in_the_folder_is_shown(snapshot):
 
 
 def test_the_shipped_snapshot_can_have_its_card_written(tmp_path):
-    shutil.copytree(checkpoint.SHIPPED_SNAPSHOT, tmp_path / "s")
+    shutil.copytree(SHIPPED_SNAPSHOT, tmp_path / "s")
     card.write_card(tmp_path / "s")
     assert "Shapes-1000" in text_of(tmp_path / "s") and "images seen" in text_of(tmp_path / "s")
 
@@ -159,7 +161,7 @@ def judge(monkeypatch, *arguments):
 
 def few_images(monkeypatch, count):
     for name in ("REAL_IMAGES", "HELD_OUT_IMAGES"):
-        monkeypatch.setattr(judging, name, count)
+        monkeypatch.setattr(classifier_metrics, name, count)
 
 
 def opened(classifier):
@@ -174,7 +176,7 @@ def opened(classifier):
 def classifier(tmp_path):
     model = opened(create_model("emov2_1m", num_classes=10, window_size=1))
     meta = {**META, "image_size": 32}
-    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
+    save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
     return tmp_path / "c"
 
 
@@ -204,12 +206,12 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
     with torch.no_grad():  # it says "class 125" of every picture
         classifier.head.bias.zero_()[125] = 1e6
     meta = {**META, "image_size": 32, "class_names": names}
-    checkpoint.save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
+    save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
     few_images(monkeypatch, 20)
     judge(monkeypatch, "--checkpoint", denoiser, "--classifier", tmp_path / "c", "--num-images", 40, "--steps", 1,
           "--output", tmp_path / "o.png")
     figures = {row["name"]: row["value"] for row in json.loads((tmp_path / "o.json").read_text())["figures"]}
-    asked = judging.even_labels(40, 1000)
+    asked = classifier_metrics.even_labels(40, 1000)
     parts = {
         "recognised": asked == 125, "shape": asked // 100 == 1, "colour": asked // 10 % 10 == 2,
         "ground": asked % 10 == 5,
@@ -223,6 +225,6 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
 def test_judge_refuses_a_classifier_of_other_classes(snapshot, tmp_path, monkeypatch):
     meta = {**META, "class_names": ["a", "b"], "image_size": 32}
     model = create_model("emov2_1m", num_classes=2, window_size=1)
-    checkpoint.save_classifier(tmp_path / "other", model, meta=meta, settings=ClassifierSettings())
+    save_classifier(tmp_path / "other", model, meta=meta, settings=ClassifierSettings())
     with pytest.raises(InputError, match="other classes"):
         judge(monkeypatch, "--checkpoint", snapshot, "--classifier", tmp_path / "other")

@@ -4,8 +4,18 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from d_emo import checkpoint
-from d_emo.config import InputError, TrainSettings
+from d_emo.config import TrainSettings
+from d_emo.errors import InputError
+from d_emo.files import write_folder
+from d_emo.io.snapshot import (
+    SHIPPED_SNAPSHOT,
+    load_classifier,
+    load_denoiser,
+    newest_denoiser,
+    save_classifier,
+    save_denoiser,
+)
+from d_emo.io.training_state import find_state, load_state, save_state
 from d_emo.models import create_model
 
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("0123456789")}
@@ -14,14 +24,14 @@ META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_
 @pytest.fixture
 def snapshot(tmp_path, tiny_denoiser):
     folder = tmp_path / "run" / "snapshots" / "step-5"
-    checkpoint.save_denoiser(
+    save_denoiser(
         folder, tiny_denoiser, scheduler=DDPMScheduler(), meta=META, settings=TrainSettings()
     )
     return folder
 
 
 def test_denoiser_snapshot_round_trip(snapshot, tiny_denoiser):
-    loaded = checkpoint.load_denoiser(snapshot)
+    loaded = load_denoiser(snapshot)
     torch.testing.assert_close(loaded.model.state_dict(), tiny_denoiser.state_dict(), rtol=0, atol=0)
     assert not loaded.model.training
     assert (loaded.codec, loaded.image_size, loaded.class_names) == ("pixels", 8, META["class_names"])
@@ -31,27 +41,27 @@ def test_denoiser_snapshot_round_trip(snapshot, tiny_denoiser):
 def test_classifier_snapshot_round_trip(tmp_path):
     model = create_model("emov2_1m", num_classes=3).eval()
     meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b", "c"]}
-    checkpoint.save_classifier(tmp_path / "c", model, meta=meta, settings=TrainSettings())
-    loaded = checkpoint.load_classifier(tmp_path / "c")
+    save_classifier(tmp_path / "c", model, meta=meta, settings=TrainSettings())
+    loaded = load_classifier(tmp_path / "c")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.model(images), model(images))
     with pytest.raises(InputError, match="holds a classifier, not a denoiser"):
-        checkpoint.load_denoiser(tmp_path / "c")
+        load_denoiser(tmp_path / "c")
 
 
 def test_a_run_folder_stands_for_its_newest_snapshot(snapshot, tiny_denoiser):
     later = snapshot.with_name("step-40")
     meta = {**META, "step": 40}
-    checkpoint.save_denoiser(
+    save_denoiser(
         later, tiny_denoiser, scheduler=DDPMScheduler(), meta=meta, settings=TrainSettings()
     )
-    assert checkpoint.load_denoiser(snapshot.parents[1]).meta["step"] == 40
-    assert checkpoint.newest_denoiser(snapshot.parents[2]) == later
+    assert load_denoiser(snapshot.parents[1]).meta["step"] == 40
+    assert newest_denoiser(snapshot.parents[2]) == later
 
 
 def test_without_snapshots_the_shipped_one_is_taken(tmp_path):
-    assert checkpoint.newest_denoiser(tmp_path) == checkpoint.SHIPPED_SNAPSHOT
+    assert newest_denoiser(tmp_path) == SHIPPED_SNAPSHOT
 
 
 @pytest.mark.parametrize("names", [[], ["a"]])
@@ -59,7 +69,7 @@ def test_names_of_another_number_of_classes_are_refused(snapshot, names):
     meta = json.loads((snapshot / "snapshot.json").read_text())
     (snapshot / "snapshot.json").write_text(json.dumps({**meta, "class_names": names}))
     with pytest.raises(InputError, match=f"names {len(names)} classes, but its denoiser has 10"):
-        checkpoint.load_denoiser(snapshot)
+        load_denoiser(snapshot)
 
 
 def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
@@ -75,26 +85,26 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
     ):
         damage()
         with pytest.raises(InputError, match="damaged or incomplete") as caught:
-            checkpoint.load_denoiser(snapshot)
+            load_denoiser(snapshot)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no snapshot folder"):
-        checkpoint.load_denoiser(tmp_path / "nowhere")
+        load_denoiser(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a snapshot"):
-        checkpoint.load_denoiser(tmp_path)
+        load_denoiser(tmp_path)
 
 
 def test_states_round_trip_and_rotate(tmp_path):
     for step in (1, 2, 10):
-        checkpoint.save_state(tmp_path, step, {"step": step, "x": torch.arange(step)})
+        save_state(tmp_path, step, {"step": step, "x": torch.arange(step)})
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-2"]
-    assert checkpoint.find_state(tmp_path) == tmp_path / "step-10"
-    assert torch.equal(checkpoint.load_state(tmp_path / "step-10")["x"], torch.arange(10))
+    assert find_state(tmp_path) == tmp_path / "step-10"
+    assert torch.equal(load_state(tmp_path / "step-10")["x"], torch.arange(10))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no state", "no manifest", "bad manifest"])
 def test_a_damaged_state_is_named_and_passed_over(tmp_path, capsys, damage):
     for step in (1, 2):
-        checkpoint.save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)})
+        save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)})
     file, manifest = tmp_path / "step-2" / "state.pt", tmp_path / "step-2" / "manifest.json"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -105,22 +115,22 @@ def test_a_damaged_state_is_named_and_passed_over(tmp_path, capsys, damage):
         "no manifest": manifest.unlink,
         "bad manifest": lambda: manifest.write_text("{"),
     }[damage]()
-    assert checkpoint.find_state(tmp_path) == tmp_path / "step-1"
+    assert find_state(tmp_path) == tmp_path / "step-1"
     assert "step-2" in capsys.readouterr().out
     with pytest.raises(InputError, match="step-2"):
-        checkpoint.load_state(tmp_path / "step-2")
+        load_state(tmp_path / "step-2")
     with pytest.raises(InputError, match="a training state"):
-        checkpoint.load_denoiser(tmp_path / "step-1")
+        load_denoiser(tmp_path / "step-1")
 
 
 def test_an_interrupted_write_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "thing"
-    checkpoint.write_folder(folder, lambda temporary: (temporary / "a").write_text("old"))
+    write_folder(folder, lambda temporary: (temporary / "a").write_text("old"))
 
     def fail(temporary):
         (temporary / "a").write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        checkpoint.write_folder(folder, fail)
+        write_folder(folder, fail)
     assert (folder / "a").read_text() == "old"

@@ -11,9 +11,11 @@ import timm
 import torch
 import yaml
 
-from d_emo import checkpoint
-from d_emo.config import ClassifierSettings, InputError, parse_settings
+from d_emo.config import ClassifierSettings, parse_settings
 from d_emo.data import CentreCroppedFolder, Digits, TarShards, spread
+from d_emo.errors import InputError
+from d_emo.io.snapshot import load_classifier
+from d_emo.io.training_state import load_state
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
@@ -46,9 +48,9 @@ def test_classifier_training_resumes_exactly_and_reports_both_weights(tmp_path, 
     whole = train(tmp_path / "whole", photos)
     train(tmp_path / "parts", photos, max_steps=2)
     parts = train(tmp_path / "parts", photos, num_workers=1)
-    one, two = (checkpoint.load_state(tmp_path / run / "states" / "step-4")["model"] for run in ("whole", "parts"))
+    one, two = (load_state(tmp_path / run / "states" / "step-4")["model"] for run in ("whole", "parts"))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
-    meta = checkpoint.load_classifier(whole).meta
+    meta = load_classifier(whole).meta
     assert meta["accuracy"].keys() == {"ema", "raw"} and meta["accuracy"]["ema"]["images"] == 6
     card = (parts / "README.md").read_text()
     ema, raw = (f"{meta['accuracy'][kind]['top1']:.2%} | 100.00% | 6 |" for kind in ("ema", "raw"))
@@ -59,7 +61,7 @@ def test_a_snapshot_tells_raw_from_averaged_weights(tmp_path, photos):
     task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos)}))
     task.measure = lambda model: Accuracy(0.25 if model is task.model else 0.75, 1.0, 6)
     task.save_snapshot(tmp_path / "snapshot", copy.deepcopy(task.model), step=1, minutes=0)
-    meta = checkpoint.load_classifier(tmp_path / "snapshot").meta
+    meta = load_classifier(tmp_path / "snapshot").meta
     assert {weights: each["top1"] for weights, each in meta["accuracy"].items()} == {"ema": 0.75, "raw": 0.25}
     assert meta["held_out_accuracy"] == 0.75
 
@@ -101,7 +103,7 @@ def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photo
     )
     task = ClassifierTask(settings)
     assert type(task.dataset) is type(task.held_out) is TarShards and settings.rand_augment == "none"
-    assert checkpoint.load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
+    assert load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
     with pytest.raises(InputError, match="--rand-augment .* needs a folder"):
         ClassifierSettings(**{**TINY, "data_dir": shards, "rand_augment": POLICY})
 
@@ -316,7 +318,7 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     output = ("--output", tmp_path / "a.json")
     code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", *output)
     assert code == 0 and "32 px: top-1" in printed.out and "of 6 images" in printed.out
-    written, meta = json.loads((tmp_path / "a.json").read_text()), checkpoint.load_classifier(snapshot).meta
+    written, meta = json.loads((tmp_path / "a.json").read_text()), load_classifier(snapshot).meta
     assert written["top1"] == meta["accuracy"]["ema"]["top1"] and written["weights"] == "ema"
     shapes = json.loads((ROOT / "tests" / "data" / "emov2_5m_released_state_dict.json").read_text())
     shapes |= {"head.weight": [2, shapes["head.weight"][1]], "head.bias": [2]}
@@ -347,8 +349,8 @@ def test_raw_weights_are_those_of_the_training_state(tmp_path, photos, monkeypat
     snapshot = train(tmp_path / "run", photos, max_steps=2, ema_decay=0.5)
     state = tmp_path / "run" / "states" / "step-2"
     raw, averaged = (open_classifier(str(tmp_path / "run"), weights).model.head.weight for weights in ("raw", "ema"))
-    assert torch.equal(raw, checkpoint.load_state(state)["model"]["head.weight"])
-    assert torch.equal(averaged, checkpoint.load_classifier(snapshot).model.head.weight)
+    assert torch.equal(raw, load_state(state)["model"]["head.weight"])
+    assert torch.equal(averaged, load_classifier(snapshot).model.head.weight)
     assert not torch.equal(raw, averaged)
     code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", "--weights", "raw")
     assert code == 0 and "step-2, raw weights on" in printed.out

@@ -8,7 +8,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from d_emo.kernels.choice import HAS_ONEDNN
+from d_emo.kernels.dispatch import HAS_ONEDNN
 from d_emo.models import create_model
 
 

@@ -4,7 +4,8 @@ import sys
 import pytest
 import yaml
 
-from d_emo.config import FidSettings, InputError, SampleSettings, TrainSettings, parse_settings, run_cli, write_yaml
+from d_emo.config import FidSettings, SampleSettings, TrainSettings, parse_settings, run_cli, write_yaml
+from d_emo.errors import InputError
 
 
 def test_flags_override_the_yaml_file(tmp_path):

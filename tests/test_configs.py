@@ -13,14 +13,14 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from PIL import Image
 
-from d_emo.checkpoint import load_denoiser
 from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
+from d_emo.io.snapshot import load_denoiser
 from d_emo.models import create_model, list_models
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.denoiser import DENOISERS
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
-from d_emo.training.sharding import _deepspeed
+from d_emo.training.parallel import _deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {

@@ -8,8 +8,9 @@ import reference_block as reference
 import timm
 import torch
 
-from d_emo.checkpoint import save_classifier
-from d_emo.config import ClassifierSettings, InputError
+from d_emo.config import ClassifierSettings
+from d_emo.errors import InputError
+from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.convert import read_released_classifier, write_timm_folder
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import InputError
 from d_emo.data import COLOURS, GROUNDS, SHAPES, Digits, ImageFolder, Shapes1000, StepSampler, open_dataset, to_uint8
 from d_emo.data.folder import centre_crop
 from d_emo.data.shapes import draw_scene
+from d_emo.errors import InputError
 
 
 def test_shapes_class_id_names_shape_colour_and_ground():

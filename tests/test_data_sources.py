@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import EncodeSettings, InputError, RunError, TrainSettings
+from d_emo.config import EncodeSettings, TrainSettings
 from d_emo.data import HubImages, HubStream, ImageFolder, StepSampler, TarShards, open_dataset
 from d_emo.data.tar import expand
-from d_emo.latents import PixelCodec, StoredLatents, encode
+from d_emo.errors import InputError, RunError
+from d_emo.latents import LatentDataset, PixelCodec, encode
 
 COUNT = 10
 
@@ -236,7 +237,7 @@ def test_a_stream_is_for_encoding(hub):
     encode(stream, PixelCodec(), hub / "stream", **options, rank=0, world_size=2)
     for file in (hub / "plain").iterdir():
         assert (hub / "stream" / file.name).read_bytes() == file.read_bytes()
-    assert StoredLatents(hub / "stream").label(7) == 1
+    assert LatentDataset(hub / "stream").label(7) == 1
 
 
 def test_a_stream_goes_through_its_rows_once(hub):

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models import Denoiser, create_model
 from d_emo.models.layers import TimestepEmbedder, fold_batch_norms
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import InputError, RunError, TrainSettings
+from d_emo.config import TrainSettings
 from d_emo.data import Digits, ImageFolder, Shapes1000
-from d_emo.latents import PixelCodec, StoredLatents, encode, load_codec, shards
+from d_emo.errors import InputError, RunError
+from d_emo.latents import LatentDataset, PixelCodec, encode, load_codec, shards
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
@@ -56,7 +57,7 @@ def pictures(tmp_path):
 def test_stored_latents_are_the_moments_of_each_image_and_its_mirror(tmp_path, pictures):
     images, codec = ImageFolder(pictures, 8), HalfCodec()
     assert encode(images, codec, tmp_path / "out", **SMALL)
-    stored = StoredLatents(tmp_path / "out")
+    stored = LatentDataset(tmp_path / "out")
     assert len(stored) == 8 and stored.flip and stored.class_names == ["ape", "bee"] and stored.name == "folder"
     for index in (0, 5):
         image, label = images[index]
@@ -69,7 +70,7 @@ def test_stored_latents_are_the_moments_of_each_image_and_its_mirror(tmp_path, p
 
 def test_images_that_may_not_be_mirrored_have_one_set_of_moments(tmp_path):
     encode(Digits(8, split="test"), HalfCodec(), tmp_path, **SMALL)
-    assert StoredLatents(tmp_path)[3][0].shape == (6, 8, 8)
+    assert LatentDataset(tmp_path)[3][0].shape == (6, 8, 8)
 
 
 def test_the_index_tells_what_the_latents_are(tmp_path):
@@ -80,7 +81,7 @@ def test_the_index_tells_what_the_latents_are(tmp_path):
     assert known.items() <= index.items() and len(index["class_names"]) == 1000
     assert [shard["images"] for shard in index["shards"]] == [10, 10, 7]
     assert len({shard["sha256_of_content"] for shard in index["shards"]}) == 3
-    assert StoredLatents(tmp_path)[26][0].dtype == torch.bfloat16
+    assert LatentDataset(tmp_path)[26][0].dtype == torch.bfloat16
 
 
 def test_processes_together_write_what_one_writes(tmp_path):
@@ -132,7 +133,7 @@ def test_a_stopped_encoding_goes_on_and_keeps_finished_shards(tmp_path):
         encode(shapes(), StopsIn(5), parts, **SMALL)
     assert [path.name for path in parts.iterdir()] == ["shard-00000.safetensors"]
     with pytest.raises(InputError, match=r"not complete \(index.json is missing\).*encode_latents"):
-        StoredLatents(parts)
+        LatentDataset(parts)
     (parts / ".tmp-shard-00001.safetensors").write_bytes(b"half a shard")
     before = (parts / "shard-00000.safetensors").stat().st_mtime_ns
     assert encode(shapes(), HalfCodec(), parts, **SMALL)
@@ -167,18 +168,18 @@ def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
     content = hurt.read_bytes()
     hurt.write_bytes(content[:-1])
     with pytest.raises(InputError, match=r"shard-00001.*not of its size.*encode_latents"):
-        StoredLatents(tmp_path)
+        LatentDataset(tmp_path)
     hurt.write_bytes(b"\xff" * len(content))
     with pytest.raises(InputError, match=r"shard-00001.*cannot be read"):
-        StoredLatents(tmp_path)[13]
+        LatentDataset(tmp_path)[13]
     hurt.unlink()
     with pytest.raises(InputError, match=r"shard-00001.*is missing.*encode_latents"):
-        StoredLatents(tmp_path)
+        LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(InputError, match=r"index\.json cannot be read"):
-        StoredLatents(tmp_path)
+        LatentDataset(tmp_path)
     with pytest.raises(InputError, match="no folder of latents"):
-        StoredLatents(tmp_path / "none")
+        LatentDataset(tmp_path / "none")
 
 
 def test_latents_of_something_else_are_not_mixed_in(tmp_path):
@@ -239,7 +240,7 @@ def test_corrupt_images_stop_or_are_passed_over(tmp_path, pictures):
     (pictures / "ape" / "3.png").write_bytes(b"nor this")  # its place is taken by the first bee
     images = ImageFolder(pictures, 8, skip_corrupt=True)
     encode(images, HalfCodec(), tmp_path / "b", **SMALL)
-    stored = StoredLatents(tmp_path / "b")
+    stored = LatentDataset(tmp_path / "b")
     assert torch.equal(stored[1][0], stored[2][0]) and torch.equal(stored[3][0], stored[4][0])
     assert [stored.label(index) for index in range(8)] == [0, 0, 0, 1, 1, 1, 1, 1]
 
@@ -324,7 +325,7 @@ def test_unconditional_training_takes_stored_latents_too(tmp_path):
     encode(shapes(30), PixelCodec(), tmp_path / "p", **SMALL)
     task = DenoiserTask(TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "p"), "unconditional": True}))
     moments, label = task.dataset[7]
-    assert torch.equal(moments, StoredLatents(tmp_path / "p")[7][0]) and label == 0
+    assert torch.equal(moments, LatentDataset(tmp_path / "p")[7][0]) and label == 0
     assert task.encoded and len(task.images.class_names) == 1
 
 
@@ -350,7 +351,7 @@ def test_latents_of_another_size_vae_or_scaling_are_refused_with_both_values(tmp
 
 def test_stored_latents_are_mapped_not_read(tmp_path):
     encode(shapes(30), PixelCodec(), tmp_path, **SMALL)
-    stored = StoredLatents(tmp_path)
+    stored = LatentDataset(tmp_path)
     stored[0], stored[29]
     assert sorted(stored._shards) == [0, 2]
     maps = Path("/proc/self/maps")

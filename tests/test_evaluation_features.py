@@ -11,7 +11,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, InceptionFeatures, class_accuracy, create_extractor
 
 # ---- classifier features ---------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def classifier(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     snapshot = SimpleNamespace(
         path=Path("snap"), model=BrightestChannel().eval(), class_names=["red", "green", "blue"], image_size=4
     )
-    monkeypatch.setitem(sys.modules, "d_emo.checkpoint", SimpleNamespace(load_classifier=lambda path: snapshot))
+    monkeypatch.setitem(sys.modules, "d_emo.io.snapshot", SimpleNamespace(load_classifier=lambda path: snapshot))
     return snapshot
 
 

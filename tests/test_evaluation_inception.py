@@ -10,7 +10,7 @@ import torch
 import torch_fidelity
 from evaluation_sets import as_batch, gather, make_pixels, write_folder
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import InceptionFeatures, frechet_distance, measure
 
 

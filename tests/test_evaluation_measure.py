@@ -11,7 +11,7 @@ import torch
 from evaluation_sets import ColourFeatures, make_pixels, write_folder
 from PIL import Image
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import measure
 
 

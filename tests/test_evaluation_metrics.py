@@ -11,7 +11,7 @@ import torch_fidelity
 from evaluation_sets import ColourFeatures, RegisteredColours, as_batch, make_pixels, write_folder
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import InceptionScore, kernel_distance, measure, metrics, precision_recall
 from d_emo.evaluation.metrics import FeatureRows
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from evaluation_sets import ColourFeatures, as_batch, make_pixels, write_folder
 
-from d_emo.config import InputError
 from d_emo.data import spread
+from d_emo.errors import InputError
 from d_emo.evaluation import measure, reference, write_reference
 
 ALL = ("fid", "sfid", "isc", "prc", "kid")

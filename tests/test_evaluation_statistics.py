@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluation_sets import assert_close, gather, make_features
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import FeatureStatistics, frechet_distance
 
 # ---- Frechet distance ------------------------------------------------------------------------------------------------

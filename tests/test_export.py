@@ -8,7 +8,7 @@ import torch
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.export import attend_in_low_rank, export, open_portable, portable_classifier, portable_denoiser, stir
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention

@@ -17,9 +17,10 @@ import torch
 from diffusers import DDPMScheduler
 from evaluation_sets import read_all
 
-from d_emo import checkpoint
-from d_emo.config import InputError, TrainSettings
+from d_emo.config import TrainSettings
+from d_emo.errors import InputError
 from d_emo.evaluation import draw_labels
+from d_emo.io.snapshot import load_denoiser, save_classifier, save_denoiser
 from d_emo.models import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05)
     scheduler = DDPMScheduler(clip_sample=False, variance_type="learned_range")
-    checkpoint.save_denoiser(
+    save_denoiser(
         folder / "snap", denoiser.eval(), scheduler=scheduler, meta=META, settings=TrainSettings()
     )
     options = {"num_classes": 10, "depths": [1, 1, 1, 1], "window_size": 1}
@@ -53,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.nn.init.ones_(parameter)  # as layer scales start, all features are the same
     meta = {"class_names": META["class_names"], "image_size": 32, "step": 1, "weights": "ema"}
     meta["model"] = {"name": "emov2_1m", **options}
-    checkpoint.save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings())
+    save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings())
     load_script("make_reference").main([
         "--output", str(folder / "ref.npz"), "--dataset", "digits", "--image-size", "8", "--num-images", "90",
         "--kept-images", "30", "--features", f"emov2:{folder / 'judge'}",
@@ -174,11 +175,11 @@ def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypat
 
 
 def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    snapshot = checkpoint.load_denoiser(made["snap"])
+    snapshot = load_denoiser(made["snap"])
     scheduler = DDPMScheduler.from_config(snapshot.scheduler_config)
     torch.nn.init.constant_(snapshot.model.final_layer.linear.weight, float("nan"))
     meta = {**META, "label_dropout": 0.0}
-    checkpoint.save_denoiser(tmp_path / "bad", snapshot.model, scheduler=scheduler, meta=meta, settings=TrainSettings())
+    save_denoiser(tmp_path / "bad", snapshot.model, scheduler=scheduler, meta=meta, settings=TrainSettings())
     more = ["--num-images", 12, "--checkpoint", tmp_path / "bad"]
     with pytest.raises(InputError, match="needs a null class"):
         load_script("fid").main(arguments(made, tmp_path / "o.json", *more, "--guidance-scale", "1.5"))

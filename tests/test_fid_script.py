@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation import measure, measurement
 
 ROOT = Path(__file__).parents[1]

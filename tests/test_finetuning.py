@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo import checkpoint
-from d_emo.config import InputError, TrainSettings
+from d_emo.config import TrainSettings
 from d_emo.data import OneClass, open_dataset
+from d_emo.errors import InputError
+from d_emo.io.snapshot import load_denoiser
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
@@ -30,7 +31,7 @@ def task(folder, **changes):
 
 def train(folder, **changes):
     run = task(folder, **changes)
-    return checkpoint.load_denoiser(fit(run, run.settings))
+    return load_denoiser(fit(run, run.settings))
 
 
 def image_folder(root, *names, count=4, size=(12, 9)):
@@ -63,7 +64,7 @@ def test_flow_training_lowers_the_loss(tmp_path, model):
     run = task(tmp_path, model=model, objective="flow", max_steps=60, batch_size=32)
     plain = run.loss
     run.loss = lambda *args: losses.append(plain(*args)["loss"].item()) or plain(*args)
-    snapshot = checkpoint.load_denoiser(fit(run, run.settings))
+    snapshot = load_denoiser(fit(run, run.settings))
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
     assert snapshot.objective == "flow"
     assert snapshot.scheduler_config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
@@ -92,7 +93,7 @@ def test_the_objective_may_be_another(tmp_path, digits):
     run = task(tmp_path, init_from=str(digits.path), objective="flow")
     torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
     assert "(step 2, trained with eps), which knows 10" in run.start
-    assert checkpoint.load_denoiser(fit(run, run.settings)).objective == "flow"
+    assert load_denoiser(fit(run, run.settings)).objective == "flow"
 
 
 def test_a_snapshot_knows_how_long_its_start_had_been_trained(tmp_path, digits):
@@ -179,7 +180,7 @@ def test_a_single_class_and_no_class_start_from_each_other(tmp_path, digits):
     rows, old = single.model.state_dict()[TABLE], digits.model.state_dict()[TABLE]
     assert torch.equal(rows[0], old[10]) and torch.equal(rows[1], old[10])
     snapshot = fit(single, single.settings)
-    trained = checkpoint.load_denoiser(snapshot).model.state_dict()[TABLE]
+    trained = load_denoiser(snapshot).model.state_dict()[TABLE]
     assert not torch.equal(trained[0], trained[1])
     assert torch.equal(task(tmp_path / "b", init_from=str(snapshot)).model.state_dict()[TABLE][10], trained[0])
 

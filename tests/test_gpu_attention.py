@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d_emo.kernels import choice, plain, window_attention
+from d_emo.kernels import dispatch, plain, window_attention
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
 
@@ -24,7 +24,7 @@ def interpreted(monkeypatch, triton_interpreter):
     launches, launch = [], gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
     monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
-    monkeypatch.setattr("d_emo.kernels.attention.uses_triton", lambda *tensors: not choice._plain)
+    monkeypatch.setattr("d_emo.kernels.attention.uses_triton", lambda *tensors: not dispatch._plain)
     return launches
 
 
@@ -241,7 +241,7 @@ def test_kernels_compile_without_spills_and_fit_small_cards(monkeypatch, tmp_pat
 def test_on_a_gpu_at_a_real_size(monkeypatch, dtype, bound, batch):
     monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
     inputs = operands((16, 16), (64, 256), heads=6, batch=batch, dtype=dtype, device="cuda")
-    assert choice.uses_triton(*inputs)
+    assert dispatch.uses_triton(*inputs)
     launched, launch = [], gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *args, **options: launched.append(args) or launch(*args, **options))
     options = dict(act="gelu", heads=6, window=(8, 8), mode="spanning")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d_emo import kernels
-from d_emo.kernels import choice
+from d_emo.kernels import dispatch
 from d_emo.models.blocks import AdaLNMobileBlock, MobileOperator
 from d_emo.models.layers import LocalConv, fold_batch_norms, synchronise_batch_norms
 
@@ -39,7 +39,7 @@ def routed(interpreted, monkeypatch):
     """Let the networks take the GPU's form on the CPU."""
 
     def uses_triton(*tensors):
-        return not choice._plain and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+        return not dispatch._plain and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
 
     for module in ("local", "depthwise"):
         monkeypatch.setattr(f"d_emo.kernels.{module}.uses_triton", uses_triton)
@@ -435,7 +435,7 @@ def test_on_the_gpu_a_block_equals_its_plain_form(dtype, training, compiled):
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.05)
     x, c = torch.randn(8, 16, 16, 384, device="cuda"), torch.randn(8, 384, device="cuda")
-    assert choice.triton_works(0)
+    assert dispatch.triton_works(0)
 
     def step(context, call):
         with context, torch.autocast("cuda", dtype=dtype, enabled=dtype is not None), torch.set_grad_enabled(training):

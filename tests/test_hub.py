@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from d_emo import hub
-from d_emo.config import InputError, RunError, TrainSettings, parse_settings, run_cli
+from d_emo.config import TrainSettings, parse_settings, run_cli
+from d_emo.errors import InputError, RunError
+from d_emo.io import hub
 from d_emo.training.loop import _FREE_ON_RESUME
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

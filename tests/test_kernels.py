@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from d_emo.benchmark.timing import saved_bytes
-from d_emo.config import RunError
-from d_emo.kernels import choice, in_slices, linear, plain, window_attention
-from d_emo.kernels.choice import HAS_ONEDNN
+from d_emo.errors import RunError
+from d_emo.kernels import dispatch, in_slices, linear, plain, window_attention
+from d_emo.kernels.dispatch import HAS_ONEDNN
+from d_emo.lab.benchmark.timing import saved_bytes
 from d_emo.models.layers import LocalConv
 
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU has no AVX-512")
@@ -78,7 +78,7 @@ def card(monkeypatch):
         ("is_current_stream_capturing", False),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(choice, "_tried", {})
+    monkeypatch.setattr(dispatch, "_tried", {})
     return lambda trial: monkeypatch.setattr(gpu, "CHECKS", (trial,))
 
 
@@ -96,8 +96,8 @@ def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, card,
     card(trial)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     with torch.inference_mode():
-        assert choice.triton_works(1) is works
-    assert choice.triton_works(1) is works
+        assert dispatch.triton_works(1) is works
+    assert dispatch.triton_works(1) is works
     assert tried == ([] if capability < (8, 0) else [("cuda:1", True, False)])
     assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
 
@@ -106,7 +106,7 @@ def test_an_old_triton_is_told_and_left_alone(monkeypatch, card, recwarn):
     tried = []
     card(tried.append)
     monkeypatch.setattr("triton.__version__", "3.2.0+git1234")
-    assert not choice.triton_works(0) and not tried
+    assert not dispatch.triton_works(0) and not tried
     assert "they need Triton 3.3 or newer, this is 3.2.0+git1234" in str(recwarn.pop().message)
 
 
@@ -117,7 +117,7 @@ def test_a_trial_that_breaks_the_gpu_ends_with_the_remedy(monkeypatch, card):
     card(broken)
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     with pytest.raises(RunError, match="illegal memory access was encountered.; start again with D_EMO_KERNELS=plain"):
-        choice.triton_works(0)
+        dispatch.triton_works(0)
 
 
 def test_a_trial_without_memory_decides_nothing(card):
@@ -126,19 +126,19 @@ def test_a_trial_without_memory_decides_nothing(card):
 
     card(crowded)
     with pytest.raises(torch.OutOfMemoryError):
-        choice.triton_works(0)
+        dispatch.triton_works(0)
     card(lambda device: None)
-    assert choice.triton_works(0)
+    assert dispatch.triton_works(0)
 
 
 def test_nothing_is_tried_while_a_cuda_graph_is_recorded(monkeypatch, card):
     card(lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not choice.triton_works(0)
+    assert not dispatch.triton_works(0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert choice.triton_works(0)
+    assert dispatch.triton_works(0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choice.triton_works(0)
+    assert dispatch.triton_works(0)
 
 
 def differentiated(tried):
@@ -154,14 +154,14 @@ def differentiated(tried):
 def test_the_trial_may_happen_while_a_network_is_compiled(card):
     card(differentiated(tried := []))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + 1 if choice.triton_works(0) else x, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + 1 if dispatch.triton_works(0) else x, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(2)).tolist() == [1, 1] and len(tried) == 1
 
 
 def test_the_trial_may_happen_in_a_checkpointed_block(card, recwarn):
     card(differentiated(tried := []))
     x = torch.randn(4, requires_grad=True)
-    checkpoint(lambda x: (x * (2 if choice.triton_works(0) else 3)).exp(), x, use_reentrant=False).sum().backward()
+    checkpoint(lambda x: (x * (2 if dispatch.triton_works(0) else 3)).exp(), x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(x.grad, 2 * (2 * x).exp().detach())
     assert len(tried) == 1 and not recwarn.list
 
@@ -169,7 +169,7 @@ def test_the_trial_may_happen_in_a_checkpointed_block(card, recwarn):
 def test_what_the_trial_saves_is_not_counted_as_a_networks(card):
     card(differentiated([]))
     x = torch.randn(5, requires_grad=True)
-    assert saved_bytes(lambda: choice.triton_works(0) and x.exp().sum()) == 5 * 4
+    assert saved_bytes(lambda: dispatch.triton_works(0) and x.exp().sum()) == 5 * 4
 
 
 @pytest.mark.parametrize("surroundings", [
@@ -178,12 +178,12 @@ def test_what_the_trial_saves_is_not_counted_as_a_networks(card):
 def test_the_trial_takes_no_notice_of_what_is_around_it(card, surroundings):
     card(differentiated(tried := []))
     with surroundings():
-        assert choice.triton_works(0)
+        assert dispatch.triton_works(0)
     assert len(tried) == 1
 
 
 def test_an_environment_variable_turns_all_kernels_off():
-    code = "from d_emo.kernels import choice; print(choice.is_plain())"
+    code = "from d_emo.kernels import dispatch; print(dispatch.is_plain())"
     for value, plain_form in (("plain", "True"), ("", "False")):
         environment = {**os.environ, "D_EMO_KERNELS": value}
         told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import Subset
 
-from d_emo.config import InputError
 from d_emo.data import Digits
+from d_emo.errors import InputError
 from d_emo.latents import SHIPPED, SHIPPED_VAE, PixelCodec, VAECodec, load_codec, sample_moments
 
 

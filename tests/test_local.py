@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from d_emo import kernels
-from d_emo.benchmark.timing import saved_bytes
 from d_emo.kernels.depthwise import depthwise_gradients
+from d_emo.lab.benchmark.timing import saved_bytes
 from d_emo.models.blocks import MobileOperator
 from d_emo.models.layers import synchronise_batch_norms
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
+from d_emo.lab.ablations import ABLATIONS, matches
+from d_emo.lab.models_table import ablations_table, models_table, published_figures
 from d_emo.models import EMO, Denoiser, count_macs, count_parameters, create_model, list_models
-from d_emo.models.ablations import ABLATIONS, matches
-from d_emo.models.table import ablations_table, models_table, published_figures
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = published_figures()

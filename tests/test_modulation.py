@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from d_emo import kernels
-from d_emo.benchmark.timing import saved_bytes
+from d_emo.lab.benchmark.timing import saved_bytes
 from d_emo.models.layers import modulate, modulated
 
 

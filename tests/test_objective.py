@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.objective import EpsObjective, FlowObjective, discretised_log_likelihood, objective_of
 
 

@@ -12,8 +12,10 @@ from diffusers import DiTPipeline, EulerAncestralDiscreteScheduler
 from PIL import Image
 
 import d_emo
-from d_emo import checkpoint, sampling
-from d_emo.config import InputError, TrainSettings
+from d_emo import sampling
+from d_emo.config import TrainSettings
+from d_emo.errors import InputError
+from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import load_codec
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
@@ -24,7 +26,7 @@ NAMES = [*"012345678", "a nine"]
 def snapshot(folder, denoiser, *, objective="eps", codec="d-emo-f8", **meta):
     meta = {"step": 5, "weights": "ema", "codec": codec, "image_size": 64, "class_names": NAMES, **meta}
     schedule = OBJECTIVES[objective](null_class=10).noise_schedule()
-    checkpoint.save_denoiser(folder, denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
+    save_denoiser(folder, denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
     return folder
 
 

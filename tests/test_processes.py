@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from d_emo import checkpoint
 from d_emo.config import TrainSettings
 from d_emo.ema import EMA
+from d_emo.io.training_state import gather_training, restore_training
 from d_emo.models import create_model
 from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
-from d_emo.training.sharding import make_updates, open_accelerator
+from d_emo.training.parallel import make_updates, open_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -177,11 +177,11 @@ def test_sharded_models_have_whole_states_and_averages(tmp_path):
         ema = EMA(build(), 0.9)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         if state is not None:
-            checkpoint.restore_training(model, optimizer, state)
+            restore_training(model, optimizer, state)
             ema.load_state_dict(average)
         for seed in steps:
             step(model, optimizer, ema, seed)
-        return checkpoint.gather_training(model, optimizer), ema.state_dict()
+        return gather_training(model, optimizer), ema.state_dict()
 
     def work(rank):
         distributed.init_process_group("gloo")

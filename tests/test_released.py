@@ -7,7 +7,7 @@ import reference_block as reference
 import safetensors.torch
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models import create_model
 from d_emo.models.released import load_released
 

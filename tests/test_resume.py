@@ -15,8 +15,9 @@ import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d_emo import checkpoint
-from d_emo.config import InputError, RunError, TrainSettings
+from d_emo.config import TrainSettings
+from d_emo.errors import InputError, RunError
+from d_emo.io.training_state import find_state, load_state, step_of
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
@@ -45,7 +46,7 @@ def train(folder, **changes):
 
 def last_state(folder, step=12):
     """Model, average, optimizer and the rest; only the clock may differ between two runs."""
-    state = checkpoint.load_state(Path(folder) / "states" / f"step-{step}")
+    state = load_state(Path(folder) / "states" / f"step-{step}")
     state.pop("minutes")
     return state
 
@@ -126,7 +127,7 @@ def test_the_evidence_names_step_rate_and_images_and_the_run_can_go_on(tmp_path,
     assert evidence["step"] == 3 and evidence["learning_rate"] == 1e-3 and len(evidence["indices"]) == 4
     assert evidence["figures"]["loss"] == "nan"
     assert "step 3: loss nan" in capsys.readouterr().out
-    assert checkpoint.find_state(tmp_path / "states").name == "step-3"
+    assert find_state(tmp_path / "states").name == "step-3"
     train(tmp_path / "whole", max_steps=3)
     stopped, whole = last_state(tmp_path, 3), last_state(tmp_path / "whole", 3)
     assert same({**stopped, "guard": None}, {**whole, "guard": None})
@@ -254,8 +255,8 @@ def check_kills(folder, kills):
         shutil.rmtree(folder / "parts", ignore_errors=True)
         while not killed(folder / "parts", takes * chance.uniform(0.02, 0.8), **changes):
             done += 1
-            state = checkpoint.find_state(folder / "parts" / "states") if (folder / "parts").exists() else None
-            reached.append(checkpoint.step_of(state) if state else 0)
+            state = find_state(folder / "parts" / "states") if (folder / "parts").exists() else None
+            reached.append(step_of(state) if state else 0)
         assert same(last_state(folder / "parts", 60), last_state(folder / "whole", 60))
     assert any(reached), "no run lived long enough to save a state"
     return reached
@@ -281,7 +282,7 @@ def check_damages(folder, ways, capsys):
     for _ in range(ways):
         shutil.rmtree(folder / "damaged", ignore_errors=True)
         shutil.copytree(folder / "parts", folder / "damaged")
-        states = sorted((folder / "damaged" / "states").iterdir(), key=checkpoint.step_of)
+        states = sorted((folder / "damaged" / "states").iterdir(), key=step_of)
         for state in states[-chance.choice([1, 1, 2]):]:
             damage(chance.choice(sorted(state.iterdir())), chance)
         explicit = chance.random() < 0.3

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from d_emo import sampling
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.latents import PixelCodec, load_codec
 from d_emo.sampling import sampler
 
@@ -315,8 +315,8 @@ def test_rows_of_a_sweep_go_class_by_class():
 
 
 def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
-    from d_emo.checkpoint import SHIPPED_SNAPSHOT, load_denoiser
     from d_emo.data import GROUNDS
+    from d_emo.io.snapshot import SHIPPED_SNAPSHOT, load_denoiser
     from d_emo.latents import load_codec
 
     assert sum(file.stat().st_size for file in SHIPPED_SNAPSHOT.glob("**/*")) < 32e6

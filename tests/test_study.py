@@ -13,17 +13,18 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 
-from d_emo import checkpoint
-from d_emo.config import InputError, RunError, StudySettings, TrainSettings, parse_settings
+from d_emo.config import StudySettings, TrainSettings, parse_settings
+from d_emo.errors import InputError, RunError
+from d_emo.io.snapshot import save_denoiser
+from d_emo.lab.study import Study, study
+from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
+from d_emo.lab.study.execution import ScriptError, claim
+from d_emo.lab.study.measuring import Meter
+from d_emo.lab.study.plan import plan_runs
+from d_emo.lab.study.report import read_rows
+from d_emo.lab.study.results import add_measurement, read_measurements, write_csv, write_json
 from d_emo.models import create_model
 from d_emo.objective import OBJECTIVES
-from d_emo.study import Study, study
-from d_emo.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
-from d_emo.study.execution import ScriptError, claim
-from d_emo.study.measuring import Meter
-from d_emo.study.plan import plan_runs
-from d_emo.study.report import read_rows
-from d_emo.study.results import add_measurement, read_measurements, write_csv, write_json
 
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
@@ -163,7 +164,7 @@ def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypa
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def save_denoiser(folder: Path, **options) -> Path:
+def snapshot_of(folder: Path, **options) -> Path:
     """A snapshot of a random denoiser of digits at 8 px, its gates open."""
     torch.manual_seed(0)
     model = create_model("D-EMOv2-Ti-2", sample_size=8, in_channels=3, num_classes=10, **{**TINY, **options})
@@ -174,16 +175,16 @@ def save_denoiser(folder: Path, **options) -> Path:
     meta = {"step": 4, "weights": "ema", "codec": "pixels", "image_size": 8, "data": "digits",
             "class_names": [str(i) for i in range(10)]}  # fmt: skip
     scheduler = OBJECTIVES["eps"](null_class=10).noise_schedule()
-    checkpoint.save_denoiser(folder, model, scheduler=scheduler, meta=meta, settings=TrainSettings())
+    save_denoiser(folder, model, scheduler=scheduler, meta=meta, settings=TrainSettings())
     return folder
 
 
 def test_the_norm_gap_is_one_without_a_batch_norm_and_leaves_the_snapshot_alone(tmp_path):
     meter = Meter(settings_of(tmp_path), None)
-    plain = meter.norm_gap(save_denoiser(tmp_path / "none", local_norm="none"))
+    plain = meter.norm_gap(snapshot_of(tmp_path / "none", local_norm="none"))
     assert [level["timestep"] for level in plain] == [50 + 100 * i for i in range(10)]
     assert all(level["train"] == level["eval"] > 0 for level in plain)
-    batch = meter.norm_gap(save_denoiser(tmp_path / "batch"))
+    batch = meter.norm_gap(snapshot_of(tmp_path / "batch"))
     assert all(level["train"] != level["eval"] for level in batch)
     assert batch == meter.norm_gap(tmp_path / "batch")
 
@@ -335,7 +336,7 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatch, capsys):
-    from d_emo.study import cost
+    from d_emo.lab.study import cost
 
     monkeypatch.setattr(cost.Workload, "step", lambda self: 1.8)  # seconds
     monkeypatch.setattr(cost.Workload, "draw", lambda self: 0.9)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.curves import Curve
+from d_emo.lab.loss_curves import Curve
+from d_emo.lab.study import study
+from d_emo.lab.study.plots import band, draw_curves, draw_gaps
+from d_emo.lab.study.results import Estimate
 from d_emo.sampling import draw_grid
-from d_emo.sampling.pictures import two_lines
-from d_emo.study import study
-from d_emo.study.plots import band, draw_curves, draw_gaps
-from d_emo.study.results import Estimate
+from d_emo.sampling.grids import two_lines
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 OVER = {"a": "eps, uniform", "b": "eps, uniform", "c": "flow, uniform"}

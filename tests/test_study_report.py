@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from d_emo.data import open_dataset, to_uint8
-from d_emo.study.measuring import is_empty
-from d_emo.study.report import course_table, findings, gap_table, main_table
-from d_emo.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
+from d_emo.lab.study.measuring import is_empty
+from d_emo.lab.study.report import course_table, findings, gap_table, main_table
+from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
 
 
 def rows_of(**figures):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_study import ROOT
 
-from d_emo.config import RunError
-from d_emo.study import execution
-from d_emo.study.execution import claim, run_script
+from d_emo.errors import RunError
+from d_emo.lab.study import execution
+from d_emo.lab.study.execution import claim, run_script
 
 
 def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):

@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import d_emo
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, window_for
 from d_emo.models.released import released_names, released_shapes
 

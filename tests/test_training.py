@@ -12,13 +12,15 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from d_emo import checkpoint
-from d_emo.config import ClassifierSettings, InputError, RunError, TrainSettings
+from d_emo.config import ClassifierSettings, TrainSettings
+from d_emo.errors import InputError, RunError
+from d_emo.io.snapshot import load_classifier, load_denoiser
+from d_emo.io.training_state import find_state, load_state, step_of
 from d_emo.training import fit
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.optimizer import learning_rate
-from d_emo.training.watch import Forecast
+from d_emo.training.progress import Forecast
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -31,7 +33,7 @@ TINY = {
 def train(folder, **changes):
     settings = TrainSettings(**{**TINY, "output_dir": str(folder), **changes})
     snapshot = fit(DenoiserTask(settings), settings)
-    return checkpoint.load_denoiser(snapshot).model.state_dict()
+    return load_denoiser(snapshot).model.state_dict()
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path):
@@ -83,7 +85,7 @@ def test_bf16_trains_the_same_model_roughly(tmp_path):
 
 def test_snapshot_is_the_average_of_weights_and_batch_norm_statistics(tmp_path):
     averaged = train(tmp_path)
-    state = checkpoint.load_state(tmp_path / "states" / "step-4")
+    state = load_state(tmp_path / "states" / "step-4")
     name = next(key for key in averaged if key.endswith("running_mean"))
     assert torch.equal(averaged[name], state["ema"]["model"][name]) and state["ema"]["step"] == 4
     assert not torch.allclose(averaged[name], state["model"][name], atol=1e-7)
@@ -185,9 +187,9 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(tmp_path, number,
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
     assert "the same command goes on" in output and "Traceback" not in output
-    state = checkpoint.find_state(tmp_path / "run" / "states")
+    state = find_state(tmp_path / "run" / "states")
     assert state is not None
-    step = checkpoint.step_of(state)
+    step = step_of(state)
     done = run_script("train_dit.py", "--config", config, "--max-steps", step + 1)
     assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stderr
 
@@ -210,7 +212,7 @@ def test_image_folders_train_with_flips_and_workers(tmp_path):
             pixels = np.random.default_rng(index).integers(0, 256, (12, 9, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     train(tmp_path / "run", data_dir=str(tmp_path / "data"), num_workers=2)
-    meta = checkpoint.load_denoiser(tmp_path / "run").meta
+    meta = load_denoiser(tmp_path / "run").meta
     assert meta["class_names"] == ["a", "b"] and meta["data"] == "folder"
 
 
@@ -221,7 +223,7 @@ def test_classifier_learns_digits(tmp_path):
         snapshot_every=100, state_every=100,
     )
     snapshot = fit(ClassifierTask(settings), settings)
-    loaded = checkpoint.load_classifier(snapshot)
+    loaded = load_classifier(snapshot)
     assert loaded.meta["held_out_accuracy"] > 0.5
     assert loaded.meta["accuracy"]["ema"]["top1"] == pytest.approx(loaded.meta["held_out_accuracy"], abs=1e-4)
     assert all(0.5 < each["top1"] <= each["top5"] <= 1 for each in loaded.meta["accuracy"].values())

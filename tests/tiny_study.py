@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from d_emo.config import StudySettings
-from d_emo.study import Study
+from d_emo.lab.study import Study
 
 ROOT = Path(__file__).parents[1]
 TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2}

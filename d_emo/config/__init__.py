@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import (
-    InputError,
-    RunError,
-    parse_settings,
-    run_cli,
-    setting,
-    write_yaml,
-)
+from d_emo.config.base import parse_settings, run_cli, setting, write_yaml
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
     ClassifierBenchmarkSettings,
     DenoiserBenchmarkSettings,
 )
-from d_emo.config.exporting import (
-    ConvertSettings,
-    ExportSettings,
-)
+from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.measuring import (
     METRICS,
     PUBLISHED_COUNT,
@@ -67,13 +57,11 @@ __all__ = [
     "ExplainSettings",
     "ExportSettings",
     "FidSettings",
-    "InputError",
     "JudgeSettings",
     "METRICS",
     "PUBLISHED_COUNT",
     "PlotSettings",
     "ReferenceSettings",
-    "RunError",
     "RunSettings",
     "SampleSettings",
     "StudySettings",

@@ -13,15 +13,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from d_emo.errors import InputError, RunError
+
 S = TypeVar("S")
-
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
-
-
-class RunError(RuntimeError):
-    """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
 
 
 def setting(default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from d_emo.config.base import InputError, check_image_side, setting
+from d_emo.config.base import check_image_side, setting
 from d_emo.config.sampling import check_guidance, check_seed
+from d_emo.errors import InputError
 
 METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000

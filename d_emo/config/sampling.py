@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from d_emo.config.base import InputError, setting
+from d_emo.config.base import setting
+from d_emo.errors import InputError
 
 DEFAULT_SCHEDULERS = {"eps": "dpm++", "flow": "euler"}
 """The sampler of each objective, where none is named."""
@@ -28,7 +29,7 @@ def check_guidance(
 
     Args:
         scale: Guidance scale.
-        interval: Share of the noise path on which to guide.
+        interval: Ranks of the noise path on which to guide.
         label_dropout: Of the denoiser's training, once that is known.
     """
     if not 0 <= scale < float("inf"):

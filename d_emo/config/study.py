@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from d_emo.config.base import InputError, setting
+from d_emo.config.base import setting
+from d_emo.errors import InputError
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import InputError, check_image_side, setting
+from d_emo.config.base import check_image_side, setting
+from d_emo.errors import InputError
 
 
 @dataclass

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from d_emo.config import DataSettings, InputError, is_folder
+from d_emo.config import DataSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
@@ -20,6 +20,7 @@ from d_emo.data.images import ClassImages, OneClass, to_uint8
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
+from d_emo.errors import InputError
 
 __all__ = [
     "COLOURS", "GROUNDS", "HELD_OUT_SHAPES", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from d_emo.config import InputError
 from d_emo.data.folder import ImageFolder, load_image
+from d_emo.errors import InputError
 
 GREY = (124, 116, 104)
 """ImageNet's mean colour, for what RandAugment uncovers."""

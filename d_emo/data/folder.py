@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from d_emo.config import InputError
 from d_emo.data.images import ClassImages, check_image_size, to_tensor
+from d_emo.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 

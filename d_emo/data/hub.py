@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from d_emo.config import InputError, RunError
 from d_emo.data.folder import StoredImages, load_image
+from d_emo.errors import InputError, RunError
 
 
 class HubImages(StoredImages):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 
 class ClassImages(Dataset, ABC):

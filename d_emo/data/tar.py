@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from d_emo.config import InputError
 from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
+from d_emo.errors import InputError
 
 
 class TarShards(StoredImages):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.nn.functional as F
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 if TYPE_CHECKING:
-    from d_emo.checkpoint import ClassifierSnapshot
+    from d_emo.io.snapshot import ClassifierSnapshot
 
 DOWNLOAD_TIMEOUT_S = 30
 SPATIAL_CHANNELS = 7
@@ -128,7 +128,7 @@ class ClassifierFeatures:
     published = True  # nothing to compare with: the name says which snapshot it is
 
     def __init__(self, snapshot: str | Path, *, device: torch.device | str = "cpu"):
-        from d_emo.checkpoint import load_classifier
+        from d_emo.io.snapshot import load_classifier
 
         classifier = load_classifier(snapshot)
         self._model = classifier.model.to(device)

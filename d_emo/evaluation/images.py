@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d_emo.config import InputError
 from d_emo.data import IMAGE_SUFFIXES
-from d_emo.data.cores import core_count
+from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly, in_chunks
+from d_emo.threads import thread_count
 
 JPEG_SUFFIXES = {".jpg", ".jpeg"}
 DECODING_THREADS = 8
@@ -85,7 +85,7 @@ class FolderImages:
         Raises:
             InputError: A file cannot be decoded; the sentence names it.
         """
-        with ThreadPoolExecutor(min(DECODING_THREADS, core_count())) as pool:
+        with ThreadPoolExecutor(min(DECODING_THREADS, thread_count())) as pool:
             ahead = None
             for chunk in in_chunks(self.files, batch_size):
                 decoding = pool.map(self._read_image, chunk)

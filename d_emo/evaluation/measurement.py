@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from d_emo.config import PUBLISHED_COUNT, FidSettings, InputError, parse_metrics
+from d_emo.config import PUBLISHED_COUNT, FidSettings, parse_metrics
+from d_emo.errors import InputError
+from d_emo.evaluation.feature_shards import ALONE, FeatureShards, Generate, Ranks, claim_folder, digest, read_provenance
 from d_emo.evaluation.features import FeatureExtractor, create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.metrics import Gathered, check_count, kernel_distance, precision_recall
-from d_emo.evaluation.parts import ALONE, Generate, Parts, Share, claim_folder, digest, read_provenance
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
@@ -102,12 +103,12 @@ class Measurement:
     def of_generated(
         self, generate: Generate, num_images: int, *, image_size: tuple[int, int], name: str, sampling: dict[str, Any],
         identity: dict[str, Any], work_dir: str | Path | None = None, save_npz: str | Path | None = None,
-        save_png: str | Path | None = None, share: Share = ALONE,
+        save_png: str | Path | None = None, share: Ranks = ALONE,
     ) -> Result | None:  # fmt: skip
         """Draw images and measure them in one go; the same call goes on where an earlier one stopped.
 
         Args:
-            generate: Draws images by their indices; an image must depend on nothing but its index.
+            generate: StepNoise images by their indices; an image must depend on nothing but its index.
             num_images: How many.
             image_size: (width, height) in pixels.
             name: Where the samples come from, for the report.
@@ -135,7 +136,7 @@ class Measurement:
                 claim_folder(Path(save_png), {**identity, "features": None})
         share.wait()
         layers = {"pooled": self.extractor.dim, "spatial": self.extractor.spatial_dim}
-        parts = Parts(
+        parts = FeatureShards(
             folder, num_images, {layer: dim for layer, dim in layers.items() if dim},
             png_folder=save_png and Path(save_png), keep_pixels=save_npz is not None,
         )  # fmt: skip

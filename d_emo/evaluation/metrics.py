@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.statistics import FeatureStatistics
 

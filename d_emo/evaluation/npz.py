@@ -14,8 +14,8 @@ from typing import IO
 import numpy as np
 import torch
 
-from d_emo.config import InputError, RunError
 from d_emo.data import spread
+from d_emo.errors import InputError, RunError
 from d_emo.evaluation.statistics import StoredStatistics
 
 IMAGES_KEY = "arr_0"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from d_emo.config import InputError
 from d_emo.data import spread
+from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.images import ImageSource, open_images
 from d_emo.evaluation.metrics import Gathered, check_count

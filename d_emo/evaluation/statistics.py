@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 # An eigenvalue this far below zero, relative to the largest, is no rounding: float32 statistics reach about -1e-6.
 NEGATIVE_EIGENVALUE_TOLERANCE = 1e-4

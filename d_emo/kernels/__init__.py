@@ -5,8 +5,8 @@ What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md`
 
 from d_emo.kernels.activation import Activation, add_to
 from d_emo.kernels.attention import window_attention
-from d_emo.kernels.choice import fuses_inference, plain
 from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu, fuses_activation
+from d_emo.kernels.dispatch import fuses_inference, plain
 from d_emo.kernels.linear import linear
 from d_emo.kernels.local import fuses_skip, fuses_training, local_projection, local_skip
 from d_emo.kernels.modulation import fuses_modulation, modulated_norm

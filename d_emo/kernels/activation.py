@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import is_plain
+from d_emo.kernels.dispatch import is_plain
 
 Activation = Literal["gelu", "silu", "none"]
 

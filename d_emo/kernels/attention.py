@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate, activate_backward
-from d_emo.kernels.choice import lowered, uses_triton, wants_standard
+from d_emo.kernels.dispatch import lowered, uses_triton, wants_standard
 from d_emo.kernels.partitions import PARTITIONS, AttentionMode
 
 CHUNK = 2**20

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import fuses_inference, lowered, uses_triton, wants_standard
+from d_emo.kernels.dispatch import fuses_inference, lowered, uses_triton, wants_standard
 
 TRITON_SIZES = (3, 5, 7)
 """The sizes of a kernel that Triton's form is written for."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d_emo.kernels.activation import Activation, activate
-from d_emo.kernels.choice import prefers_onednn
+from d_emo.kernels.dispatch import prefers_onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activation = "none") -> Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d_emo.kernels.choice import lowered, uses_triton, wants_standard
 from d_emo.kernels.depthwise import convolves_on_gpu, depthwise_gradients
+from d_emo.kernels.dispatch import lowered, uses_triton, wants_standard
 from d_emo.kernels.linear import multiply
 
 CHUNK = 2**18

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d_emo.kernels.choice import is_plain
+from d_emo.kernels.dispatch import is_plain
 
 
 def fuses_modulation(x: Tensor, *parameters: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d_emo.kernels.choice import is_plain
+from d_emo.kernels.dispatch import is_plain
 
 SLICE = 2**22
 """Elements of the widest map that are there at a time: 16 MB in float32."""

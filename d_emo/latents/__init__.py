@@ -12,10 +12,10 @@ from d_emo.latents.codec import (
     load_codec,
     sample_moments,
 )
+from d_emo.latents.dataset import LatentDataset
 from d_emo.latents.encode import encode
-from d_emo.latents.stored import StoredLatents
 
 __all__ = [
-    "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "StoredLatents", "VAECodec", "default_codec", "encode",
+    "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "LatentDataset", "VAECodec", "default_codec", "encode",
     "load_codec", "sample_moments",
 ]

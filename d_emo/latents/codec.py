@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"

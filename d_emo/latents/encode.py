@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from d_emo.config import InputError, RunError
 from d_emo.data import ClassImages
+from d_emo.errors import InputError, RunError
 from d_emo.latents.codec import Codec
 from d_emo.latents.shards import INDEX, Origin, shard_path, shard_problem, write_index, write_shard
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from d_emo.config import InputError, RunError
 from d_emo.data import ClassImages
+from d_emo.errors import InputError
+from d_emo.files import write_file
 from d_emo.latents.codec import Codec
 
 INDEX, FORMAT = "index.json", 1
@@ -91,22 +90,7 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
     header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
     content = save(tensors, metadata={"d_emo": header})  # one entry: the order of several is not always the same
-    write_atomically(path, content, "the finished shards stay, and the same command goes on from there")
-
-
-def write_atomically(path: Path, content: bytes, comfort: str) -> None:
-    """Write a file under a temporary name, down to the disk, and rename it."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"cannot write {path} ({error.strerror}); {comfort}") from None
+    write_file(path, content, "the finished shards stay, and the same command goes on from there")
 
 
 def shard_problem(path: Path, origin: Origin) -> str | None:
@@ -155,7 +139,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
         shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
                        "sha256_of_content": header["sha256"]})
     index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
-    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
+    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
     return True
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d_emo import kernels
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, AttentionMode
 from d_emo.models.layers import ACTIVATIONS, Linear, linear_act, pair
 

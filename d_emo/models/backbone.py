@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d_emo import kernels
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
 from d_emo.models.layers import NORM_EPS, Linear, NormKind, checkpoint_block, fold_batch_norms, pair

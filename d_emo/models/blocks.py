@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from d_emo import kernels
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
 from d_emo.models.layers import (
     NORM_EPS,

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of

@@ -79,3 +79,8 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
         for attention in attentions:
             attention.merge_equal_partitions = True
     return counter.get_total_flops() // 2
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
 from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, adaln_projection
 from d_emo.models.layers import (

@@ -16,7 +16,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from d_emo import kernels
-from d_emo.config import InputError
+from d_emo.errors import InputError
 
 NORM_EPS = 1e-6
 """Every norm of EMOv1, EMOv2, D-EMO and DiT uses this epsilon."""

@@ -7,7 +7,7 @@ import fnmatch
 import inspect
 from typing import Any
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.denoiser import DENOISERS, Denoiser, build_denoiser
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models.backbone import EMO
 from d_emo.models.denoiser import DENOISERS, Denoiser
 from d_emo.models.registry import create_model, list_models

@@ -4,7 +4,7 @@ The diffusers pipeline is ``d_emo.DEMOPipeline``, in ``d_emo.sampling.pipeline``
 """
 
 from d_emo.sampling.classes import find_classes, mix_classes
-from d_emo.sampling.pictures import (
+from d_emo.sampling.grids import (
     Trajectory,
     default_path,
     draw_grid,

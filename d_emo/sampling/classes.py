@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.models import Denoiser
 
 

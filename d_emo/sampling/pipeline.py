@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from d_emo.checkpoint import DenoiserSnapshot, load_denoiser
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, InputError, check_guidance
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
+from d_emo.errors import InputError
+from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models import Denoiser
 from d_emo.sampling.classes import find_classes

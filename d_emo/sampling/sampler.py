@@ -11,8 +11,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from d_emo.config import InputError
 from d_emo.data import to_uint8
+from d_emo.errors import InputError
 from d_emo.latents import Codec
 from d_emo.models import Denoiser
 from d_emo.models.layers import fold_batch_norms
@@ -26,7 +26,7 @@ class Guidance:
     Attributes:
         scale: 1 is none and costs one forward pass instead of two.
         channels: ``all`` latent channels, or ``3``: the first three, as in the published numbers of DiT.
-        interval: Share of the noise path, 0 (data) to 1 (noise), on which to guide; outside it, as with scale 1.
+        interval: Ranks of the noise path, 0 (data) to 1 (noise), on which to guide; outside it, as with scale 1.
 
     Raises:
         InputError: Values that mean nothing.

@@ -16,7 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from d_emo.config import DEFAULT_SCHEDULERS, InputError
+from d_emo.config import DEFAULT_SCHEDULERS
+from d_emo.errors import InputError
 from d_emo.objective import objective_of
 
 

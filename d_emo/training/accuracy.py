@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from d_emo import checkpoint
-from d_emo.config import EvaluateClassifierSettings, InputError
+from d_emo.config import EvaluateClassifierSettings
 from d_emo.data import HELD_OUT_SHAPES, ClassImages, open_dataset, spread
+from d_emo.errors import InputError
+from d_emo.io.snapshot import load_classifier
+from d_emo.io.training_state import load_state
 from d_emo.models import EMO, create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
@@ -139,13 +141,13 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
         torch.manual_seed(0)
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
-        snapshot = checkpoint.load_classifier(path)
+        snapshot = load_classifier(path)
         name = str(snapshot.path)
         if weights == "raw":
             state = snapshot.path.parent.parent / "states" / snapshot.path.name
             if not state.is_dir():
                 raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            snapshot.model.load_state_dict(checkpoint.load_state(state)["model"])
+            snapshot.model.load_state_dict(load_state(state)["model"])
             name += ", raw weights"
         built_in = snapshot.meta.get("data")
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,

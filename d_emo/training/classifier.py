@@ -11,14 +11,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from d_emo import checkpoint
-from d_emo.card import describe_hardware
-from d_emo.config import ClassifierSettings, InputError, is_folder
+from d_emo.config import ClassifierSettings, is_folder
 from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
-from d_emo.data.cores import loader_workers
+from d_emo.errors import InputError
+from d_emo.io.card import describe_hardware
+from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
+from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import resolve_name
+from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
 
@@ -110,7 +112,7 @@ class ClassifierTask:
         meta: dict[str, Any] = {
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
             "class_names": self.dataset.class_names, "num_images": len(self.dataset),
-            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
         if self.held_out is not None:
@@ -119,7 +121,7 @@ class ClassifierTask:
                 measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
             meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
             meta["held_out_accuracy"] = round(measured["ema"].top1, 4)
-        checkpoint.save_classifier(folder, model, meta=meta, settings=settings)
+        save_classifier(folder, model, meta=meta, settings=settings)
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of ``model`` on the held-out images."""

@@ -9,15 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from d_emo import checkpoint
-from d_emo.card import describe_hardware
-from d_emo.config import InputError, TrainSettings
+from d_emo.config import TrainSettings
 from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
-from d_emo.latents import Codec, StoredLatents, default_codec, encode, load_codec, sample_moments
+from d_emo.errors import InputError
+from d_emo.io.card import describe_hardware
+from d_emo.io.snapshot import save_denoiser
+from d_emo.latents import Codec, LatentDataset, default_codec, encode, load_codec, sample_moments
 from d_emo.models import create_model
+from d_emo.models.counting import trained_parameters
 from d_emo.models.denoiser import DENOISERS
 from d_emo.models.registry import resolve_name
-from d_emo.objective import OBJECTIVES, Draws
+from d_emo.objective import OBJECTIVES, StepNoise
+from d_emo.training.finetuning import start_from
 
 
 class DenoiserTask:
@@ -55,7 +58,7 @@ class DenoiserTask:
         _init_labels(self.model.y_embedder.embedding_table.weight, self.images.class_names, settings)
         self.start, self.started_from = "", None
         if settings.init_from is not None:
-            self.start, self.started_from = checkpoint.start_from(
+            self.start, self.started_from = start_from(
                 settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
                 keep_labels=settings.label_init is None,
             )
@@ -70,7 +73,7 @@ class DenoiserTask:
         self.scheduler = self.objective.noise_schedule()
 
     def introduction(self) -> list[str]:
-        settings, millions = self.settings, checkpoint.trained_parameters(self.model) / 1e6
+        settings, millions = self.settings, trained_parameters(self.model) / 1e6
         lines = []
         if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
@@ -89,17 +92,17 @@ class DenoiserTask:
         self.objective.to(device)
         if self.encoded and self.settings.latents is None:
             encode(self.images, self.codec, folder / "latents", device=device)
-            self.dataset = StoredLatents(folder / "latents")
+            self.dataset = LatentDataset(folder / "latents")
 
-    def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
+    def draw(self, generator: torch.Generator, batch_size: int) -> StepNoise:
         return self.objective.draw(generator, batch_size, self.latent_shape)
 
-    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
         return self.objective(model, self._latents(values, draws), labels, draws)
 
     @torch.no_grad()
-    def _latents(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def _latents(self, values: torch.Tensor, draws: StepNoise) -> torch.Tensor:
         """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
         flip = draws.flip[:, None, None, None] & self.images.flip
         if not self.encoded:
@@ -125,7 +128,7 @@ class DenoiserTask:
             images, labels = (torch.stack(part) for part in zip(
                 *((image, torch.tensor(label)) for image, label in map(self.held_out.__getitem__, indices)), strict=True
             ))
-            draws = Draws(*(torch.cat(part).to(device) for part in zip(
+            draws = StepNoise(*(torch.cat(part).to(device) for part in zip(
                 *(self.draw(torch.Generator().manual_seed(index), 1) for index in indices), strict=True
             )))
             draws = draws._replace(drop_label=torch.zeros_like(draws.drop_label))
@@ -141,12 +144,12 @@ class DenoiserTask:
             "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
             "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
             "label_dropout": settings.label_dropout, "num_images": len(self.images),
-            "parameters": checkpoint.trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
         if self.started_from:
             meta["started_from"] = self.started_from
-        checkpoint.save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+        save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
 
 
 @torch.no_grad()
@@ -161,7 +164,7 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 
 
-def _open_data(settings: TrainSettings) -> tuple[ClassImages | StoredLatents, Codec]:
+def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec]:
     """Images or latents, and their codec; settles what the settings leave to them."""
     if settings.latents is None:
         settings.vae = settings.vae or default_codec(settings.data_dir)
@@ -171,7 +174,7 @@ def _open_data(settings: TrainSettings) -> tuple[ClassImages | StoredLatents, Co
             sequential=settings.cache_latents,
         )
         return images, load_codec(settings.vae)
-    latents = StoredLatents(settings.latents)
+    latents = LatentDataset(settings.latents)
     settings.vae = settings.vae or latents.codec
     settings.image_size = settings.image_size or latents.image_size
     codec = load_codec(settings.vae)

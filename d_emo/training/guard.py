@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from d_emo.config import RunError
+from d_emo.errors import RunError
 
 _MOST_IN_A_ROW = 10
 _MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; from 65,536 it takes 16 to reach 1

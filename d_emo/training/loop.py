@@ -17,17 +17,18 @@ from accelerate.utils import broadcast, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from d_emo import checkpoint
-from d_emo.config import InputError, RunError, RunSettings, write_yaml
+from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
-from d_emo.data.cores import loader_workers, use_cores
 from d_emo.ema import EMA
+from d_emo.errors import InputError, RunError
+from d_emo.io.training_state import find_state, load_state, save_state
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
+from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.sharding import make_updates, open_accelerator
-from d_emo.training.stop import Stop, StopWatch, ignore_interrupts
-from d_emo.training.watch import Watch
+from d_emo.training.parallel import make_updates, open_accelerator
+from d_emo.training.progress import Progress
+from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
 
 # Settings that a resumed run may change without becoming another run.
 _FREE_ON_RESUME = {
@@ -110,7 +111,7 @@ class _Run:
                 f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
                 "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
             )
-        use_cores(self.accelerator.device, world)
+        use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
@@ -121,7 +122,7 @@ class _Run:
         state = self._open_run_folder()
         task, accelerator, settings = self.task, self.accelerator, self.settings
         set_seed(settings.seed)
-        self.watch = Watch(accelerator, settings)
+        self.watch = Progress(accelerator, settings)
         for line in task.introduction():
             self.watch.say(line)
         with accelerator.main_process_first():
@@ -141,7 +142,7 @@ class _Run:
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
         accelerator.wait_for_everyone()
-        with StopWatch(settings.max_minutes) as stop_watch, self.watch.following(self.step, task.smaller):
+        with StopSignal(settings.max_minutes) as stop_watch, self.watch.following(self.step, task.smaller):
             stop = self._loop(stop_watch)
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
@@ -165,13 +166,13 @@ class _Run:
                 raise InputError(f"{self.folder} already holds a run; use --resume auto or another --output-dir")
             return None
         if settings.resume == "auto":
-            found = checkpoint.find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
+            found = find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
         else:
             found = Path(settings.resume)
         if found is None:
             return None
         self._check_same_run(self.folder / "config.yaml")
-        return checkpoint.load_state(found)
+        return load_state(found)
 
     def _check_same_run(self, config: Path) -> None:
         if not config.exists():
@@ -196,7 +197,7 @@ class _Run:
 
     # -- the loop --
 
-    def _loop(self, stop_watch: StopWatch) -> Stop:
+    def _loop(self, stop_watch: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
@@ -222,7 +223,7 @@ class _Run:
             self._save_snapshot()  # a run resumed after its last step, its snapshot removed
         return stop
 
-    def _train_step(self, batches: Iterator, stop_watch: StopWatch) -> tuple[dict[str, float], Stop]:
+    def _train_step(self, batches: Iterator, stop_watch: StopSignal) -> tuple[dict[str, float], Stop]:
         """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
         task, accelerator, settings, rank = self.task, self.accelerator, self.settings, self.accelerator.process_index
         began, waited, parts = time.perf_counter(), 0.0, []
@@ -334,7 +335,7 @@ class _Run:
         state = self.updates.gather()  # on all processes
         if self.accelerator.is_main_process:
             with self._saving("training state"):
-                checkpoint.save_state(self.folder / "states", self.step, {
+                save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(),
                 })
@@ -347,7 +348,7 @@ class _Run:
             yield
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            good = checkpoint.find_state(self.folder / "states", say=lambda line: None)
+            good = find_state(self.folder / "states", say=lambda line: None)
             left = f"the last good state is {good}" if good else "no state was saved before"
             raise RunError(f"cannot save the {what} of step {self.step} in {self.folder}: {reason}; {left}") from error
 

@@ -26,7 +26,7 @@ class Stop(enum.IntEnum):
         return {Stop.TIME_UP: "the time limit", Stop.INTERRUPTED: "Ctrl-C", Stop.TERMINATED: "SIGTERM"}[self]
 
 
-class StopWatch:
+class StopSignal:
     """A context that remembers SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
 
     Args:
@@ -49,7 +49,7 @@ class StopWatch:
             raise KeyboardInterrupt
         self.received = max(self.received, wish)
 
-    def __enter__(self) -> StopWatch:
+    def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

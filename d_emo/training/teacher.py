@@ -10,7 +10,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d_emo.config import InputError
+from d_emo.errors import InputError
 from d_emo.training.accuracy import Normalized, normalized, open_classifier
 
 

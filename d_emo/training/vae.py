@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from d_emo.card import describe_hardware, write_card_file
 from d_emo.config import VAESettings, write_yaml
 from d_emo.data import ClassImages, Digits, Shapes1000
+from d_emo.io.card import describe_hardware, write_card_file
 from d_emo.latents import VAECodec
 
 

@@ -1,0 +1,1 @@
+"""The app: a page to draw pictures on."""

@@ -1,0 +1,1 @@
+"""The command line: `d-emo VERB`, `python -m d_emo VERB`, and the scripts of the checkout."""

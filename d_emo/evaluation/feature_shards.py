@@ -1,0 +1,239 @@
+"""Features of images drawn on the spot, part by part, in files: many processes share the work and any can be stopped.
+
+A part is 256 consecutive images. Its features are one file that is written under a temporary name and renamed, so that
+a file that is there is complete; the same call again makes only what is missing. Part k is the business of process
+k % world_size, but nothing of its content depends on that: the numbers are the same for any number of processes.
+A folder serves one command at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from d_emo.errors import InputError, RunError
+from d_emo.evaluation.features import FeatureExtractor
+from d_emo.evaluation.npz import NpzWriter, read_text
+
+PART_SIZE = 256
+SAMPLING_KEY = "sampling"
+SETTINGS_FILE = "settings.json"
+
+Generate = Callable[[int, int], Iterator[torch.Tensor]]
+"""(first, last + 1) image -> batches of these images. Shape: (B, 3, H, W) uint8."""
+
+
+class Ranks(NamedTuple):
+    """Which part of the work is this process's, and how it waits for the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE = Ranks()
+
+
+def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> list[int]:
+    """Class ids for images.
+
+    Args:
+        mode: ``random``: uniform, from (seed, index) alone, as ADM's and DiT's numbers are measured; or ``balanced``:
+            all classes in turn.
+        indices: Images.
+        seed: Seed of the whole set.
+        num_classes: How many classes there are.
+    """
+    if num_classes < 1:
+        raise InputError("the snapshot names no classes; labels cannot be drawn")
+    if mode == "balanced":
+        return [index % num_classes for index in indices]
+    if mode != "random":
+        raise InputError(f"unknown --labels {mode!r}; use random or balanced")
+    draws = (np.random.Generator(np.random.Philox(key=[seed, index])) for index in indices)
+    return [int(draw.integers(num_classes)) for draw in draws]
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Twelve digits that change with any setting."""
+    return hashlib.sha256(_as_json(settings).encode()).hexdigest()[:12]
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """How the images of a folder or an ``.npz`` file were drawn, if they were drawn here; else an empty dictionary."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            found = json.loads((path / SETTINGS_FILE).read_text())["sampling"]
+        else:
+            found = json.loads(read_text(path, SAMPLING_KEY) or "{}") if path.suffix.lower() == ".npz" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
+    """Make a folder for files that depend on ``settings`` only, or check that it is one.
+
+    Returns:
+        Whether it was there already.
+
+    Raises:
+        InputError: It holds something else, or files of other settings.
+    """
+    file, text = folder / SETTINGS_FILE, _as_json(settings)
+    if file.is_file():
+        if file.read_text() == text:
+            for left in folder.glob(".tmp-*"):  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            return True
+        raise InputError(f"{folder} holds images or features of other settings, see {file}; name another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not overwritten; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}") from None
+    return False
+
+
+class FeatureShards:
+    """The files of one set of drawn images.
+
+    Args:
+        folder: Where features are kept, claimed for these settings.
+        num_images: How many images the set has.
+        layers: Length of each kind of features, by name.
+        png_folder: Where to write images as PNG too; not at all by default.
+        keep_pixels: Whether to keep the images for :meth:`write_npz`.
+    """
+
+    def __init__(
+        self, folder: Path, num_images: int, layers: dict[str, int], *, png_folder: Path | None = None,
+        keep_pixels: bool = False,
+    ):  # fmt: skip
+        self.folder, self.num_images, self.layers = folder, num_images, layers
+        self._png_folder, self._keep_pixels = png_folder, keep_pixels
+        starts = range(0, num_images, PART_SIZE)
+        self._parts = [range(first, min(first + PART_SIZE, num_images)) for first in starts]
+
+    def missing(self) -> list[range]:
+        """Parts that are not there yet."""
+        return [part for part in self._parts if not self._is_complete(part)]
+
+    def write(
+        self, generate: Generate, extractor: FeatureExtractor, share: Ranks, *, device: torch.device | str,
+        progress: bool = True,
+    ) -> float | None:
+        """Draw this process's share of what is missing, and wait for the others.
+
+        Returns:
+            Images per second of all processes together, or None if there was nothing to do.
+        """
+        mine = [part for part in self._parts[share.rank :: share.world_size] if not self._is_complete(part)]
+        count, started = sum(map(len, mine)), time.perf_counter()
+        hidden = None if progress and share.rank == 0 else True  # None: shown on a terminal only
+        with tqdm(total=count * share.world_size, desc="drawing", unit="image", disable=hidden, leave=False) as bar:
+            for part in mine:
+                features, pixels = [], []
+                for images in generate(part.start, part.stop):
+                    features.append({name: layer.float().cpu() for name, layer in
+                                     extractor.extract(images.to(device)).items()})  # fmt: skip
+                    pixels.append(images.cpu() if self._png_folder or self._keep_pixels else images[:, :, :0])
+                    bar.update(len(images) * share.world_size)
+                self._write_part(part, features, torch.cat(pixels))
+        seconds = time.perf_counter() - started
+        share.wait()
+        return count * share.world_size / seconds if count else None
+
+    def read(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+        """All features in the order of their images, a part at a time. Shape of a layer: (B, dim) float32."""
+        for part in self._parts:
+            yield load_file(self._file(part), device=str(device))
+
+    def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any]) -> None:
+        """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their parts."""
+        with NpzWriter(path, self.num_images, image_size) as writer:
+            for part in self._parts:
+                writer.append(torch.from_numpy(np.load(self._pixel_file(part))))
+            writer.add(**{SAMPLING_KEY: json.dumps(sampling)})
+        for part in self._parts:
+            self._pixel_file(part).unlink()
+
+    def _write_part(self, part: range, features: list[dict[str, torch.Tensor]], pixels: torch.Tensor) -> None:
+        """Features last: their file says that the part is complete."""
+        joined = {name: torch.cat([each[name] for each in features]).contiguous() for name in self.layers}
+        if any(len(layer) != len(part) for layer in joined.values()):
+            raise ValueError(f"images {part.start} to {part.stop - 1} were to be drawn, but {len(pixels)} came")
+        if not all(layer.isfinite().all() for layer in joined.values()):
+            raise InputError(
+                f"the features of images {part.start} to {part.stop - 1} hold NaN or infinite values; the weights of "
+                "the feature network are damaged"
+            )
+        if self._png_folder:
+            for index, image in zip(part, pixels, strict=True):
+                picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+                _write_whole(self._png(index), lambda file, picture=picture: picture.save(file, format="PNG"))
+        if self._keep_pixels:
+            _write_whole(self._pixel_file(part), lambda file: _save_array(file, pixels))
+        _write_whole(self._file(part), lambda file: save_file(joined, file))
+
+    def _is_complete(self, part: range) -> bool:
+        if self._png_folder and not all(self._png(index).is_file() for index in part):
+            return False
+        if self._keep_pixels and not self._pixel_file(part).is_file():
+            return False
+        try:
+            with safe_open(self._file(part), framework="pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return False
+        return shapes == {name: [len(part), dim] for name, dim in self.layers.items()}
+
+    def _file(self, part: range) -> Path:
+        return self.folder / f"features-{part.start:07d}.safetensors"
+
+    def _pixel_file(self, part: range) -> Path:
+        return self.folder / f"pixels-{part.start:07d}.npy"
+
+    def _png(self, index: int) -> Path:
+        return self._png_folder / f"{index:06d}.png"
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under a name of this process, then rename it, so that readers see all of it or nothing.
+
+    Raises:
+        RunError: It cannot be written, for instance because the disk is full.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {path}: {reason}; what is there stays, the same command goes on") from error
+
+
+def _save_array(path: Path, array: torch.Tensor) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, array.numpy())
+
+
+def _as_json(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n"

@@ -1,0 +1,105 @@
+"""Training states: all that an exact resume needs. A folder with ``state.pt`` and a manifest with its checksum."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from d_emo.errors import InputError
+from d_emo.files import digest_of_file, write_folder
+
+MANIFEST = "manifest.json"
+
+
+def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the state of one step, then delete all but the newest ``keep``."""
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary / "state.pt")
+        manifest = {"step": step, "sha256": digest_of_file(temporary / "state.pt")}
+        (temporary / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+    folder = states / f"step-{step}"
+    write_folder(folder, write)
+    for old in sorted(states.glob("step-*"), key=step_of)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def find_state(states: Path, *, say: Callable[[str], None] = print) -> Path | None:
+    """The newest complete state of a run, or None; a damaged one is named (by ``say``) and passed over."""
+    for folder in sorted(states.glob("step-*"), key=step_of, reverse=True):
+        problem = _state_problem(folder)
+        if problem is None:
+            return folder
+        say(f"passing over the training state {folder}: {problem}")
+    return None
+
+
+def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer as a state keeps them, whole also where they are sharded (FSDP2); runs on all processes."""
+
+    def whole(value: Any) -> Any:
+        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+    return tree_map(whole, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@torch.no_grad()
+def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what :func:`gather_training` gave, sharded as the model is now.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: The state is that of another model.
+    """
+
+    def sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(like, DTensor) or value.shape != like.shape:
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+    now = model.state_dict()
+    model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
+    optimizer.load_state_dict(state["optimizer"])
+    for parameter, moments in optimizer.state.items():
+        moments.update({name: sharded(value, parameter) for name, value in moments.items()})
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """Read a state on the CPU.
+
+    Raises:
+        InputError: It is missing, incomplete or damaged.
+    """
+    folder = Path(folder)
+    problem = _state_problem(folder)
+    if problem is not None:
+        raise InputError(f"cannot resume from {folder}: {problem}")
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a folder name such as ``step-500``; -1 for other names."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _state_problem(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        intact = manifest["sha256"] == digest_of_file(folder / "state.pt")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    return None if intact else "state.pt does not match its checksum"

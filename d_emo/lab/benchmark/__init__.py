@@ -1,0 +1,44 @@
+"""Speed by the clock: ours beside a plain transcription of the block and beside others' networks, in one run."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings
+from d_emo.errors import InputError
+from d_emo.lab.benchmark.classifiers import classifier_cases
+from d_emo.lab.benchmark.denoisers import BASELINE, denoiser_cases
+from d_emo.lab.benchmark.profile import profile_table
+from d_emo.lab.benchmark.report import Report, Result, table, write_report
+from d_emo.lab.benchmark.timing import measure
+from d_emo.lab.benchmark.transcription import transcribe
+
+__all__ = ["run_benchmark", "table", "transcribe", "write_report"]
+
+
+def run_benchmark(settings: BenchmarkSettings) -> Report:
+    """Measure what the settings name."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; leave it out")
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if isinstance(settings, DenoiserBenchmarkSettings):
+        baseline, groups = BASELINE, denoiser_cases(settings, device)
+    else:
+        groups = iter([classifier_cases(settings, device)])
+        baseline = (settings.peers or settings.models)[0]
+    report = Report(baseline, device)
+    for cases in groups:
+        print(f"measuring {cases[0].group}", file=sys.stderr)
+        measure(cases, rounds=settings.rounds, device=device, clock=settings.clock)
+        first = next(case for case in cases if case.name == baseline)
+        report.results += [
+            Result.of(case, baseline=first, batch_size=settings.batch_size, device=device) for case in cases
+        ]
+        if settings.profile:
+            report.profiles.append(profile_table(cases, rounds=settings.rounds, device=device))
+        cases.clear()  # the next group's networks need the memory
+    return report

@@ -1,0 +1,149 @@
+"""What was measured, as a markdown table, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d_emo.errors import InputError
+from d_emo.lab.benchmark.timing import Case
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 operations per second of GPUs, from their data sheets, for the utilisation."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; ``ratio`` is to the group's baseline, times in milliseconds, memory in MB."""
+
+    group: str
+    name: str
+    milliseconds: float
+    quartiles: tuple[float, float]
+    per_second: float
+    ratio: float
+    gmacs_per_second: float
+    peak_megabytes: float | None
+    saved_megabytes: float | None
+    utilisation: float | None
+
+    @classmethod
+    def of(cls, case: Case, *, baseline: Case, batch_size: int, device: torch.device) -> Result:
+        """The result of a measured case beside its group's baseline."""
+        peak = case.peak_bytes and case.peak_bytes / 1e6
+        return cls(
+            group=case.group, name=case.name, milliseconds=1e3 * case.median,
+            quartiles=tuple(1e3 * s for s in case.spread), per_second=batch_size / case.median,
+            ratio=case.median / baseline.median, gmacs_per_second=case.macs / case.median / 1e9, peak_megabytes=peak,
+            saved_megabytes=None if case.saved_bytes is None else case.saved_bytes / 1e6,
+            utilisation=model_flops_utilisation(case, device),
+        )  # fmt: skip
+
+
+def model_flops_utilisation(case: Case, device: torch.device) -> float | None:
+    """Share of the GPU's peak that the network's own operations reach; None where the peak is not known."""
+    if device.type != "cuda" or not case.macs:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((2 * case.macs / case.median / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+@dataclass
+class Report:
+    """What was measured: a line of the table for each case, and the profile of each group where it was asked for."""
+
+    baseline: str
+    device: torch.device
+    results: list[Result] = field(default_factory=list)
+    profiles: list[str] = field(default_factory=list)
+
+
+def table(report: Report) -> str:
+    """A markdown table."""
+    lines = [
+        f"| what | network | ms per step (quartiles) | images/s | time over {report.baseline} | GMAC/s "
+        "| kept for backward | peak memory | MFU |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in report.results:
+        low, high = r.quartiles
+        speed = f"{r.gmacs_per_second:.0f}" if r.gmacs_per_second else "-"
+        kept, peak = (f"{x:,.0f} MB" if x is not None else "-" for x in (r.saved_megabytes, r.peak_megabytes))
+        share = f"{r.utilisation:.0%}" if r.utilisation else "-"
+        lines.append(
+            f"| {r.group} | {r.name} | {r.milliseconds:,.1f} ({low:,.1f} to {high:,.1f}) | {r.per_second:,.1f} "
+            f"| {r.ratio:.2f} | {speed} | {kept} | {peak} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def processor() -> str:
+    """The CPU's name, as far as the operating system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())
+
+
+def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None:
+    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder.
+
+    Raises:
+        InputError: if the folder cannot be made, or matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be made: {error.strerror}") from None
+    where = machine(report.device)
+    about = ", ".join(f"{key} {value}" for key, value in where.items())
+    (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
+    record = {
+        "machine": where,
+        "settings": {name: value for name, value in settings.items() if name != "output"},  # which says nothing later
+        "baseline": report.baseline,
+        "results": [asdict(r) for r in report.results],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(report.results).savefig(folder / "plot.png", dpi=120)
+
+
+def plot(results: Sequence[Result]) -> Any:
+    """Images per second as bars, one panel for each group."""
+    from matplotlib.figure import Figure
+
+    groups = [(group, list(rows)) for group, rows in groupby(results, lambda r: r.group)]
+    heights = [0.9 + 0.3 * len(rows) for _, rows in groups]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (group, rows) in zip(panels, groups, strict=True):
+        ours = [row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows]
+        bars = axes.barh([row.name for row in rows], [row.per_second for row in rows])
+        for bar, mine in zip(bars, ours, strict=True):
+            bar.set_color("tab:blue" if mine else "0.7")
+        axes.bar_label(bars, fmt=" {:,.1f}", fontsize=8)
+        axes.set_title(f"{group}, images per second", loc="left", fontsize=10)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

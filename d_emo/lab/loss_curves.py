@@ -1,0 +1,159 @@
+"""Loss curves: read from the TensorBoard logs of run folders, drawn beside the published ones of the same models."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from d_emo.errors import InputError
+
+PANELS = ("loss", "mse", "vb")
+"""What is drawn, where a run has it: the loss and, for the eps objective, its two parts."""
+
+
+@dataclass
+class Curve:
+    """Values by step, steps ascending. Shape: both (N,)."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def smoothed(self, window: int) -> Curve:
+        """Each value replaced by the mean of those logged in the last ``window`` steps, itself among them."""
+        totals = np.concatenate([[0.0], np.cumsum(self.values)])
+        first = np.searchsorted(self.steps, self.steps - window, side="right")
+        last = np.arange(1, len(self.steps) + 1)
+        first = np.minimum(first, last - 1)
+        return Curve(self.steps, (totals[last] - totals[first]) / (last - first))
+
+
+@dataclass
+class Run:
+    """What a run folder tells about its training."""
+
+    folder: Path
+    settings: dict[str, Any]
+    curves: dict[str, Curve]
+
+    @property
+    def model(self) -> str:
+        return self.settings["model"].replace("/", "-")
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder's settings and logged scalars; where a resumed run repeated a step, its later value counts.
+
+    Raises:
+        InputError: There is no such run, or nothing is logged in it.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} is not a run folder: it has no config.yaml")
+    if not any((folder / "logs").glob("events.*")):
+        raise InputError(f"{folder} has no TensorBoard logs in {folder / 'logs'}")
+    log = EventAccumulator(str(folder / "logs"), size_guidance={"scalars": 0})  # 0: all points
+    log.Reload()
+    curves = {}
+    for tag in log.Tags()["scalars"]:
+        points = {event.step: event.value for event in sorted(log.Scalars(tag), key=lambda event: event.wall_time)}
+        steps = sorted(points)
+        curves[tag] = Curve(np.array(steps), np.array([points[step] for step in steps]))
+    if "loss" not in curves:
+        raise InputError(f"no loss is logged in {folder / 'logs'} yet; the run's --log-every says when it will be")
+    return Run(folder, yaml.safe_load((folder / "config.yaml").read_text()), curves)
+
+
+def published_curves() -> dict[str, Curve]:
+    """The published training losses on ImageNet 256 x 256 by model name; the source stands in the file."""
+    file = resources.files("d_emo").joinpath("lab", "published_loss.csv")
+    text = file.read_text(encoding="utf-8")
+    header, *rows = csv.reader(line for line in text.splitlines() if not line.startswith("#"))
+    table = np.array(rows, dtype=np.float64)
+    return {name: Curve(table[:, 0].astype(np.int64), table[:, i]) for i, name in enumerate(header) if i}
+
+
+def choose_published(runs: list[Run], wanted: str = "auto") -> dict[str, Curve]:
+    """The published curves to draw with some runs.
+
+    Args:
+        runs: The runs.
+        wanted: A model's name, "none", or "auto": those of the runs' models, where there are.
+
+    Raises:
+        InputError: No curve of that name is published.
+    """
+    known = published_curves()
+    if wanted == "none":
+        return {}
+    if wanted == "auto":  # the flow objective's loss is another quantity
+        models = {run.model.lower() for run in runs if run.settings.get("objective", "eps") == "eps"}
+        return {name: curve for name, curve in known.items() if name.lower() in models}
+    for name, curve in known.items():
+        if name.lower() == wanted.replace("/", "-").lower():
+            return {name: curve}
+    raise InputError(f"no loss curve of {wanted} is published; there are {', '.join(known)}, auto and none")
+
+
+def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, smooth: int = 0) -> None:
+    """Draw the losses against the steps, both axes logarithmic, into a PNG.
+
+    Args:
+        runs: One line each, in every panel that they have values for.
+        published: Dashed lines in the panel of the loss, by model name.
+        output: File to write.
+        smooth: Length in steps of a running mean; the values as logged stay visible behind it.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
+    panels = [name for name in PANELS if any(name in run.curves for run in runs)]
+    heights = [3] + [1.4] * (len(panels) - 1)
+    figure = Figure(figsize=(9, 1.5 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, ax in zip(panels, axes, strict=True):
+        for number, run in enumerate(runs):
+            if panel in run.curves:
+                _draw(ax, run.curves[panel], smooth, color=f"C{number}", label=f"{run.folder} ({run.model})")
+        if panel == "loss":
+            for name, curve in published.items():
+                ax.plot(curve.steps, curve.values, "--", color="0.25", lw=1.2, label=f"{name}, published, ImageNet 256")
+            ax.legend(frameon=False)
+        _format(ax, panel)
+    axes[-1].set_xlabel("step" + (f" (running means over {smooth:,} steps)" if smooth else ""))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png", dpi=120)
+
+
+def _draw(ax: Any, curve: Curve, smooth: int, *, color: str, label: str) -> None:
+    if smooth:
+        ax.plot(curve.steps, curve.values, color=color, alpha=0.2, lw=0.8)
+        curve = curve.smoothed(smooth)
+    ax.plot(curve.steps, curve.values, color=color, lw=1.4, label=label)
+
+
+def _format(ax: Any, panel: str) -> None:
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    if values.min() > 0:
+        ax.set_yscale("log")
+        wide = values.max() > 30 * values.min()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylabel(panel)
+    ax.grid(alpha=0.3)

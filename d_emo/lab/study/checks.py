@@ -1,0 +1,173 @@
+"""What a study refuses before it trains anything: settings that cannot work, and results of other settings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d_emo.config import (
+    EncodeSettings,
+    FidSettings,
+    StudySettings,
+    TrainSettings,
+    check_guidance,
+    is_folder,
+    parse_settings,
+)
+from d_emo.errors import InputError
+from d_emo.lab.study.execution import as_flags
+from d_emo.lab.study.plan import PlannedRun, latents_folder
+from d_emo.lab.study.results import read_json
+from d_emo.latents import default_codec
+from d_emo.latents.shards import INDEX
+from d_emo.objective import OBJECTIVES
+from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+
+# Settings of a training run that do not decide what comes out of it.
+_FREE = {
+    "output_dir", "max_minutes", "resume", "nan", "compile", "num_workers", "tracker", "log_every", "snapshot_every",
+    "state_every", "validate_every", "validate_images", "validate_dir", "push_to_hub", "skip_corrupt",
+    "gradient_checkpointing", "preview_guidance",
+}  # fmt: skip
+_PATHS = ("data_dir", "init_from")
+
+
+def check_same_training(run: PlannedRun) -> None:
+    """Refuse a run that was trained, or partly trained, with other settings than the study's.
+
+    Raises:
+        InputError: Such a run; or the settings in its folder cannot be read.
+    """
+    path = run.folder / "config.yaml"
+    if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
+        return
+    try:
+        recorded = dict(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise InputError(f"{path} of the study's run {run.name!r}, seed {run.seed}, is damaged; remove {run.folder}, "
+                         "and the run is trained again") from None  # fmt: skip
+    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainSettings)}
+    old, new = _what_counts(defaults | recorded), _what_counts(asdict(run.training))
+    if new["image_size"] is None:  # that of the latents
+        new["image_size"] = old["image_size"]
+    if new["vae"] is None:
+        new["vae"] = old["vae"] if run.training.latents else default_codec(run.training.data_dir)
+    if run.training.schedule == "constant" and old["max_steps"] < new["max_steps"]:
+        old["max_steps"] = new["max_steps"]  # a run that goes on, not another run
+    changed = [f"{name} {old[name]}, where the study says {new[name]}" for name in new if old[name] != new[name]]
+    if changed:
+        raise InputError(
+            f"the study's run {run.name!r}, seed {run.seed}, was trained with {'; '.join(changed)}; give the study "
+            f"another output_dir, or remove {run.folder} to train it again"
+        )
+
+
+def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's result; latents as seen from the run's folder, so that a study can be moved."""
+    kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name not in _FREE}
+    for name in _PATHS:
+        kept[name] = kept[name] and os.path.abspath(kept[name])
+    kept["latents"] = kept["latents"] and os.path.relpath(kept["latents"], values["output_dir"])
+    return kept
+
+
+def check_same_latents(settings: StudySettings) -> None:
+    """Refuse latents that were encoded with other settings than the study gives.
+
+    Raises:
+        InputError: Such latents; or their index cannot be read.
+    """
+    folder = latents_folder(settings)
+    if settings.encode is None or not (folder / INDEX).exists():
+        return
+    index, encode = read_json(folder / INDEX), read_encode(settings.encode)
+    wanted = {name: getattr(encode, name) for name in settings.encode}
+    named = {"vae": "codec", "image_size": "image_size", "dtype": "dtype"}
+    if encode.data_dir is not None:
+        wanted["dataset"] = "folder" if is_folder(encode.data_dir) else encode.data_dir.partition(":")[0]
+    if index.get("data") == "shapes":
+        named["num_images"] = "images"
+    named["dataset"] = "data"
+    changed = [f"{name} {index.get(key)}, where the study says {wanted[name]}" for name, key in named.items()
+               if wanted.get(name) is not None and wanted[name] != index.get(key)]  # fmt: skip
+    if changed:
+        raise InputError(
+            f"the study's latents {folder} were encoded with {'; '.join(changed)}; give the study another output_dir"
+        )
+
+
+def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
+    """Refuse what would fail after the training only.
+
+    Raises:
+        InputError: Settings of another script that it does not take, a sampler that does not serve, a tracker that
+            the report does not read.
+    """
+    if settings.encode is not None:
+        read_encode(settings.encode)
+    for objective, each in settings.samplers.items():
+        if objective not in OBJECTIVES:
+            raise InputError(f"the study's samplers are by objective ({', '.join(OBJECTIVES)}), not by {objective!r}")
+        name, _, steps = each.rpartition(":")
+        _check_sampler(name, int(steps), objective, f"the study's sampler {each}")
+    fid = None if settings.reference is None else read_fid(settings)
+    for run in runs:
+        training, where = run.training, f"the study's run {run.name!r}"
+        if training.tracker != "tensorboard":
+            raise InputError(f"{where} has the tracker {training.tracker}; the report reads those of tensorboard only")
+        if run.name in settings.norm_gap and training.objective != "eps":
+            raise InputError(f"{where} is of the {training.objective} objective; norm_gap takes runs of eps")
+        if training.label_dropout == 0 and settings.guidance_scale != 1:
+            raise InputError(f"{where} has no label dropout; without it guidance_scale must be 1")
+        if fid is not None:
+            check_guidance(fid.guidance_scale, label_dropout=training.label_dropout)
+            if fid.scheduler is not None:
+                _check_sampler(fid.scheduler, fid.steps, training.objective, f"fid's scheduler {fid.scheduler}")
+
+
+def check_inputs(settings: StudySettings) -> None:
+    """Refuse a study that does not say what to encode, or whose reference is not there.
+
+    Raises:
+        InputError: One of these.
+    """
+    if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
+        raise InputError("the study does not say which images to encode; give --data-dir FOLDER")
+    if settings.reference is not None and not Path(settings.reference).exists():
+        raise InputError(f"the study's reference {settings.reference} does not exist (--reference)")
+
+
+def read_encode(options: dict[str, Any]) -> EncodeSettings:
+    """The settings of scripts/encode_latents.py, checked as it checks them."""
+    return _read(EncodeSettings, "encode", {**options, "output": "unused"})
+
+
+def read_fid(settings: StudySettings) -> FidSettings:
+    """The settings of scripts/fid.py, checked as it checks them."""
+    own = settings.fid or {}
+    for name in ("samples", "checkpoint", "reference", "output"):
+        if name in own:
+            raise InputError(f"the study's fid must not have {name}, which the study gives scripts/fid.py itself")
+    options = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | own
+    return _read(FidSettings, "fid", {"checkpoint": "unused", "reference": settings.reference, **options})
+
+
+def _read(kind: type, what: str, options: dict[str, Any]) -> Any:
+    try:
+        return parse_settings(kind, "", as_flags(options))
+    except InputError as error:
+        raise InputError(f"the study's {what}: {error}") from None
+
+
+def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
+    known = scheduler_names(objective)
+    if name not in known:
+        raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
+    try:
+        set_steps(make_scheduler(name, OBJECTIVES[objective](null_class=0).noise_schedule().config), steps)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

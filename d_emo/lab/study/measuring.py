@@ -1,0 +1,177 @@
+"""Measuring the snapshots of a study's runs, all alike: same labels, same noise, same judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from d_emo.config import StudySettings
+from d_emo.data import ClassImages, open_dataset, spread
+from d_emo.errors import InputError
+from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics, precision_recall
+from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
+from d_emo.latents import Codec, load_codec, sample_moments
+from d_emo.models.layers import batch_norms, scratch_statistics
+from d_emo.objective import OBJECTIVES, StepNoise
+from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
+from d_emo.sampling.sampler import latent_shape
+
+HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
+
+
+class Meter:
+    """StepNoise from the snapshots of a study, and measures them by a classifier against the same real images.
+
+    Args:
+        settings: Of the study.
+        classifier: Folder of the classifier's run, for `measure`.
+
+    Raises:
+        InputError: There is no such classifier.
+    """
+
+    def __init__(self, settings: StudySettings, classifier: Path | None):
+        self.settings = settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
+        self._judge: Judge | None = None
+        self._held_out: ClassImages | None = None
+        self._codec: tuple[str, Codec] | None = None
+
+    def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
+        """FID, share recognised (of Shapes-1000 by part, too, and the share without a shape), precision and recall.
+
+        Shares in percent, precision and recall between 0 and 1.
+        """
+        opened = load_denoiser(snapshot)
+        judge = self._open_judge(opened)
+        labels = classifier_metrics.even_labels(self.settings.num_images, len(opened.class_names))
+        return self._figures(self.draw(opened, labels.tolist(), norm_buffers), judge, labels, opened)
+
+    def measure_real(self, snapshot: Path) -> dict[str, float] | None:
+        """The same figures of as many held-out images, or all, and how many; None where there are none."""
+        opened = load_denoiser(snapshot)
+        judge = self._open_judge(opened)
+        if self._held_out is None:
+            return None
+        chosen = spread(len(self._held_out), self.settings.num_images)
+        labels = torch.tensor([self._held_out.label(index) for index in chosen])
+        figures = self._figures(classifier_metrics.batches_of(self._held_out, len(chosen)), judge, labels, opened)
+        return {"images": len(chosen), **figures}
+
+    def _figures(
+        self, batches: Iterator[torch.Tensor], judge: Judge, labels: torch.Tensor, opened: DenoiserSnapshot
+    ) -> dict[str, float]:
+        empty: list[torch.Tensor] = []
+
+        def noted() -> Iterator[torch.Tensor]:
+            for images in batches:
+                empty.append(is_empty(images))
+                yield images
+
+        verdict = judge.look(noted())
+        figures = {"fid": judge.fid(verdict), "recognised": share(verdict.classes == labels)}
+        if opened.meta["data"] == "shapes":
+            figures["empty"] = share(torch.cat(empty))
+            for name, place in classifier_metrics.SHAPES_PARTS.items():
+                figures[name] = share(verdict.classes // place % 10 == labels // place % 10)
+        return {**figures, **precision_recall(verdict.features, judge.real.features)}
+
+    def draw(
+        self, opened: DenoiserSnapshot, labels: list[int], norm_buffers: str = "trained"
+    ) -> Iterator[torch.Tensor]:
+        """Batches of drawings of these classes, from the noise of seeds 0, 1, 2, ... Shape: (B, 3, H, W) uint8.
+
+        The snapshot's model is changed in place. With ``norm_buffers`` "initial" its batch norms forget their averages.
+        """
+        if norm_buffers == "initial":
+            for norm in batch_norms(opened.model):
+                norm.reset_running_stats()
+        name, _, steps = self.settings.samplers[opened.objective].rpartition(":")
+        model = prepare_denoiser(opened.model.to(self.device))
+        with tqdm(total=len(labels), desc=f"{name}, {steps} steps", unit="image", disable=None, leave=False) as bar:
+            for images in sample_images(
+                model, make_scheduler(name, opened.scheduler_config), self._open_codec(opened.codec), labels,
+                range(len(labels)), num_inference_steps=int(steps), guidance_scale=self.settings.guidance_scale,
+                batch_size=classifier_metrics.BATCH, exact=False,
+            ):  # fmt: skip
+                bar.update(len(images))
+                yield images
+
+    def _open_judge(self, opened: DenoiserSnapshot) -> Judge:
+        if self._judge is None:
+            if opened.class_names != self._features.class_names:
+                raise InputError(f"the judge {self._features.name} knows other classes than {opened.path}")
+            training = self.settings.train
+            real, self._held_out = classifier_metrics.open_real(
+                opened.meta["data"], opened.image_size, opened.class_names, data_dir=training.get("data_dir")
+            )
+            batches = classifier_metrics.batches_of(real, classifier_metrics.REAL_IMAGES)
+            self._judge = Judge(self._features, batches, device=self.device)
+        return self._judge
+
+    def _open_codec(self, name: str) -> Codec:
+        if self._codec is None or self._codec[0] != name:
+            self._codec = name, load_codec(name).to(self.device)
+        return self._codec[1]
+
+    @torch.no_grad()
+    def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
+        """Error of the noise in train mode over that in eval mode, by noise level, on held-out images.
+
+        In train mode the norms use the statistics of the batch, 64 latents of mixed noise levels as in training. The
+        latents, the noise and the levels are the same in both modes.
+
+        Returns:
+            For each tenth of the timesteps: "timestep" (its middle), "train" and "eval" (mean squared errors).
+        """
+        opened = load_denoiser(snapshot)
+        if opened.objective != "eps":
+            raise InputError(f"norm_gap measures runs of the eps objective; {snapshot} is of another")
+        codec, model = self._open_codec(opened.codec), opened.model.to(self.device)
+        held_out = open_dataset(
+            dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
+        )
+        objective = OBJECTIVES["eps"](null_class=model.null_class).to(self.device)
+        errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
+        counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
+        for start in range(0, len(chosen) - 63, 64):
+            images, labels = zip(*(held_out[index] for index in chosen[start : start + 64]), strict=True)
+            draws = objective.draw(torch.Generator().manual_seed(start), 64, latent_shape(model))
+            draws = StepNoise(*(part.to(self.device) for part in draws._asdict().values()))
+            moments = codec.moments(torch.stack(images).to(self.device))
+            noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)
+            levels = (draws.timesteps * LEVELS // objective.num_train_timesteps).cpu()
+            counts += levels.bincount(minlength=LEVELS)
+            for mode in errors:
+                with scratch_statistics(model.train(mode == "train")):
+                    output = model(
+                        noisy, timestep=draws.timesteps, class_labels=torch.tensor(labels, device=self.device)
+                    ).sample[:, : noisy.shape[1]]
+                errors[mode].index_add_(0, levels, (output - draws.noise).square().mean(dim=(1, 2, 3)).cpu())
+        means = {mode: (total / counts).tolist() for mode, total in errors.items()}
+        width = objective.num_train_timesteps / LEVELS
+        return [
+            {"timestep": (i + 0.5) * width, **{mode: values[i] for mode, values in means.items()}}
+            for i in range(LEVELS)
+        ]
+
+
+def is_empty(images: torch.Tensor) -> torch.Tensor:
+    """Whether there is nothing but a ground: of 200 pixels not one is further than 40 from the median in a channel.
+
+    The smallest shape of Shapes-1000 covers 3 of 100 pixels, and differs by 51 from its ground.
+
+    Shape: images (B, 3, H, W) uint8 -> (B,) bool.
+    """
+    pixels = images.flatten(2).float()
+    away = (pixels - pixels.median(dim=2, keepdim=True).values).abs().amax(dim=1)  # (B, H W)
+    return (away > 40).float().mean(dim=1) < 1 / 200
+
+
+def share(right: torch.Tensor) -> float:
+    """In percent."""
+    return 100 * right.float().mean().item()

@@ -1,0 +1,130 @@
+"""From the settings of a study to the list of its runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d_emo.config import StudySettings, TrainSettings, parse_settings
+from d_emo.errors import InputError
+from d_emo.io.training_state import step_of
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One model trained with one seed, or the weights of such a run measured in another way.
+
+    Attributes:
+        name: As the study calls it.
+        seed: Of weights, data order and noise.
+        folder: Of the training run.
+        training: Resolved settings of scripts/train_dit.py.
+        protocol: Digest of how the study measures, so that figures measured otherwise are not taken for these.
+        norm_buffers: "trained", or "initial" to measure with the batch norms' averages as they were at the start.
+    """
+
+    name: str
+    seed: int
+    folder: Path
+    training: TrainSettings
+    protocol: str
+    norm_buffers: str = "trained"
+
+    @property
+    def results(self) -> Path:
+        """Where its measurements are kept."""
+        suffix = "" if self.norm_buffers == "trained" else f"-{self.norm_buffers}-norm-buffers"
+        return self.folder / f"measurements{suffix}-{self.protocol}.json"
+
+    def snapshots(self) -> list[Path]:
+        """Its snapshots so far, by step."""
+        return sorted((self.folder / "snapshots").glob("step-*"), key=step_of)
+
+    def is_trained(self) -> bool:
+        """Whether its last snapshot is there."""
+        return (self.folder / "snapshots" / f"step-{self.training.max_steps}").is_dir()
+
+
+def plan_runs(settings: StudySettings) -> list[PlannedRun]:
+    """All runs, the first seed's of every model before the second's.
+
+    Raises:
+        InputError: A run's settings are none that scripts/train_dit.py takes; two runs would share a folder.
+    """
+    folders: dict[str, str] = {}
+    for name in (name for name, own in settings.runs.items() if "of" not in own):
+        other = folders.setdefault(slug(name), name)
+        if other != name:
+            raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug(name)}; rename one")
+    protocol = protocol_of(settings)
+    latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
+    planned: list[PlannedRun] = []
+    for seed in settings.seeds:
+        trained: dict[str, PlannedRun] = {}
+        for name, own in settings.runs.items():
+            if "of" in own:
+                continue
+            options = {**(settings.train.get("model_options") or {}), **(own.get("model_options") or {})}
+            folder = Path(settings.output_dir) / "runs" / f"{slug(name)}-seed{seed}"
+            values = settings.train | latents | own | {"seed": seed, "output_dir": str(folder)}
+            training = read_training({**values, "model_options": options or None}, name)
+            trained[name] = PlannedRun(name, seed, folder, training, protocol)
+        for name, own in settings.runs.items():
+            planned.append(trained[name] if name in trained else variant(name, own, trained))
+    return planned
+
+
+def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
+    """A run that measures another one's weights."""
+    if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
+        raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
+    other = trained[own["of"]]
+    return replace(other, name=name, norm_buffers="initial")
+
+
+def read_training(values: dict[str, Any], name: str) -> TrainSettings:
+    """The settings of one training run, checked as scripts/train_dit.py checks them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file)
+        file.flush()
+        try:
+            return parse_settings(TrainSettings, "", ["--config", file.name])
+        except InputError as error:
+            raise InputError(f"the run {name!r} of the study: {error}") from None
+
+
+def protocol_of(settings: StudySettings) -> str:
+    """A digest of all that decides how snapshots are measured."""
+    names = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
+    values = json.dumps([getattr(settings, name) for name in names], sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:8]
+
+
+def latents_folder(settings: StudySettings) -> Path:
+    """Where the study's encoded data are."""
+    return Path(settings.output_dir) / "latents"
+
+
+def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[int, int, int]:
+    """Channels, height and width of a run's latents; 4 channels at an eighth of the size, unless they are pixels."""
+    encode = settings.encode or {}
+    side = training.image_size or encode.get("image_size", 256)
+    pixels = (training.vae or encode.get("vae")) == "pixels"
+    return (3, side, side) if pixels else (4, side // 8, side // 8)
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def as_arguments(training: Any) -> str:
+    """Settings as YAML for ``--config``."""
+    return yaml.safe_dump(asdict(training), sort_keys=False)

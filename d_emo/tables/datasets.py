@@ -1,0 +1,50 @@
+"""Built-in data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from d_emo.tables.table import Reference, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRow:
+    """A data set that is there without files.
+
+    Attributes:
+        name: The value of ``dataset``.
+        title: What people call it.
+        images: Called with ``image_size`` and by keyword ``split`` ("train" or "test"), and ``seed`` and ``num_images``
+            where ``drawn``; gives a ``d_emo.data.ClassImages``.
+        num_classes: How many classes it has.
+        drawn: Whether its images are drawn on the fly, as many as are asked for.
+        held_out: How many images to measure on; None: all that it holds out.
+        label_parts: Places of the decimal digits of a class id, by name, where they mean something.
+        licence: A sentence for model cards.
+    """
+
+    name: str
+    title: str
+    images: Reference
+    num_classes: int
+    drawn: bool = False
+    held_out: int | None = None
+    label_parts: Mapping[str, int] = field(default_factory=dict)
+    licence: str = ""
+
+
+DATASETS: Table[DatasetRow] = Table(
+    "data set",
+    [
+        DatasetRow(
+            name="shapes", title="Shapes-1000", images="d_emo.data.shapes:Shapes1000", num_classes=1000, drawn=True,
+            held_out=2000, label_parts={"shape": 100, "colour": 10, "ground": 1},
+            licence="Shapes-1000 is drawn by D-EMO's own code and brings none.",
+        ),
+        DatasetRow(
+            name="digits", title="scikit-learn's digits", images="d_emo.data.digits:Digits", num_classes=10,
+            licence="scikit-learn's digits are scans from the UCI repository, which gives them under CC BY 4.0.",
+        ),
+    ],
+)  # fmt: skip

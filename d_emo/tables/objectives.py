@@ -1,0 +1,107 @@
+"""Training objectives, and the schedulers that sample from what they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from d_emo.errors import InputError
+from d_emo.tables.table import Reference, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRow:
+    """What a denoiser can be trained for.
+
+    Attributes:
+        name: The value of ``objective``.
+        loss: A subclass of ``d_emo.objective.Objective``.
+        prediction_type: What the network predicts, in diffusers' words, as the config of its noise schedule says it.
+        scheduler: The sampler of pictures where none is named.
+        table_scheduler: That of tables (FID).
+        help: What ``--help`` says of it.
+        papers: Keys of the papers that a model card cites, beyond those of the model.
+    """
+
+    name: str
+    loss: Reference
+    prediction_type: str
+    scheduler: str
+    table_scheduler: str
+    help: str = ""
+    papers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerRow:
+    """A sampler.
+
+    Attributes:
+        name: The value of ``scheduler``.
+        objectives: Names of the objectives that it samples from.
+        scheduler: A scheduler class of diffusers, or one like them.
+        changes: To the noise schedule's config.
+    """
+
+    name: str
+    objectives: tuple[str, ...]
+    scheduler: Reference
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+OBJECTIVES: Table[ObjectiveRow] = Table(
+    "objective",
+    [
+        ObjectiveRow(
+            name="eps", loss="d_emo.objective:EpsObjective", prediction_type="epsilon", scheduler="dpm++",
+            table_scheduler="ddpm", help="predict the noise, and the variance by the variational bound",
+        ),
+        ObjectiveRow(
+            name="flow", loss="d_emo.objective:FlowObjective", prediction_type="flow", scheduler="euler",
+            table_scheduler="euler", help="predict the velocity of the straight path from data to noise, as SiT",
+            papers=("SiT",),
+        ),
+    ],
+)  # fmt: skip
+
+SCHEDULERS: Table[SchedulerRow] = Table(
+    "scheduler",
+    [
+        SchedulerRow(name="ddpm", objectives=("eps",), scheduler="diffusers:DDPMScheduler"),
+        SchedulerRow(
+            name="ddim", objectives=("eps",), scheduler="diffusers:DDIMScheduler",
+            changes={"timestep_spacing": "leading", "set_alpha_to_one": True},
+        ),
+        SchedulerRow(
+            name="dpm++", objectives=("eps",), scheduler="diffusers:DPMSolverMultistepScheduler",
+            changes={"algorithm_type": "dpmsolver++"},
+        ),
+        SchedulerRow(name="unipc", objectives=("eps",), scheduler="diffusers:UniPCMultistepScheduler"),
+        SchedulerRow(
+            name="deis", objectives=("eps",), scheduler="diffusers:DEISMultistepScheduler",
+            changes={"algorithm_type": "deis", "solver_type": "logrho"},
+        ),
+        SchedulerRow(name="euler", objectives=("flow",), scheduler="diffusers:FlowMatchEulerDiscreteScheduler"),
+        SchedulerRow(name="heun", objectives=("flow",), scheduler="diffusers:FlowMatchHeunDiscreteScheduler"),
+    ],
+)  # fmt: skip
+
+
+def schedulers_of(objective: str) -> list[str]:
+    """Names of the schedulers that sample from what an objective trains."""
+    return [name for name, row in SCHEDULERS.items() if objective in row.objectives]
+
+
+def objective_of(scheduler_config: Mapping[str, Any]) -> str:
+    """The objective that a noise schedule belongs to; diffusers' flow matching names no prediction type.
+
+    Raises:
+        InputError: It belongs to none that is known.
+    """
+    kind = scheduler_config.get("prediction_type", "flow")
+    for name, row in OBJECTIVES.items():
+        if row.prediction_type == kind:
+            return name
+    known = ", ".join(dict.fromkeys(row.prediction_type for row in OBJECTIVES.values()))
+    raise InputError(f"a denoiser with prediction_type {kind!r} cannot be used; those with {known} can")

@@ -1,0 +1,116 @@
+"""What a user sees of a run: the progress bar, the tracker's curves and pictures, and early warnings."""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from d_emo.config import RunSettings
+from d_emo.errors import InputError
+
+
+class Progress:
+    """Reports a run; only the main process speaks.
+
+    Args:
+        accelerator: Owner of the trackers.
+        settings: ``tracker``, ``log_every``, ``max_steps`` and what else a tracker should keep.
+
+    Raises:
+        InputError: The tracker asked for is not installed.
+    """
+
+    def __init__(self, accelerator: Accelerator, settings: RunSettings):
+        self.accelerator, self.settings = accelerator, settings
+        self.bar: tqdm | None = None
+        if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise InputError("--tracker wandb needs Weights & Biases: pip install wandb")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    @contextmanager
+    def following(self, step: int, smaller: str) -> Iterator[None]:
+        """Show the bar and keep the trackers open while the run goes on from ``step``."""
+        folder = Path(self.settings.output_dir)
+        if self.settings.tracker == "wandb":
+            options = {"wandb": {"dir": str(folder), "name": folder.name}}
+            self.accelerator.init_trackers("d-emo", config=asdict(self.settings), init_kwargs=options)
+        else:
+            self.accelerator.init_trackers("logs")  # the folder's name
+        self.forecast = Forecast(self.settings, smaller)
+        self.bar = tqdm(total=self.settings.max_steps, initial=step, unit="step", desc="training", dynamic_ncols=True,
+                        disable=not self.accelerator.is_main_process)
+        try:
+            yield
+        finally:
+            self.bar.close()
+
+    def micro_batch_took(self, seconds: float, micro_batches: int) -> None:
+        """Warn, once, when the run would take days."""
+        warning = self.forecast.micro_batch_took(seconds, micro_batches)
+        if warning:
+            self.say(warning)
+
+    def step_done(self, step: int, figures: dict[str, float]) -> None:
+        """Move the bar; log every ``log_every`` steps."""
+        self.bar.update()
+        speed = figures["images_per_second"]
+        self.bar.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
+        if step % self.settings.log_every == 0 or step == self.settings.max_steps:
+            self.accelerator.log({**figures, "memory_gib": self._memory()}, step=step)
+
+    def validated(self, step: int, figures: dict[str, float]) -> None:
+        """Print and log what the held-out data gave."""
+        self.accelerator.log(figures, step=step)
+        self.say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items()))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Hand a sample grid to the tracker."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": pixels}, step=step)
+
+    def _memory(self) -> float:
+        """Most memory ever in use, in GiB: the GPU's, or this process's on a CPU."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Forecast:
+    """Tells early when a run would take days."""
+
+    def __init__(self, settings: RunSettings, smaller: str):
+        self.settings, self.smaller, self.seen = settings, smaller, 0
+
+    def micro_batch_took(self, seconds: float, micro_batches: int) -> str | None:
+        """A warning after the second micro-batch (the first one pays for warming up), if there is cause for one."""
+        self.seen += 1
+        if self.seen != 2:
+            return None
+        per_step, steps = seconds * micro_batches, self.settings.max_steps
+        days = per_step * steps / 86400
+        if days <= 3:
+            return None
+        return (
+            f"At {per_step:.1f} s a step, the {steps:,} steps of this run would take about {days:,.0f} days on this "
+            f"machine. {self.smaller}"
+        )

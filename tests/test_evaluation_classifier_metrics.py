@@ -1,0 +1,253 @@
+"""The judge: on a network whose verdicts are known, and ``scripts/judge.py --samplers`` from end to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_sets import as_batch, gather, make_pixels
+from PIL import Image
+
+from d_emo.config import ClassifierSettings, JudgeSettings, TrainSettings
+from d_emo.data import ClassImages, spread
+from d_emo.errors import InputError
+from d_emo.evaluation import (
+    Judge,
+    classifier_metrics,
+    frechet_distance,
+    judge_drawings,
+    judge_sampler,
+    open_real,
+    sampler_table,
+)
+from d_emo.io.snapshot import save_classifier, save_denoiser
+from d_emo.models import create_model
+from d_emo.objective import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["red", "green", "blue"]
+
+
+class Brightest:
+    """Its features are the mean colours; the class of an image is its brightest channel."""
+
+    name, dim = "brightest", 3
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.double().mean(dim=(2, 3))
+
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled
+
+
+class Coloured(ClassImages):
+    """Image i is of class i % 3, a little differently bright every time."""
+
+    name, class_names, image_size = "coloured", NAMES, 8
+
+    def __len__(self) -> int:
+        return 24
+
+    def label(self, index: int) -> int:
+        return index % 3
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = torch.full((3, 8, 8), -0.9)
+        image[self.label(index)] = 0.5 + index / 100
+        return image, self.label(index)
+
+
+def pixels(count: int, seed: int) -> torch.Tensor:
+    return as_batch(make_pixels(count, seed=seed, cell=2))
+
+
+def test_a_judge_measures_in_its_features_and_names_the_likeliest_class() -> None:
+    real, drawn = pixels(40, 0), pixels(30, 1)
+    judge = Judge(Brightest(), real.split(7))
+    verdict = judge.look(drawn.split(11))
+    ours, theirs = gather(Brightest()(drawn)), gather(Brightest()(real))
+    expected = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
+    assert judge.fid(verdict) == pytest.approx(expected, rel=1e-9) and expected > 1
+    assert torch.equal(verdict.classes, drawn.double().mean(dim=(2, 3)).argmax(dim=1))
+    assert judge.fid(judge.look([real])) < 1e-9
+    with pytest.raises(InputError, match="brightest gives all real images the same features"):
+        Judge(Brightest(), [real[:1].expand(9, -1, -1, -1)])
+
+
+def test_figures_of_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier_metrics, "HELD_OUT_IMAGES", 12)
+    judge = Judge(Brightest(), classifier_metrics.batches_of(Coloured(), 100))
+    drawn = judge.look(torch.cat(list(classifier_metrics.batches_of(Coloured(), 9))).split(4))
+    assert drawn.classes.tolist() == [index % 3 for index in spread(24, 9)]
+    asked = drawn.classes.clone()
+    asked[0], asked[1] = (asked[0] + 1) % 3, asked[1] + 10  # the last digit is wrong, and the first
+    figures = judge_drawings(judge, drawn, asked, held_out=Coloured(), image_size=8, parts={"tens": 10, "ones": 1})
+    assert [each.name for each in figures] == ["FID-9", "floor", "ceiling", "recognised", "real", "tens", "ones"]
+    value = {each.name: each.value for each in figures}
+    expected = {"recognised": 700 / 9, "tens": 800 / 9, "ones": 800 / 9, "real": 100}
+    assert {name: value[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert value["floor"] < value["ceiling"] and figures[1].remark.startswith("FID-12 of real")
+    alone = judge_drawings(judge, drawn, asked, held_out=None, image_size=8)
+    assert [each.name for each in alone] == ["FID-9", "ceiling", "recognised"]
+
+
+def test_a_limit_takes_images_from_all_over_the_set() -> None:
+    (whole,) = classifier_metrics.batches_of(Coloured(), 100)
+    (some,) = classifier_metrics.batches_of(Coloured(), 4)
+    indices = spread(24, 4)
+    assert torch.equal(some, whole[indices]) and some.dtype == torch.uint8
+    assert [index // 6 for index in indices] == [0, 1, 2, 3]
+
+
+def test_a_sampler_is_timed_without_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(classifier_metrics.time, "perf_counter", lambda: clock[0])
+
+    class Slow(Brightest):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            clock[0] += 1000
+            return super().__call__(images)
+
+    def draw(images: torch.Tensor):
+        for batch in images.split(10):
+            clock[0] += 2
+            yield batch
+
+    images = pixels(30, 3)
+    judge = Judge(Slow(), pixels(40, 0).split(40))
+    row = judge_sampler(judge, draw(images), torch.zeros(30, dtype=torch.long))
+    assert (row["seconds"], row["images_per_second"]) == (6, 5)
+    verdict = judge.look([images])
+    assert row["fid"] == pytest.approx(judge.fid(verdict)) and row["fid"] > 0
+    assert row["recognised"] == pytest.approx(100 * (verdict.classes == 0).double().mean().item())
+
+
+def test_table() -> None:
+    row = {"scheduler": "ddpm", "steps": 250, "fid": 3.14159, "recognised": 54.94, "seconds": 99.7,
+           "images_per_second": 10.031}  # fmt: skip
+    assert sampler_table([row, {**row, "steps": 50}], 1000).splitlines() == [
+        "| sampler | steps | FID-1000 | recognised | time | images/s |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| ddpm | 250 | 3.14 | 54.9 % | 100 s | 10.03 |",
+        "| ddpm | 50 | 3.14 | 54.9 % | 100 s | 10.03 |",
+    ]
+
+
+def folder_of(folder: Path, names: list[str], seed: int) -> str:
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for index, each in enumerate(make_pixels(3, seed=seed + label)):
+            Image.fromarray(each).save(folder / name / f"{index}.png")
+    return str(folder)
+
+
+def test_real_images_of_a_folder(tmp_path: Path) -> None:
+    """What is held out is said by the user: the training images themselves would make a floor of zero."""
+    train, held_out = folder_of(tmp_path / "a", NAMES, 0), folder_of(tmp_path / "b", NAMES, 9)
+    names = sorted(NAMES)
+    images, none = open_real("folder", 8, names, data_dir=train)
+    assert len(images) == 9 and none is None
+    images, others = open_real("folder", 8, names, data_dir=train, validate_dir=held_out)
+    assert not torch.equal(images[0][0], others[0][0])
+    wrong = folder_of(tmp_path / "c", ["cyan", "red"], 9)
+    with pytest.raises(InputError, match="the images of .*c have other classes than the snapshot"):
+        open_real("folder", 8, names, data_dir=train, validate_dir=wrong)
+    with pytest.raises(InputError, match="--validate-dir .*b belongs to a --data-dir"):
+        open_real("digits", 8, names, validate_dir=held_out)
+    with pytest.raises(InputError, match="unknown data set 'folder'.*--data-dir"):
+        open_real("folder", 8, names)
+
+
+def test_real_images_of_built_in_data_have_all_classes() -> None:
+    from d_emo.data import Shapes1000
+
+    images, held_out = open_real("shapes", 8, Shapes1000(8).class_names)
+    for each, limit in ((images, classifier_metrics.REAL_IMAGES), (held_out, classifier_metrics.HELD_OUT_IMAGES)):
+        labels = [each.label(index) for index in classifier_metrics.spread(len(each), limit)]
+        assert len(labels) == limit and np.ptp(np.bincount(labels, minlength=1000)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"samplers": ["ddpm"]}, "--samplers takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
+        ({"samplers": ["ddpm:"]}, "not ddpm:$"),
+        ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
+        ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),
+        ({"num_images": 1}, "1 images were asked for"),
+        ({"steps": 0}, "--steps must lie between 1 and 1000, not 0"),
+        ({"guidance_scale": -1.0}, "--guidance-scale must be finite"),
+    ],
+)
+def test_bad_settings(options: dict, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        JudgeSettings(checkpoint="d", classifier="c", **options)
+    assert JudgeSettings(checkpoint="d", classifier="c", samplers=["dpm++:20", "ddpm:250"]).sampler_steps() == [
+        ("dpm++", 20), ("ddpm", 250)
+    ]  # fmt: skip
+
+
+# ---- scripts/judge.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """judge.py on a denoiser of 8 x 8 digits and a classifier, both fresh."""
+    torch.manual_seed(0)
+    meta = {"step": 3, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("0123456789"),
+            "data": "digits"}  # fmt: skip
+    options = {"depth": 1, "hidden_size": 48, "in_channels": 3, "sample_size": 8, "num_classes": 10}
+    denoiser = create_model("D-EMOv2-Ti-2", **options).eval()
+    torch.nn.init.normal_(denoiser.final_layer.linear.weight, std=0.05)
+    schedule = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    save_denoiser(tmp_path / "d", denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
+    classifier = create_model("emov2_1m", num_classes=10, window_size=1).eval()
+    for name, parameter in classifier.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(parameter)  # as layer scales start, all features are the same
+    meta = {**meta, "image_size": 32, "model": {"name": "emov2_1m", "num_classes": 10, "window_size": 1}}
+    save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
+    monkeypatch.setattr(classifier_metrics, "REAL_IMAGES", 30)
+    spec = importlib.util.spec_from_file_location("judge_script", ROOT / "scripts" / "judge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> None:
+        fixed = ["judge.py", "--checkpoint", tmp_path / "d", "--classifier", tmp_path / "c", "--num-images", 20]
+        monkeypatch.setattr(sys, "argv", [str(each) for each in (*fixed, *arguments)])
+        module.main()
+
+    return run
+
+
+def test_one_command_compares_samplers(script, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "new" / "table.md"
+    script("--samplers", "ddpm:3", "dpm++:2", "dpm++:1", "--output", output)
+    printed, table = capsys.readouterr().out, output.read_text()
+    assert printed.startswith(table) and len(table.splitlines()) == 5
+    written = json.loads(output.with_suffix(".json").read_text())
+    assert [(row["scheduler"], row["steps"]) for row in written["rows"]] == [("ddpm", 3), ("dpm++", 2), ("dpm++", 1)]
+    assert written["settings"]["guidance_scale"] == 1.5 and written["step"] == 3
+    assert written["features"].startswith("emov2:") and written["hardware"].endswith(("thread", "threads"))
+    assert len({row["fid"] for row in written["rows"]}) == 3
+    script("--samplers", "dpm++:2", "--output", tmp_path / "again.md")
+    (row,) = json.loads((tmp_path / "again.json").read_text())["rows"]
+    assert row["fid"] == written["rows"][1]["fid"]  # the same noise, whatever came before
+
+
+def test_bad_samplers_are_refused_before_anything_is_drawn(script, tmp_path: Path) -> None:
+    for wrong, sentence in (("euler:5", "euler serves the flow"), ("dpm++:1000", "at most 999"), ("x:5", "unknown")):
+        with pytest.raises(InputError, match=sentence):
+            script("--samplers", "ddpm:2", wrong, "--output", tmp_path / "t.md")
+    assert not (tmp_path / "t.md").exists()
+
+
+def test_fewer_drawings_than_classes_meet_every_digit_of_a_class_id() -> None:
+    assert classifier_metrics.even_labels(6, 3).tolist() == [0, 0, 1, 1, 2, 2]
+    few = classifier_metrics.even_labels(500, 1000)
+    assert len(few) == 500 and len(set(few.tolist())) == 500 and len(set((few % 10).tolist())) == 10

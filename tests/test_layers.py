@@ -1,0 +1,91 @@
+"""A layer imports only layers above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "d_emo"
+LAYERS = [
+    "errors", "files", "tables", "config", "threads", "device", "kernels", "data", "latents", "models", "objective",
+    "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
+]
+INSIDE = {
+    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "kernels": [
+        "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
+    ],
+    "models": [
+        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
+        "timm_registry", "convert",
+    ],
+    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "latents": ["codec", "shards", "encode", "dataset"],
+    "io": ["training_state", "card", "snapshot", "hub"],
+    "training": [
+        "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
+        "classifier", "vae",
+    ],
+    "sampling": ["schedulers", "classes", "sampler", "grids", "pipeline"],
+    "evaluation": [
+        "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
+        "classifier_metrics",
+    ],
+    "app": ["studio", "page"],
+    "lab": ["ablations", "models_table", "loss_curves", "benchmark", "study"],
+    "lab/benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
+    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
+}
+
+
+def imported(file: Path, package: str = "d_emo") -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: write imports from the package's root"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] == package}
+
+
+def files_of(layer: str) -> list[Path]:
+    single = PACKAGE / f"{layer}.py"
+    return [single] if single.exists() else sorted((PACKAGE / layer).glob("**/*.py"))
+
+
+def test_every_layer_is_known():
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__", "__main__"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_import_only_layers_above(layer):
+    below = {f"d_emo.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    for file in files_of(layer):
+        for name in imported(file):
+            assert ".".join(name.split(".")[:2]) not in below, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("folder", INSIDE)
+def test_files_inside_a_layer_are_in_order_too(folder):
+    order = INSIDE[folder]
+    assert {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} <= set(order)
+    package = folder.replace("/", ".")
+    for path in (PACKAGE / folder).glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        below = {f"d_emo.{package}.{name}" for name in order[order.index(path.stem) + 1 :]}
+        for name in imported(path):
+            wrong = [other for other in below if name == other or name.startswith(f"{other}.")]
+            assert not wrong, f"{path.name} imports {name}"
+
+
+def test_only_the_training_loop_and_two_files_beside_it_use_accelerate():
+    users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
+    assert users == {"loop.py", "parallel.py", "progress.py"}
+
+
+def test_only_scripts_that_share_work_ask_accelerate_for_their_rank():
+    users = {file.name for file in (PACKAGE.parent / "scripts").glob("*.py") if imported(file, "accelerate")}
+    assert users == {"encode_latents.py", "fid.py"}
