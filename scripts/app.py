@@ -1,37 +1,6 @@
-"""Open a page in the browser to draw pictures of classes with a trained denoiser; prints its address."""
+"""The same as `d-emo app`."""
 
-import os
-import signal
-import sys
-import tempfile
-from pathlib import Path
-
-from d_emo.config import AppSettings, parse_settings, run_cli
-
-
-def main() -> None:
-    settings = parse_settings(AppSettings, __doc__)
-    from d_emo.app import page
-    from d_emo.app.studio import Studio
-    from d_emo.io.snapshot import load_denoiser, newest_denoiser
-
-    page.import_gradio()
-    page.check_address(settings.host, settings.port)
-    snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
-    studio = Studio(
-        snapshot, mixed_precision=settings.mixed_precision, max_images=settings.max_images,
-        preview_share=settings.preview_share,
-    )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="d-emo-page-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # so that nothing is left behind
-        blocks = page.build_page(studio, Path(folder))
-        address = page.launch(blocks, settings)
-        print(f"page      {address} (Ctrl-C ends it)")
-        step, weights = snapshot.meta["step"], snapshot.meta["weights"]
-        print(f"snapshot  {snapshot.path} (step {step:,}, {weights} weights)", flush=True)
-        blocks.block_thread()
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("app")

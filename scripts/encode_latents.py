@@ -1,41 +1,6 @@
-"""Encode a data set into latents, once, so that training need not: scripts/train_dit.py --latents DIR reads them.
+"""The same as `d-emo encode`."""
 
-Run it with `accelerate launch scripts/encode_latents.py` (any number of processes and GPUs) or with plain `python`. The
-latents depend on the images, their size and the VAE, not on the model that is trained on them.
-"""
-
-from d_emo.config import EncodeSettings, parse_settings, run_cli
-
-
-def main() -> None:
-    settings = parse_settings(EncodeSettings, __doc__)
-    from accelerate import PartialState
-
-    from d_emo.data import open_dataset
-    from d_emo.latents import default_codec, encode, load_codec
-    from d_emo.threads import loader_workers, use_threads
-
-    process = PartialState()
-    use_threads(process.device, process.num_processes)
-    workers = loader_workers(settings.num_workers, process.device, process.num_processes)
-    with process.local_main_process_first():
-        images = open_dataset(
-            dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
-            num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, sequential=True,
-        )
-        codec = load_codec(settings.vae or default_codec(settings.data_dir)).to(process.device)
-    if images.sequential:
-        workers = 0
-    complete = encode(
-        images, codec, settings.output, device=process.device, dtype=settings.dtype, batch_size=settings.batch_size,
-        shard_size=settings.shard_size, num_workers=workers, rank=process.process_index,
-        world_size=process.num_processes,
-    )
-    process.destroy_process_group()
-    if complete:
-        print(f"latents   {settings.output}  ({len(images):,} images of {len(images.class_names)} classes)\n"
-              f"train     accelerate launch scripts/train_dit.py --latents {settings.output}")
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("encode")

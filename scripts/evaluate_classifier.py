@@ -1,30 +1,6 @@
-"""Measure top-1 and top-5 accuracy of a trained or released classifier on a folder of images or built-in data."""
+"""The same as `d-emo evaluate`."""
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-
-from d_emo.config import EvaluateClassifierSettings, parse_settings, run_cli
-
-
-def main() -> None:
-    settings = parse_settings(EvaluateClassifierSettings, __doc__)
-    import torch
-
-    from d_emo.training.accuracy import measure_accuracy, open_classifier, open_images
-
-    classifier = open_classifier(settings.model, settings.weights)
-    images = open_images(settings, classifier)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    accuracy = measure_accuracy(
-        classifier.model.to(device), images, batch_size=settings.batch_size, limit=settings.num_images,
-        num_workers=settings.num_workers,
-    )
-    print(f"{classifier.name} on {settings.data_dir or images.name}, {images.image_size} px: {accuracy}")
-    if settings.output is not None:
-        result = {"model": settings.model, "weights": settings.weights, **asdict(accuracy)}
-        Path(settings.output).write_text(json.dumps(result) + "\n")
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("evaluate")

@@ -1,33 +1,6 @@
-"""Draw what a classifier looks at in an image: Grad-CAM, effective receptive field, similarity along the diagonal."""
+"""The same as `d-emo explain`."""
 
-from pathlib import Path
-
-from d_emo.config import ExplainSettings, parse_settings, run_cli
-from d_emo.errors import InputError
-
-
-def main() -> None:
-    settings = parse_settings(ExplainSettings, __doc__)
-    import torch
-
-    from d_emo.data import load_image
-    from d_emo.explain import explain
-    from d_emo.training.accuracy import open_classifier
-
-    classifier = open_classifier(settings.model)
-    network = classifier.model
-    image = load_image(Path(settings.image), settings.image_size or classifier.image_size)
-    with torch.no_grad():
-        shares = network(image[None])[0].softmax(dim=0)
-    label = int(shares.argmax()) if settings.label is None else settings.label
-    if not 0 <= label < len(shares):
-        raise InputError(f"--class must be from 0 to {len(shares) - 1}, not {label}")
-    name = f"class {label}" if classifier.class_names is None else classifier.class_names[label]
-    folder = Path(settings.output or f"samples/explain-{Path(settings.image).stem}")
-    for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):
-        print(f"picture  {path}")
-    print(f"class    {name} ({shares[label]:.1%} likely by {classifier.name})")
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("explain")

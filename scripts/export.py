@@ -1,30 +1,6 @@
-"""Write a classifier or denoiser for use without Python (ONNX, torch.export, Core ML) and compare it with PyTorch."""
+"""The same as `d-emo export`."""
 
-import sys
-from pathlib import Path
-
-from d_emo.config import ExportSettings, parse_settings, run_cli
-
-
-def main() -> None:
-    settings = parse_settings(ExportSettings, __doc__)
-    from d_emo.export import export, open_portable
-
-    title, network = open_portable(settings.model, settings.image_size)
-    path = Path(settings.output)
-    difference = export(network, path)
-    inputs = zip(network.input_names, network.example(1), strict=True)
-    shapes = ", ".join(f"{name} {tuple(x.shape)[1:]}" for name, x in inputs)
-    print(f"wrote    {path}\nnetwork  {title}, batch norms folded")
-    print(f"inputs   {shapes}, after the batch\nwhere    {network.meaning}")
-    if difference is None:
-        print("checked  converted and read back; this operating system cannot run it")
-        return
-    print(f"checked  differs from PyTorch by at most {difference:.1e} of the largest output")
-    if difference > settings.tolerance:
-        print(f"error: that is more than --tolerance {settings.tolerance:g}", file=sys.stderr)
-        sys.exit(1)
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("export")

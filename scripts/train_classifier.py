@@ -1,25 +1,6 @@
-"""Train an EMOv1 or EMOv2 classifier on an image folder or a built-in data set."""
+"""The same as `d-emo train-classifier`."""
 
-from d_emo.config import ClassifierSettings, parse_settings, run_cli
-
-
-def main() -> None:
-    settings = parse_settings(ClassifierSettings, __doc__)
-    from d_emo.io.hub import prepare_push, push_snapshot
-    from d_emo.io.snapshot import load_classifier
-    from d_emo.training import fit
-    from d_emo.training.accuracy import Accuracy
-    from d_emo.training.classifier import ClassifierTask
-
-    prepare_push(settings.push_to_hub)
-    snapshot = fit(ClassifierTask(settings), settings)
-    if snapshot is not None:
-        print(f"snapshot  {snapshot}")
-        for weights, measured in load_classifier(snapshot).meta.get("accuracy", {}).items():
-            print(f"accuracy  {Accuracy(**measured)} held out ({weights} weights)")
-        if settings.push_to_hub:
-            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
-
+from d_emo.cli import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    main("train-classifier")

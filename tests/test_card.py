@@ -1,6 +1,5 @@
 """Model cards: what they say, and that measured figures enter them by a command."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import yaml
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 
+from d_emo.cli import run_verb
 from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.data import Shapes1000
 from d_emo.errors import InputError
@@ -152,11 +152,8 @@ def test_papers_are_those_of_the_citation_file():
 
 
 def judge(monkeypatch, *arguments):
-    spec = importlib.util.spec_from_file_location("judge_script", ROOT / "scripts" / "judge.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", ["scripts/judge.py", *map(str, arguments)])
-    script.main()
+    run_verb("class-accuracy", [*map(str, arguments)])
 
 
 def few_images(monkeypatch, count):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from evaluation_sets import as_batch, gather, make_pixels
 from PIL import Image
 
+from d_emo.cli import run_verb
 from d_emo.config import ClassifierSettings, JudgeSettings, TrainSettings
 from d_emo.data import ClassImages, spread
 from d_emo.errors import InputError
@@ -213,14 +212,10 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     meta = {**meta, "image_size": 32, "model": {"name": "emov2_1m", "num_classes": 10, "window_size": 1}}
     save_classifier(tmp_path / "c", classifier, meta=meta, settings=ClassifierSettings())
     monkeypatch.setattr(classifier_metrics, "REAL_IMAGES", 30)
-    spec = importlib.util.spec_from_file_location("judge_script", ROOT / "scripts" / "judge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*arguments: object) -> None:
-        fixed = ["judge.py", "--checkpoint", tmp_path / "d", "--classifier", tmp_path / "c", "--num-images", 20]
-        monkeypatch.setattr(sys, "argv", [str(each) for each in (*fixed, *arguments)])
-        module.main()
+        fixed = ["--checkpoint", tmp_path / "d", "--classifier", tmp_path / "c", "--num-images", 20]
+        run_verb("class-accuracy", [str(each) for each in (*fixed, *arguments)])
 
     return run
 

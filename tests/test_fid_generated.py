@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from evaluation_sets import read_all
 
+from d_emo.cli import run_verb
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.evaluation import draw_labels
@@ -26,13 +26,6 @@ from d_emo.models import create_model
 ROOT = Path(__file__).parents[1]
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("abcdefghij")}
 METRICS = "fid,isc,prc,kid"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     meta = {"class_names": META["class_names"], "image_size": 32, "step": 1, "weights": "ema"}
     meta["model"] = {"name": "emov2_1m", **options}
     save_classifier(folder / "judge", classifier, meta=meta, settings=TrainSettings())
-    load_script("make_reference").main([
+    run_verb("reference", [
         "--output", str(folder / "ref.npz"), "--dataset", "digits", "--image-size", "8", "--num-images", "90",
         "--kept-images", "30", "--features", f"emov2:{folder / 'judge'}",
     ])  # fmt: skip
@@ -84,7 +77,7 @@ def test_reference_of_built_in_data(made: dict[str, Path]) -> None:
 
 
 def test_draws_and_measures(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main = load_script("fid").main
+    main = partial(run_verb, "fid")
     output, png = tmp_path / "one.json", tmp_path / "png"
     main(arguments(made, output, "--num-images", 24, "--save-png", png, "--seed", 7, "--labels", "balanced"))
     printed = capsys.readouterr()
@@ -110,7 +103,7 @@ def test_draws_and_measures(made: dict[str, Path], tmp_path: Path, capsys: pytes
 
 
 def test_two_processes_measure_like_one(made: dict[str, Path], tmp_path: Path) -> None:
-    load_script("fid").main(arguments(made, tmp_path / "one.json", "--num-images", 300))
+    run_verb("fid", arguments(made, tmp_path / "one.json", "--num-images", 300))
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no",
                 "--num_machines", "1", "--dynamo_backend", "no"]  # fmt: skip
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "fid.py")]
@@ -126,7 +119,7 @@ def test_two_processes_measure_like_one(made: dict[str, Path], tmp_path: Path) -
 @pytest.mark.slow
 def test_a_killed_measurement_goes_on(made: dict[str, Path], tmp_path: Path) -> None:
     whole = arguments(made, tmp_path / "whole.json", "--num-images", 1500)
-    load_script("fid").main(whole)
+    run_verb("fid", whole)
     killed = arguments(made, tmp_path / "killed.json", "--num-images", 1500)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "fid.py"), *killed], stdout=subprocess.DEVNULL,
@@ -139,12 +132,12 @@ def test_a_killed_measurement_goes_on(made: dict[str, Path], tmp_path: Path) -> 
     process.wait()
     assert not (tmp_path / "killed.json").exists()
     assert 2 <= len(list((tmp_path / "killed").glob("features-*"))) < 6
-    load_script("fid").main(killed)
+    run_verb("fid", killed)
     assert numbers(tmp_path / "killed.json") == numbers(tmp_path / "whole.json")
 
 
 def test_settings_are_never_mixed(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main, work = load_script("fid").main, ["--work-dir", str(tmp_path / "work"), "--num-images", "12"]
+    main, work = partial(run_verb, "fid"), ["--work-dir", str(tmp_path / "work"), "--num-images", "12"]
     main(arguments(made, tmp_path / "half.json", *work, "--mixed-precision", "bf16", "--guidance-channels", "3",
                    "--guidance-scale", "2", "--guidance-interval", "0.1", "0.9"))  # fmt: skip
     assert "guidance 2.0 on 3 channels from 0.1 to 0.9" in capsys.readouterr().out
@@ -170,7 +163,7 @@ def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypat
 
     original = sampling.sample_images
     monkeypatch.setattr(sampling, "sample_images", sample_images)
-    load_script("fid").main(arguments(made, tmp_path / "o.json", "--num-images", 12))
+    run_verb("fid", arguments(made, tmp_path / "o.json", "--num-images", 12))
     assert seen and not any(seen)
 
 
@@ -182,9 +175,9 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
     save_denoiser(tmp_path / "bad", snapshot.model, scheduler=scheduler, meta=meta, settings=TrainSettings())
     more = ["--num-images", 12, "--checkpoint", tmp_path / "bad"]
     with pytest.raises(InputError, match="needs a null class"):
-        load_script("fid").main(arguments(made, tmp_path / "o.json", *more, "--guidance-scale", "1.5"))
+        run_verb("fid", arguments(made, tmp_path / "o.json", *more, "--guidance-scale", "1.5"))
     with pytest.raises(InputError, match="NaN or infinite values; the denoiser's weights are damaged"):
-        load_script("fid").main(arguments(made, tmp_path / "o.json", *more))
+        run_verb("fid", arguments(made, tmp_path / "o.json", *more))
     assert not list((tmp_path / "o").glob("features*"))
 
 
@@ -214,7 +207,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
 )
 def test_bad_arguments(made: dict[str, Path], tmp_path: Path, more: list[str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence) as raised:
-        load_script("fid").main([*arguments(made, tmp_path / "o.json", "--num-images", 20), *more])
+        run_verb("fid", [*arguments(made, tmp_path / "o.json", "--num-images", 20), *more])
     assert "\n" not in str(raised.value) and not (tmp_path / "o.json").exists()
     assert not (tmp_path / "o").exists()  # nothing was drawn
 
@@ -224,7 +217,7 @@ def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path)
              "--scheduler": "ddim", "--labels": "balanced", "--compile": "true"}  # fmt: skip
     for flag, value in flags.items():
         with pytest.raises(InputError, match=f"{flag} is for images drawn from a --checkpoint"):
-            load_script("fid").main(["--samples", str(tmp_path), "--reference", "r", flag, str(value)])
+            run_verb("fid", ["--samples", str(tmp_path), "--reference", "r", flag, str(value)])
 
 
 @pytest.mark.parametrize(
@@ -245,5 +238,5 @@ def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path)
 def test_bad_reference_arguments(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     arguments = [each.replace("{tmp}", str(tmp_path)) for each in ["--output", "{tmp}/r.npz", *arguments]]
     with pytest.raises(InputError, match=sentence):
-        load_script("make_reference").main(arguments)
+        run_verb("reference", arguments)
     assert list(tmp_path.iterdir()) == []

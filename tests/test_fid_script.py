@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d_emo.cli import run_verb
 from d_emo.errors import InputError
 from d_emo.evaluation import measure, measurement
 
@@ -41,11 +42,8 @@ class MeanColour:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
-    spec = importlib.util.spec_from_file_location("fid_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.setattr(measurement, "create_extractor", lambda *args, **kwargs: MeanColour())
-    return script.main
+    return partial(run_verb, "fid")
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Pushing a snapshot: checked before the run, done after it, and never at the cost of its result. No network."""
 
-import importlib.util
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from d_emo.cli import main
 from d_emo.config import TrainSettings, parse_settings, run_cli
 from d_emo.errors import InputError, RunError
 from d_emo.io import hub
@@ -120,18 +119,14 @@ def test_a_push_failure_is_no_input_error(api, tmp_path):
 
 @pytest.mark.parametrize("failure", [{}, {"upload_folder": OSError("gone")}])
 def test_a_training_run_asks_first_and_pushes_last(api, tmp_path, monkeypatch, capsys, failure):
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPTS / "train_dit.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     arguments = (
         f"--output-dir {tmp_path} --model D-EMOv2-Ti-2 --dataset digits --image-size 8 --vae pixels --batch-size 2 "
         "--max-steps 1 --push-to-hub someone/my-model"
     )
     options = ["--model-options", "{depth: 1, hidden_size: 48}"]
-    monkeypatch.setattr(sys, "argv", ["train_dit.py", *arguments.split(), *options])
     api.failure.update(failure)
     with pytest.raises(SystemExit) if failure else nullcontext():
-        run_cli(script.main)
+        main("train", [*arguments.split(), *options])
     snapshot = tmp_path / "snapshots" / "step-1"
     assert [name for name, *_ in api.calls] == ["create_repo", "create_repo", "upload_folder"]
     assert api.calls[-1][2]["folder_path"] == snapshot and (snapshot / "README.md").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 
+from d_emo.cli import VERBS, run_verb
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import save_denoiser
@@ -221,13 +221,11 @@ def called(monkeypatch):
 
     def run(script, arguments, *, launch=(), lock=None):
         calls.append((script.stem, *arguments, *launch))
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        verb = next(name for name, row in VERBS.items() if row.script == script.stem)
         AcceleratorState._reset_state(True)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(script), *arguments])
-            module.main()
+            run_verb(verb, arguments)
 
     monkeypatch.setattr(study, "run_script", run)
     return calls

@@ -229,3 +229,11 @@ class PlotSettings:
     def __post_init__(self):
         if self.smooth < 0:
             raise InputError(f"--smooth must not be negative, not {self.smooth}")
+
+
+@dataclass(kw_only=True)
+class ModelsSettings:
+    """Settings of ``d-emo models``."""
+
+    match: str | None = setting(None, "only names that match, e.g. 'D-EMO*' or emov2")
+    ablations: bool = setting(False, "the switches of emov2_5m instead of the models")

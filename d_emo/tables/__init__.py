@@ -19,6 +19,7 @@ from d_emo.tables.table import Reference, Table, load
 
 __all__ = [
     "BLOCKS", "CODECS", "DATASETS", "EXTRACTORS", "FAMILIES", "METRICS", "OBJECTIVES", "PATCH_SIZES", "SCHEDULERS",
-    "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow", "MetricRow", "MetricValue", "ObjectiveRow",
+    "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow", "MetricRow",
+    "MetricValue", "ObjectiveRow",
     "Reference", "SchedulerRow", "Table", "family_of", "load", "objective_of", "parse_metrics", "schedulers_of",
 ]  # fmt: skip

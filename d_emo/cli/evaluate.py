@@ -1,0 +1,28 @@
+"""``d-emo evaluate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from d_emo.config import EvaluateClassifierSettings
+from d_emo.training.accuracy import measure_accuracy, open_classifier, open_images
+
+
+def run(settings: EvaluateClassifierSettings) -> None:
+    """Do it."""
+    classifier = open_classifier(settings.model, settings.weights)
+    images = open_images(settings, classifier)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accuracy = measure_accuracy(
+        classifier.model.to(device), images, batch_size=settings.batch_size, limit=settings.num_images,
+        num_workers=settings.num_workers,
+    )
+    print(f"{classifier.name} on {settings.data_dir or images.name}, {images.image_size} px: {accuracy}")
+    if settings.output is not None:
+        result = {"model": settings.model, "weights": settings.weights, **asdict(accuracy)}
+        Path(settings.output).write_text(json.dumps(result) + "\n")
+

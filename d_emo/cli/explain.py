@@ -1,0 +1,31 @@
+"""``d-emo explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from d_emo.config import ExplainSettings
+from d_emo.data import load_image
+from d_emo.errors import InputError
+from d_emo.explain import explain
+from d_emo.training.accuracy import open_classifier
+
+
+def run(settings: ExplainSettings) -> None:
+    """Do it."""
+    classifier = open_classifier(settings.model)
+    network = classifier.model
+    image = load_image(Path(settings.image), settings.image_size or classifier.image_size)
+    with torch.no_grad():
+        shares = network(image[None])[0].softmax(dim=0)
+    label = int(shares.argmax()) if settings.label is None else settings.label
+    if not 0 <= label < len(shares):
+        raise InputError(f"--class must be from 0 to {len(shares) - 1}, not {label}")
+    name = f"class {label}" if classifier.class_names is None else classifier.class_names[label]
+    folder = Path(settings.output or f"samples/explain-{Path(settings.image).stem}")
+    for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):
+        print(f"picture  {path}")
+    print(f"class    {name} ({shares[label]:.1%} likely by {classifier.name})")
+

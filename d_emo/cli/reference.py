@@ -1,0 +1,39 @@
+"""``d-emo reference``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from d_emo.config import PUBLISHED_COUNT, ReferenceSettings
+from d_emo.data import open_dataset, to_uint8
+from d_emo.evaluation import check_output, create_extractor, write_reference
+from d_emo.evaluation.npz import choose_evenly
+
+
+def run(settings: ReferenceSettings) -> None:
+    """Do it."""
+    output = Path(settings.output)
+    check_output(output)
+    built_in = None if settings.data_dir else settings.num_images or PUBLISHED_COUNT
+    dataset = open_dataset(
+        dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=settings.split,
+        num_images=built_in, skip_corrupt=settings.skip_corrupt,
+    )  # fmt: skip
+    chosen = choose_evenly(len(dataset), settings.num_images, settings.data_dir or f"the data set {settings.dataset}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = create_extractor(settings.features, inception_weights=settings.inception_weights, device=device)
+    loader = DataLoader(Subset(dataset, chosen), settings.batch_size, num_workers=settings.num_workers)
+    shown = tqdm(loader, desc="reference", unit="batch", disable=None)
+    kept = min(settings.kept_images, len(chosen))
+    write_reference(
+        output, (to_uint8(images).to(device) for images, _ in shown), extractor, num_images=len(chosen),
+        image_size=(settings.image_size, settings.image_size), kept_images=kept,
+    )  # fmt: skip
+    print(f"reference  {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(f"images     {len(chosen):,} of {dataset.name} at {settings.image_size} px, {kept:,} of them stored")
+    print(f"features   {extractor.name}")
+

@@ -1,0 +1,27 @@
+"""``d-emo train``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from d_emo.config import TrainSettings
+from d_emo.io.hub import prepare_push, push_snapshot
+from d_emo.sampling import preview_grid
+from d_emo.training import fit
+from d_emo.training.denoiser import DenoiserTask
+
+
+def run(settings: TrainSettings) -> None:
+    """Do it."""
+    prepare_push(settings.push_to_hub)
+    task = DenoiserTask(settings)
+    preview = partial(
+        preview_grid, scheduler_config=task.scheduler.config, codec=task.codec, class_names=task.images.class_names,
+        guidance_scale=settings.preview_guidance,
+    )
+    snapshot = fit(task, settings, preview=preview)
+    if snapshot is not None:
+        print(f"snapshot  {snapshot}\nsample it  python scripts/sample.py --checkpoint {snapshot} --class 0")
+        if settings.push_to_hub:
+            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
+

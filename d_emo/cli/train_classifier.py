@@ -1,0 +1,23 @@
+"""``d-emo train-classifier``."""
+
+from __future__ import annotations
+
+from d_emo.config import ClassifierSettings
+from d_emo.io.hub import prepare_push, push_snapshot
+from d_emo.io.snapshot import load_classifier
+from d_emo.training import fit
+from d_emo.training.accuracy import Accuracy
+from d_emo.training.classifier import ClassifierTask
+
+
+def run(settings: ClassifierSettings) -> None:
+    """Do it."""
+    prepare_push(settings.push_to_hub)
+    snapshot = fit(ClassifierTask(settings), settings)
+    if snapshot is not None:
+        print(f"snapshot  {snapshot}")
+        for weights, measured in load_classifier(snapshot).meta.get("accuracy", {}).items():
+            print(f"accuracy  {Accuracy(**measured)} held out ({weights} weights)")
+        if settings.push_to_hub:
+            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
+
