@@ -5,7 +5,6 @@ import html
 import io
 import os
 import random
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from PIL import Image
 
 from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings, SampleSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, fields_as
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
 
@@ -73,7 +72,7 @@ def check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise InputError(
-            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another --port or --host"
+            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another `port` or `host`"
         ) from None
 
 
@@ -188,7 +187,7 @@ class _Visits:
             file = gr.update(value=path, interactive=True)
             yield [_finished(studio, view), gr.skip(), file, studio.command(settings)]
         except InputError as error:
-            words = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", " "), str(error))  # a page has no flags
+            words = fields_as(str(error), lambda name: name.replace("_", " "))
             words = words[0].upper() + words[1:]
             yield [_status(words, wrong=True), gr.skip(), gr.skip(), gr.skip()]
             raise gr.Error(html.escape(words), print_exception=False) from None

@@ -76,7 +76,7 @@ def free_path(wanted: str | None, default: str) -> Path:
     """
     if wanted is not None:
         if Path(wanted).exists():
-            raise InputError(f"{wanted} exists already; choose another --output")
+            raise InputError(f"{wanted} exists already; choose another `output`")
         return Path(wanted)
     path, number = Path(default), 1
     while path.exists():

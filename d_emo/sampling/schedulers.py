@@ -63,7 +63,7 @@ def make_scheduler(name: str | None, config: Mapping[str, Any]) -> Any:
     row = _SCHEDULERS[name]
     if row.objective != objective:
         raise InputError(
-            f"--scheduler {name} serves the {row.objective} objective, but this snapshot was trained with {objective}; "
+            f"`scheduler` {name} serves the {row.objective} objective, but this snapshot was trained with {objective}; "
             f"use one of {', '.join(scheduler_names(objective))}"
         )
     changes, variance = dict(row.changes), config.get("variance_type")

@@ -38,14 +38,14 @@ def start_from(
     if theirs.in_channels != mine.in_channels:
         raise InputError(
             f"the snapshot {old.path} denoises latents of {theirs.in_channels} channels (codec {old.codec}), but the "
-            f"codec of this run has {mine.in_channels}; choose --vae {old.codec} or one with as many channels"
+            f"codec of this run has {mine.in_channels}; choose `vae` {old.codec} or one with as many channels"
         )
     free = ("num_classes", "sample_size", "window_size")
     parts = inspect.signature(Denoiser.__init__).parameters.keys() - {"self", *free}
     differ = [f"{key} is {theirs[key]} there, {mine[key]} here" for key in sorted(parts) if theirs[key] != mine[key]]
     if differ:
         raise InputError(
-            f"the snapshot {old.path} is of another model ({'; '.join(differ)}); give the --model and --model-options "
+            f"the snapshot {old.path} is of another model ({'; '.join(differ)}); give the `model` and `model_options` "
             "in its config.yaml"
         )
     state, fresh, known = old.model.state_dict(), model.state_dict(), 0
