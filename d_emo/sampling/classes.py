@@ -24,7 +24,7 @@ def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]
         return [0]
     known = f"this snapshot knows {last + 1} classes, 0 ({class_names[0]}) to {last} ({class_names[last]})"
     if not wanted:
-        raise InputError(f"name at least one class, e.g. --class {last // 2}: {known}")
+        raise InputError(f"name at least one class, e.g. `classes` {last // 2}: {known}")
     for name in map(str, wanted):
         number = int(name) if re.fullmatch(r"-?[0-9]+", name) else None
         if number is not None and (0 <= number <= last or name not in class_names):

@@ -16,7 +16,8 @@ from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models import Denoiser
 from d_emo.sampling.classes import find_classes
-from d_emo.sampling.sampler import Guidance, decode, denoise, latent_shape
+from d_emo.sampling.denoising import decode, denoise, latent_shape
+from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
 
@@ -114,20 +115,18 @@ class DEMOPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise InputError(f"the latents must have the shape {shape}, not {tuple(latents.shape)}")
         set_steps(self.scheduler, num_inference_steps, self._execution_device)
-        latents = latents.to(self._execution_device, torch.float32)
+        steps = denoise(
+            self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
+            guidance=guidance, generator=generator,
+        )
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-
-            def step_done(index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            for step in steps:
+                latents = step.latents
                 bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return (callback_on_step_end(self, index, t, tensors) or {}).get("latents", latents)
-
-            latents = denoise(
-                self.transformer, self.scheduler, latents, labels, guidance=guidance, generator=generator,
-                on_step=step_done,
-            )
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    changed = callback_on_step_end(self, step.index, step.timestep, tensors) or {}
+                    latents.copy_(changed.get("latents", latents))
         images = latents if output_type == "latent" else self._finish(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -25,7 +25,8 @@ from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
 from d_emo.objective import OBJECTIVES
-from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.tables import schedulers_of
 
 # Settings of a training run that do not decide what comes out of it.
 _FREE = {
@@ -164,7 +165,7 @@ def _read(kind: type, what: str, options: dict[str, Any]) -> Any:
 
 
 def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
-    known = scheduler_names(objective)
+    known = schedulers_of(objective)
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
