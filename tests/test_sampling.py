@@ -80,9 +80,11 @@ def test_decoding_does_not_depend_on_the_batch():
 class Recorded(torch.nn.Module):
     """A denoiser with known answers, which notes what it was asked."""
 
-    config = SimpleNamespace(sample_size=12, in_channels=4, patch_size=1)
+    latent_shape, tokens = (4, 12, 12), 144
     dtype, device, null_class = torch.float32, torch.device("cpu"), 10
-    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=11))
+
+    def label_rows(self):
+        return torch.zeros(self.null_class + 1, 1)
 
     def __init__(self):
         super().__init__()
@@ -334,10 +336,12 @@ def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
 class Gaussian(torch.nn.Module):
     """The exact velocity at x_t = (1 - t) x_0 + t noise when the data are N(mean, std^2)."""
 
-    config = SimpleNamespace(sample_size=40, in_channels=4, patch_size=1)
-    dtype, device = torch.float32, torch.device("cpu")
-    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=2))
+    latent_shape, tokens = (4, 40, 40), 1600
+    dtype, device, null_class = torch.float32, torch.device("cpu"), 1
     mean, std = 0.7, 0.3
+
+    def label_rows(self):
+        return torch.zeros(2, 1)
 
     def forward(self, x, timestep, class_labels):
         t = timestep / 1000

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 
 from d_emo.errors import InputError
 from d_emo.latents import Codec
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.guidance import Guidance, guided
 from d_emo.sampling.schedulers import set_steps
 
@@ -44,7 +44,7 @@ class Step:
 
 
 def sample(
-    denoiser: Denoiser, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *, steps: int,
+    denoiser: DenoiserFrame, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *, steps: int,
     guidance: Guidance, batch_size: int = 64, exact: bool = True,
 ) -> Iterator[Step]:
     """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
@@ -73,7 +73,7 @@ def sample(
     """
     if len(class_labels) != len(seeds):
         raise InputError(f"{len(class_labels)} class labels and {len(seeds)} seeds were given; one of each per image")
-    rows = denoiser.y_embedder.embedding_table.num_embeddings
+    rows = len(denoiser.label_rows())
     for label in class_labels:
         if not 0 <= label < rows:
             raise InputError(f"class label {label} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
@@ -84,7 +84,7 @@ def sample(
             part = batch[first : first + size]
             filled = [*part] + [part[-1]] * (size - len(part))
             generators = [torch.Generator().manual_seed(seeds[index]) for index in filled]
-            noise = torch.stack([torch.randn(latent_shape(denoiser), generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(denoiser.latent_shape, generator=generator) for generator in generators])
             labels = torch.tensor([class_labels[index] for index in filled], device=denoiser.device)
             set_steps(scheduler, steps, denoiser.device)
             for step in denoise(
@@ -94,7 +94,7 @@ def sample(
                 yield step
 
 
-def _part_size(denoiser: Denoiser) -> int | None:
+def _part_size(denoiser: DenoiserFrame) -> int | None:
     """Images that go through the network at once on a CPU; None elsewhere.
 
     Matrix products and vectorised functions round a row differently when the shape around it changes. Parts of one
@@ -103,13 +103,12 @@ def _part_size(denoiser: Denoiser) -> int | None:
     """
     if denoiser.device.type != "cpu":
         return None
-    _, height, width = latent_shape(denoiser)
-    return max(1, 128 * denoiser.config.patch_size**2 // (height * width))
+    return max(1, 128 // denoiser.tokens)
 
 
 @torch.no_grad()
 def denoise(
-    denoiser: Denoiser, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
+    denoiser: DenoiserFrame, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[Step]:
     """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
@@ -159,9 +158,3 @@ def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
     if images.isnan().any():
         raise InputError(f"the codec {codec.name} decodes latents to NaN or infinite values; its weights are damaged")
     return images
-
-
-def latent_shape(denoiser: Denoiser) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents that a denoiser takes."""
-    size = denoiser.config.sample_size
-    return (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))

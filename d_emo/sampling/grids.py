@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d_emo.errors import InputError
 from d_emo.latents import Codec
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.sampler import Sampler
 
 
@@ -64,7 +64,7 @@ def two_lines(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def preview_grid(
-    path: Path, denoiser: Denoiser, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
+    path: Path, denoiser: DenoiserFrame, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
     guidance_scale: float,
 ) -> None:
     """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare.

@@ -9,7 +9,7 @@ import torch
 
 from d_emo.config import check_guidance
 from d_emo.errors import InputError
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Guidance:
 
 
 def guided(
-    denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float, channels: str = "all"
+    denoiser: DenoiserFrame, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float, channels: str = "all"
 ) -> torch.Tensor:
     """The denoiser's output with its prediction pushed away from that of the null class.
 

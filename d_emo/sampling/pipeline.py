@@ -14,9 +14,9 @@ from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import find_classes
-from d_emo.sampling.denoising import decode, denoise, latent_shape
+from d_emo.sampling.denoising import decode, denoise
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
@@ -40,12 +40,12 @@ class DEMOPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: Denoiser, scheduler: Any, vae: AutoencoderKL | None = None,
+        self, transformer: DenoiserFrame, scheduler: Any, vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None, label_dropout: float = 0.1,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = id2label or {label: str(label) for label in range(transformer.config.num_classes)}
+        names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}
         self.register_to_config(id2label=names, label_dropout=label_dropout)
 
@@ -109,7 +109,7 @@ class DEMOPipeline(DiffusionPipeline):
         check_guidance(guidance_scale, label_dropout=self.config.label_dropout)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"{len(generator)} generators were given for {len(labels)} pictures; one for each, or one")
-        shape = (len(labels), *latent_shape(self.transformer))
+        shape = (len(labels), *self.transformer.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device)
         elif tuple(latents.shape) != shape:

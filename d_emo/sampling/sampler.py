@@ -15,9 +15,9 @@ from d_emo.data import to_uint8
 from d_emo.device import best_device
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser, newest_denoiser
 from d_emo.latents import Codec, load_codec
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
-from d_emo.sampling.denoising import Step, decode, latent_shape, sample
+from d_emo.sampling.denoising import Step, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
@@ -47,7 +47,7 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Denoiser, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
+        self, model: DenoiserFrame, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
         steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
         snapshot: DenoiserSnapshot | None = None,
     ):
@@ -102,7 +102,7 @@ class Sampler:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image, in pixels."""
-        _, height, width = latent_shape(self.model)
+        _, height, width = self.model.latent_shape
         return height * self.codec.downsample, width * self.codec.downsample
 
     @overload
@@ -150,7 +150,9 @@ class Sampler:
             yield step
 
 
-def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Denoiser:
+def prepare_denoiser(
+    denoiser: DenoiserFrame, *, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> DenoiserFrame:
     """Make a denoiser fast for sampling, in place: batch norms folded, cast, compiled. It cannot be saved any more.
 
     On a GPU it is compiled into CUDA graphs: a step of a few images is launched at once, not kernel by kernel.
@@ -189,7 +191,7 @@ def _batches(steps: Iterator[Step], batch_size: int, count: int) -> Iterator[tor
 
 
 def sample_images(
-    denoiser: Denoiser, scheduler: Any, codec: Codec, labels: Sequence[int], seeds: Sequence[int], *,
+    denoiser: DenoiserFrame, scheduler: Any, codec: Codec, labels: Sequence[int], seeds: Sequence[int], *,
     num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: str = "all",
     guidance_interval: Sequence[float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
 ) -> Iterator[torch.Tensor]:

@@ -24,9 +24,8 @@ from d_emo.lab.study.plan import PlannedRun, latents_folder
 from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
-from d_emo.objective import OBJECTIVES
 from d_emo.sampling.schedulers import make_scheduler, set_steps
-from d_emo.tables import schedulers_of
+from d_emo.tables import OBJECTIVES, load, schedulers_of
 
 # Settings of a training run that do not decide what comes out of it.
 _FREE = {
@@ -169,6 +168,6 @@ def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
-        set_steps(make_scheduler(name, OBJECTIVES[objective](null_class=0).noise_schedule().config), steps)
+        set_steps(make_scheduler(name, load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule().config), steps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
