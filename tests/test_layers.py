@@ -16,7 +16,7 @@ INSIDE = {
         "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
     ],
     "models": [
-        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
+        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
     "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],

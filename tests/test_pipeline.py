@@ -18,14 +18,14 @@ from d_emo.errors import InputError
 from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import load_codec
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 
 NAMES = [*"012345678", "a nine"]
 
 
 def snapshot(folder, denoiser, *, objective="eps", codec="d-emo-f8", **meta):
     meta = {"step": 5, "weights": "ema", "codec": codec, "image_size": 64, "class_names": NAMES, **meta}
-    schedule = OBJECTIVES[objective](null_class=10).noise_schedule()
+    schedule = load(OBJECTIVES[objective].loss)(null_class=10).noise_schedule()
     save_denoiser(folder, denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
     return folder
 

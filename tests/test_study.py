@@ -24,7 +24,7 @@ from d_emo.lab.study.plan import plan_runs
 from d_emo.lab.study.report import read_rows
 from d_emo.lab.study.results import add_measurement, read_measurements, write_csv, write_json
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
@@ -174,7 +174,7 @@ def snapshot_of(folder: Path, **options) -> Path:
                 parameter.normal_(0, 0.2)
     meta = {"step": 4, "weights": "ema", "codec": "pixels", "image_size": 8, "data": "digits",
             "class_names": [str(i) for i in range(10)]}  # fmt: skip
-    scheduler = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    scheduler = load(OBJECTIVES["eps"].loss)(null_class=10).noise_schedule()
     save_denoiser(folder, model, scheduler=scheduler, meta=meta, settings=TrainSettings())
     return folder
 

@@ -18,7 +18,7 @@ from diffusers import (
 
 from d_emo.config import DEFAULT_SCHEDULERS
 from d_emo.errors import InputError
-from d_emo.objective import objective_of
+from d_emo.tables import objective_of
 
 
 class _Row(NamedTuple):

@@ -22,8 +22,8 @@ from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, read_s
 from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
-from d_emo.objective import OBJECTIVES
 from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+from d_emo.tables import OBJECTIVES, load
 
 # Settings of a training run that do not decide what comes out of it.
 _FREE = {
@@ -157,6 +157,6 @@ def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
-        set_steps(make_scheduler(name, OBJECTIVES[objective](null_class=0).noise_schedule().config), steps)
+        set_steps(make_scheduler(name, load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule().config), steps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -17,7 +17,7 @@ from d_emo.lab.study.plan import PlannedRun, latent_shape_of
 from d_emo.lab.study.results import size_of
 from d_emo.models import create_model
 from d_emo.models.layers import fold_batch_norms
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 from d_emo.threads import use_threads
 from d_emo.training.optimizer import make_optimizer
 
@@ -120,7 +120,7 @@ class Workload:
         channels, side, _ = latent_shape
         options = {"sample_size": side, "in_channels": channels} | (training.model_options or {})
         self.model, self.device, self.parts = create_model(training.model, **options).to(device), device, share // micro
-        self.objective = OBJECTIVES[training.objective](null_class=self.model.null_class).to(device)
+        self.objective = load(OBJECTIVES[training.objective].loss)(null_class=self.model.null_class).to(device)
         self.optimizer = make_optimizer(self.model, training, {}, device)
         self.latents = torch.randn(micro, *latent_shape, device=device)
         self.labels = torch.zeros(micro, dtype=torch.long, device=device)

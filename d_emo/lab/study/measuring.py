@@ -16,9 +16,10 @@ from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics, prec
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
-from d_emo.objective import OBJECTIVES, StepNoise
+from d_emo.objective import StepNoise
 from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
 from d_emo.sampling.sampler import latent_shape
+from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
 
@@ -136,7 +137,7 @@ class Meter:
         held_out = open_dataset(
             dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
         )
-        objective = OBJECTIVES["eps"](null_class=model.null_class).to(self.device)
+        objective = load(OBJECTIVES["eps"].loss)(null_class=model.null_class).to(self.device)
         errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
