@@ -141,9 +141,9 @@ def introduction(
         return [done, f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."]
     samplers = " and ".join(f"{sampler} ({objective})" for objective, sampler in settings.samplers.items())
     measured = (
-        f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, guidance "
-        f"{settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a classifier of the "
-        f"same classes ({classifier}) and compare with nothing outside this study; "
+        f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
+        f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
+        f"classifier of the same classes ({classifier}) and compare with nothing outside this study; "
     ) + (LABEL_PARTS if "empty" in rows else WHOLE)
     path, values = held_out_file(settings, runs), metric_values()
     if real := read_json(path) if path.exists() else None:

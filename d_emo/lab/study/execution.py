@@ -40,10 +40,10 @@ def run_verb(
     launcher = ["-m", "accelerate.commands.launch", "--quiet", *launch] if launch else []
     arguments = [verb, "--config", str(config)]
     print(f"$ d-emo {' '.join(arguments)}", flush=True)
-    wait_for([sys.executable, *launcher, "-m", "d_emo", *arguments], f"d-emo {verb}", lock)
+    run_child([sys.executable, *launcher, "-m", "d_emo", *arguments], f"d-emo {verb}", lock)
 
 
-def wait_for(command: Sequence[str], called: str, lock: TextIO | None = None) -> None:
+def run_child(command: Sequence[str], called: str, lock: TextIO | None = None) -> None:
     """Run a command to its end. Ctrl-C reaches it by itself, SIGTERM is passed on; it saves its state, and both end."""
     child = subprocess.Popen(command, pass_fds=[] if lock is None else [lock.fileno()])
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())

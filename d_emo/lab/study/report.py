@@ -61,9 +61,8 @@ def main_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     step = last_common_step(rows, list(shown))
     if step is None:
         return "These runs have not been measured at a common step."
-    values = [
-        value for name, value in metric_values().items() if any(name in r and r[name].notna().any() for r in shown.values())
-    ]
+    measured = rows[rows.run.isin(names)].dropna(axis="columns", how="all")
+    values = [value for name, value in metric_values().items() if name in measured]
     first, several = next(iter(shown)), len(shown) > 1
     head = ["run", "seeds", "parameters", "MACs", "ms/step", *(value.title for value in values)]
     lines = []
@@ -96,7 +95,8 @@ def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
 
 def gap_table(gaps: pd.DataFrame) -> str:
     """Error in train mode over that in eval mode, by noise level: means over seeds."""
-    ratios = gaps.assign(ratio=gaps.train / gaps["eval"]).groupby(["run", "timestep"], sort=False).ratio.mean().unstack()
+    gaps = gaps.assign(ratio=gaps.train / gaps["eval"])
+    ratios = gaps.groupby(["run", "timestep"], sort=False).ratio.mean().unstack()
     head = ["train / eval error at timestep", *(f"{level:,.0f}" for level in ratios)]
     return markdown_table(head, ([name, *(f"{ratio:.3f}" for ratio in row)] for name, row in ratios.iterrows()))
 

@@ -213,7 +213,7 @@ def same_loss(pairs: pd.DataFrame) -> bool:
 
 
 def difference(pairs: pd.DataFrame, value: str) -> Estimate:
-    """Of two paired runs, seed by seed; of nothing if they share no seed, or it is the loss and is not over the same."""
+    """Of two paired runs, seed by seed; of nothing if they share no seed, or if their losses are not over the same."""
     if value not in pairs or (value == "loss" and not same_loss(pairs)):
         return Estimate.of([])
     return Estimate.of(pairs[value] - pairs[f"{value}_other"])
