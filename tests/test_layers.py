@@ -34,9 +34,11 @@ INSIDE = {
         "classifier_metrics",
     ],
     "app": ["studio", "page"],
-    "lab": ["ablations", "models_table", "loss_curves", "benchmark", "study"],
+    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
     "lab/benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
-    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
+    "lab/study": [
+        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
+    ],
 }
 
 
