@@ -18,5 +18,5 @@ class RunError(RuntimeError):
 
 
 def fields_as(message: str, render: Callable[[str], str]) -> str:
-    """A message with each setting's name, which stands in backquotes, as ``render`` writes it; commands stay quoted."""
-    return re.sub(r"`(\w+)`", lambda name: render(name[1]), message)
+    """A message with the settings that it names in backquotes written otherwise: as flags, as words."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: render(field[1]), message)

@@ -26,7 +26,7 @@ from d_emo.evaluation import (
 )
 from d_emo.io.snapshot import save_classifier, save_denoiser
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red", "green", "blue"]
@@ -203,7 +203,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = {"depth": 1, "hidden_size": 48, "in_channels": 3, "sample_size": 8, "num_classes": 10}
     denoiser = create_model("D-EMOv2-Ti-2", **options).eval()
     torch.nn.init.normal_(denoiser.final_layer.linear.weight, std=0.05)
-    schedule = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    schedule = load(OBJECTIVES["eps"].loss)(null_class=10).noise_schedule()
     save_denoiser(tmp_path / "d", denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
     classifier = create_model("emov2_1m", num_classes=10, window_size=1).eval()
     for name, parameter in classifier.named_parameters():
