@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from d_emo.config import PUBLISHED_COUNT, FidSettings, parse_metrics
+from d_emo.config import PUBLISHED_COUNT, FidSettings
 from d_emo.errors import InputError
 from d_emo.evaluation.feature_shards import ALONE, FeatureShards, Generate, Ranks, claim_folder, digest, read_provenance
 from d_emo.evaluation.features import FeatureExtractor, create_extractor
@@ -20,6 +20,7 @@ from d_emo.evaluation.metrics import Gathered, check_count, kernel_distance, pre
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
+from d_emo.tables import parse_metrics
 
 
 def compute_statistics(
