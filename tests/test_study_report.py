@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d_emo.data import open_dataset, to_uint8
-from d_emo.lab.study.measuring import is_empty
+from d_emo.data.shapes import is_empty
 from d_emo.lab.study.report import course_table, findings, gap_table, main_table
 from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
 
@@ -47,8 +47,8 @@ def test_fid_at_equal_time_lies_on_the_line_between_measured_steps():
 
 def test_findings_say_first_where_the_first_run_loses():
     rows = rows_of(
-        us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
-        them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
+        us={"fid": [9.0, 9.1, 9.2], "class_accuracy": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
+        them={"fid": [8.0, 8.0, 8.1], "class_accuracy": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
     )
     rows.append({**rows[0], "seed": 3, "fid": 1000.0})  # a seed that the other does not have
     text = findings(rows, "Test", ["us", "them", "nobody"])

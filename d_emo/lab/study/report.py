@@ -20,6 +20,7 @@ from d_emo.lab.study.results import (
     values_of,
     write_csv,
 )
+from d_emo.tables import with_present_names
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Figure:
 FIGURES = {
     "loss": Figure("loss", 4, -1),
     "fid": Figure("FID", 2, -1),
-    "recognised": Figure("class %", 1, 1),
+    "class_accuracy": Figure("class %", 1, 1),
     "shape": Figure("shape %", 1, 1),
     "colour": Figure("colour %", 1, 1),
     "ground": Figure("ground %", 1, 1),
@@ -199,4 +200,6 @@ def read_rows(path: Path) -> list[Row]:
         return int(number) if number.is_integer() and "." not in text and "e" not in text else number
 
     with path.open(newline="") as file:
-        return [{key: value(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+        return [
+            with_present_names({key: value(text) for key, text in row.items() if text}) for row in csv.DictReader(file)
+        ]

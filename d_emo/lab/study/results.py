@@ -23,6 +23,7 @@ from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
+from d_emo.tables import with_present_names
 
 Row = dict[str, Any]
 KEPT = "nothing that was measured before is lost, and the same command goes on"
@@ -63,7 +64,7 @@ def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[
     if not run.results.exists():
         return {}
     try:
-        measured = {int(step): dict(figures) for step, figures in read_json(run.results).items()}
+        measured = {int(step): with_present_names(values) for step, values in read_json(run.results).items()}
     except (AttributeError, TypeError, ValueError):
         raise _damaged(run.results) from None
     return {step: figures for step, figures in measured.items() if not last or step == run.training.max_steps}
