@@ -17,7 +17,7 @@ from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
 from d_emo.io.snapshot import load_denoiser
 from d_emo.models import create_model, list_models
 from d_emo.models.backbone import BACKBONES
-from d_emo.models.denoiser import DENOISERS
+from d_emo.tables import denoisers
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.parallel import _deepspeed
@@ -27,7 +27,7 @@ RUNS = {
     str(file.relative_to(CONFIGS).with_suffix("")): yaml.safe_load(file.read_text())
     for file in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("classifier/*.yaml")])
 }
-DENOISER_RUNS = [name for name, values in RUNS.items() if values["model"] in DENOISERS]
+DENOISER_RUNS = [name for name, values in RUNS.items() if values["model"] in denoisers()]
 LAUNCHERS = sorted(file.stem for file in (CONFIGS / "accelerate").glob("*.yaml"))
 
 
@@ -60,7 +60,7 @@ def test_every_config_loads_and_says_what_it_changes(name):
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "imagenet512"])
-@pytest.mark.parametrize("model", DENOISERS)
+@pytest.mark.parametrize("model", denoisers())
 def test_the_imagenet_configs_serve_every_denoiser(name, model):
     settings = load(name, "--model", model, "--data-dir", "train")
     denoiser = build(settings)
@@ -71,7 +71,7 @@ def test_the_imagenet_configs_serve_every_denoiser(name, model):
 
 
 def test_all_families_are_in_that_matrix():
-    assert {name.split("-")[0] for name in DENOISERS} >= {"D", "DiT"} and set(DENOISERS) < set(list_models())
+    assert {name.split("-")[0] for name in denoisers()} >= {"D", "DiT"} and set(denoisers()) < set(list_models())
 
 
 @pytest.fixture

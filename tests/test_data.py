@@ -118,7 +118,7 @@ def test_corrupt_image_is_named_or_skipped_and_counted(folder, capsys):
 
 
 def test_open_dataset_refuses_unknown_names():
-    with pytest.raises(InputError, match="shapes and digits"):
+    with pytest.raises(InputError, match="known are shapes, digits"):
         open_dataset(dataset="cifar", data_dir=None, image_size=32)
 
 

@@ -134,7 +134,7 @@ def test_a_stopped_encoding_goes_on_and_keeps_finished_shards(tmp_path):
     assert [path.name for path in parts.iterdir()] == ["shard-00000.safetensors"]
     with pytest.raises(InputError, match=r"not complete \(index.json is missing\).*encode_latents"):
         LatentDataset(parts)
-    (parts / ".tmp-shard-00001.safetensors").write_bytes(b"half a shard")
+    (parts / ".tmp-1-0-shard-00001.safetensors").write_bytes(b"half a shard")
     before = (parts / "shard-00000.safetensors").stat().st_mtime_ns
     assert encode(shapes(), HalfCodec(), parts, **SMALL)
     assert (parts / "shard-00000.safetensors").stat().st_mtime_ns == before
@@ -317,7 +317,7 @@ def test_training_takes_what_the_index_says(tmp_path):
     settings = TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "p")})
     task = DenoiserTask(settings)
     assert (settings.vae, settings.image_size, settings.output_dir) == ("pixels", 8, "results/D-EMOv2-Ti-2-p")
-    assert task.latent_shape == (3, 8, 8) and len(task.images.class_names) == 1000
+    assert task.model.latent_shape == (3, 8, 8) and len(task.images.class_names) == 1000
     assert not any("No data named" in line for line in task.introduction())
 
 

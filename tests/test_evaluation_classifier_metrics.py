@@ -27,8 +27,7 @@ from d_emo.evaluation import (
 )
 from d_emo.io.snapshot import save_classifier, save_denoiser
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
-from d_emo.tables import DATASETS, DatasetRow, metric_values
+from d_emo.tables import DATASETS, OBJECTIVES, DatasetRow, load, metric_values
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red", "green", "blue"]
@@ -137,8 +136,8 @@ def test_values_stand_beside_those_of_real_images_and_of_noise(monkeypatch: pyte
     real, noise = metrics.measure_real(Coloured(), 12)["fid"], metrics.measure_noise(12, (8, 8))["fid"]
     assert remarks["FID-9"] == f"{real:.2f} of 12 real held-out images, {noise:.2f} of 12 images of noise"
     assert real < noise
-    assert remarks["class accuracy"] == "100.0 % of 12 real held-out images"
-    assert compared[-1].shown == f"{drawn['class_accuracy']:.1f} %"
+    assert remarks["class accuracy"] == "100.00 % of 12 real held-out images"
+    assert compared[-1].shown == f"{drawn['class_accuracy']:.2f} %"
     alone = compare_with_real(metrics, drawn, 9, None, (8, 8))
     assert alone[0].remark.endswith(" of 9 images of noise") and alone[-1].remark == ""
 
@@ -179,8 +178,8 @@ def test_table() -> None:
     assert sampler_table(values, [row, {**row, "steps": 50}], 1000).splitlines() == [
         "| sampler | steps | FID-1000 | class accuracy | time | images/s |",
         "|---|---:|---:|---:|---:|---:|",
-        "| ddpm | 250 | 3.14 | 54.9 % | 100 s | 10.03 |",
-        "| ddpm | 50 | 3.14 | 54.9 % | 100 s | 10.03 |",
+        "| ddpm | 250 | 3.14 | 54.94 % | 100 s | 10.03 |",
+        "| ddpm | 50 | 3.14 | 54.94 % | 100 s | 10.03 |",
     ]
 
 
@@ -205,7 +204,7 @@ def test_real_images_of_a_folder(tmp_path: Path) -> None:
         open_real("folder", 8, names, data_dir=train, validate_dir=wrong)
     with pytest.raises(InputError, match="`validate_dir` .*b belongs to a `data_dir`"):
         open_real("digits", 8, names, validate_dir=held_out)
-    with pytest.raises(InputError, match="unknown data set 'folder'.*--data-dir"):
+    with pytest.raises(InputError, match="no built-in data; name the folder of its images .`data_dir`"):
         open_real("folder", 8, names)
 
 
@@ -250,7 +249,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = {"depth": 1, "hidden_size": 48, "in_channels": 3, "sample_size": 8, "num_classes": 10}
     denoiser = create_model("D-EMOv2-Ti-2", **options).eval()
     torch.nn.init.normal_(denoiser.final_layer.linear.weight, std=0.05)
-    schedule = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    schedule = load(OBJECTIVES["eps"].loss)(null_class=10).noise_schedule()
     save_denoiser(tmp_path / "d", denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
     classifier = create_model("emov2_1m", num_classes=10, window_size=1).eval()
     for name, parameter in classifier.named_parameters():

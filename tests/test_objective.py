@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from d_emo.errors import InputError
-from d_emo.objective import EpsObjective, FlowObjective, discretised_log_likelihood, objective_of
+from d_emo.objective import EpsObjective, FlowObjective, discretised_log_likelihood
+from d_emo.tables import objective_of
 
 
 class Fixed(torch.nn.Module):

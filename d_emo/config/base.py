@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from d_emo.errors import InputError, RunError
+from d_emo.files import write_file
 
 S = TypeVar("S")
 
@@ -106,9 +107,7 @@ def check_image_side(image_size: int | None) -> None:
 
 def write_yaml(settings: Any, path: Path) -> None:
     """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
-    temporary.replace(path)
+    write_file(path, yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 def run_cli(main: Callable[[], None]) -> None:

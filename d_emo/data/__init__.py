@@ -21,16 +21,13 @@ from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
 from d_emo.errors import InputError
+from d_emo.tables import DATASETS, load
 
 __all__ = [
-    "COLOURS", "GROUNDS", "HELD_OUT_SHAPES", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
+    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
     "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
     "TarShards", "centre_crop", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
-
-HELD_OUT_SHAPES = 2000
-"""Pictures of Shapes-1000 to measure on: two of each class."""
-
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
@@ -57,12 +54,11 @@ def open_dataset(
     if one_class:
         known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
         return OneClass(open_dataset(data_dir=None, **known))
-    if dataset == "shapes":
-        extra = {} if num_images is None else {"num_images": num_images}
-        return Shapes1000(image_size, split=split, seed=seed, **extra)
-    if dataset == "digits":
-        return Digits(image_size, split=split)
-    raise InputError(f"unknown data set {dataset!r}; known are shapes and digits, or give --data-dir")
+    row = DATASETS[dataset]
+    drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
+    return load(row.images)(
+        image_size, split=split, **{name: value for name, value in drawn.items() if value is not None}
+    )
 
 
 def open_source(
@@ -108,8 +104,8 @@ def open_held_out(
         raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
     held_out = open_dataset(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
-        num_images=HELD_OUT_SHAPES, image_size=settings.image_size, skip_corrupt=settings.skip_corrupt,
-        one_class=one_class, crop_share=crop_share,
+        num_images=DATASETS[settings.dataset].held_out, image_size=settings.image_size,
+        skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
     )
     if held_out.class_names != class_names and not one_class:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])

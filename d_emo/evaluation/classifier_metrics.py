@@ -178,6 +178,8 @@ def open_real(
 
     if data_dir is None and validate_dir is not None:
         raise InputError(f"`validate_dir` {validate_dir} belongs to a `data_dir`; give both or neither")
+    if data_dir is None and data not in DATASETS:
+        raise InputError("the snapshot was trained on no built-in data; name the folder of its images (`data_dir`)")
     real = opened(data_dir, "train", REAL_IMAGES)
     if data_dir is not None and validate_dir is None:
         return real, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from d_emo.errors import InputError
+from d_emo.files import replacing, write_json
 from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
@@ -90,5 +90,6 @@ def write_timm_folder(
     if class_names:
         cfg["label_names"] = list(class_names)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+    write_json(folder / "config.json", config)

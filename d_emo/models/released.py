@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import EMO
-from d_emo.models.denoiser import DENOISERS, Denoiser
+from d_emo.models.denoiser import Denoiser
 from d_emo.models.registry import create_model, list_models
+from d_emo.tables import denoisers
 
 WRAPPINGS = ("ema", "net_E", "state_dict_ema", "model_ema", "net", "model", "state_dict", "module")
 """Keys under which projects file their weights, averaged weights first: those are what the papers report."""
@@ -218,7 +219,7 @@ def variant_of(found: Mapping[str, tuple[int, ...]], pattern: str = "") -> str |
     # Meta tensors make the comparison cheap.
     telling = {name: shape for name, shape in found.items() if name not in (*CLASS_ROWS, "pos_embed")}
     for name in list_models():
-        if DENOISERS.get(name, {}).get("block") == "i2rmb" or not re.match(pattern, name):
+        if denoisers().get(name, {}).get("block") not in (None, "dit") or not re.match(pattern, name):
             continue
         with torch.device("meta"):
             candidate = create_model(name)

@@ -16,7 +16,7 @@ from d_emo.tables.metrics import (
     parse_metrics,
     with_present_names,
 )
-from d_emo.tables.models import BLOCKS, FAMILIES, PATCH_SIZES, SIZES, BlockRow, FamilyRow, family_of
+from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
 from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow, parse_features
 from d_emo.tables.objectives import (
     OBJECTIVES,
@@ -29,9 +29,9 @@ from d_emo.tables.objectives import (
 from d_emo.tables.table import Reference, Table, load
 
 __all__ = [
-    "BLOCKS", "CLASS_ACCURACY", "CODECS", "DATASETS", "EMPTY", "EXTRACTORS", "FAMILIES", "METRICS", "OBJECTIVES",
-    "PATCH_SIZES", "SCHEDULERS", "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow",
+    "BLOCKS", "CLASS_ACCURACY", "CODECS", "DATASETS", "EMPTY", "EXTRACTORS", "FAMILIES", "FRAMES", "METRICS",
+    "OBJECTIVES", "SCHEDULERS", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow", "FrameRow",
     "MetricRow", "MetricValue", "ObjectiveRow", "Reference", "SchedulerRow", "Table", "check_compared", "class_values",
-    "family_of", "load", "metric_values", "objective_of", "parse_features", "parse_metrics", "schedulers_of",
-    "with_present_names",
+    "denoisers", "family_of", "load", "metric_values", "objective_of", "parse_features", "parse_metrics",
+    "schedulers_of", "with_present_names",
 ]  # fmt: skip

@@ -134,9 +134,9 @@ def check_compared(metrics: Sequence[str], reference: object) -> None:
 
 
 CLASS_ACCURACY = MetricValue(
-    name="class_accuracy", title="class accuracy", digits=1, unit="%", numbered=False, former_name="recognised"
+    name="class_accuracy", title="class accuracy", digits=2, unit="%", numbered=False, former_name="recognised"
 )
-EMPTY = MetricValue(name="empty", title="empty", digits=1, unit="%", better=-1, numbered=False)
+EMPTY = MetricValue(name="empty", title="empty", digits=2, unit="%", better=-1, numbered=False)
 
 
 def class_values(data: str | None) -> tuple[MetricValue, ...]:
@@ -148,7 +148,7 @@ def class_values(data: str | None) -> tuple[MetricValue, ...]:
     if data not in DATASETS:
         return (CLASS_ACCURACY,)
     row = DATASETS[data]
-    parts = (MetricValue(name=part, title=part, digits=1, unit="%", numbered=False) for part in row.label_parts)
+    parts = (MetricValue(name=part, title=part, digits=2, unit="%", numbered=False) for part in row.label_parts)
     return (CLASS_ACCURACY, *parts, *([EMPTY] if row.is_empty else []))
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
+from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, save_state
@@ -26,7 +27,7 @@ from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import make_updates, open_accelerator
+from d_emo.training.parallel import make_updates, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
 
@@ -92,13 +93,13 @@ class _Run:
     def __init__(self, task: Task, settings: RunSettings, preview: Callable[[Path, nn.Module], None] | None):
         self.task, self.settings, self.preview = task, settings, preview
         self.folder = Path(settings.output_dir)
-        on_gpu = torch.cuda.is_available()
-        self.precision = settings.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
+        device = best_device()
+        self.precision = precision_of(settings, device)
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
             raise InputError(f"--batch-size {settings.batch_size} (global) cannot be divided by {world} processes")
-        self.micro = min(settings.micro_batch_size or (self.per_rank if on_gpu else 8), self.per_rank)
+        self.micro = micro_batch_of(settings, self.per_rank, device)
         if self.per_rank % self.micro:
             raise InputError(
                 f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
