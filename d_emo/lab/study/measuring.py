@@ -18,7 +18,6 @@ from d_emo.latents import Codec, load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
 from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
-from d_emo.sampling.sampler import latent_shape
 from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
@@ -142,7 +141,7 @@ class Meter:
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
             images, labels = zip(*(held_out[index] for index in chosen[start : start + 64]), strict=True)
-            draws = objective.draw(torch.Generator().manual_seed(start), 64, latent_shape(model))
+            draws = objective.draw(torch.Generator().manual_seed(start), 64, model.latent_shape)
             draws = StepNoise(*(part.to(self.device) for part in draws._asdict().values()))
             moments = codec.moments(torch.stack(images).to(self.device))
             noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)
