@@ -220,13 +220,13 @@ def test_real_images_of_built_in_data_have_all_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"samplers": ["ddpm"]}, "--samplers takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
+        ({"samplers": ["ddpm"]}, "`samplers` takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
         ({"samplers": ["ddpm:"]}, "not ddpm:$"),
         ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
         ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),
         ({"num_images": 1}, "1 images were asked for"),
-        ({"steps": 0}, "--steps must lie between 1 and 1000, not 0"),
-        ({"guidance_scale": -1.0}, "--guidance-scale must be finite"),
+        ({"steps": 0}, "`steps` must lie between 1 and 1000, not 0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be finite"),
     ],
 )
 def test_bad_settings(options: dict, sentence: str) -> None:

@@ -197,7 +197,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
         (["--guidance-scale", "nan"], "--guidance-scale must be a number, not nan"),
         (["--num-images", "3", "--metrics", "prc"], "3 images are too few for precision and recall .* at least 4"),
         (["--metrics", "fid", "clip"], "unknown metric 'clip'; known are fid, sfid, isc, prc, kid"),
-        (["--metrics", ","], "`metrics` names nothing"),
+        (["--metrics", ","], "--metrics names nothing"),
         (["--labels", "uniform"], "labels"),
         (["--scheduler", "karras"], "unknown scheduler 'karras'"),
         (["--metrics", "sfid"], "cannot be had of emov2"),
@@ -232,7 +232,7 @@ def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path)
         (["--output", "{tmp}/r.txt"], "r.txt must end in .npz"),
         (["--kept-images", "-1"], "--kept-images must not be negative"),
         (["--batch-size", "0"], "--batch-size 0 is too small"),
-        (["--features", "clip"], "unknown `features` 'clip'"),
+        (["--features", "clip"], "unknown --features 'clip'"),
     ],
 )
 def test_bad_reference_arguments(tmp_path: Path, arguments: list[str], sentence: str) -> None:

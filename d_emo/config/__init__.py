@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import parse_settings, run_cli, setting, write_yaml
+from d_emo.config.base import in_flags, parse_settings, run_cli, setting, write_yaml
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
@@ -67,6 +67,7 @@ __all__ = [
     "TrainSettings",
     "VAESettings",
     "check_guidance",
+    "in_flags",
     "is_folder",
     "parse_settings",
     "run_cli",

@@ -225,7 +225,7 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
 def check_batch_size(batch_size: int) -> None:
     """Refuse a batch that holds nothing."""
     if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is too small; use at least 1")
+        raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:
