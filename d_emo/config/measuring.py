@@ -23,7 +23,7 @@ from d_emo.config.types import (
     Workers,
 )
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, METRICS, SCHEDULERS, parse_metrics
+from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_metrics
 
 PUBLISHED_COUNT = 50_000
 """FID falls with the number of samples; tables are measured with this many."""
@@ -124,7 +124,7 @@ class FidSettings(Settings):
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )
     metrics: list[str] = setting(
-        ["fid"], f"any of {' '.join(METRICS)} (prc: precision and recall; isc: Inception Score)"
+        ["fid"], "any of " + ", ".join(f"{name} ({row.title})" for name, row in METRICS.items())
     )
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
@@ -153,9 +153,7 @@ class FidSettings(Settings):
     def check(self) -> None:
         if (self.samples is None) == (self.checkpoint is None):
             raise InputError("give either `samples` (images that exist) or `checkpoint` (a snapshot to draw from)")
-        names = parse_metrics(self.metrics)
-        if self.reference is None and any(METRICS[name].compares for name in names):
-            raise InputError(f"`metrics` {' '.join(names)} compares with real images; give `reference`")
+        check_compared(parse_metrics(self.metrics), self.reference)
         if self.checkpoint is None:
             for each in fields(self):
                 default = each.default_factory() if each.default is MISSING else each.default
