@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from d_emo.config.types import Range
+from d_emo.config.ranges import Range
 from d_emo.errors import InputError, RunError, fields_as
 from d_emo.files import write_file
 

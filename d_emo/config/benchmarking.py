@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.types import ClassifierSide, Count, Depth, ImageSide, Threads
+from d_emo.config.ranges import ClassifierSide, Count, Depth, ImageSide, Threads
 from d_emo.errors import InputError
 from d_emo.tables.models import SIZES
 

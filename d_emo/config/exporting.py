@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.types import ClassifierSide, Positive
+from d_emo.config.ranges import ClassifierSide, Positive
 
 
 @dataclass(frozen=True, kw_only=True)

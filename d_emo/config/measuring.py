@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.sampling import check_guidance
-from d_emo.config.types import (
+from d_emo.config.ranges import (
     ClassifierSide,
     Count,
     Fraction,
@@ -22,6 +21,7 @@ from d_emo.config.types import (
     Whole,
     Workers,
 )
+from d_emo.config.sampling import check_guidance
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_metrics
 

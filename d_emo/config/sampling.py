@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.types import NON_NEGATIVE, BelowOne, Count, Fraction, NotNegative, Port, Seed, Steps
+from d_emo.config.ranges import NON_NEGATIVE, BelowOne, Count, Fraction, NotNegative, Port, Seed, Steps
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
+from d_emo.config.ranges import Images, NotNegative, Seed
 from d_emo.config.sampling import DEFAULT_STEPS
-from d_emo.config.types import Images, NotNegative, Seed
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES
 

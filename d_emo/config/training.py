@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.types import (
+from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
     Count,

@@ -29,7 +29,8 @@ class Range:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         if not (above and below and math.isfinite(value)):
-            raise InputError(f"`{name}` must be {self.in_words(huge=not below)}, not {value}")
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise InputError(f"`{name}` must be {self.in_words(huge=not below)}, not {shown}")
 
     def in_words(self, huge: bool) -> str:
         """The range; a high end that no sensible value comes near only if one did."""
