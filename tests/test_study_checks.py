@@ -39,9 +39,9 @@ def test_what_would_fail_after_the_training_is_refused_before_it(tmp_path, chang
 def test_a_study_of_imagenet_asks_for_its_images_unless_it_only_plans_or_reports():
     config = ["--config", str(ROOT / "configs" / "study" / "imagenet256.yaml"), "--reference", __file__]
     for flags in (["--plan"], ["--report-only"], ["--data-dir", "IMAGENET/train"]):
-        Study(parse_settings(StudySettings, "", [*config, *flags]), scripts=ROOT / "scripts")
-    with pytest.raises(InputError, match="give --data-dir FOLDER"):
-        Study(parse_settings(StudySettings, "", config), scripts=ROOT / "scripts")
+        Study(parse_settings(StudySettings, "", [*config, *flags]))
+    with pytest.raises(InputError, match="give `data_dir` FOLDER"):
+        Study(parse_settings(StudySettings, "", config))
 
 
 def pretend_training(folder: Path, *, step: int, leave_out: tuple[str, ...] = (), **changes) -> None:

@@ -38,4 +38,4 @@ def settings_of(folder: Path, **changes) -> StudySettings:
 
 
 def open_study(folder: Path, **changes) -> Study:
-    return Study(settings_of(folder, **changes), scripts=ROOT / "scripts")
+    return Study(settings_of(folder, **changes))

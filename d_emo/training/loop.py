@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
+from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, save_state
@@ -26,7 +27,7 @@ from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import make_updates, open_accelerator
+from d_emo.training.parallel import make_updates, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
 
@@ -92,16 +93,16 @@ class _Run:
     def __init__(self, task: Task, settings: RunSettings, preview: Callable[[Path, nn.Module], None] | None):
         self.task, self.settings, self.preview = task, settings, preview
         self.folder = Path(settings.output_dir)
-        on_gpu = torch.cuda.is_available()
-        self.precision = settings.mixed_precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no")
+        device = best_device()
+        self.precision = precision_of(settings, device)
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
-            raise InputError(f"--batch-size {settings.batch_size} (global) cannot be divided by {world} processes")
-        self.micro = min(settings.micro_batch_size or (self.per_rank if on_gpu else 8), self.per_rank)
+            raise InputError(f"`batch_size` {settings.batch_size} (global) cannot be divided by {world} processes")
+        self.micro = micro_batch_of(settings, self.per_rank, device)
         if self.per_rank % self.micro:
             raise InputError(
-                f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
+                f"`micro_batch_size` {self.micro} does not divide the {self.per_rank} images per process and step"
             )
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
@@ -109,7 +110,7 @@ class _Run:
         if self.accelerator.num_processes != world:
             raise InputError(
                 f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
-                "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
+                "processes on a CPU start them with `accelerate launch --cpu`"
             )
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
@@ -163,7 +164,7 @@ class _Run:
             raise InputError(f"cannot write to the run folder {self.folder}: permission denied")
         if settings.resume == "never":
             if any(states.iterdir()):
-                raise InputError(f"{self.folder} already holds a run; use --resume auto or another --output-dir")
+                raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
         if settings.resume == "auto":
             found = find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
@@ -183,7 +184,7 @@ class _Run:
         if changed:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
-                "repeat the same command to go on, or choose another --output-dir"
+                "repeat the same command to go on, or choose another `output_dir`"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,17 @@ from d_emo.errors import InputError
 from d_emo.io.training_state import gather_training, restore_training
 
 
+def precision_of(settings: RunSettings, device: torch.device) -> str:
+    """What a run computes in: "no", "bf16" or "fp16"."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.mixed_precision or ("bf16" if bf16 else "no")
+
+
+def micro_batch_of(settings: RunSettings, per_rank: int, device: torch.device) -> int:
+    """How many of a process's images go through the network at once."""
+    return min(settings.micro_batch_size or (8 if device.type == "cpu" else per_rank), per_rank)
+
+
 def open_accelerator(settings: RunSettings, *, accumulation: int, precision: str) -> Accelerator:
     """What `accelerate launch` started this process for.
 

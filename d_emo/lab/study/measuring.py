@@ -1,4 +1,4 @@
-"""Measuring the snapshots of a study's runs, all alike: same labels, same noise, same judge."""
+"""Measuring the snapshots of a study's runs, all alike: same labels, same noise, same classifier."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from d_emo.config import StudySettings
 from d_emo.data import ClassImages, open_dataset, spread
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics, precision_recall
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
@@ -17,14 +18,13 @@ from d_emo.latents import Codec, load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
 from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
-from d_emo.sampling.sampler import latent_shape
 from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
 
 
 class Meter:
-    """StepNoise from the snapshots of a study, and measures them by a classifier against the same real images.
+    """Draws from the snapshots of a study, and measures them by a classifier against the same real images.
 
     Args:
         settings: Of the study.
@@ -36,7 +36,7 @@ class Meter:
 
     def __init__(self, settings: StudySettings, classifier: Path | None):
         self.settings = settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
         self._judge: Judge | None = None
         self._held_out: ClassImages | None = None
@@ -141,7 +141,7 @@ class Meter:
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
             images, labels = zip(*(held_out[index] for index in chosen[start : start + 64]), strict=True)
-            draws = objective.draw(torch.Generator().manual_seed(start), 64, latent_shape(model))
+            draws = objective.draw(torch.Generator().manual_seed(start), 64, model.latent_shape)
             draws = StepNoise(*(part.to(self.device) for part in draws._asdict().values()))
             moments = codec.moments(torch.stack(images).to(self.device))
             noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)
