@@ -34,4 +34,5 @@ if args.snapshot:
     samples = sampler.images(labels, range(args.count))  # measured batch by batch, never all in memory
 
 drawn = compute_statistics(samples, features, device=device)
-print(f"FID-{drawn.count} {frechet_distance(drawn, real):.3f} in the features of {features.name}")
+distance = frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance)
+print(f"FID-{drawn.count} {distance:.3f} in the features of {features.name}")

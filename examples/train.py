@@ -23,7 +23,6 @@ parser.add_argument("folder")
 parser.add_argument("output", type=Path)
 parser.add_argument("--model", default="D-EMOv2-Ti-2")
 parser.add_argument("--image-size", type=int, default=64)
-parser.add_argument("--objective", default="flow")
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--batch-size", type=int, default=32)
 args = parser.parse_args()
@@ -34,7 +33,7 @@ images = ImageFolder(args.folder, args.image_size)
 side = args.image_size // codec.downsample
 model = create_model(args.model, sample_size=side, in_channels=codec.channels, num_classes=len(images.class_names))
 model.to(device).train()
-objective = load(OBJECTIVES[args.objective].loss)(null_class=model.null_class, learn_sigma=model.predicts_variance)
+objective = load(OBJECTIVES["flow"].loss)(null_class=model.null_class, learn_sigma=model.predicts_variance)
 objective.to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 average = EMA(model, 0.999, warmup=True)
@@ -51,12 +50,11 @@ while step < args.steps:
         loss.backward()
         optimizer.step()
         average.update(model)
-        step += 1
-        print(f"step {step}  loss {loss.item():.3f}")
+        print(f"step {(step := step + 1)}  loss {loss.item():.3f}")
         if step == args.steps:
             break
 
-meta = {"step": step, "weights": "ema", "codec": codec.name, "class_names": images.class_names,
-        "image_size": args.image_size}  # fmt: skip
+about = {"codec": codec.name, "class_names": images.class_names, "image_size": args.image_size}
+meta = {"step": step, "weights": "ema", **about}
 settings = TrainSettings(model=args.model, max_steps=args.steps, batch_size=args.batch_size, data_dir=args.folder)
 save_denoiser(args.output, average.model, scheduler=objective.noise_schedule(), meta=meta, settings=settings)

@@ -58,5 +58,5 @@ def test_finetune(photos, tmp_path):
 
 
 def test_objective(tmp_path):
-    shown = run("objective", "run", "--steps=2", "--batch-size=4", folder=tmp_path)
-    assert "drew (3, 3, 64, 64) images with FlowMatchEulerDiscreteScheduler" in shown
+    shown = run("objective", "l1.png", "--steps=2", folder=tmp_path)
+    assert "drew the ten digits with FlowMatchEulerDiscreteScheduler" in shown and (tmp_path / "l1.png").exists()
