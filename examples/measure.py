@@ -1,4 +1,4 @@
-"""Measure the FID of a folder of images, or of what a snapshot draws, against a folder of real ones, without a download.
+"""Measure the FID of a folder of images, or what a snapshot draws, against a folder of real ones, without a download.
 
 The features are those of a classifier trained here, such as the one of `make demo`; values compare with others in the
 same features only. For published tables use `d-emo fid`, which takes Inception's.

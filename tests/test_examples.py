@@ -32,7 +32,8 @@ def test_there_are_five():
 
 
 def test_train_then_sample(photos, tmp_path):
-    shown = run("train", photos / "train", "snapshot", "--image-size=32", "--steps=2", "--batch-size=2", folder=tmp_path)
+    tiny = "--image-size=32", "--steps=2", "--batch-size=2"
+    shown = run("train", photos / "train", "snapshot", *tiny, folder=tmp_path)
     assert "step 2  loss " in shown
     run("sample", "drawn", "bee", 0, "--snapshot=snapshot", "--each=1", "--steps=2", folder=tmp_path)
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["000-bee.png", "001-ant.png"]
