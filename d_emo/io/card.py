@@ -2,7 +2,7 @@
 
 A card is a function of its folder: ``snapshot.json`` (what was trained), ``config.yaml`` (every setting of the run)
 and, once something was measured, ``metrics.json``. So it can be written anew at any time, and figures enter it through
-:func:`add_measurement`, with the command that made them, never by hand.
+`add_measurement`, with the command that made them, never by hand.
 """
 
 from __future__ import annotations
