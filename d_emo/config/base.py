@@ -81,7 +81,7 @@ class Settings:
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
-        """Names of the fields with a mark of :func:`setting`: "resumable", "decisive"."""
+        """Names of the fields with a mark of `setting`: "resumable", "decisive"."""
         return {each.name for each in fields(cls) if each.metadata.get(mark)}
 
 
@@ -224,7 +224,7 @@ def write_yaml(settings: Any, path: Path) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an :class:`InputError` becomes one sentence on stderr and exit code 2."""
+    """Run a script's ``main``; an `InputError` becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except InputError as error:

@@ -200,7 +200,7 @@ class Measurement:
 
 
 def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:
-    """Measure stored images against a reference; ``options`` are those of :class:`Measurement`."""
+    """Measure stored images against a reference; ``options`` are those of `Measurement`."""
     return Measurement(reference, **options).of_images(samples, num_images=num_images)
 
 
@@ -223,13 +223,21 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch that holds nothing."""
+    """Refuse a batch that holds nothing.
+
+    Raises:
+        InputError: It is below 1.
+    """
     if batch_size < 1:
         raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that exists or cannot be written."""
+    """Refuse a file that exists or cannot be written.
+
+    Raises:
+        InputError: The file exists, or its folder does not, or cannot be written to.
+    """
     if path.exists():
         raise InputError(f"the output {path} exists and is not overwritten; remove it or name another")
     if not path.parent.is_dir():
@@ -239,7 +247,11 @@ def check_output(path: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet."""
+    """Write a file that does not exist yet.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
         with path.open("x") as stream:
             stream.write(text)
