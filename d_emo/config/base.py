@@ -35,7 +35,7 @@ def setting(
         flag: What it is called on the command line, where that is not ``--`` and its name; capitals: positional.
         nargs: How many values it takes.
         group: Heading in ``--help``, also of the fields after it.
-        choices: A table whose names it takes.
+        choices: A table whose names it takes; of a list, the settings check them.
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
     """
@@ -59,7 +59,7 @@ class Settings:
             _check_type(name, getattr(self, name), hint)
         for each in fields(self):
             value, table = getattr(self, each.name), each.metadata.get("choices")
-            if table is not None and value is not None and value not in table:
+            if table is not None and isinstance(value, str) and value not in table:
                 raise InputError(_one_of(each.name, table, value))
         self.check()
 
@@ -154,7 +154,8 @@ def make_parser(settings_class: type[Any], description: str) -> Any:
             group = parser.add_argument_group(each.metadata["group"])
         options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
         if each.metadata.get("choices") is not None:
-            options["help"] += f" ({', '.join(each.metadata['choices'])})"
+            rows = each.metadata["choices"].items()
+            options["help"] += f" ({', '.join(f'{name}: {row.title}' if hasattr(row, 'title') else name for name, row in rows)})"
         if each.default is not MISSING:
             options["default"] = each.default
         elif each.default_factory is not MISSING:

@@ -124,7 +124,7 @@ class FidSettings(Settings):
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )
     metrics: list[str] = setting(
-        ["fid"], "any of " + ", ".join(f"{name} ({row.title})" for name, row in METRICS.items())
+        ["fid"], "metrics to compute", choices=METRICS
     )
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
