@@ -25,8 +25,8 @@ TRAIN = [
 @pytest.fixture
 def extended(monkeypatch):
     """The examples' rows in the tables; afterwards all is as before."""
-    for table in (tables.BLOCKS, tables.FAMILIES, tables.OBJECTIVES, tables.SCHEDULERS, tables.DATASETS, tables.METRICS):
-        monkeypatch.setattr(table, "_rows", dict(table._rows))
+    for name in ("BLOCKS", "FAMILIES", "OBJECTIVES", "SCHEDULERS", "DATASETS", "METRICS"):
+        monkeypatch.setattr(getattr(tables, name), "_rows", dict(getattr(tables, name)._rows))
     monkeypatch.syspath_prepend(OUTSIDE.parent)
     before = set(sys.modules)
     import extending
@@ -55,7 +55,7 @@ def test_all_four_train_sample_and_measure(extended, tmp_path, monkeypatch):
     assert snapshot.objective == "velocity" and snapshot.class_names == ["lying", "standing"]
     assert snapshot.scheduler_config["prediction_type"] == "v_prediction" and snapshot.meta["model"] == "conv-ti/4"
     assert "Stripes are drawn by a formula" in (snapshot.path / "README.md").read_text()
-    run_verb("sample", ["--checkpoint", "run", "--class", "standing", "--num-images", "1", "--num-images", "1", "--steps", "2", "--format", "png",
+    run_verb("sample", ["--checkpoint", "run", "--class", "standing", "--num-images", "1", "--steps", "2", "--format", "png",
                         "--output", "drawn"])  # fmt: skip
     assert len(list(Path("drawn").glob("*.png"))) == 1
     features = ["--features", f"emov2:{CLASSIFIER}"]

@@ -154,8 +154,7 @@ def make_parser(settings_class: type[Any], description: str) -> Any:
             group = parser.add_argument_group(each.metadata["group"])
         options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
         if each.metadata.get("choices") is not None:
-            rows = each.metadata["choices"].items()
-            options["help"] += f" ({', '.join(f'{name}: {row.title}' if hasattr(row, 'title') else name for name, row in rows)})"
+            options["help"] += f" ({', '.join(map(_choice, each.metadata['choices'].values()))})"
         if each.default is not MISSING:
             options["default"] = each.default
         elif each.default_factory is not MISSING:
@@ -192,6 +191,11 @@ def _read(
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
         raise InputError(f"{_sentence(str(error), names, hints)} (--help lists what is accepted)") from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
+
+
+def _choice(row: Any) -> str:
+    """A row of a table as help shows it: its name, and its title where it has one."""
+    return f"{row.name}: {row.title}" if hasattr(row, "title") else row.name
 
 
 def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
