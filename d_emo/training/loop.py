@@ -69,7 +69,7 @@ class Task(Protocol):
 def fit(
     task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None
 ) -> Path | None:
-    """Train until ``settings.max_steps``, a signal or the time limit; the same command goes on from there.
+    """Train until ``settings.max_steps``, a signal or the time limit; the same call resumes from there.
 
     Args:
         task: Model, data and loss.
@@ -148,13 +148,13 @@ class _Run:
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
             self.watch.say(
-                f"stopped by {stop.reason} at step {self.step}; the state is saved, the same command goes on"
+                f"stopped by {stop.reason} at step {self.step}; the state is saved; re-run the same command to resume"
             )
             sys.exit(stop.exit_code)
         return self._snapshot_folder() if accelerator.is_main_process else None
 
     def _open_run_folder(self) -> dict[str, Any] | None:
-        """Make or check the run folder; return the state to go on from."""
+        """Make or check the run folder; return the state to resume from."""
         settings, states = self.settings, self.folder / "states"
         try:
             states.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ class _Run:
         if changed:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
-                "repeat the same command to go on, or choose another `output_dir`"
+                "re-run the same command to resume, or choose another `output_dir`"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ class _Run:
 
     @contextmanager
     def _saving(self, what: str) -> Iterator[None]:
-        """Say plainly what could not be saved and what there is to go on from."""
+        """Say plainly what could not be saved and what there is to resume from."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
