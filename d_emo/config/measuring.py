@@ -84,7 +84,11 @@ class JudgeSettings(Settings):
         self.sampler_steps()
 
     def sampler_steps(self) -> list[tuple[str, int]]:
-        """Name and steps of each sampler to compare."""
+        """Name and steps of each sampler to compare.
+
+        Raises:
+            InputError: One is not NAME:STEPS.
+        """
         pairs = [each.rpartition(":")[::2] for each in self.samplers]
         for each, (name, steps) in zip(self.samplers, pairs, strict=True):
             if not name or not steps.isdecimal():
