@@ -55,8 +55,8 @@ def test_all_four_train_sample_and_measure(extended, tmp_path, monkeypatch):
     assert snapshot.objective == "velocity" and snapshot.class_names == ["lying", "standing"]
     assert snapshot.scheduler_config["prediction_type"] == "v_prediction" and snapshot.meta["model"] == "conv-ti/4"
     assert "Stripes are drawn by a formula" in (snapshot.path / "README.md").read_text()
-    run_verb("sample", ["--checkpoint", "run", "--class", "standing", "--num-images", "1", "--steps", "2", "--format", "png",
-                        "--output", "drawn"])  # fmt: skip
+    run_verb("sample", ["--checkpoint", "run", "--class", "standing", "--num-images", "1", "--steps", "2",
+                        "--format", "png", "--output", "drawn"])  # fmt: skip
     assert len(list(Path("drawn").glob("*.png"))) == 1
     features = ["--features", f"emov2:{CLASSIFIER}"]
     run_verb("reference", ["--dataset", "stripes", "--image-size", "32", "--num-images", "16", *features,
