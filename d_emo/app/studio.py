@@ -125,8 +125,8 @@ class Studio:
     def draw(self, request: SampleRequest) -> Iterator[View]:
         """Draw, and show the pictures on the way; whoever closes the iterator ends the drawing.
 
-        Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, so the finished ones do
-        not wait for it.
+        Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, the time that the caller
+        takes for views included, so the finished ones do not wait for it.
 
         Args:
             request: From :meth:`read`.
@@ -147,12 +147,12 @@ class Studio:
                     images[part] = step.images
                 elif due and previews < self.settings.preview_share * (now - started):
                     images[part] = to_uint8(decode(self.sampler.codec, step.latents)).cpu()
-                    previews += time.perf_counter() - now
                 finished, made = (part.stop, 0) if step.is_last else (part.start, step.index + 1)
                 if due or finished == len(images):
                     shown = time.perf_counter()
                     fraction = (finished + width * made / step.steps) / len(images)
                     yield View(list(images), finished, made, step.steps, fraction, shown - started)
+                    previews += time.perf_counter() - now  # what is done with a view takes its time from the drawing
         except torch.cuda.OutOfMemoryError:
             raise InputError("the GPU has too little memory left for so many pictures at once; choose fewer") from None
 
