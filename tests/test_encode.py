@@ -235,7 +235,7 @@ run_cli(full)
 
 def test_corrupt_images_stop_or_are_passed_over(tmp_path, pictures):
     (pictures / "ape" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"ape/1\.png.*--skip-corrupt"):
+    with pytest.raises(InputError, match=r"ape/1\.png.*`skip_corrupt`"):
         encode(ImageFolder(pictures, 8), HalfCodec(), tmp_path / "a", **SMALL)
     (pictures / "ape" / "3.png").write_bytes(b"nor this")  # its place is taken by the first bee
     images = ImageFolder(pictures, 8, skip_corrupt=True)
@@ -337,9 +337,9 @@ def test_latents_of_another_size_vae_or_scaling_are_refused_with_both_values(tmp
         DenoiserTask(TrainSettings(**{**TINY, "vae": "pixels", "latents": str(folder), **changes}))
 
     train(image_size=8)
-    with pytest.raises(InputError, match="of 8 px images, not --image-size 256"):
+    with pytest.raises(InputError, match="of 8 px images, not `image_size` 256"):
         train(image_size=256)
-    with pytest.raises(InputError, match=r"those of pixels \(encoder pixels\), not of --vae d-emo-f8"):
+    with pytest.raises(InputError, match=r"those of pixels \(encoder pixels\), not of `vae` d-emo-f8"):
         train(vae="d-emo-f8")
     with pytest.raises(InputError, match="give one only"):
         train(data_dir="images")

@@ -40,7 +40,7 @@ def test_a_study_of_imagenet_asks_for_its_images_unless_it_only_plans_or_reports
     config = ["--config", str(ROOT / "configs" / "study" / "imagenet256.yaml"), "--reference", __file__]
     for flags in (["--plan"], ["--report-only"], ["--data-dir", "IMAGENET/train"]):
         Study(parse_settings(StudySettings, "", [*config, *flags]))
-    with pytest.raises(InputError, match="give --data-dir FOLDER"):
+    with pytest.raises(InputError, match="give `data_dir` FOLDER"):
         Study(parse_settings(StudySettings, "", config))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from d_emo.errors import InputError, RunError
+from d_emo.errors import InputError, RunError, fields_as
 from d_emo.files import write_file
 
 S = TypeVar("S")
@@ -66,7 +67,19 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
     except ArgumentError as error:
         flags = {each.name: _flag(each) for each in fields(settings_class)}
         raise InputError(f"{_sentence(str(error), flags, hints)} (--help lists what is accepted)") from None
-    return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+    with in_flags(settings_class):
+        return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+
+
+@contextmanager
+def in_flags(settings_class: type[Any]) -> Iterator[None]:
+    """Errors that name settings name their flags instead, as a user of the command line knows them."""
+    flags = {each.name: _flag(each) for each in fields(settings_class)}
+    try:
+        yield
+    except (InputError, RunError) as error:
+        error.args = (fields_as(str(error), lambda name: flags.get(name, name)), *error.args[1:])
+        raise
 
 
 def _flag(one: Field) -> str:
@@ -102,7 +115,7 @@ def in_words(kind: Any) -> str:
 def check_image_side(image_size: int | None) -> None:
     """Refuse a size below the stride of a classifier's last map."""
     if image_size is not None and image_size < 32:
-        raise InputError(f"--image-size must be at least 32 px, as classifiers halve it five times, not {image_size}")
+        raise InputError(f"`image_size` must be at least 32 px, as classifiers halve it five times, not {image_size}")
 
 
 def write_yaml(settings: Any, path: Path) -> None:

@@ -48,7 +48,7 @@ def open_dataset(
         if images.sequential and not sequential:
             raise InputError(
                 f"{data_dir} is a stream, whose images cannot be had in random order; encode it first "
-                "(scripts/encode_latents.py --data-dir ... --output DIR) and train with --latents DIR"
+                "(`d-emo encode --data-dir ... --output DIR`) and train with `latents` DIR"
             )
         return OneClass(images) if one_class and len(images.class_names) > 1 else images
     if one_class:
@@ -65,7 +65,7 @@ def open_source(
     data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
-    """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
+    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
 
     Raises:
         InputError: An unknown option, or see the data sets themselves.
@@ -101,7 +101,7 @@ def open_held_out(
     """
     own_data = settings.data_dir or getattr(settings, "latents", None)
     if own_data is not None and settings.validate_dir is None:
-        raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
+        raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")
     held_out = open_dataset(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
         num_images=DATASETS[settings.dataset].held_out, image_size=settings.image_size,

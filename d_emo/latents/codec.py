@@ -140,7 +140,7 @@ def load_codec(name: str) -> Codec:
         raise InputError(
             f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
             f"({_first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give --vae FOLDER; or use --vae {SHIPPED_VAE}, which needs no network"
+            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE}, which needs no network"
         ) from None
     return VAECodec(vae, name)
 

@@ -38,7 +38,7 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
             "by the name of their folder."
         )
     if not re.match(r"emov\d", variant):
-        raise InputError(f"{variant} is no EMO classifier; --model takes names such as emov2_5m.")
+        raise InputError(f"{variant} is no EMO classifier; `model` takes names such as emov2_5m.")
     check_variant(variant_of(found, r"emov\d"), name, path)
     rows = weights[HEADS[0]].shape[0] if HEADS[0] in weights else 0
     return load_released(create_model(variant, num_classes=rows), path)
@@ -47,7 +47,7 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
 def check_variant(found: str | None, wanted: str | None, path: Path) -> None:
     """Raise InputError if ``path`` holds a known variant, but not the one that is wanted."""
     if wanted is not None and found not in (None, resolve_name(wanted)):
-        raise InputError(f"{path} holds the weights of {found}, not of {wanted}; leave --model out, or name {found}.")
+        raise InputError(f"{path} holds the weights of {found}, not of {wanted}; leave `model` out, or name {found}.")
 
 
 def write_timm_folder(

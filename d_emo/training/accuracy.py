@@ -135,7 +135,7 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     """
     path = Path(source)
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
-        raise InputError(f"--weights raw is for snapshots trained here; {source} holds one set of weights")
+        raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
         if resolve_name(source) not in BACKBONES:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
@@ -181,7 +181,7 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
         limit = {"num_images": settings.num_images or DATASETS[built_in].held_out}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)
     else:
-        raise InputError(f"{classifier.name} was trained on a folder of images; name one with --data-dir")
+        raise InputError(f"{classifier.name} was trained on a folder of images; name one with `data_dir`")
     names, known = images.class_names, classifier.class_names
     if len(names) != classifier.num_classes or (known is not None and known != names):
         raise InputError(
