@@ -71,6 +71,7 @@ def test_batches_have_their_size_and_do_not_change_the_images(sampler):
     whole = images(sampler, range(10), range(10))
     batches = list(sampler.images(range(10), range(10), batch_size=4))
     assert [len(batch) for batch in batches] == [4, 4, 2] and torch.equal(torch.cat(batches), whole)
+    assert [len(batch) for batch in sampler.images(range(10), range(10), batch_size=9)] == [9, 1]
     close = images(sampler, range(10), range(10), batch_size=5, exact=False)
     assert (close.int() - whole.int()).abs().max() <= 1
 
