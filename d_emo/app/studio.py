@@ -129,7 +129,7 @@ class Studio:
         takes for views included, so the finished ones do not wait for it.
 
         Args:
-            request: From :meth:`read`.
+            request: From `read`.
 
         Yields:
             Views; the last one has all pictures finished.

@@ -11,7 +11,6 @@ from d_emo.config.benchmarking import (
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.measuring import (
-    METRICS,
     PUBLISHED_COUNT,
     EvaluateClassifierSettings,
     ExplainSettings,
@@ -20,7 +19,6 @@ from d_emo.config.measuring import (
     ModelsSettings,
     PlotSettings,
     ReferenceSettings,
-    parse_metrics,
 )
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
@@ -59,7 +57,6 @@ __all__ = [
     "ExportSettings",
     "FidSettings",
     "JudgeSettings",
-    "METRICS",
     "ModelsSettings",
     "PUBLISHED_COUNT",
     "PlotSettings",
@@ -72,7 +69,6 @@ __all__ = [
     "check_guidance",
     "in_flags",
     "is_folder",
-    "parse_metrics",
     "parse_settings",
     "run_cli",
     "setting",

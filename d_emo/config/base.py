@@ -124,7 +124,7 @@ def write_yaml(settings: Any, path: Path) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an :class:`InputError` becomes one sentence on stderr and exit code 2."""
+    """Run a script's ``main``; an `InputError` becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except InputError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -10,8 +9,8 @@ from typing import Literal
 from d_emo.config.base import check_image_side, setting
 from d_emo.config.sampling import check_guidance, check_seed
 from d_emo.errors import InputError
+from d_emo.tables import METRICS, check_compared, parse_metrics
 
-METRICS = ("fid", "sfid", "isc", "prc", "kid")
 PUBLISHED_COUNT = 50_000
 """FID falls with the number of samples; tables are measured with this many."""
 
@@ -127,7 +126,7 @@ class FidSettings:
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )
     metrics: list[str] = setting(
-        ["fid"], f"any of {' '.join(METRICS)} (prc: precision and recall; isc: Inception Score)"
+        ["fid"], "any of " + ", ".join(f"{name} ({row.title})" for name, row in METRICS.items())
     )
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
@@ -157,8 +156,7 @@ class FidSettings:
         self.metrics = parse_metrics(self.metrics)
         if (self.samples is None) == (self.checkpoint is None):
             raise InputError("give either `samples` (images that exist) or `checkpoint` (a snapshot to draw from)")
-        if self.reference is None and self.metrics != ["isc"]:
-            raise InputError(f"`metrics` {' '.join(self.metrics)} compares with real images; give `reference`")
+        check_compared(self.metrics, self.reference)
         if self.checkpoint is None:
             for each in fields(self):
                 default = each.default_factory() if each.default is MISSING else each.default
@@ -172,21 +170,6 @@ class FidSettings:
             raise InputError(f"`steps` must lie between 1 and 1000, not {self.steps}")
         check_guidance(self.guidance_scale, self.guidance_interval)
         check_seed(self.seed)
-
-
-def parse_metrics(names: Sequence[str]) -> list[str]:
-    """Metric names, separated by commas or one by one, in the order of tables and each once.
-
-    Raises:
-        InputError: A name that is none.
-    """
-    wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
-    for name in wanted:
-        if name not in METRICS:
-            raise InputError(f"unknown metric {name!r} (`metrics`); known are {', '.join(METRICS)}")
-    if not wanted:
-        raise InputError(f"`metrics` names nothing to measure; known are {', '.join(METRICS)}")
-    return [name for name in METRICS if name in wanted]
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ class SampleRequest:
 
     Args:
         settings: Completed with what depends on the snapshot.
-        snapshot: With ``interpolate``, its model gets labels between the two classes; open a :class:`Sampler` after
+        snapshot: With ``interpolate``, its model gets labels between the two classes; open a `Sampler` after
             this.
 
     Attributes:
@@ -51,7 +51,7 @@ class SampleRequest:
 
     @property
     def how(self) -> dict[str, Any]:
-        """The arguments of :class:`Sampler`; of several guidance scales the first."""
+        """The arguments of `Sampler`; of several guidance scales the first."""
         settings = self.settings
         guidance = Guidance(settings.guidance_scale[0], settings.guidance_channels, tuple(settings.guidance_interval))
         return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": guidance}

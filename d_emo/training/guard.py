@@ -18,6 +18,8 @@ _MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; fr
 class NonFiniteGuard:
     """Judges each step before its update; a refused step leaves the model as it was, running statistics included.
 
+    Shape: buffers of any shape.
+
     Args:
         buffers: Running statistics, which a forward pass changes before anybody can judge it.
         policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.

@@ -93,10 +93,10 @@ class Updates:
     """Gradients, updates and states by accelerate's own means: one process, DDP, FSDP2.
 
     Args:
-        accelerator: From :func:`open_accelerator`.
+        accelerator: From `open_accelerator`.
         model, optimizer: On the device, not yet spread over the processes.
         settings: ``batch_size`` and ``grad_clip``.
-        precision: As given to :func:`open_accelerator`; where accelerate was not told of bf16, it is autocast here.
+        precision: As given to `open_accelerator`; where accelerate was not told of bf16, it is autocast here.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Updates:
                 "scaler": None if scaler is None else scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`gather` gave, in whichever way the model was spread then.
+        """Put back what `gather` gave, in whichever way the model was spread then.
 
         Raises:
             KeyError, RuntimeError, ValueError: The state is that of another model.
@@ -186,7 +186,7 @@ class ZeroUpdates(Updates):
         self.model.backward(loss)
 
     def gradient_norm(self) -> torch.Tensor:
-        """Norm of the whole gradient, which DeepSpeed clips in :meth:`step`."""
+        """Norm of the whole gradient, which DeepSpeed clips in `step`."""
         mine = nn.utils.get_total_norm([grad for grads in self.zero.averaged_gradients.values() for grad in grads])
         return self.accelerator.reduce(mine.to(self.accelerator.device).square(), "sum").sqrt()
 
