@@ -38,12 +38,8 @@ def interpreted(monkeypatch, triton_interpreter):
 def routed(interpreted, monkeypatch):
     """Let the networks take the GPU's form on the CPU."""
 
-    def uses_triton(*tensors):
-        return not dispatch._plain and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
-
-    for module in ("local", "depthwise"):
-        monkeypatch.setattr(f"d_emo.kernels.{module}.uses_triton", uses_triton)
-    monkeypatch.setattr("d_emo.kernels.depthwise.fuses_inference", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "triton_works", lambda index: True)
     return interpreted
 
 

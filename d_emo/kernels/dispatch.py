@@ -118,7 +118,7 @@ def why_standard() -> str | None:
     is to see all modules."""
     if _plain:
         return "the plain form was asked for"
-    if is_fx_tracing() or is_exporting():
+    if is_fx_tracing() or (torch.compiler.is_compiling() and is_exporting()):
         return "the network is exported or traced"
     if modules._global_forward_hooks or modules._global_forward_pre_hooks or (
         modules._global_backward_hooks or modules._global_backward_pre_hooks

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d_emo.kernels.activation import Activation, activate, activation_of
+from d_emo.kernels.activation import Activation, activation_of
 from d_emo.kernels.dispatch import Form, onednn_refuses, opaque, run, why_standard
 
 
@@ -61,8 +61,8 @@ def _joined(x: Tensor, layer: nn.Linear, act: nn.Module | None) -> Tensor:
 
 def _onednn(x: Tensor, layer: nn.Linear, act: nn.Module | None) -> Tensor:
     multiply = _Linear.apply if torch.is_grad_enabled() else product
-    y, kind = multiply(x, layer.weight, layer.bias), activation_of(act)
-    return act(y) if kind is None else activate(y, kind)
+    y = multiply(x, layer.weight, layer.bias)
+    return y if act is None else act(y)
 
 
 def _library(x: Tensor, layer: nn.Module, act: nn.Module | None) -> Tensor:
