@@ -108,11 +108,12 @@ def _library(
     for partition in PARTITIONS[mode]:
         far, operands = partition is FarPartition, []
         for x in (*qk.chunk(2, dim=-1), value):
+            dim = x.shape[-1]
             x = gather(x, (h, w)) if far else x  # (B, n h, m w, C or M), a window's tokens side by side
-            x = x.reshape(batch * n, h, m, -1).transpose(1, 2)  # (B n, m, h, w C)
-            operands.append(x.reshape(batch * n * m, h * w, heads, -1).transpose(1, 2))
+            x = x.reshape(batch * n, h, m, w * dim).transpose(1, 2)  # (B n, m, h, w C)
+            operands.append(x.reshape(batch * n * m, h * w, heads, dim // heads).transpose(1, 2))
         mixed = F.scaled_dot_product_attention(*operands).transpose(1, 2)  # (B n m, h w, heads, M / heads)
-        mixed = mixed.reshape(batch * n, m, h, -1).transpose(1, 2).reshape(batch, height, width, -1)
+        mixed = mixed.reshape(batch * n, m, h, w * dim).transpose(1, 2).reshape(batch, height, width, dim)
         mixed = gather(mixed, (n, m)) if far else mixed  # (B, H, W, M)
         total = mixed if total is None else total + mixed
     return repeat * total if repeat != 1 else total

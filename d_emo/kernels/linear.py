@@ -36,7 +36,7 @@ def unactivated(layer: nn.Module | None, x: Tensor, act: nn.Module | None) -> tu
     if layer is None:
         return x, "none"
     kind = activation_of(act)
-    if kind is None or (why_standard() is None and _joined_refuses(x, layer, act) is None):
+    if kind is None or why_standard() or _joined_refuses(x, layer, act) is None:
         return linear(layer, x, act), "none"
     return linear(layer, x), kind
 

@@ -26,9 +26,7 @@ def in_slices(network: nn.Module, x: Tensor, size: int) -> Tensor:
 
     Shape: x (B, ...) -> (B, ...).
     """
-    whole = torch.is_grad_enabled() or x.device.type != "cpu" or len(x) * size <= SLICE
-    if whole or torch.compiler.is_compiling() or why_standard() or any(
-        module._forward_hooks or module._forward_pre_hooks for module in network.modules()
-    ):  # fmt: skip
+    whole = why_standard() or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
+    if whole or len(x) * size <= SLICE or any(m._forward_hooks or m._forward_pre_hooks for m in network.modules()):
         return network(x)
     return torch.cat([network(images) for images in x.split(max(1, SLICE // size))])

@@ -238,7 +238,7 @@ class EMO(nn.Module):
             return x
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
-        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.proj.in_features)
+        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.mid_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.

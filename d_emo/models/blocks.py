@@ -87,7 +87,7 @@ class MobileOperator(nn.Module):
             )  # fmt: skip
         else:
             self.expand = LinearAct(dim, mid_dim, act())
-        self.inner_skip = inner_skip
+        self.mid_dim, self.inner_skip = mid_dim, inner_skip
         self.local = (
             LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
             if local_conv
@@ -203,15 +203,19 @@ class MetaMobileBlock(nn.Module):
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it."""
-        expand, proj = self.operator.expand, self.operator.proj
+        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it.
+
+        Either only where nothing is wrapped around the two or hung on them.
+        """
+        operator, expand, proj = self.operator, self.operator.expand, self.operator.proj
         # Attention pads with zeros between norm and expansion, so a norm before attention has to stay.
-        if isinstance(self.norm, ChannelsLastBatchNorm) and isinstance(expand, nn.Sequential):
-            factor, offset = self.norm.affine()
-            expand[0].bias.add_(expand[0].weight @ offset)
-            expand[0].weight.mul_(factor)
+        norm, linear = self.norm, expand[0] if isinstance(expand, nn.Sequential) else None
+        if isinstance(norm, ChannelsLastBatchNorm) and linear and not kernels.opaque(norm, norm.bn, operator, linear):
+            factor, offset = norm.affine()
+            linear.bias.add_(linear.weight @ offset)
+            linear.weight.mul_(factor)
             self.norm = nn.Identity()
-        if isinstance(self.layer_scale, LayerScale):
+        if isinstance(self.layer_scale, LayerScale) and not kernels.opaque(self.layer_scale, operator, proj):
             proj.weight.mul_(self.layer_scale.gamma[:, None])
             self.layer_scale = nn.Identity()
 

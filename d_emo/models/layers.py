@@ -138,8 +138,8 @@ class LocalConv(nn.Module):
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb the batch norm's running statistics into the convolution, if it has one."""
-        if not isinstance(self.norm, ChannelsLastBatchNorm):
+        """Absorb the batch norm's running statistics into the convolution, if it has one and nothing hangs on them."""
+        if not isinstance(self.norm, ChannelsLastBatchNorm) or kernels.opaque(self.conv, self.norm, self.norm.bn):
             return
         conv, (weight, bias) = self.conv, kernels.folded(self.conv, self.norm)
         folded = nn.Conv2d(
@@ -155,7 +155,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Fold batch norms into the convolutions and linear layers beside them, in place, for inference.
 
     In eval mode a batch norm is an affine map, so the output is unchanged up to rounding. The model can no longer be
-    trained or saved as before: fold a copy, or fold last.
+    trained or saved as before: fold a copy, or fold last. Beside a layer that is wrapped, or has hooks, it stays.
 
     Raises:
         InputError: if the model is in training mode, where batch norm is not an affine map.
@@ -269,9 +269,10 @@ class TimestepEmbedder(nn.Module):
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)  # quantised: none
         device = "cpu" if t.device.type == "meta" else t.device.type  # without data there is nothing to cast
         with torch.autocast(device, enabled=False):  # a small network that every block depends on
-            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
+            return self.mlp(features.to(dtype))  # (B, C)
 
 
 class LabelEmbedder(nn.Module):

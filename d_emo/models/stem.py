@@ -26,8 +26,8 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb the batch norm's running statistics into the convolution."""
-        if isinstance(self.norm, ChannelsLastBatchNorm):
+        """Absorb the batch norm's running statistics into the convolution, if nothing hangs on them."""
+        if isinstance(self.norm, ChannelsLastBatchNorm) and not kernels.opaque(self.conv, self.norm, self.norm.bn):
             factor, offset = self.norm.affine()
             self.conv.weight.mul_(factor[:, None, None, None])
             self.conv.bias.mul_(factor).add_(offset)
