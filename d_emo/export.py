@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.io.snapshot import kind_of, load_denoiser
-from d_emo.models import Denoiser, create_model
-from d_emo.models.denoiser import DENOISERS
+from d_emo.models import create_model
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
+from d_emo.tables import denoisers
 from d_emo.training.accuracy import open_classifier
 
 OPSET = 18
@@ -32,10 +33,10 @@ ONE_FILE = 2_000_000_000
 class DenoiserOutput(nn.Module):
     """A denoiser as a plain function of three tensors.
 
-    Shape: latents (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C_out, H, W).
+    Shape: latents (B, C, *sizes), timesteps (B,), class_labels (B,) -> (B, C_out, *sizes).
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: DenoiserFrame) -> None:
         super().__init__()
         self.denoiser = denoiser
 
@@ -70,13 +71,12 @@ def portable_classifier(network: nn.Module, image_size: int, channels: int = 3) 
     return Portable(folded, ("images",), example, "images are in [-1, 1]")
 
 
-def portable_denoiser(denoiser: Denoiser) -> Portable:
+def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
     """A denoiser at its own sample size, on a copy; timesteps are float32."""
-    height, width = denoiser.sample_size if isinstance(denoiser.sample_size, tuple) else (denoiser.sample_size,) * 2
 
     def example(batch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(batch)
-        latents = torch.randn(batch, denoiser.config.in_channels, height, width, generator=generator)
+        latents = torch.randn(batch, *denoiser.latent_shape, generator=generator)
         timesteps = torch.randint(1000, (batch,), generator=generator).float()
         return latents, timesteps, torch.randint(denoiser.null_class + 1, (batch,), generator=generator)
 
@@ -160,7 +160,11 @@ def write_onnx(network: Portable, path: Path) -> Runner:
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
-    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back."""
+    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back.
+
+    Raises:
+        InputError: Core ML cannot express the network.
+    """
     import coremltools
 
     with torch.no_grad():
@@ -201,7 +205,7 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
     if Path(source).is_dir() and kind_of(source) == "denoiser":
         snapshot = load_denoiser(source)
         name, denoiser = str(snapshot.path), snapshot.model
-    elif not Path(source).exists() and source.replace("/", "-") in DENOISERS:
+    elif not Path(source).exists() and source.replace("/", "-") in denoisers():
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
         stir(denoiser)
@@ -212,5 +216,5 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
         return classifier.name, portable_classifier(classifier.model, size, channels)
     if image_size is not None:
-        raise InputError("--image-size is for classifiers; a denoiser has a sample size of its own")
+        raise InputError("`image_size` is for classifiers; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

@@ -1,4 +1,4 @@
-"""Training objectives of the denoiser, eps and flow; the only owner of label dropout.
+"""Training objectives of the denoiser; the only owner of label dropout.
 
 The eps objective is that of improved DDPM (Nichol and Dhariwal, 2021) as DiT uses it: mean squared error of the noise,
 plus the variational bound, in bits per dimension, for the variance alone (the mean is detached there).
@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from d_emo.errors import InputError
-
 
 class StepNoise(NamedTuple):
-    """All randomness of one step, for the whole global batch; a process slices its share out of it.
+    """All randomness of one step, for the whole global batch; a process takes the rows of its own images.
 
     Because it depends on (seed, step) alone, neither the number of processes nor accumulation changes it.
     """
 
-    noise: torch.Tensor  # (B, C, H, W)
-    posterior_noise: torch.Tensor  # (B, C, H, W), for the draw of latents from the VAE's posterior
+    noise: torch.Tensor  # (B, C, *sizes)
+    posterior_noise: torch.Tensor  # (B, C, *sizes), for the draw of latents from the VAE's posterior
     timesteps: torch.Tensor  # (B,) as the denoiser sees them: int64 for eps, float32 for flow
     drop_label: torch.Tensor  # (B,) bool
     flip: torch.Tensor  # (B,) bool
@@ -47,7 +44,12 @@ class Objective(nn.Module, ABC):
         num_train_timesteps: The largest timestep that the denoiser sees, T.
         logit_normal: (mean, std) of the logit of t / T, as in Stable Diffusion 3 (Esser et al., 2024, section 3.1);
             None draws t uniformly, as DiT and SiT.
+
+    Attributes:
+        whole_timesteps: Whether timesteps are whole numbers, places in a table.
     """
+
+    whole_timesteps: ClassVar[bool] = False
 
     def __init__(
         self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True,
@@ -61,32 +63,49 @@ class Objective(nn.Module, ABC):
     def noise_schedule(self) -> Any:
         """The diffusers scheduler whose config tells sampling what the denoiser was trained for."""
 
+    @abstractmethod
+    def noised(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        """Latents at the noise level of the step's timesteps. Shape: (B, C, *sizes) -> same."""
+
+    @abstractmethod
+    def forward(
+        self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise
+    ) -> dict[str, torch.Tensor]:
+        """Loss of a batch: "loss", and under other names what is written down beside it.
+
+        Shape: latents (B, C, *sizes), labels (B,) -> scalars
+        """
+
     def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> StepNoise:
         """Draw one step's randomness on the generator's device."""
         device, shape = generator.device, (batch_size, *latent_shape)
         return StepNoise(
             noise=torch.randn(shape, generator=generator, device=device),
             posterior_noise=torch.randn(shape, generator=generator, device=device),
-            timesteps=self._draw_timesteps(generator, batch_size),
+            timesteps=self.draw_timesteps(generator, batch_size),
             drop_label=torch.rand(batch_size, generator=generator, device=device) < self.label_dropout,
             flip=torch.rand(batch_size, generator=generator, device=device) < 0.5,
         )
 
-    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        """Timesteps in [0, T). Shape: -> (B,), float32."""
+    def draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
+        """Timesteps in [0, T). Shape: -> (B,), float32 or, with `whole_timesteps`, int64."""
         if self.logit_normal is None:
-            share = torch.rand(batch_size, generator=generator, device=generator.device)
+            fraction = torch.rand(batch_size, generator=generator, device=generator.device)
         else:
             mean, std = self.logit_normal
-            share = torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
-        return share * self.num_train_timesteps
+            fraction = torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
+        t = fraction * self.num_train_timesteps
+        return t.long().clamp(max=self.num_train_timesteps - 1) if self.whole_timesteps else t
 
-    def _predict(
-        self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, draws: StepNoise
+    def predict(
+        self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, step: StepNoise
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here."""
-        labels = torch.where(draws.drop_label, self.null_class, labels)
-        output = denoiser(noisy, timestep=draws.timesteps, class_labels=labels).sample.float()
+        """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here.
+
+        Shape: noisy (B, C, *sizes) -> same, twice
+        """
+        labels = torch.where(step.drop_label, self.null_class, labels)
+        output = denoiser(noisy, timestep=step.timesteps, class_labels=labels).sample.float()
         return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
 
 
@@ -98,8 +117,10 @@ class EpsObjective(Objective):
     Args:
         beta_start: First beta of the linear schedule.
         beta_end: Last beta.
-        options: See :class:`Objective`.
+        options: See `Objective`.
     """
+
+    whole_timesteps = True
 
     def __init__(self, *, beta_start: float = 1e-4, beta_end: float = 0.02, **options: Any):
         super().__init__(**options)
@@ -127,45 +148,38 @@ class EpsObjective(Objective):
             variance_type="learned_range" if self.learn_sigma else "fixed_large",
         )
 
-    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        return super()._draw_timesteps(generator, batch_size).long().clamp(max=self.num_train_timesteps - 1)
-
-    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: StepNoise) -> dict:
-        """Loss of a batch.
-
-        Shape: latents (B, C, H, W), labels (B,) -> scalars "loss", "mse" and, with a learned variance, "vb".
-        """
-        t, noise, noisy = draws.timesteps, draws.noise, self.noised(latents, draws)
-        predicted, variance = self._predict(denoiser, noisy, labels, draws)
-        mse = (predicted - noise).square().mean()
+    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise) -> dict:
+        noisy = self.noised(latents, step)
+        predicted, variance = self.predict(denoiser, noisy, labels, step)
+        mse = (predicted - step.noise).square().mean()
         if variance is None:
             return {"loss": mse, "mse": mse.detach()}
-        vb = self._bound(latents, noisy, t, predicted.detach(), variance).mean()
+        vb = self._bound(latents, noisy, per_image(step.timesteps, latents), predicted.detach(), variance).mean()
         return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
 
-    def noised(self, latents: torch.Tensor, draws: StepNoise) -> torch.Tensor:
-        """Latents at the noise level of the draws' timesteps. Shape: (B, C, H, W) -> same."""
-        t = draws.timesteps
-        return self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * draws.noise
+    def noised(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        t = per_image(step.timesteps, latents)
+        return self._at("sqrt_abar", t) * latents + self._at("sqrt_rest", t) * step.noise
 
     def _at(self, table: str, t: torch.Tensor) -> torch.Tensor:
-        return getattr(self, table)[t][:, None, None, None]
+        """A table's entry of each image. Shape: t (B, 1, ...) -> same."""
+        return getattr(self, table)[t]
 
     def _bound(self, x0, xt, t, predicted, variance) -> torch.Tensor:
-        """Term L_t of the variational bound in bits, per value. Shape: (B, C, H, W).
+        """Term L_t of the variational bound in bits, per value. Shape: (B, C, *sizes).
 
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0 and -log p(x_0 | x_1) at t = 0 (DDPM eq. 5 and 13);
         the log variance is interpolated between log beta-tilde and log beta (improved DDPM eq. 15).
         """
-        share = (variance + 1) / 2
-        log_variance = share * self._at("log_beta", t) + (1 - share) * self._at("log_posterior", t)
+        fraction = (variance + 1) / 2
+        log_variance = fraction * self._at("log_beta", t) + (1 - fraction) * self._at("log_posterior", t)
         predicted_x0 = (xt - self._at("sqrt_rest", t) * predicted) / self._at("sqrt_abar", t)
         mean = self._at("from_x0", t) * predicted_x0 + self._at("from_xt", t) * xt
         true_mean = self._at("from_x0", t) * x0 + self._at("from_xt", t) * xt
         gap = self._at("log_posterior", t) - log_variance
         divergence = 0.5 * (gap.exp() - 1 - gap + (true_mean - mean).square() * (-log_variance).exp())
         likelihood = discretised_log_likelihood(x0, mean, 0.5 * log_variance)
-        return torch.where((t == 0)[:, None, None, None], -likelihood, divergence) / math.log(2)
+        return torch.where(t == 0, -likelihood, divergence) / math.log(2)
 
 
 class FlowObjective(Objective):
@@ -179,31 +193,26 @@ class FlowObjective(Objective):
     def noise_schedule(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
 
-    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, draws: StepNoise) -> dict:
-        """Loss of a batch. Shape: latents (B, C, H, W), labels (B,) -> scalars "loss" and "mse", which are equal."""
-        t = (draws.timesteps / self.num_train_timesteps)[:, None, None, None]
-        velocity, _ = self._predict(denoiser, (1 - t) * latents + t * draws.noise, labels, draws)
-        mse = (velocity - (draws.noise - latents)).square().mean()
+    def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise) -> dict:
+        velocity, _ = self.predict(denoiser, self.noised(latents, step), labels, step)
+        mse = (velocity - (step.noise - latents)).square().mean()
         return {"loss": mse, "mse": mse.detach()}
 
+    def noised(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        t = per_image(step.timesteps / self.num_train_timesteps, latents)
+        return (1 - t) * latents + t * step.noise
 
-OBJECTIVES: dict[str, type[Objective]] = {"eps": EpsObjective, "flow": FlowObjective}
 
-
-def objective_of(scheduler_config: Mapping[str, Any]) -> str:
-    """The objective that a snapshot's noise schedule belongs to; diffusers' flow matching names no prediction type.
-
-    Raises:
-        InputError: It belongs to none of ours.
-    """
-    kind = scheduler_config.get("prediction_type", "flow")
-    if kind not in ("epsilon", "flow"):
-        raise InputError(f"a denoiser with prediction_type {kind!r} cannot be used; epsilon and flow matching can")
-    return "eps" if kind == "epsilon" else "flow"
+def per_image(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """One value per image, to be multiplied with latents. Shape: (B,), (B, ...) -> (B, 1, ...)."""
+    return values.view(-1, *[1] * (latents.ndim - 1))
 
 
 def discretised_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log-probability of the 1/127.5-wide bin around x under a Gaussian; end bins reach to infinity (DDPM eq. 13)."""
+    """Log-probability of the 1/127.5-wide bin around x under a Gaussian; end bins reach to infinity (DDPM eq. 13).
+
+    Shape: as ``x``, which the others broadcast to.
+    """
     inverse_std = (-log_std).exp()
     upper = torch.special.ndtr((x - mean + 1 / 255) * inverse_std)
     lower = torch.special.ndtr((x - mean - 1 / 255) * inverse_std)

@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence(kind, flags, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="--device cuda"):
+    with pytest.raises(InputError, match="`device` cuda"):
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
 
 

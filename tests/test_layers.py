@@ -11,12 +11,12 @@ LAYERS = [
     "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
-    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
         "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
     ],
     "models": [
-        "layers", "attention", "blocks", "denoiser", "stem", "backbone", "counting", "registry", "released",
+        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
     "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
@@ -26,15 +26,19 @@ INSIDE = {
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",
     ],
-    "sampling": ["schedulers", "classes", "sampler", "grids", "pipeline"],
+    "sampling": [
+        "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
+    ],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
         "classifier_metrics",
     ],
     "app": ["studio", "page"],
-    "lab": ["ablations", "models_table", "loss_curves", "benchmark", "study"],
+    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
     "lab/benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
-    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
+    "lab/study": [
+        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
+    ],
 }
 
 

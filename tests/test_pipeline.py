@@ -18,14 +18,14 @@ from d_emo.errors import InputError
 from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import load_codec
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 
 NAMES = [*"012345678", "a nine"]
 
 
 def snapshot(folder, denoiser, *, objective="eps", codec="d-emo-f8", **meta):
     meta = {"step": 5, "weights": "ema", "codec": codec, "image_size": 64, "class_names": NAMES, **meta}
-    schedule = OBJECTIVES[objective](null_class=10).noise_schedule()
+    schedule = load(OBJECTIVES[objective].loss)(null_class=10).noise_schedule()
     save_denoiser(folder, denoiser, scheduler=schedule, meta=meta, settings=TrainSettings())
     return folder
 
@@ -45,10 +45,10 @@ def test_the_pipeline_draws_what_the_sampler_draws(pipe, tiny_denoiser):
     for name in ("dpm++", "ddpm"):
         pipe.scheduler = sampling.make_scheduler(name, pipe.scheduler.config)
         drawn = pipe(["a nine", 3], 2.0, 4, seeded(5, 6), output_type="pt").images
-        expected = torch.cat(list(sampling.sample_images(
-            tiny_denoiser, sampling.make_scheduler(name, pipe.scheduler.config), load_codec("d-emo-f8"), [9, 3], [5, 6],
-            num_inference_steps=4, guidance_scale=2.0,
-        )))
+        sampler = sampling.Sampler(
+            tiny_denoiser, load_codec("d-emo-f8"), pipe.scheduler.config, scheduler=name, steps=4, guidance=2.0
+        )
+        expected = torch.cat(list(sampler.images([9, 3], [5, 6])))
         assert drawn.shape == (2, 3, 64, 64)
         torch.testing.assert_close(drawn * 255, expected.float(), rtol=0, atol=0.6)
 
@@ -115,7 +115,7 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": [10]}, "class 10 is out of range"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
-        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance scale"),
+        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance.scale. must be at least 0"),
         ({"class_labels": [1, 2], "generator": seeded(1)}, "1 generators were given for 2 pictures"),
         ({"class_labels": [1], "latents": torch.zeros(2, 4, 8, 8)}, "must have the shape .1, 4, 8, 8"),
     ):
@@ -216,8 +216,8 @@ def test_a_snapshot_of_nan_is_one_sentence(script, tmp_path, tiny_denoiser):
     ("argv", "words"),
     [
         ((), "at least one class"),
-        (("--class", "1", "--seed", "-1"), "--seed must lie between 0"),
-        (("--class", "1", "--guidance-scale", "1", "-2"), "--guidance-scale must be finite and not negative, not -2"),
+        (("--class", "1", "--seed", "-1"), "--seed must be at least 0"),
+        (("--class", "1", "--guidance-scale", "1", "-2"), "--guidance-scale must be at least 0, not -2"),
         (("--class", "1", "--guidance-scale", "1", "2", "--format", "png"), "several --guidance-scale make a grid"),
         (("--class", "10"), "class 10 is out of range"),
         (("--class", "1", "--scheduler", "euler"), "euler serves the flow objective"),

@@ -6,25 +6,27 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 
-from d_emo.cli import VERBS, run_verb
+from d_emo.cli import run_verb
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import save_denoiser
-from d_emo.lab.study import Study, study
+from d_emo.lab.study import Study, conclusion, study
+from d_emo.lab.study.conclusion import read_step_times
 from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
-from d_emo.lab.study.execution import ScriptError, claim
+from d_emo.lab.study.execution import VerbError, claim
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.report import read_rows
 from d_emo.lab.study.results import add_measurement, read_measurements, write_csv, write_json
 from d_emo.models import create_model
-from d_emo.objective import OBJECTIVES
+from d_emo.tables import OBJECTIVES, load
 
 STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 
@@ -97,19 +99,19 @@ def test_the_ablations_share_the_runs_of_the_study_that_they_change():
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
     whole, tried, measured = open_study(tmp_path), [], []
 
-    def run(script, arguments, **_):
-        tried.append((script.stem, Path(arguments[-1]).stem))
+    def run(verb, settings, config, **_):
+        tried.append((verb, config.stem))
         if tried[-1][1].startswith("d-emo"):
-            raise ScriptError("train_dit.py ended with exit code 1")
+            raise VerbError("d-emo train ended with exit code 1")
 
-    monkeypatch.setattr(study, "run_script", run)
+    monkeypatch.setattr(study, "run_verb", run)
     monkeypatch.setattr(Study, "_measure", lambda self, run, lock: measured.append((run.name, run.seed)))
     monkeypatch.setattr(Study, "report", lambda self: Path("report.md"))
     failed = whole.work()
     names = ["latents", "judge", "d-emo-seed3", "dit-flow-seed3", "d-emo-seed5", "dit-flow-seed5"]
     assert [name for _, name in tried] == names
     assert failed == ["D-EMO, seed 3", "D-EMO, seed 5"] and measured == [("DiT, flow", 3), ("DiT, flow", 5)]
-    assert "D-EMO, seed 3: train_dit.py ended with exit code 1; the other runs go on" in capsys.readouterr().err
+    assert "D-EMO, seed 3: d-emo train ended with exit code 1; the other runs go on" in capsys.readouterr().err
 
     sentence = "2 runs failed: D-EMO, seed 3; D-EMO, seed 5"
     with pytest.raises(RunError, match=sentence):
@@ -122,25 +124,25 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     whole.conclude([])
 
 
-@pytest.mark.parametrize("name", ["encode_latents", "train_classifier"])
-def test_without_latents_or_a_judge_nothing_is_trained(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["encode", "train-classifier"])
+def test_without_latents_or_a_classifier_nothing_is_trained(tmp_path, monkeypatch, name):
     tried = []
 
-    def run(script, arguments, **_):
-        tried.append(script.stem)
-        if script.stem == name:
-            raise ScriptError("it ended")
+    def run(verb, settings, config, **_):
+        tried.append(verb)
+        if verb == name:
+            raise VerbError("it ended")
 
-    monkeypatch.setattr(study, "run_script", run)
-    with pytest.raises(ScriptError):
+    monkeypatch.setattr(study, "run_verb", run)
+    with pytest.raises(VerbError):
         open_study(tmp_path).work()
     assert tried[-1] == name
 
 
 def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for write, value in ((write_json, {"a": 1}), (write_csv, [{"a": 1}])):
-        with pytest.raises(RunError, match=r"file/x \(Not a directory\); nothing that was measured before is lost"):
+    for write, value in ((write_json, {"a": 1}), (write_csv, pd.DataFrame({"a": [1]}))):
+        with pytest.raises(RunError, match=r"file/x \((Not a directory|File exists)\); nothing that was"):
             write(tmp_path / "file" / "x", value)
     with pytest.raises(RunError, match=r"folder cannot be written \(.*file/study/latents: Not a directory\); nothing"):
         open_study(tmp_path, output_dir=str(tmp_path / "file" / "study")).work()
@@ -164,6 +166,11 @@ def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypa
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV file, without what is empty."""
+    return [row.dropna().to_dict() for _, row in pd.read_csv(path).iterrows()]
+
+
 def snapshot_of(folder: Path, **options) -> Path:
     """A snapshot of a random denoiser of digits at 8 px, its gates open."""
     torch.manual_seed(0)
@@ -174,7 +181,7 @@ def snapshot_of(folder: Path, **options) -> Path:
                 parameter.normal_(0, 0.2)
     meta = {"step": 4, "weights": "ema", "codec": "pixels", "image_size": 8, "data": "digits",
             "class_names": [str(i) for i in range(10)]}  # fmt: skip
-    scheduler = OBJECTIVES["eps"](null_class=10).noise_schedule()
+    scheduler = load(OBJECTIVES["eps"].loss)(null_class=10).noise_schedule()
     save_denoiser(folder, model, scheduler=scheduler, meta=meta, settings=TrainSettings())
     return folder
 
@@ -199,15 +206,14 @@ def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_
     assert seconds.keys() == set(keys) and all(0 < value < 10 for value in seconds.values())
 
     asked = []
-    monkeypatch.setattr(study, "step_times", lambda settings, runs: asked.append(1) or dict.fromkeys(keys, 1.0))
-    whole = Study(settings, scripts=ROOT / "scripts")
-    assert whole._step_times() == whole._step_times() and len(asked) == 1
-    (kept,) = whole.folder.glob("step_times-*.json")
+    monkeypatch.setattr(conclusion, "step_times", lambda settings, runs: asked.append(1) or dict.fromkeys(keys, 1.0))
+    assert read_step_times(settings, planned) == read_step_times(settings, planned) and len(asked) == 1
+    (kept,) = Path(settings.output_dir).glob("step_times-*.json")
     kept.write_text(kept.read_text()[:-9])
     with pytest.raises(InputError, match=f"{kept.name} is damaged; remove it"):
-        whole._step_times()
-    wider = {**runs, "deeper": {"model": "DiT-Ti-2", "model_options": {"depth": 2}}}
-    Study(settings_of(tmp_path, runs=wider), scripts=ROOT / "scripts")._step_times()
+        read_step_times(settings, planned)
+    wider = settings_of(tmp_path, runs={**runs, "deeper": {"model": "DiT-Ti-2", "model_options": {"depth": 2}}})
+    read_step_times(wider, plan_runs(wider))
     assert len(asked) == 2
 
 
@@ -216,38 +222,36 @@ def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_
 
 @pytest.fixture
 def called(monkeypatch):
-    """Scripts run in this process; their names and arguments."""
+    """Verbs run in this process; their names."""
     calls = []
 
-    def run(script, arguments, *, launch=(), lock=None):
-        calls.append((script.stem, *arguments, *launch))
-        verb = next(name for name, row in VERBS.items() if row.script == script.stem)
+    def run(verb, settings, config, **_):
+        calls.append(verb)
         AcceleratorState._reset_state(True)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [str(script), *arguments])
-            run_verb(verb, arguments)
+        config.write_text(yaml.safe_dump(settings))
+        run_verb(verb, ["--config", str(config)])
 
-    monkeypatch.setattr(study, "run_script", run)
+    monkeypatch.setattr(study, "run_verb", run)
     return calls
 
 
 def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_path, called, capsys, monkeypatch):
     settings = settings_of(tmp_path, norm_gap=["D-EMO"], only=["D-EMO", "no buffers"])
-    Study(settings, scripts=ROOT / "scripts").work()
-    assert [call[0] for call in called] == ["encode_latents", "train_classifier", "train_dit", "train_dit"]
+    Study(settings).work()
+    assert called == ["encode", "train-classifier", "train", "train"]
     tables = {"Both": ["D-EMO", "DiT, flow"], "EMA": ["D-EMO", "no buffers"]}
     settings = settings_of(tmp_path, norm_gap=["D-EMO"], tables=tables)
-    whole = Study(settings, scripts=ROOT / "scripts")
+    whole = Study(settings)
     with claim(whole.runs[1].folder):
         whole.work()
         assert "DiT, flow, seed 3: another process works on it" in capsys.readouterr().out
     whole.work()
-    assert [call[0] for call in called[4:]] == ["train_dit", "train_dit"]
+    assert called[4:] == ["train", "train"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--config", "a b.yaml", "--seeds", "3", "5", "--config", "c.yaml"])
     report = whole.report().read_text()
     whole.work()
     assert len(called) == 6, "all is there"
-    monkeypatch.setattr(study, "step_times", None)
+    monkeypatch.setattr(conclusion, "step_times", None)
     whole.report()  # does not time anything again
     for changes, sentence in (
         ({"train": {**TRAIN, "learning_rate": 0.1}}, "'D-EMO', seed 3, was trained with learning_rate 0.05"),
@@ -257,23 +261,23 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
             open_study(tmp_path, **changes)
 
     folder = tmp_path / "report"
-    rows = read_rows(folder / "results.csv")
+    rows = read_table(folder / "results.csv")
     assert [(row["run"], row["seed"], row["step"]) for row in rows] == [
         (name, seed, step) for seed in (3, 5) for name in RUNS for step in (2, 4)
     ]
     demo, broken = (next(r for r in rows if r["run"] == name and r["step"] == 4) for name in ("D-EMO", "no buffers"))
     assert demo["images"] == 16 and demo["fid"] > 0 and 0 <= demo["precision"] <= 1 and "shape" not in demo
     assert demo["fid"] != broken["fid"] and demo["parameters"] == broken["parameters"]
-    losses = read_rows(folder / "losses.csv")
+    losses = read_table(folder / "losses.csv")
     early = next(r for r in rows if r["run"] == "D-EMO" and r["step"] == 2)
     logged = {(row["run"], row["seed"], row["step"]): row["loss"] for row in losses}
     assert (early["loss"], demo["loss"]) == (logged["D-EMO", 3, 2], logged["D-EMO", 3, 4])
     assert demo["minutes"] == pytest.approx(4 * demo["seconds_per_step"] / 60, rel=1e-4)
     assert len(losses) == 2 * 2 * 4 and {row["run"] for row in losses} == {"D-EMO", "DiT, flow"}
-    assert len(read_rows(folder / "norm_gap.csv")) == 2 * 10
+    assert len(read_table(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
     assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
-    assert "20 real held-out images measure: FID 0.0" in report and "class % 10." in report
+    assert "20 real held-out images measure: FID 0.0" in report and "class accuracy % 10." in report
     assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are over other timesteps", report)
     assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)
@@ -285,7 +289,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
 
 def test_only_the_last_snapshots_are_measured_where_no_more_is_wanted(tmp_path, called, monkeypatch):
     settings = settings_of(tmp_path, measure="last", seeds=[3], runs={"D-EMO": RUNS["D-EMO"]})
-    small = Study(settings, scripts=ROOT / "scripts")
+    small = Study(settings)
     small.runs[0].folder.mkdir(parents=True)
     add_measurement(small.runs[0], 2, {"fid": 1.0})  # as by a study that wants all
     with pytest.raises(InputError, match="nothing of the study"):
@@ -296,38 +300,38 @@ def test_only_the_last_snapshots_are_measured_where_no_more_is_wanted(tmp_path, 
     monkeypatch.setattr(sys, "argv", ["compare.py"])
     report = small.report().read_text()
     assert "Step 4." in report and "FID at step" not in report
-    assert [row["step"] for row in read_rows(tmp_path / "report" / "results.csv")] == [4]
+    assert [row["step"] for row in read_table(tmp_path / "report" / "results.csv")] == [4]
 
 
-def test_with_a_reference_the_fid_script_measures(tmp_path, monkeypatch):
+def test_with_a_reference_fid_measures(tmp_path, monkeypatch):
     real = tmp_path / "real.npz"
     real.touch()
     settings = settings_of(
         tmp_path, judge=None, reference=str(real), fid={"steps": 3, "metrics": ["fid", "prc"]}, launch=["--cpu"]
     )
-    measured = Study(settings, scripts=ROOT / "scripts")
+    measured = Study(settings)
     calls = []
 
-    def run(script, arguments, *, launch, lock):
-        calls.append((script.name, arguments, launch))
-        Path(arguments[arguments.index("--output") + 1]).write_text('{"fid": 4.5, "recall": 0.25, "features": "x"}')
+    def run(verb, settings, config, *, launch, lock):
+        calls.append((verb, settings, launch))
+        Path(settings["output"]).write_text('{"fid": 4.5, "recall": 0.25, "features": "x"}')
 
-    monkeypatch.setattr(study, "run_script", run)
+    monkeypatch.setattr(study, "run_verb", run)
     snapshot = tmp_path / "step-4"
     snapshot.mkdir()
     assert measured._fid(snapshot, lock=None) == {"fid": 4.5, "recall": 0.25}
-    ((name, arguments, launch),) = calls
-    assert name == "fid.py" and launch == ["--cpu"]
-    text = " ".join(arguments)
-    parts = (f"--checkpoint {snapshot}", f"--reference {real}", "--num-images 20", "--steps 3", "--metrics fid prc")
-    assert all(part in text for part in parts)
+    ((verb, asked, launch),) = calls
+    assert verb == "fid" and launch == ["--cpu"]
+    expected = {"checkpoint": str(snapshot), "reference": str(real), "num_images": 20, "guidance_scale": 1.0,
+                "steps": 3, "metrics": ["fid", "prc"]}  # fmt: skip
+    assert asked == {**expected, "output": str(tmp_path / ".step-4-fid.json")}
 
 
 def test_nothing_measured_is_said(tmp_path):
     with pytest.raises(InputError, match="nothing of the study"):
-        Study(settings_of(tmp_path), scripts=ROOT / "scripts").report()
+        Study(settings_of(tmp_path)).report()
     with pytest.raises(InputError, match="neither a classifier's run folder nor"):
-        Study(settings_of(tmp_path, judge=str(tmp_path / "no.yaml")), scripts=ROOT / "scripts")
+        Study(settings_of(tmp_path, judge=str(tmp_path / "no.yaml")))
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from d_emo.lab.loss_curves import Curve
-from d_emo.lab.study import study
+from d_emo.lab.study import conclusion
 from d_emo.lab.study.plots import band, draw_curves, draw_gaps
 from d_emo.lab.study.results import Estimate
 from d_emo.sampling import draw_grid
@@ -36,8 +37,9 @@ def study_of(steps, seeds=(0, 1, 2)):
          "loss_over": over, "fid": 100 / step + seed + 10 * number}
         for number, (run, over) in enumerate(OVER.items()) for seed in seeds for step in steps
     ]  # fmt: skip
-    curve = Curve(np.arange(1, 21), np.linspace(1, 0.1, 20))
-    return rows, {(run, seed): Curve(curve.steps, curve.values + seed / 50) for run in OVER for seed in seeds}
+    losses = [{"run": run, "seed": seed, "step": step, "loss": 1 - 0.045 * step + seed / 50}
+              for run in OVER for seed in seeds for step in range(1, 21)]  # fmt: skip
+    return pd.DataFrame(rows), pd.DataFrame(losses)
 
 
 def texts(figure):
@@ -77,13 +79,13 @@ def test_runs_measured_at_one_step_get_a_line_each_with_their_seeds_and_mean(tmp
 
 def test_bands_are_students_intervals_and_stay_positive():
     panel = matplotlib_figure.Figure().subplots()
-    values = [[9.0, 10.0, 11.0], [0.1, 1.0, 7.0]]
-    band(panel, np.array([1, 2]), values, color="C0")
+    values = pd.DataFrame([[9.0, 10.0, 11.0], [0.1, 1.0, 7.0]], index=[1, 2])
+    band(panel, values, color="C0")
     heights = panel.collections[0].get_paths()[0].vertices[:, 1]
-    half = Estimate.of(values[0]).half_width
+    half = Estimate.of(values.loc[1]).half_width
     assert {round(10 - half, 6), round(10 + half, 6)} <= {round(float(y), 6) for y in heights}
     assert heights.min() == pytest.approx(0.2 * 2.7)
-    band(panel, np.array([1, 2]), [[1.0, 2.0], [1.0, 2.0]], color="C1")
+    band(panel, values[[0, 1]], color="C1")
     assert len(panel.lines) == 2 and len(panel.collections) == 1, "no band from two seeds"
 
 
@@ -94,7 +96,7 @@ def test_bands_are_students_intervals_and_stay_positive():
 def test_the_plot_of_train_mode_says_what_its_bands_are(tmp_path, figures, seeds, words):
     gaps = [{"run": run, "seed": seed, "timestep": t, "train": 2.0 + seed, "eval": 2.0}
             for run in ("a", "b") for seed in seeds for t in (50, 950)]  # fmt: skip
-    draw_gaps(tmp_path / "g.png", gaps)
+    draw_gaps(tmp_path / "g.png", pd.DataFrame(gaps))
     assert figures[0].get_supxlabel() == words
     ours, theirs, _ = figures[0].axes[0].lines
     assert ours.get_linestyle() != theirs.get_linestyle(), "one may lie on the other"
@@ -102,7 +104,7 @@ def test_the_plot_of_train_mode_says_what_its_bands_are(tmp_path, figures, seeds
 
 def test_a_mixed_study_says_which_runs_have_bands(tmp_path, figures):
     rows, losses = study_of([10, 20])
-    rows = [row for row in rows if row["run"] != "b" or row["seed"] < 2]
+    rows = rows[(rows.run != "b") | (rows.seed < 2)]
     draw_curves(tmp_path / "c.png", rows, losses, ["a", "b"], {})
     assert figures[0].get_supxlabel().endswith("of the mean, for runs of 3 seeds or more")
 
@@ -130,15 +132,13 @@ def test_a_name_breaks_where_its_lines_are_most_alike():
 def test_a_studys_samples_are_large_and_stand_under_the_names_of_their_classes(tmp_path, monkeypatch):
     asked = []
     names = [f"class {number}" for number in range(19)]
-    monkeypatch.setattr(study, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
-    monkeypatch.setattr(study, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
+    monkeypatch.setattr(conclusion, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
+    monkeypatch.setattr(conclusion, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
     drawn = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
     runs = [SimpleNamespace(name=name, seed=0, folder=tmp_path, norm_buffers="trained") for name in "ab"]
-    whole = SimpleNamespace(
-        runs=runs, settings=SimpleNamespace(seeds=[0]), meter=SimpleNamespace(draw=lambda *args: iter([drawn]))
-    )
-    rows = [{"run": run.name, "seed": 0, "step": 4} for run in runs]
-    assert study.Study._draw_grid(whole, tmp_path / "s.png", ["a", "b"], rows)
+    rows = pd.DataFrame([{"run": run.name, "seed": 0, "step": 4} for run in runs])
+    meter = SimpleNamespace(draw=lambda *args: iter([drawn]))
+    assert conclusion.draw_samples(tmp_path / "s.png", runs, rows, lambda: meter)
     assert asked[0]["names"] == names[::2] and asked[0]["scale"] == 2
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.width == 10 * (128 + 4) + 4

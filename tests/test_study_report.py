@@ -1,21 +1,33 @@
 """The arithmetic of a study's report: intervals, differences, what is said first."""
 
+import math
+
+import pandas as pd
 import pytest
 import torch
 
 from d_emo.data import open_dataset, to_uint8
-from d_emo.lab.study.measuring import is_empty
+from d_emo.data.shapes import is_empty
 from d_emo.lab.study.report import course_table, findings, gap_table, main_table
-from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step
+from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step, paired
 
 
-def rows_of(**figures):
-    """Rows of runs by seed; a figure of a run is a list over seeds 0, 1, 2, ..."""
-    return [
+def rows_of(**values):
+    """Rows of runs by seed; a metric of a run is a list over seeds 0, 1, 2, ..."""
+    return pd.DataFrame([
         {"run": run, "seed": seed, "step": 10, "parameters": 2e6, "macs": 3e6, "seconds_per_step": 0.5, "images": 40,
-         "loss_over": "eps, uniform", **{key: values[seed] for key, values in each.items()}}
-        for run, each in figures.items() for seed in range(len(each["fid"]))
-    ]  # fmt: skip
+         "loss_over": "eps, uniform", **{key: those[seed] for key, those in each.items()}}
+        for run, each in values.items() for seed in range(len(each["fid"]))
+    ])  # fmt: skip
+
+
+def with_row(rows, **changes):
+    """The rows, and the first one again with changes."""
+    return pd.concat([rows, pd.DataFrame([{**rows.iloc[0], **changes}])], ignore_index=True)
+
+
+def gap_of(rows, name, other, value):
+    return difference(paired(rows, name, other, 10), value)
 
 
 def test_an_estimate_has_students_interval():
@@ -24,47 +36,48 @@ def test_an_estimate_has_students_interval():
     assert estimate.show(1) == "2.0 ± 2.5" and not estimate.decided and Estimate.of([5, 5.1, 4.9]).decided
     assert Estimate.of([-5, -5.1, -4.9]).decided
     alone = Estimate.of([4.0])
-    assert alone.half_width is None and alone.show() == "4.00" and not alone.decided
+    assert math.isnan(alone.half_width) and alone.show() == "4.00" and not alone.decided
 
 
 def test_differences_pair_the_seeds_that_both_have():
     rows = rows_of(a={"fid": [1.0, 20.0, 7.0]}, b={"fid": [2.0, 22.0]})
-    gap = difference(rows, "a", "b", 10, "fid")
+    gap = gap_of(rows, "a", "b", "fid")
     assert (gap.mean, gap.count) == (-1.5, 2)
-    assert difference(rows, "a", "c", 10, "fid") is None and difference(rows, "a", "b", 10, "recall") is None
+    assert not gap_of(rows, "a", "c", "fid").count and not gap_of(rows, "a", "b", "recall").count
     assert last_common_step(rows, ["a", "b"]) == 10 and last_common_step(rows, ["a", "c"]) is None
-    rows += [{**rows[0], "step": 20}]
+    rows = with_row(rows, step=20)
     assert last_common_step(rows, ["a"]) == 20 and last_common_step(rows, ["a", "b"]) == 10
 
 
 def test_fid_at_equal_time_lies_on_the_line_between_measured_steps():
     rows = rows_of(a={"fid": [8.0]}, b={"fid": [9.0]})
-    rows += [{**rows[0], "step": 20, "fid": 4.0}]
-    assert minutes_by_step(rows, "a") == {10: 10 * 0.5 / 60, 20: 20 * 0.5 / 60}
-    assert at_time(rows, "a", 12.5 * 0.5 / 60) == [pytest.approx(7.0)]
-    assert at_time(rows, "b", 10 * 0.5 / 60) == [9.0] and at_time(rows, "b", 1 * 0.5 / 60) == []
+    rows = with_row(rows, step=20, fid=4.0)
+    a, b = (rows[rows.run == name] for name in "ab")
+    assert minutes_by_step(a).to_dict() == {10: 10 * 0.5 / 60, 20: 20 * 0.5 / 60}
+    assert at_time(a, 12.5 * 0.5 / 60) == [pytest.approx(7.0)]
+    assert at_time(b, 10 * 0.5 / 60) == [9.0] and at_time(b, 1 * 0.5 / 60) == []
 
 
 def test_findings_say_first_where_the_first_run_loses():
     rows = rows_of(
-        us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
-        them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
+        us={"fid": [9.0, 9.1, 9.2], "class_accuracy": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
+        them={"fid": [8.0, 8.0, 8.1], "class_accuracy": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
     )
-    rows.append({**rows[0], "seed": 3, "fid": 1000.0})  # a seed that the other does not have
+    rows = with_row(rows, seed=3, fid=1000.0)  # a seed that the other does not have
     text = findings(rows, "Test", ["us", "them", "nobody"])
     assert text.count("\n") == 0 and "step 10, 3 seeds" in text
     loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
-    assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
+    assert loses < undecided < text.index("It wins in class accuracy % 51.0 against 41.0 (+10.0")
     alone = findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
     assert "nothing." in alone and "losses" not in alone
 
 
 def test_losses_over_other_timesteps_are_not_compared():
     rows = rows_of(a={"fid": [1.0], "loss": [0.5]}, b={"fid": [2.0], "loss": [0.25]})
-    assert difference(rows, "a", "b", 10, "loss").mean == 0.25 and "loss 0.5" in findings(rows, "Same", ["a", "b"])
-    rows[1]["loss_over"] = "eps, logit-normal 0 1"
+    assert gap_of(rows, "a", "b", "loss").mean == 0.25 and "loss 0.5" in findings(rows, "Same", ["a", "b"])
+    rows.loc[1, "loss_over"] = "eps, logit-normal 0 1"
     text = findings(rows, "Other", ["a", "b"])
-    assert difference(rows, "a", "b", 10, "loss") is None and difference(rows, "a", "b", 10, "fid").mean == -1
+    assert not gap_of(rows, "a", "b", "loss").count and gap_of(rows, "a", "b", "fid").mean == -1
     assert "loss 0.5" not in text and text.endswith("Their losses are over other timesteps and are not compared.")
 
 
@@ -74,11 +87,11 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     assert table.startswith("Step 10.") and "missing" not in table
     assert "| a | 3 | 2.00M | 3.0M | 500 | 2.00 ± 2.48 | - |" in table
     assert "| b | 3 | 2.00M | 3.0M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
-    course = course_table([*rows, {**rows[0], "step": 20, "fid": 0.5}], ["a", "b"])
+    course = course_table(with_row(rows, step=20, fid=0.5), ["a", "b"])
     assert course.splitlines()[0] == "| FID at step | 10 | 20 | after 0.1 minutes |"
     assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 | 1.00 |", "| b | 4.00 ± 2.48 | - | 4.00 ± 2.48 |"]
     gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
-    assert "| a | 0.750 | 0.750 |" in gap_table(gaps)
+    assert "| a | 0.750 | 0.750 |" in gap_table(pd.DataFrame(gaps))
 
 
 def test_a_ground_without_a_shape_is_empty():

@@ -14,27 +14,38 @@ from tiny_study import ROOT
 
 from d_emo.errors import RunError
 from d_emo.lab.study import execution
-from d_emo.lab.study.execution import claim, run_script
+from d_emo.lab.study.execution import claim, run_child, run_verb
 
 
-def test_a_script_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
-    script = tmp_path / "child.py"
-    script.write_text("import sys; print('ran with', *sys.argv[1:]); sys.exit(int(sys.argv[1]))")
-    run_script(script, ["0", "--flag"])
-    assert "ran with 0 --flag" in capfd.readouterr().out
-    with pytest.raises(RunError, match="child.py ended with exit code 2"):
-        run_script(script, ["2"])
+def test_a_verb_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
+    run_child([sys.executable, "-c", "print('ran')"], "it")
+    assert "ran" in capfd.readouterr().out
+    with pytest.raises(RunError, match="it ended with exit code 2; .* re-run the same command to resume"):
+        run_child([sys.executable, "-c", "raise SystemExit(2)"], "it")
     with pytest.raises(SystemExit) as stop:
-        run_script(script, ["143"])
+        run_child([sys.executable, "-c", "raise SystemExit(143)"], "it")
     assert stop.value.code == 143
 
 
+@pytest.mark.parametrize(("launch", "launcher"), [
+    ((), []), (["--cpu"], ["-m", "accelerate.commands.launch", "--quiet", "--cpu"]),
+])  # fmt: skip
+def test_a_verb_is_a_child_of_this_python_with_its_settings_as_yaml(tmp_path, monkeypatch, capsys, launch, launcher):
+    commands = []
+    monkeypatch.setattr(execution, "run_child", lambda *command: commands.append(command))
+    run_verb("fid", {"steps": 3, "metrics": ["fid", "prc"]}, tmp_path / "fid.yaml", launch=launch)
+    arguments = ["fid", "--config", str(tmp_path / "fid.yaml")]
+    assert commands == [([sys.executable, *launcher, "-m", "d_emo", *arguments], "d-emo fid", None)]
+    assert (tmp_path / "fid.yaml").read_text() == "steps: 3\nmetrics:\n- fid\n- prc\n"
+    assert capsys.readouterr().out == f"$ d-emo {' '.join(arguments)}\n"
+
+
 def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
-    """A process that runs a script as a study does, with the lock of a folder; it imports no torch."""
+    """A process that runs a script as a study runs a verb, with the lock of a folder; it imports no torch."""
     code = (
-        f"import runpy; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
+        f"import runpy, sys; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
         f"with own['claim'](Path({str(folder or script.parent / 'any')!r})) as lock:\n"
-        f"    own['run_script'](Path({str(script)!r}), [], lock=lock)"
+        f"    own['run_child']([sys.executable, {str(script)!r}], 'it', lock)"
     )
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
 

@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     before = {name: value.clone() for name, value in task.model.named_parameters()}
     plain = task.loss
     task.loss = lambda *args: {name: value * float("nan") for name, value in plain(*args).items()}
-    with pytest.raises(RunError, match="--nan skip"):
+    with pytest.raises(RunError, match="`nan` skip"):
         fit(task, settings)
     assert all(torch.equal(before[name], value) for name, value in task.model.named_parameters())
 
@@ -186,7 +186,7 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(tmp_path, number,
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert "the same command goes on" in output and "Traceback" not in output
+    assert "re-run the same command to resume" in output and "Traceback" not in output
     state = find_state(tmp_path / "run" / "states")
     assert state is not None
     step = step_of(state)

@@ -68,7 +68,7 @@ def load_image(
 class StoredImages(ClassImages):
     """Labelled images that are read from somewhere, some of which may be unreadable or too small.
 
-    A kind of storage gives :meth:`load` and :meth:`origin`.
+    A kind of storage gives `load` and `origin`.
 
     Args:
         labels: Class id of each image.
@@ -88,7 +88,7 @@ class StoredImages(ClassImages):
 
     @abstractmethod
     def load(self, index: int) -> torch.Tensor:
-        """Image ``index``, or an :class:`InputError` that names it. Shape: (3, image_size, image_size)."""
+        """Image ``index``, or an `InputError` that names it. Shape: (3, image_size, image_size)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,7 +107,7 @@ class StoredImages(ClassImages):
                 if self.skip_corrupt is None:
                     raise
                 if not self.skip_corrupt:
-                    raise InputError(f"{error}; --skip-corrupt passes over such images") from None
+                    raise InputError(f"{error}; `skip_corrupt` passes over such images") from None
                 if not self.skipped[at]:
                     self.skipped[at] = True
                     print(f"skipped {self.origin(at)} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)
@@ -141,7 +141,7 @@ class ImageFolder(StoredImages):
         if not folders:
             raise InputError(
                 f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
-                "denoiser) train with --unconditional"
+                "denoiser) train with `unconditional`"
             )
         self.files: list[Path] = []
         labels: list[int] = []

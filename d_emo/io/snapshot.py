@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
-from d_emo.files import write_folder
+from d_emo.files import write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
-from d_emo.models import EMO, Denoiser, create_model
-from d_emo.objective import objective_of
+from d_emo.models import EMO, create_model
+from d_emo.models.contract import DenoiserFrame
+from d_emo.tables import FRAMES, load, objective_of
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
 _META = "snapshot.json"
@@ -33,7 +34,7 @@ class DenoiserSnapshot:
     """A trained denoiser in eval mode, with what sampling needs."""
 
     path: Path
-    model: Denoiser
+    model: DenoiserFrame
     scheduler_config: dict[str, Any]
     codec: str
     class_names: list[str]
@@ -42,8 +43,8 @@ class DenoiserSnapshot:
 
     @property
     def objective(self) -> str:
-        """What it was trained for: "eps" or "flow"."""
-        return objective_of(self.scheduler_config)
+        """What it was trained for, a name of ``OBJECTIVES``; an older snapshot tells it by its noise schedule."""
+        return self.meta.get("objective") or objective_of(self.scheduler_config)
 
     @property
     def label_dropout(self) -> float:
@@ -63,7 +64,7 @@ class ClassifierSnapshot:
 
 
 def save_denoiser(
-    folder: Path, model: Denoiser, *, scheduler: Any, meta: dict[str, Any], settings: Any
+    folder: Path, model: DenoiserFrame, *, scheduler: Any, meta: dict[str, Any], settings: Any
 ) -> None:
     """Write a denoiser's snapshot; ``meta`` must name codec, class_names, image_size, step and weights."""
 
@@ -94,14 +95,17 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
     """
     path, meta = _open_snapshot(path, "denoiser")
     try:
-        model = Denoiser.from_pretrained(path / "transformer", use_safetensors=True, low_cpu_mem_usage=False)
+        frame = json.loads((path / "transformer" / "config.json").read_text())["_class_name"]
+        model = load(FRAMES[frame].denoiser).from_pretrained(
+            path / "transformer", use_safetensors=True, low_cpu_mem_usage=False
+        )
         scheduler_config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    if len(meta["class_names"]) != model.config.num_classes:
+    if len(meta["class_names"]) != model.num_classes:
         raise InputError(
             f"the snapshot {path} names {len(meta['class_names'])} classes, but its denoiser has "
-            f"{model.config.num_classes}; its {_META} belongs to another"
+            f"{model.num_classes}; its {_META} belongs to another"
         )
     return DenoiserSnapshot(path, model.eval(), scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
@@ -174,6 +178,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
-    (folder / _META).write_text(json.dumps({"format": 1, "kind": kind, **meta}, indent=1) + "\n")
+    write_json(folder / _META, {"format": 1, "kind": kind, **meta})
     write_yaml(settings, folder / "config.yaml")
     write_card(folder)

@@ -43,6 +43,7 @@ class Run:
 
     @property
     def model(self) -> str:
+        """Name of the model."""
         return self.settings["model"].replace("/", "-")
 
 
@@ -67,7 +68,7 @@ def read_run(folder: str | Path) -> Run:
         steps = sorted(points)
         curves[tag] = Curve(np.array(steps), np.array([points[step] for step in steps]))
     if "loss" not in curves:
-        raise InputError(f"no loss is logged in {folder / 'logs'} yet; the run's --log-every says when it will be")
+        raise InputError(f"no loss is logged in {folder / 'logs'} yet; the run's `log_every` says when it will be")
     return Run(folder, yaml.safe_load((folder / "config.yaml").read_text()), curves)
 
 

@@ -8,7 +8,6 @@ alone, and whoever finishes last can write the index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from safetensors.torch import save
 
 from d_emo.data import ClassImages
 from d_emo.errors import InputError
-from d_emo.files import write_file
+from d_emo.files import digest, digest_of_tensors, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec
 
-INDEX, FORMAT = "index.json", 1
+INDEX, FORMAT, TENSORS = "index.json", 1, ("moments", "labels")
+RESUME = "re-run the same command to resume"
 REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
 
 
@@ -51,15 +51,17 @@ class Origin:
 
     @classmethod
     def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
+        """That of images encoded by a codec."""
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
-            classes=hashlib.sha256(json.dumps(images.class_names).encode()).hexdigest()[:16], codec=codec.name,
+            classes=digest(json.dumps(images.class_names))[:16], codec=codec.name,
             encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, mirrored=images.flip,
             shard_size=shard_size,
         )
 
     @property
     def num_shards(self) -> int:
+        """How many shards the images make."""
         return -(-self.images // self.shard_size)
 
     def rows(self, shard: int) -> range:
@@ -67,7 +69,11 @@ class Origin:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
-        """Refuse latents that were made from something else; a codec's name may change, its encoder may not."""
+        """Refuse latents that were made from something else; a codec's name may change, its encoder may not.
+
+        Raises:
+            InputError: Images, size, codec or precision are others; says which.
+        """
         changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
                    if key != "codec" and other.get(key) != value]
         if changed:
@@ -78,11 +84,14 @@ class Origin:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard, counted from 0."""
     return folder / f"shard-{shard:05}.safetensors"
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin: Origin) -> None:
     """Write one shard, all or nothing.
+
+    Shape: moments (n, C, h, w), labels (n,).
 
     Raises:
         RunError: The disk is full, say; what was finished before stays.
@@ -90,7 +99,8 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
     header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
     content = save(tensors, metadata={"d_emo": header})  # one entry: the order of several is not always the same
-    write_file(path, content, "the finished shards stay, and the same command goes on from there")
+    remove_left(path)
+    write_file(path, content, f"the finished shards stay; {RESUME}")
 
 
 def shard_problem(path: Path, origin: Origin) -> str | None:
@@ -119,7 +129,7 @@ def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("moments", "labels")}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
             header = json.loads(file.metadata()["d_emo"])
             return {name: str(header[name]) for name in ("made_from", "sha256")}, tensors
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -139,7 +149,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
         shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
                        "sha256_of_content": header["sha256"]})
     index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
-    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
+    write_json(folder / INDEX, index, RESUME)
     return True
 
 
@@ -171,8 +181,5 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _checksum(made_from: str, tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(made_from.encode())
-    for name in ("moments", "labels"):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    named = ((f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}", tensors[name]) for name in TENSORS)
+    return digest_of_tensors(named, made_from)

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates, counted as in the published tables."""
+"""Parameters and multiply-accumulates, counted as in the papers' tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d_emo import kernels
 from d_emo.models.attention import WindowAttention
-from d_emo.models.denoiser import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import pair
 
 
@@ -21,7 +21,8 @@ def count_parameters(model: nn.Module) -> int:
 
     That is the convention of the DiT, SiT and D-EMO logs.
     """
-    position = sum(buffer.numel() for name, buffer in model.named_buffers() if name == "pos_embed")
+    fixed = model.fixed_tensors if isinstance(model, DenoiserFrame) else ()
+    position = sum(buffer.numel() for name, buffer in model.named_buffers() if name in fixed)
     return sum(p.numel() for p in model.parameters()) + position
 
 
@@ -52,7 +53,7 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
 
     Args:
         model: a denoiser or a classifier.
-        image_or_latent_size: height and width of the input; a denoiser's own ``sample_size`` unless given, and 224
+        image_or_latent_size: height and width of the input; a denoiser's own unless given, and 224
             for a classifier.
 
     Returns:
@@ -60,10 +61,12 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
     """
     device = next(model.parameters()).device
     inputs: tuple[Tensor, ...]
-    if isinstance(model, Denoiser):
-        height, width = pair(image_or_latent_size or model.sample_size, "image_or_latent_size")
+    if isinstance(model, DenoiserFrame):
+        channels, *sizes = model.latent_shape
+        if image_or_latent_size is not None:
+            sizes = pair(image_or_latent_size, "image_or_latent_size")
         ones = torch.ones(1, dtype=torch.long, device=device)
-        inputs = (torch.zeros(1, model.config.in_channels, height, width, device=device), ones, ones)
+        inputs = (torch.zeros(1, channels, *sizes, device=device), ones, ones)
     else:
         height, width = pair(image_or_latent_size or 224, "image_or_latent_size")
         inputs = (torch.zeros(1, model.stem.conv.conv.in_channels, height, width, device=device),)

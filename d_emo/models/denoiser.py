@@ -5,11 +5,11 @@ Sources: EMOv2 paper, section III-C3 and table XVI (D-EMO); DiT paper, section 3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
-from d_emo.models.blocks import AdaLNMobileBlock, DiTBlock, adaln_projection
+from d_emo.models.blocks import adaln_projection
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import (
     NORM_EPS,
     LabelEmbedder,
@@ -28,26 +29,7 @@ from d_emo.models.layers import (
     pair,
     sincos_position_embedding,
 )
-
-SIZES: dict[str, dict[str, int]] = {
-    "Ti": {"depth": 12, "hidden_size": 192, "num_heads": 3},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
-"""Depth, width and heads as in DiT; the tiny size is ours."""
-
-DENOISERS: dict[str, dict[str, Any]] = {
-    f"{family}-{size}-{patch}": {**row, "patch_size": patch, "block": block}
-    for family, block in (("D-EMOv2", "i2rmb"), ("DiT", "dit"), ("SiT", "dit"))
-    for size, row in SIZES.items()
-    for patch in (1, 2, 4, 8)
-}
-"""Every named denoiser as the constructor arguments that make it. SiT is DiT trained with the flow objective."""
-
-I2RMB_ONLY = ("attention_mode", "window_size", "kernel_size", "local_norm")
-"""Settings that mean nothing to DiT's block."""
+from d_emo.tables import BLOCKS, load
 
 
 class FinalLayer(nn.Module):
@@ -67,7 +49,7 @@ class FinalLayer(nn.Module):
         return kernels.linear(self.linear, kernels.modulated_norm(self.norm, x, shift, scale))
 
 
-class Denoiser(ModelMixin, ConfigMixin):
+class Denoiser(DenoiserFrame):
     """Predicts the noise (and, with learned sigma, its variance) in a latent, given the timestep and the class.
 
     Runs in ``diffusers.DiTPipeline`` as it is. Labels are not dropped here: that belongs to the training objective,
@@ -84,9 +66,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         hidden_size: channels C of a token.
         depth: number of blocks.
         num_heads: attention heads; divides ``hidden_size``.
-        block: "i2rmb" for D-EMO, "dit" for the baseline.
+        block: a name of `d_emo.tables.BLOCKS`: "i2rmb" for D-EMO, "dit" for the baseline.
         expand_ratio: width of the value (i2rmb) or of the MLP (dit) over C.
-        attention_mode: "near", "far" or "spanning" (i2rmb only, as the rest).
+        attention_mode: "near", "far" or "spanning"; this and the next three are for blocks that take them (i2rmb).
         window_size: window of the attention; an axis shorter than the window uses the whole axis.
         kernel_size: kernel of the depthwise convolution.
         local_norm: norm of the depthwise convolution: "batch" (the paper's), "layer" or "none".
@@ -99,9 +81,11 @@ class Denoiser(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["AdaLNMobileBlock", "DiTBlock"]
-    _repeated_blocks = _no_split_modules
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    label_parameter = "y_embedder.embedding_table.weight"
+    fixed_tensors = ("pos_embed",)
+    free_settings = ("num_classes", "sample_size", "window_size")
 
     @register_to_config
     def __init__(
@@ -115,7 +99,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         hidden_size: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        block: Literal["i2rmb", "dit"] = "i2rmb",
+        block: str = "i2rmb",
         expand_ratio: float = 4,
         attention_mode: AttentionMode = "spanning",
         window_size: int | tuple[int, int] = 8,
@@ -147,29 +131,37 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise InputError(f"Unknown position_embedding {position_embedding!r}; choose 'sincos' or 'none'.")
         positions = sincos_position_embedding(hidden_size, self.grid)  # (H * W, C)
         self.register_buffer("pos_embed", positions if position_embedding == "sincos" else positions * 0)
-        if block == "i2rmb":
-            window = tuple(min(w, n) for w, n in zip(pair(window_size, "window_size"), self.grid, strict=True))
-            blocks = [
-                AdaLNMobileBlock(
-                    hidden_size, num_heads=num_heads, expand_ratio=expand_ratio, attention_mode=attention_mode,
-                    window_size=window, kernel_size=kernel_size, local_norm=local_norm,
-                )
-                for _ in range(depth)
-            ]  # fmt: skip
-        elif block == "dit":
-            blocks = [DiTBlock(hidden_size, num_heads=num_heads, expand_ratio=expand_ratio) for _ in range(depth)]
-        else:
-            raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (D-EMO) or 'dit'.")
-        self.blocks = nn.ModuleList(blocks)
-        self._no_split_modules = [type(self.blocks[0]).__name__]  # FSDP's wrapping wants no class that is not there
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=block == "i2rmb")
+        row = BLOCKS[block]
+        window = tuple(min(w, n) for w, n in zip(pair(window_size, "window_size"), self.grid, strict=True))
+        options = {
+            "attention_mode": attention_mode, "window_size": window, "kernel_size": kernel_size,
+            "local_norm": local_norm,
+        }  # fmt: skip
+        options = {"num_heads": num_heads, "expand_ratio": expand_ratio, **{key: options[key] for key in row.options}}
+        self.blocks = nn.ModuleList(load(row.module)(hidden_size, **options) for _ in range(depth))
+        # FSDP's wrapping wants no class that is not there.
+        self._no_split_modules = self._repeated_blocks = [type(self.blocks[0]).__name__]
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=row.affine_final_norm)
         self.gradient_checkpointing = False
         self.initialize_weights()
 
+    @classmethod
+    def settings_for(cls, latent_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+        channels, *sizes = latent_shape
+        size = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+        return {"sample_size": size, "in_channels": channels, "num_classes": num_classes}
+
     @property
-    def null_class(self) -> int:
-        """The label that means "no class": the extra, last row of the label table."""
-        return self.config.num_classes
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.config.in_channels, *self.sample_size
+
+    @property
+    def predicts_variance(self) -> bool:
+        return self.config.learn_sigma
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -182,11 +174,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         # The patch embedding is a linear layer written as a convolution.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.label_rows(), std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         # Zero gates make every block the identity; a zero output projection makes the first prediction zero.
-        for module in (*self.blocks, self.final_layer):
+        for module in filter(lambda module: hasattr(module, "adaLN_modulation"), (*self.blocks, self.final_layer)):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -233,11 +225,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         return x.reshape(batch, self.out_channels, *self.sample_size)
 
     def check_input(self, hidden_states: Tensor) -> None:
-        """Raise InputError unless the latent has this model's channels and size."""
-        channels, (height, width) = self.config.in_channels, self.sample_size
-        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != (channels, height, width):
+        """Raise InputError unless the latent has this model's channels and size. Shape: hidden_states (B, C, H, W)."""
+        if hidden_states.shape[1:] != self.latent_shape:
             raise InputError(
-                f"This model denoises latents of shape (batch, {channels}, {height}, {width}), but got "
+                f"This model denoises latents of shape (batch, {', '.join(map(str, self.latent_shape))}), but got "
                 f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."
             )
 
@@ -255,17 +246,3 @@ def token_grid(sample_size: tuple[int, int], patch_size: int) -> tuple[int, int]
         height, width = sample_size
         raise InputError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
     return sample_size[0] // patch_size, sample_size[1] // patch_size
-
-
-def build_denoiser(name: str, **overrides: Any) -> Denoiser:
-    """The denoiser called ``name`` with some settings replaced.
-
-    Raises:
-        InputError: for a setting that DiT's block does not have.
-    """
-    settings = {**DENOISERS[name], **overrides}
-    if settings["block"] == "dit":
-        foreign = [key for key in I2RMB_ONLY if key in overrides]
-        if foreign:
-            raise InputError(f"{name} has transformer blocks, which know no {', '.join(foreign)}; leave it out.")
-    return Denoiser(**settings)

@@ -1,4 +1,4 @@
-"""Names of the networks, and how a name becomes a network."""
+"""Names of the networks, as in the papers' tables, and how a name becomes a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
-from d_emo.models.denoiser import DENOISERS, Denoiser, build_denoiser
+from d_emo.models.contract import DenoiserFrame
+from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -19,7 +20,7 @@ def list_models(pattern: str | None = None) -> list[str]:
         pattern: keep the names that match this shell pattern ("emov2_*"), or contain it if it has no wildcard; case
             does not matter.
     """
-    names = [*DENOISERS, *BACKBONES]
+    names = [*denoisers(), *BACKBONES]
     if pattern is None:
         return names
     wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
@@ -41,25 +42,44 @@ def resolve_name(name: str) -> str:
     raise InputError(f"Unknown model {name!r}; {hint}")
 
 
-def create_model(name: str, **overrides: Any) -> Denoiser | EMO:
+def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO:
     """Build a network by name, with freshly initialised weights.
 
     Args:
         name: one of `list_models`, e.g. "D-EMOv2-S-2" (or "D-EMOv2-S/2"), "DiT-S-2", "emov2_5m".
-        overrides: settings of `Denoiser` or `EMO` to replace, e.g. ``num_classes=10``.
+        overrides: settings of the denoiser or `EMO` to replace, e.g. ``num_classes=10``.
 
     Returns:
-        A `Denoiser` or an `EMO`. ``model.config`` records how to build it again.
+        A denoiser or an `EMO`. ``model.config`` records how to build it again.
 
     Raises:
         InputError: for an unknown name or setting, or values that do not fit together.
     """
     name = resolve_name(name)
-    network, build = (Denoiser, build_denoiser) if name in DENOISERS else (EMO, build_backbone)
+    frame = frame_of(name)
+    network = frame or EMO
     allowed = [key for key in inspect.signature(network.__init__).parameters if key != "self"]
     for key in overrides:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(allowed)}."
             raise InputError(f"{name} has no setting {key!r}; {hint}")
-    return build(name, **overrides)
+    if frame is None:
+        return build_backbone(name, **overrides)
+    settings = {**denoisers()[name], **overrides}
+    block = BLOCKS[settings["block"]]
+    of_blocks = {option for row in BLOCKS.values() for option in row.options}
+    foreign = [key for key in overrides if key in of_blocks and key not in block.options]
+    if foreign:
+        raise InputError(f"{name} has {block.name} blocks, which know no {', '.join(foreign)}; leave it out.")
+    return network(**settings)
+
+
+def frame_of(name: str) -> type[DenoiserFrame] | None:
+    """The class of a denoiser's name, None for a classifier's.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    family = family_of(resolve_name(name))
+    return None if family is None else load(FRAMES[family.frame].denoiser)

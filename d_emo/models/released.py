@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import EMO
-from d_emo.models.denoiser import DENOISERS, Denoiser
+from d_emo.models.denoiser import Denoiser
 from d_emo.models.registry import create_model, list_models
+from d_emo.tables import denoisers
 
 WRAPPINGS = ("ema", "net_E", "state_dict_ema", "model_ema", "net", "model", "state_dict", "module")
 """Keys under which projects file their weights, averaged weights first: those are what the papers report."""
@@ -108,7 +109,11 @@ def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file on the CPU; no code from the file is run."""
+    """The content of a checkpoint file on the CPU; no code from the file is run.
+
+    Raises:
+        InputError: There is no such file, or it is no checkpoint of tensors.
+    """
     if not path.is_file():
         raise InputError(f"There is no checkpoint file {path}.")
     try:
@@ -125,7 +130,11 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes."""
+    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes.
+
+    Raises:
+        InputError: There are no named tensors inside.
+    """
     while not holds_tensors(content):
         wrapped = content if isinstance(content, Mapping) else {}
         inner = (wrapped[key] for key in WRAPPINGS if isinstance(wrapped.get(key), Mapping) and wrapped[key])
@@ -143,7 +152,11 @@ def holds_tensors(content: Any) -> bool:
 
 
 def released_names(model: nn.Module) -> dict[str, str]:
-    """Our state-dict names, each with the name it has in the release."""
+    """Our state-dict names, each with the name it has in the release.
+
+    Raises:
+        InputError: The model was never released.
+    """
     if isinstance(model, EMO):
         rules = RELEASED_NAMES[model.block]
     elif isinstance(model, Denoiser) and model.config.block == "dit":
@@ -218,7 +231,7 @@ def variant_of(found: Mapping[str, tuple[int, ...]], pattern: str = "") -> str |
     # Meta tensors make the comparison cheap.
     telling = {name: shape for name, shape in found.items() if name not in (*CLASS_ROWS, "pos_embed")}
     for name in list_models():
-        if DENOISERS.get(name, {}).get("block") == "i2rmb" or not re.match(pattern, name):
+        if denoisers().get(name, {}).get("block") not in (None, "dit") or not re.match(pattern, name):
             continue
         with torch.device("meta"):
             candidate = create_model(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from d_emo.tables.table import Reference, Table
 
@@ -28,39 +30,17 @@ class BlockRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyRow:
-    """Named denoisers: NAME-SIZE-PATCH, for every size and patch.
+class FrameRow:
+    """A class of denoisers: what stands around the blocks, and how they are connected.
 
     Attributes:
-        name: First part of the names.
-        block: A name of `BLOCKS`.
-        objective: What it is trained with unless a run says otherwise.
+        name: The class's name; the ``config.json`` of a snapshot names it.
+        denoiser: A subclass of ``d_emo.models.contract.DenoiserFrame``.
     """
 
     name: str
-    block: str
-    objective: str = "eps"
+    denoiser: Reference
 
-
-BLOCKS: Table[BlockRow] = Table(
-    "block",
-    [
-        BlockRow(
-            name="i2rmb", module="d_emo.models.blocks:AdaLNMobileBlock",
-            options=("attention_mode", "window_size", "kernel_size", "local_norm"),
-        ),
-        BlockRow(name="dit", module="d_emo.models.blocks:DiTBlock", affine_final_norm=False),
-    ],
-)  # fmt: skip
-
-FAMILIES: Table[FamilyRow] = Table(
-    "family of denoisers",
-    [
-        FamilyRow(name="D-EMOv2", block="i2rmb"),
-        FamilyRow(name="DiT", block="dit"),
-        FamilyRow(name="SiT", block="dit", objective="flow"),
-    ],
-)
 
 SIZES: dict[str, dict[str, int]] = {
     "Ti": {"depth": 12, "hidden_size": 192, "num_heads": 3},
@@ -74,8 +54,65 @@ SIZES: dict[str, dict[str, int]] = {
 PATCH_SIZES = (1, 2, 4, 8)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FamilyRow:
+    """Named denoisers: NAME-SIZE-PATCH, for every size and patch.
+
+    Attributes:
+        name: First part of the names.
+        block: A name of `BLOCKS`.
+        objective: What it is trained with unless a run says otherwise.
+        frame: A name of `FRAMES`.
+        sizes: Arguments of the frame, by the name of the size.
+        patch_sizes: Sides of a token's patch.
+        papers: Keys of the papers that a model card cites.
+    """
+
+    name: str
+    block: str
+    objective: str = "eps"
+    frame: str = "Denoiser"
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SIZES)
+    patch_sizes: tuple[int, ...] = PATCH_SIZES
+    papers: tuple[str, ...] = ("DiT",)
+
+
+BLOCKS: Table[BlockRow] = Table(
+    "block",
+    [
+        BlockRow(
+            name="i2rmb", module="d_emo.models.blocks:AdaLNMobileBlock",
+            options=("attention_mode", "window_size", "kernel_size", "local_norm"),
+        ),
+        BlockRow(name="dit", module="d_emo.models.blocks:DiTBlock", affine_final_norm=False),
+    ],
+)  # fmt: skip
+
+FRAMES: Table[FrameRow] = Table(
+    "denoiser", [FrameRow(name="Denoiser", denoiser="d_emo.models.denoiser:Denoiser")]
+)
+
+FAMILIES: Table[FamilyRow] = Table(
+    "family of denoisers",
+    [
+        FamilyRow(name="D-EMOv2", block="i2rmb", papers=("EMOv2", "DiT")),
+        FamilyRow(name="DiT", block="dit"),
+        FamilyRow(name="SiT", block="dit", objective="flow"),
+    ],
+)
+
+
+def denoisers() -> dict[str, dict[str, Any]]:
+    """Every named denoiser, as the arguments of its frame that make it."""
+    return {
+        f"{name}-{size}-{patch}": {**arguments, "patch_size": patch, "block": family.block}
+        for name, family in FAMILIES.items()
+        for size, arguments in family.sizes.items()
+        for patch in family.patch_sizes
+    }
+
+
 def family_of(model: str) -> FamilyRow | None:
     """The family of a denoiser's name, such as "D-EMOv2-S-2" or "sit-xl/2"; None for other names."""
-    parts = model.replace("/", "-").lower().rsplit("-", 2)
-    known = {name.lower(): name for name in FAMILIES}
-    return FAMILIES[known[parts[0]]] if len(parts) == 3 and parts[0] in known else None
+    wanted = model.replace("/", "-").lower()
+    return next((FAMILIES[known.rsplit("-", 2)[0]] for known in denoisers() if known.lower() == wanted), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.denoiser import DENOISERS
-from d_emo.models.registry import resolve_name
-from d_emo.objective import OBJECTIVES, StepNoise
+from d_emo.models.registry import frame_of
+from d_emo.objective import StepNoise
+from d_emo.tables import OBJECTIVES, load
 from d_emo.training.finetuning import start_from
 
 
@@ -33,13 +34,15 @@ class DenoiserTask:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
     """
 
-    smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml."
+    smaller = "A small one for such a machine: `d-emo train --config configs/shapes64_ti.yaml`."
 
     def __init__(self, settings: TrainSettings):
-        if resolve_name(settings.model) not in DENOISERS:
+        frame = frame_of(settings.model)
+        if frame is None:
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
-        self.settings = settings
-        self.dataset, self.codec = _open_data(settings)
+        settings = settings.resolve()
+        self.dataset, self.codec, self.facts = _open_data(settings)
+        self.settings = settings = settings.resolve(**self.facts)
         self.images = self.dataset
         self.held_out = None
         if settings.validate_every:
@@ -47,27 +50,31 @@ class DenoiserTask:
         self.encoded = settings.latents is not None or settings.cache_latents
         if settings.image_size % self.codec.downsample:
             raise InputError(
-                f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
+                f"`image_size` {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
                 f"{self.codec.name} needs"
             )
         size = settings.image_size // self.codec.downsample
-        self.latent_shape = (self.codec.channels, size, size)
-        options = {"sample_size": size, "in_channels": self.codec.channels, "num_classes": len(self.images.class_names)}
+        options = frame.settings_for((self.codec.channels, size, size), len(self.images.class_names))
+        taken = sorted(options.keys() & (settings.model_options or {}).keys())
+        if taken:
+            raise InputError(
+                f"`model_options` names {', '.join(taken)}, which the data and the codec decide; leave it out"
+            )
         torch.manual_seed(settings.seed)
-        self.model = create_model(settings.model, **{**options, **(settings.model_options or {})})
-        _init_labels(self.model.y_embedder.embedding_table.weight, self.images.class_names, settings)
+        self.model = create_model(settings.model, **options, **(settings.model_options or {}))
+        _init_labels(self.model.label_rows(), self.images.class_names, settings)
         self.start, self.started_from = "", None
         if settings.init_from is not None:
             self.start, self.started_from = start_from(
                 settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
                 keep_labels=settings.label_init is None,
             )
-        self.lr_scales = {"y_embedder.embedding_table.weight": settings.label_lr_scale}
+        self.lr_scales = {self.model.label_parameter: settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        learn_sigma = self.model.config.out_channels == 2 * self.model.config.in_channels
-        self.objective = OBJECTIVES[settings.objective](
-            null_class=self.model.null_class, label_dropout=settings.label_dropout, learn_sigma=learn_sigma,
+        self.objective = load(OBJECTIVES[settings.objective].loss)(
+            null_class=self.model.null_class, label_dropout=settings.label_dropout,
+            learn_sigma=self.model.predicts_variance,
             logit_normal=(settings.logit_mean, settings.logit_std) if settings.timestep_sampling != "uniform" else None,
         )
         self.scheduler = self.objective.noise_schedule()
@@ -77,13 +84,13 @@ class DenoiserTask:
         lines = []
         if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
-                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
-                "/path/to/imagenet/train"
+                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: `d-emo train "
+                "--data-dir /path/to/imagenet/train`"
             )
-        channels, height, width = self.latent_shape
+        shape = " x ".join(map(str, self.model.latent_shape))
         return lines + [
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
-            f"{channels} x {height} x {width} from {self.codec.name}, {len(self.images):,} images; run folder "
+            f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder "
             f"{settings.output_dir}"
         ] + ([self.start] if self.start else [])
 
@@ -95,16 +102,16 @@ class DenoiserTask:
             self.dataset = LatentDataset(folder / "latents")
 
     def draw(self, generator: torch.Generator, batch_size: int) -> StepNoise:
-        return self.objective.draw(generator, batch_size, self.latent_shape)
+        return self.objective.draw(generator, batch_size, self.model.latent_shape)
 
-    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: StepNoise) -> dict[str, torch.Tensor]:
+    def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
-        return self.objective(model, self._latents(values, draws), labels, draws)
+        return self.objective(model, self._latents(values, step), labels, step)
 
     @torch.no_grad()
-    def _latents(self, values: torch.Tensor, draws: StepNoise) -> torch.Tensor:
+    def _latents(self, values: torch.Tensor, step: StepNoise) -> torch.Tensor:
         """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
-        flip = draws.flip[:, None, None, None] & self.images.flip
+        flip = step.flip[:, None, None, None] & self.images.flip
         if not self.encoded:
             moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
         else:
@@ -112,28 +119,28 @@ class DenoiserTask:
             if self.images.flip:
                 plain, mirrored = moments.chunk(2, dim=1)
                 moments = torch.where(flip, mirrored, plain)
-        return sample_moments(moments, draws.posterior_noise)
+        return sample_moments(moments, step.posterior_noise)
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-        """Sums of the losses over this process's share of the held-out images, and their number.
+        """Sums of the losses over this process's held-out images, and their number.
 
         Noise and timestep of an image come from its index alone; no label is dropped.
         """
         device, batch_size = next(model.parameters()).device, 32
-        share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
+        mine = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
         totals: dict[str, torch.Tensor] = {}
-        for start in range(0, max(1, len(share)), batch_size):
-            indices = share[start : start + batch_size]
-            count, indices = len(indices), indices or [0]  # a process without a share still names its sums
+        for start in range(0, max(1, len(mine)), batch_size):
+            indices = mine[start : start + batch_size]
+            count, indices = len(indices), indices or [0]  # a process without any still names its sums
             images, labels = (torch.stack(part) for part in zip(
                 *((image, torch.tensor(label)) for image, label in map(self.held_out.__getitem__, indices)), strict=True
             ))
-            draws = StepNoise(*(torch.cat(part).to(device) for part in zip(
+            step = StepNoise(*(torch.cat(part).to(device) for part in zip(
                 *(self.draw(torch.Generator().manual_seed(index), 1) for index in indices), strict=True
             )))
-            draws = draws._replace(drop_label=torch.zeros_like(draws.drop_label))
-            latents = sample_moments(self.codec.moments(images.to(device)), draws.posterior_noise)
-            losses = self.objective(model, latents, labels.to(device), draws)
+            step = step._replace(drop_label=torch.zeros_like(step.drop_label))
+            latents = sample_moments(self.codec.moments(images.to(device)), step.posterior_noise)
+            losses = self.objective(model, latents, labels.to(device), step)
             for name, value in {**losses, "count": torch.ones((), device=device)}.items():
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
@@ -141,11 +148,11 @@ class DenoiserTask:
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
         meta = {
-            "step": step, "weights": "ema", "model": settings.model, "codec": self.codec.name,
-            "image_size": settings.image_size, "data": self.images.name, "class_names": self.images.class_names,
-            "label_dropout": settings.label_dropout, "num_images": len(self.images),
-            "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
-            "hardware": describe_hardware(next(model.parameters()).device),
+            "step": step, "weights": "ema", "model": settings.model, "objective": settings.objective,
+            "codec": self.codec.name, "image_size": settings.image_size, "data": self.images.name,
+            "class_names": self.images.class_names, "label_dropout": settings.label_dropout,
+            "num_images": len(self.images), "parameters": trained_parameters(self.model),
+            "training_minutes": round(minutes, 1), "hardware": describe_hardware(next(model.parameters()).device),
         }
         if self.started_from:
             meta["started_from"] = self.started_from
@@ -164,19 +171,18 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 
 
-def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec]:
-    """Images or latents, and their codec; settles what the settings leave to them."""
+def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec, dict[str, Any]]:
+    """Images or latents, their codec, and what the settings leave to them."""
     if settings.latents is None:
-        settings.vae = settings.vae or default_codec(settings.data_dir)
+        facts = {"vae": settings.vae or default_codec(settings.data_dir)}
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
             sequential=settings.cache_latents,
         )
-        return images, load_codec(settings.vae)
+        return images, load_codec(facts["vae"]), facts
     latents = LatentDataset(settings.latents)
-    settings.vae = settings.vae or latents.codec
-    settings.image_size = settings.image_size or latents.image_size
-    codec = load_codec(settings.vae)
-    latents.check(codec, settings.image_size)
-    return OneClass(latents) if settings.unconditional else latents, codec
+    codec = load_codec(settings.vae or latents.codec)
+    latents.check(codec, settings.image_size or latents.image_size)
+    facts = {"vae": latents.codec, "image_size": latents.image_size}
+    return OneClass(latents) if settings.unconditional else latents, codec, facts

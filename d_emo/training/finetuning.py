@@ -6,13 +6,16 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_denoiser
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 
 
+@torch.no_grad()
 def start_from(
-    path: str | Path, model: Denoiser, *, class_names: list[str], objective: str, keep_labels: bool = True
+    path: str | Path, model: DenoiserFrame, *, class_names: list[str], objective: str, keep_labels: bool = True
 ) -> tuple[str, dict[str, Any]]:
     """Copy a snapshot's weights into a new model for fine-tuning.
 
@@ -34,23 +37,22 @@ def start_from(
         InputError: No such snapshot, or one that does not fit; names what differs.
     """
     old = load_denoiser(path)
-    theirs, mine = old.model.config, model.config
-    if theirs.in_channels != mine.in_channels:
+    channels, wanted = old.model.latent_shape[0], model.latent_shape[0]
+    if channels != wanted:
         raise InputError(
-            f"the snapshot {old.path} denoises latents of {theirs.in_channels} channels (codec {old.codec}), but the "
-            f"codec of this run has {mine.in_channels}; choose --vae {old.codec} or one with as many channels"
+            f"the snapshot {old.path} denoises latents of {channels} channels (codec {old.codec}), but the codec of "
+            f"this run has {wanted}; `vae` may be {old.codec} or one with as many channels"
         )
-    free = ("num_classes", "sample_size", "window_size")
-    parts = inspect.signature(Denoiser.__init__).parameters.keys() - {"self", *free}
-    differ = [f"{key} is {theirs[key]} there, {mine[key]} here" for key in sorted(parts) if theirs[key] != mine[key]]
+    theirs, mine = ({"frame": type(each).__name__, **each.config} for each in (old.model, model))
+    parts = inspect.signature(type(model).__init__).parameters.keys() - {"self", *model.free_settings} | {"frame"}
+    differ = [f"{key} is {theirs.get(key)} there, {mine[key]} here" for key in sorted(parts)
+              if theirs.get(key) != mine[key]]
     if differ:
         raise InputError(
-            f"the snapshot {old.path} is of another model ({'; '.join(differ)}); give the --model and --model-options "
-            "in its config.yaml"
+            f"the snapshot {old.path} is of another model ({'; '.join(differ)}); `model` and `model_options` must be "
+            "those in its config.yaml"
         )
-    state, fresh, known = old.model.state_dict(), model.state_dict(), 0
-    table = fresh["y_embedder.embedding_table.weight"].clone()
-    rows = state["y_embedder.embedding_table.weight"]
+    rows, table, known = old.model.label_rows(), model.label_rows().detach().clone(), 0
     table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
     if len(class_names) == 1:
         table[0] = null
@@ -58,7 +60,8 @@ def start_from(
         if keep_labels and name in old.class_names:
             table[label] = rows[old.class_names.index(name)]
             known += 1
-    model.load_state_dict({**state, "y_embedder.embedding_table.weight": table, "pos_embed": fresh["pos_embed"]})
+    own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
+    model.load_state_dict({**old.model.state_dict(), **own, model.label_parameter: table})
     step = old.meta["step"]
     rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
     trained = {key: old.meta[key] for key in ("step", "training_minutes") if key in old.meta}

@@ -115,7 +115,7 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder} cannot be made: {error.strerror}") from None
+        raise InputError(f"`output` {folder} cannot be made: {error.strerror}") from None
     where = machine(report.device)
     about = ", ".join(f"{key} {value}" for key, value in where.items())
     (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")

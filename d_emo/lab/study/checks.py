@@ -16,16 +16,14 @@ from d_emo.config import (
     TrainSettings,
     check_guidance,
     is_folder,
-    parse_settings,
 )
 from d_emo.errors import InputError
-from d_emo.lab.study.execution import as_flags
-from d_emo.lab.study.plan import PlannedRun, latents_folder
+from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, read_settings
 from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
-from d_emo.objective import OBJECTIVES
-from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.tables import OBJECTIVES, load, schedulers_of
 
 # Settings of a training run that do not decide what comes out of it.
 _FREE = {
@@ -104,7 +102,7 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
     """Refuse what would fail after the training only.
 
     Raises:
-        InputError: Settings of another script that it does not take, a sampler that does not serve, a tracker that
+        InputError: Settings of another verb that it does not take, a sampler that does not serve, a tracker that
             the report does not read.
     """
     if settings.encode is not None:
@@ -136,38 +134,33 @@ def check_inputs(settings: StudySettings) -> None:
         InputError: One of these.
     """
     if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
-        raise InputError("the study does not say which images to encode; give --data-dir FOLDER")
+        raise InputError("the study does not say which images to encode; give `data_dir` FOLDER")
     if settings.reference is not None and not Path(settings.reference).exists():
-        raise InputError(f"the study's reference {settings.reference} does not exist (--reference)")
+        raise InputError(f"the study's reference {settings.reference} does not exist (`reference`)")
 
 
 def read_encode(options: dict[str, Any]) -> EncodeSettings:
-    """The settings of scripts/encode_latents.py, checked as it checks them."""
-    return _read(EncodeSettings, "encode", {**options, "output": "unused"})
+    """The settings of encode, checked as it checks them."""
+    return read_settings(EncodeSettings, {**options, "output": "unused"}, "the study's encode")
 
 
 def read_fid(settings: StudySettings) -> FidSettings:
-    """The settings of scripts/fid.py, checked as it checks them."""
-    own = settings.fid or {}
+    """The settings of fid, checked as it checks them.
+
+    Raises:
+        InputError: A setting that the study itself gives, or that fid refuses.
+    """
     for name in ("samples", "checkpoint", "reference", "output"):
-        if name in own:
-            raise InputError(f"the study's fid must not have {name}, which the study gives scripts/fid.py itself")
-    options = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | own
-    return _read(FidSettings, "fid", {"checkpoint": "unused", "reference": settings.reference, **options})
-
-
-def _read(kind: type, what: str, options: dict[str, Any]) -> Any:
-    try:
-        return parse_settings(kind, "", as_flags(options))
-    except InputError as error:
-        raise InputError(f"the study's {what}: {error}") from None
+        if name in (settings.fid or {}):
+            raise InputError(f"the study's fid must not have {name}, which the study itself gives fid")
+    return read_settings(FidSettings, {**fid_options(settings), "checkpoint": "unused"}, "the study's fid")
 
 
 def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
-    known = scheduler_names(objective)
+    known = schedulers_of(objective)
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
-        set_steps(make_scheduler(name, OBJECTIVES[objective](null_class=0).noise_schedule().config), steps)
+        set_steps(make_scheduler(name, load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule().config), steps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -1,4 +1,4 @@
-"""Running other scripts for a study: one child at a time, stopped as this process is stopped, runs claimed by locks."""
+"""Running other verbs for a study: one child at a time, stopped as this process is stopped, runs claimed by locks."""
 
 from __future__ import annotations
 
@@ -11,52 +11,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from d_emo.errors import RunError
 
 
-class ScriptError(RunError):
-    """Another script failed."""
+class VerbError(RunError):
+    """Another verb failed."""
 
 
-def run_script(
-    script: Path, arguments: Sequence[str], *, launch: Sequence[str] = (), lock: TextIO | None = None
+def run_verb(
+    verb: str, settings: dict[str, Any], config: Path, *, launch: Sequence[str] = (), lock: TextIO | None = None
 ) -> None:
-    """Run a script of this project to its end, on one process or through ``accelerate launch``.
+    """Run ``d-emo VERB --config FILE`` to its end, on one process or through ``accelerate launch``.
 
-    Ctrl-C reaches the script by itself, SIGTERM is passed on to it; it saves its state, and this process ends too.
-    The script holds the lock as well, so that its folder stays claimed if this process is killed and it is not.
+    Args:
+        verb: Such as "train".
+        settings: Written to ``config`` as YAML.
+        config: The file.
+        launch: Arguments of accelerate launch; none: without it.
+        lock: Held by the child as well, so that its folder stays claimed if this process is killed and it is not.
 
     Raises:
-        ScriptError: It failed.
+        VerbError: It failed.
         SystemExit: It was stopped; with its exit code.
     """
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
     launcher = ["-m", "accelerate.commands.launch", "--quiet", *launch] if launch else []
-    print(f"$ python {script.name} {' '.join(arguments)}", flush=True)
-    held = [] if lock is None else [lock.fileno()]
-    child = subprocess.Popen([sys.executable, *launcher, str(script), *arguments], pass_fds=held)
+    arguments = [verb, "--config", str(config)]
+    print(f"$ d-emo {' '.join(arguments)}", flush=True)
+    run_child([sys.executable, *launcher, "-m", "d_emo", *arguments], f"d-emo {verb}", lock)
+
+
+def run_child(command: Sequence[str], called: str, lock: TextIO | None = None) -> None:
+    """Run a command to its end. Ctrl-C reaches it by itself, SIGTERM is passed on; it saves its state, and both end."""
+    child = subprocess.Popen(command, pass_fds=[] if lock is None else [lock.fileno()])
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        code = child.wait()
-        raise SystemExit(code) from None
+        raise SystemExit(child.wait()) from None
     finally:
         signal.signal(signal.SIGTERM, before)
     if code in (143, -signal.SIGTERM):
         raise SystemExit(143)
     if code:
-        ending = f"{script.name} ended with exit code {code}"
-        raise ScriptError(f"{ending}; what it had saved stays, the same command goes on")
-
-
-def as_flags(options: dict[str, Any]) -> list[str]:
-    """Settings as flags of a script; None is the script's default."""
-    flags = []
-    for key, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key.replace('_', '-')}", *map(str, values)]
-    return flags
+        raise VerbError(
+            f"{called} ended with exit code {code}; what it had saved stays, re-run the same command to resume"
+        )
 
 
 @contextmanager
@@ -90,6 +92,6 @@ def writing(what: str) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise RunError(
-            f"{what} cannot be written ({where}{error.strerror or error}); nothing that was measured is lost, and the "
-            "same command goes on"
+            f"{what} cannot be written ({where}{error.strerror or error}); nothing that was measured is lost; re-run "
+            "the same command to resume"
         ) from None

@@ -6,15 +6,17 @@ import hashlib
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError
 from d_emo.io.training_state import step_of
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class PlannedRun:
         name: As the study calls it.
         seed: Of weights, data order and noise.
         folder: Of the training run.
-        training: Resolved settings of scripts/train_dit.py.
-        protocol: Digest of how the study measures, so that figures measured otherwise are not taken for these.
+        training: Of the run.
+        protocol: Digest of how the study measures, so that values measured otherwise are not taken for these.
         norm_buffers: "trained", or "initial" to measure with the batch norms' averages as they were at the start.
     """
 
@@ -56,7 +58,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
     """All runs, the first seed's of every model before the second's.
 
     Raises:
-        InputError: A run's settings are none that scripts/train_dit.py takes; two runs would share a folder.
+        InputError: A run's settings are none that train takes; two runs would share a folder.
     """
     folders: dict[str, str] = {}
     for name in (name for name, own in settings.runs.items() if "of" not in own):
@@ -74,7 +76,9 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
             options = {**(settings.train.get("model_options") or {}), **(own.get("model_options") or {})}
             folder = Path(settings.output_dir) / "runs" / f"{slug(name)}-seed{seed}"
             values = settings.train | latents | own | {"seed": seed, "output_dir": str(folder)}
-            training = read_training({**values, "model_options": options or None}, name)
+            training = read_settings(
+                TrainSettings, {**values, "model_options": options or None}, f"the run {name!r} of the study"
+            )
             trained[name] = PlannedRun(name, seed, folder, training, protocol)
         for name, own in settings.runs.items():
             planned.append(trained[name] if name in trained else variant(name, own, trained))
@@ -82,22 +86,30 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights."""
+    """A run that measures another one's weights.
+
+    Raises:
+        InputError: It names no trained run, or another variant.
+    """
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]
     return replace(other, name=name, norm_buffers="initial")
 
 
-def read_training(values: dict[str, Any], name: str) -> TrainSettings:
-    """The settings of one training run, checked as scripts/train_dit.py checks them."""
+def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
+    """The settings of another verb, checked as it checks them.
+
+    Raises:
+        InputError: It would not take them; names ``what`` they are.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()
         try:
-            return parse_settings(TrainSettings, "", ["--config", file.name])
+            return parse_settings(kind, "", ["--config", file.name])
         except InputError as error:
-            raise InputError(f"the run {name!r} of the study: {error}") from None
+            raise InputError(f"{what}: {error}") from None
 
 
 def protocol_of(settings: StudySettings) -> str:
@@ -112,6 +124,12 @@ def latents_folder(settings: StudySettings) -> Path:
     return Path(settings.output_dir) / "latents"
 
 
+def fid_options(settings: StudySettings) -> dict[str, Any]:
+    """What the study says to fid of every snapshot."""
+    own = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
+    return {"reference": settings.reference, **own}
+
+
 def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[int, int, int]:
     """Channels, height and width of a run's latents; 4 channels at an eighth of the size, unless they are pixels."""
     encode = settings.encode or {}
@@ -123,8 +141,3 @@ def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[i
 def slug(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
-def as_arguments(training: Any) -> str:
-    """Settings as YAML for ``--config``."""
-    return yaml.safe_dump(asdict(training), sort_keys=False)

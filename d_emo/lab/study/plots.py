@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from d_emo.errors import InputError
+from d_emo.lab.drawing import new_figure
 from d_emo.lab.loss_curves import Curve
-from d_emo.lab.study.results import Estimate, Row
+from d_emo.lab.study.results import half_width, runs_of
 
 AXES = {
     "step": "optimizer steps",
@@ -28,8 +29,7 @@ PUBLISHED_OVER = "eps, uniform"
 
 
 def draw_curves(
-    path: Path, rows: Sequence[Row], losses: dict[tuple[str, int], Curve], names: Sequence[str],
-    published: dict[str, Curve],
+    path: Path, rows: pd.DataFrame, losses: pd.DataFrame, names: Sequence[str], published: dict[str, Curve]
 ) -> None:
     """FID of the runs above, their smoothed losses below, a row for each thing that a loss is the mean over.
 
@@ -39,30 +39,26 @@ def draw_curves(
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
-    by_run = {name: mine for name in names if (mine := [row for row in rows if row["run"] == name])}
+    by_run = runs_of(rows, names)
     styles = {name: run_style(number, name) for number, name in enumerate(by_run)}
-    shown = [row for mine in by_run.values() for row in mine]
-    once = len({row["step"] for row in shown}) == 1
-    kinds = list(dict.fromkeys(row["loss_over"] for row in shown))
+    shown = pd.concat(by_run.values())
+    once, kinds = shown.step.nunique() == 1, list(shown.loss_over.unique())
     heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]
-    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    figure = new_figure(10, sum(heights))
     upper, lower = figure.subfigures(2, height_ratios=heights)
     if once:
         draw_dots(upper.subplots(), by_run, styles)
     else:
-        draw_courses(upper.subplots(1, len(AXES), sharey=True), by_run, styles)
+        fids = {name: mine.pivot(index="step", columns="seed", values="fid") for name, mine in by_run.items()}
+        draw_courses(upper.subplots(1, len(AXES), sharey=True), by_run, fids, styles, "FID", name_axes=True, marker="o")
     grid = lower.subplots(len(kinds), len(AXES), sharex="col", sharey="row", squeeze=False)
     for kind, panels in zip(kinds, grid, strict=True):
-        alike = {name: mine for name, mine in by_run.items() if mine[0]["loss_over"] == kind}
-        draw_losses(panels, alike, losses, styles)
+        smooth = {name: running_means(losses[losses.run == name]) for name, mine in by_run.items()
+                  if mine.loss_over.iloc[0] == kind and (losses.run == name).any()}  # fmt: skip
+        draw_courses(panels, by_run, smooth, styles, "training loss,\nrunning mean", name_axes=kind == kinds[-1])
         panels[0].set_title(f"loss over {kind}", fontsize="medium", loc="left")
         for name, curve in published.items() if kind == PUBLISHED_OVER else ():
             panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
-    name_axes(grid[-1])
     lines = {line.get_label(): line for panel in (*grid[:, 0], *upper.axes[:1]) for line in panel.lines}
     order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
     lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
@@ -71,74 +67,53 @@ def draw_curves(
     figure.savefig(path, dpi=160)
 
 
-def draw_courses(panels: Sequence[Any], by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
-    """FID against each of `AXES`."""
-    for name, mine in by_run.items():
-        units = per_step(mine[0])
-        steps = sorted({row["step"] for row in mine})
-        fids = [[row["fid"] for row in mine if row["step"] == step] for step in steps]
+def draw_courses(
+    panels: Sequence[Any], by_run: dict[str, pd.DataFrame], courses: dict[str, pd.DataFrame],
+    styles: dict[str, dict[str, Any]], what: str, *, name_axes: bool, **style: Any,
+) -> None:
+    """Values by step and seed of some runs, against each of `AXES`."""
+    for name, course in courses.items():
+        one = by_run[name].iloc[0]
+        images = one.images / one.step
+        units = {"step": 1, "images": images, "training_macs": 3 * one.macs * images,
+                 "minutes": one.seconds_per_step / 60}  # fmt: skip
         for axis, panel in zip(AXES, panels, strict=True):
-            band(panel, np.array(steps) * units[axis], fids, marker="o", **styles[name])
-    for panel in panels:
+            band(panel, course.set_axis(course.index * units[axis]), **style, **styles[name])
+    for title, panel in zip(AXES.values(), panels, strict=True):
         dress(panel)
         logarithmic(panel, "y")
-    name_axes(panels)
-    panels[0].set_ylabel("FID")
-
-
-def per_step(row: Row) -> dict[str, float]:
-    """How far one step of a run goes on each of `AXES`."""
-    images = row["images"] / row["step"]
-    return {
-        "step": 1, "images": images, "training_macs": 3 * row["macs"] * images,
-        "minutes": row["seconds_per_step"] / 60,
-    }  # fmt: skip
-
-
-def name_axes(panels: Sequence[Any]) -> None:
-    """What each of the panels is drawn against."""
-    for title, panel in zip(AXES.values(), panels, strict=True):
-        panel.set_xlabel(title)
+        if name_axes:
+            panel.set_xlabel(title)
     panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
+    panels[0].set_ylabel(what)
 
 
-def draw_dots(panel: Any, by_run: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
+def running_means(losses: pd.DataFrame) -> pd.DataFrame:
+    """A run's loss by step and seed, as far as all seeds go: means over the last twentieth of the training."""
+    smooth = {}
+    for seed, mine in losses.groupby("seed"):
+        curve = Curve(mine.step.to_numpy(), mine.loss.to_numpy())
+        smooth[seed] = pd.Series(curve.smoothed(int(curve.steps[-1]) // 20).values, curve.steps)
+    return pd.DataFrame(smooth).dropna()
+
+
+def draw_dots(panel: Any, by_run: dict[str, pd.DataFrame], styles: dict[str, dict[str, Any]]) -> None:
     """FID of runs measured at one step: a line for each run, from the top, with its seeds and their mean."""
     for place, (name, mine) in enumerate(by_run.items()):
-        fids, colour = [row["fid"] for row in mine], styles[name]["color"]
-        panel.plot(fids, [place] * len(fids), "o", ms=4, color=colour, alpha=0.6)
-        panel.plot(np.mean(fids), place, "|", ms=13, mew=2.5, color=colour)
-    first = next(iter(by_run))
-    panel.axvline(np.mean([row["fid"] for row in by_run[first]]), color="0.5", lw=0.8, zorder=0)
+        colour = styles[name]["color"]
+        panel.plot(mine.fid, [place] * len(mine), "o", ms=4, color=colour, alpha=0.6)
+        panel.plot(mine.fid.mean(), place, "|", ms=13, mew=2.5, color=colour)
+    first, fids = next(iter(by_run)), pd.concat(by_run.values()).fid
+    panel.axvline(by_run[first].fid.mean(), color="0.5", lw=0.8, zorder=0)
     panel.set_yticks(range(len(by_run)), by_run)
     panel.set_ylim(len(by_run) - 0.4, -0.6)
     dress(panel)
     panel.xaxis.set_major_formatter("{x:g}")
-    fids = [row["fid"] for mine in by_run.values() for row in mine]
-    wide = max(fids) > 4 * min(fids) > 0
+    wide = fids.max() > 4 * fids.min() > 0
     if wide:
         logarithmic(panel, "x")
-    words = f"FID at step {by_run[first][0]['step']:,}{' (log axis)' if wide else ''}"
+    words = f"FID at step {by_run[first].step.iloc[0]:,}{' (log axis)' if wide else ''}"
     panel.set_xlabel(f"{words}; dots: seeds, bars: their means, thin line: mean of {first}")
-
-
-def draw_losses(
-    panels: Sequence[Any], by_run: dict[str, list[Row]], losses: dict[tuple[str, int], Curve],
-    styles: dict[str, dict[str, Any]],
-) -> None:
-    """Running means, over a twentieth of the training, against each of `AXES`."""
-    for name, rows in by_run.items():
-        mine = [curve for (run, _), curve in losses.items() if run == name]
-        if not mine:  # a run that measures the weights of another
-            continue
-        length, units = min(len(curve.steps) for curve in mine), per_step(rows[0])
-        smooth = [curve.smoothed(int(curve.steps[-1]) // 20).values[:length] for curve in mine]
-        for axis, panel in zip(AXES, panels, strict=True):
-            band(panel, mine[0].steps[:length] * units[axis], np.stack(smooth, axis=1), **styles[name])
-    for panel in panels:
-        dress(panel)
-        logarithmic(panel, "y")
-    panels[0].set_ylabel("training loss,\nrunning mean")
 
 
 def run_style(number: int, name: str) -> dict[str, Any]:
@@ -167,44 +142,42 @@ def logarithmic(panel: Any, name: str) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def band(panel: Any, x: np.ndarray, values: Sequence[Sequence[float]], **style: Any) -> None:
-    """A line through the means, and a band over their 95 % confidence intervals, cut at a fifth of the mean.
+def band(panel: Any, values: pd.DataFrame, **style: Any) -> None:
+    """A line through the means over the columns (seeds), and a band over their 95 % confidence intervals.
 
-    The cut keeps it positive, for log axes. Points of fewer than `BAND_SEEDS` seeds have no band.
+    The band is cut at a fifth of the mean, which keeps it positive, for log axes. It needs `BAND_SEEDS` seeds.
     """
-    estimates = [Estimate.of(list(each)) for each in values]
-    means = np.array([estimate.mean for estimate in estimates])
-    panel.plot(x, means, lw=1.5, ms=4, **style)
-    if all(estimate.count >= BAND_SEEDS for estimate in estimates):
-        half = np.array([estimate.half_width for estimate in estimates])
-        panel.fill_between(x, np.maximum(means - half, 0.2 * means), means + half, alpha=0.15, color=style["color"])
+    means, counts = values.mean(axis=1), values.count(axis=1)
+    panel.plot(values.index, means, lw=1.5, ms=4, **style)
+    if (counts >= BAND_SEEDS).all():
+        half = half_width(values.sem(axis=1), counts)
+        panel.fill_between(
+            values.index, np.maximum(means - half, 0.2 * means), means + half, alpha=0.15, color=style["color"]
+        )
 
 
-def seeds_words(rows: Sequence[Row]) -> str:
+def seeds_words(rows: pd.DataFrame) -> str:
     """What lines and bands are, for the reader of a plot."""
-    seeds = {name: len({row["seed"] for row in rows if row["run"] == name}) for name in {row["run"] for row in rows}}
-    if max(seeds.values()) == 1:
+    seeds = rows.groupby("run").seed.nunique()
+    if seeds.max() == 1:
         return "one seed: no intervals"
     words = "lines: means over the seeds"
-    if max(seeds.values()) >= BAND_SEEDS:
+    if seeds.max() >= BAND_SEEDS:
         words += "; bands: 95 % confidence intervals of the mean"
-        if min(seeds.values()) < BAND_SEEDS:
+        if seeds.min() < BAND_SEEDS:
             words += f", for runs of {BAND_SEEDS} seeds or more"
     return words
 
 
-def draw_gaps(path: Path, gaps: Sequence[Row]) -> None:
+def draw_gaps(path: Path, gaps: pd.DataFrame) -> None:
     """Error in train mode over that in eval mode, by noise level."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     panel = figure.subplots()
-    for number, name in enumerate(dict.fromkeys(row["run"] for row in gaps)):
-        mine = [row for row in gaps if row["run"] == name]
-        levels = sorted({row["timestep"] for row in mine})
-        ratios = [[row["train"] / row["eval"] for row in mine if row["timestep"] == t] for t in levels]
+    ratios = gaps.assign(ratio=gaps.train / gaps["eval"])
+    for number, (name, mine) in enumerate(ratios.groupby("run", sort=False)):
         dashes = ("-", "--", ":")[number % 3]  # runs without a batch norm lie on one another, at 1
-        band(panel, np.array(levels), ratios, color=f"C{number}", ls=dashes, label=name)
+        by_seed = mine.pivot(index="timestep", columns="seed", values="ratio")
+        band(panel, by_seed, color=f"C{number}", ls=dashes, label=name)
     panel.axhline(1, color="0.5", lw=0.8)
     panel.set_xlabel("timestep (1000 is noise)")
     panel.set_ylabel("error in train mode over eval mode")

@@ -1,18 +1,15 @@
-"""What a study has found so far: rows per measured snapshot, and means, intervals and differences over the seeds."""
+"""What a study has found so far: measurements on disk, a table of all of them, and intervals over the seeds."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import t as student
 
@@ -23,59 +20,80 @@ from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
+from d_emo.tables import MetricValue, with_present_names
+from d_emo.tables import metric_values as all_metric_values
 
-Row = dict[str, Any]
-KEPT = "nothing that was measured before is lost, and the same command goes on"
+RESUME = "nothing that was measured before is lost; re-run the same command to resume"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and half the width of its 95 % confidence interval (Student's t); None from one seed."""
+def metric_values() -> dict[str, MetricValue]:
+    """What the tables of a report show, in their order: the loss, then what is measured of drawn images."""
+    loss = MetricValue(name="loss", title="loss", digits=5, better=-1)
+    measured = [replace(value, title=f"{value.title} {value.unit}".strip()) for value in all_metric_values().values()]
+    return {value.name: value for value in (loss, *measured)}
+
+
+def digits_of(value: MetricValue) -> int:
+    """After the point of a mean over seeds: one less than a single measurement shows."""
+    return 2 if value.digits is None else value.digits - 1
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and half the width of its 95 % confidence interval (Student's t); NaN from one seed."""
 
     mean: float
-    half_width: float | None
+    half_width: float
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from one value per seed."""
-        if len(values) < 2:
-            return cls(mean(values), None, len(values))
-        quantile = float(student.ppf(0.975, len(values) - 1))
-        return cls(mean(values), quantile * stdev(values) / math.sqrt(len(values)), len(values))
+    def of(cls, values: pd.Series | Sequence[float]) -> Estimate:
+        """The estimate from one value per seed; those that are missing do not count."""
+        values = pd.Series(values, dtype=float).dropna()
+        return cls(values.mean(), half_width(values.sem(), len(values)), len(values))
 
     @property
     def decided(self) -> bool:
         """Whether the interval leaves out zero."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+        return abs(self.mean) > self.half_width
 
-    def show(self, digits: int = 2) -> str:
-        """Such as "4.36 ± 0.41"."""
-        return f"{self.mean:.{digits}f}" + ("" if self.half_width is None else f" ± {self.half_width:.{digits}f}")
+    def show(self, digits: int = 2, *, sign: bool = False) -> str:
+        """Such as "4.36 ± 0.41", "-" of nothing; with ``sign``, positive means have a plus."""
+        if not self.count:
+            return "-"
+        plus = "+" if sign and self.mean > 0 else ""
+        return f"{plus}{self.mean:.{digits}f}" + (f" ± {self.half_width:.{digits}f}" if self.count > 1 else "")
+
+
+def half_width(standard_error: Any, count: Any) -> Any:
+    """Half the width of Student's 95 % confidence interval, of numbers or arrays; NaN for a count of one."""
+    return student.ppf(0.975, np.maximum(count, 1) - 1) * standard_error
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
 
 
 def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[str, float]]:
-    """Figures of a run's snapshots by step; with ``last``, of the one at its end only.
+    """Metric values of a run's snapshots by step; with ``last``, of the one at its end only.
 
     Raises:
-        InputError: The file of its figures is damaged.
+        InputError: The file that keeps them is damaged.
     """
     if not run.results.exists():
         return {}
     try:
-        measured = {int(step): dict(figures) for step, figures in read_json(run.results).items()}
+        measured = {int(step): with_present_names(values) for step, values in read_json(run.results).items()}
     except (AttributeError, TypeError, ValueError):
         raise _damaged(run.results) from None
-    return {step: figures for step, figures in measured.items() if not last or step == run.training.max_steps}
+    return {step: values for step, values in measured.items() if not last or step == run.training.max_steps}
 
 
-def add_measurement(run: PlannedRun, step: int, figures: dict[str, float]) -> None:
-    """Keep the figures of one snapshot."""
-    write_json(run.results, dict(sorted({**read_measurements(run), step: figures}.items())))
+def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> None:
+    """Keep the metric values of one snapshot."""
+    write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())))
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote.
+    """What `write_json` wrote.
 
     Raises:
         InputError: The file is damaged.
@@ -96,7 +114,19 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunError: The disk is full, say.
     """
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), KEPT)
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), RESUME)
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table; ``pd.read_csv`` reads it.
+
+    Raises:
+        RunError: The disk is full, say.
+    """
+    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(), RESUME)
+
+
+# ---- all measurements as a table -------------------------------------------------------------------------------------
 
 
 def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
@@ -110,10 +140,10 @@ def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
 
 def collect(
     runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]], seconds: dict[str, float], *, last: bool = False
-) -> tuple[list[Row], dict[tuple, Curve]]:
-    """A row for every measured snapshot, and the loss curve of every trained run by (name, seed).
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row for every measured snapshot, and one for every logged loss of every trained run.
 
-    The loss of a row is the mean over the last tenth of the steps so far.
+    The loss of a snapshot is the mean over the last tenth of the steps so far.
 
     Args:
         runs: Of the study.
@@ -121,23 +151,22 @@ def collect(
         seconds: Of a training step, by name.
         last: Only of the snapshots at the end.
     """
-    rows, losses = [], {}
+    rows, losses = [], []
     for run in runs:
         measured = read_measurements(run, last=last)
         if not measured:
             continue
-        curves, batch = read_run(run.folder).curves, run.training.batch_size
-        parameters, macs = sizes[run.name]
-        step_seconds = seconds[run.name]
+        curve, each = read_run(run.folder).curves["loss"], {"run": run.name, "seed": run.seed}
         if run.norm_buffers == "trained":
-            losses[run.name, run.seed] = curves["loss"]
+            losses.append(pd.DataFrame({**each, "step": curve.steps, "loss": curve.values}))
+        parameters, macs = sizes[run.name]
         rows += [
-            {"run": run.name, "seed": run.seed, "step": step, "images": step * batch,
-             "minutes": step * step_seconds / 60, "seconds_per_step": step_seconds, "parameters": parameters,
-             "macs": macs, "loss": recent(curves["loss"], step), "loss_over": loss_over(run.training), **figures}
-            for step, figures in measured.items()
+            {**each, "step": step, "images": step * run.training.batch_size, "minutes": step * seconds[run.name] / 60,
+             "seconds_per_step": seconds[run.name], "parameters": parameters, "macs": macs,
+             "loss": recent(curve, step), "loss_over": loss_over(run.training), **values}
+            for step, values in measured.items()
         ]  # fmt: skip
-    return rows, losses
+    return pd.DataFrame(rows), pd.concat(losses) if losses else pd.DataFrame(columns=["run", "seed", "step", "loss"])
 
 
 def loss_over(training: TrainSettings) -> str:
@@ -152,60 +181,50 @@ def recent(curve: Curve, step: int) -> float:
     return float(curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)].mean())
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows; columns in the order in which they first appear, empty where a row has none.
-
-    Raises:
-        RunError: The disk is full, say.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_file(path, text.getvalue().encode(), KEPT)
+# ---- questions to the table ------------------------------------------------------------------------------------------
 
 
-def values_of(rows: Sequence[Row], name: str, step: int, figure: str) -> dict[int, float]:
-    """A figure of a run at one step, by seed."""
-    return {r["seed"]: r[figure] for r in rows if r["run"] == name and r["step"] == step and figure in r}
+def runs_of(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The rows of these runs by name, of those that have any."""
+    found = dict(list(rows.groupby("run")))
+    return {name: found[name] for name in names if name in found}
 
 
-def minutes_by_step(rows: Sequence[Row], name: str) -> dict[int, float]:
-    """Minutes of training that a run takes to its measured steps."""
-    mine = sorted((row for row in rows if row["run"] == name), key=lambda row: row["step"])
-    return {row["step"]: row["step"] * row["seconds_per_step"] / 60 for row in mine}
-
-
-def at_time(rows: Sequence[Row], name: str, minutes: float) -> list[float]:
-    """FID of each seed after so many minutes, on straight lines between the measured steps; none before the first."""
-    by_step = minutes_by_step(rows, name)
-    if minutes < min(by_step.values()) - 1e-9:
-        return []
-    courses: dict[int, dict[int, float]] = {}
-    for row in rows:
-        if row["run"] == name:
-            courses.setdefault(row["seed"], {})[row["step"]] = row["fid"]
-    complete = [course for course in courses.values() if course.keys() == by_step.keys()]
-    return [float(np.interp(minutes, list(by_step.values()), [c[step] for step in by_step])) for c in complete]
-
-
-def last_common_step(rows: Sequence[Row], names: Sequence[str]) -> int | None:
+def last_common_step(rows: pd.DataFrame, names: Sequence[str]) -> int | None:
     """The last step at which all of these runs have been measured; None if there is none."""
-    steps = [{row["step"] for row in rows if row["run"] == name} for name in names]
-    common = set.intersection(*steps) if steps else set()
+    found = runs_of(rows, names)
+    common = set.intersection(*(set(mine.step) for mine in found.values())) if len(found) == len(names) else set()
     return max(common, default=None)
 
 
-def same_loss(rows: Sequence[Row], name: str, other: str) -> bool:
-    """Whether the losses of two runs are means over the same."""
-    return len({row["loss_over"] for row in rows if row["run"] in (name, other)}) == 1
+def paired(rows: pd.DataFrame, name: str, other: str, step: int) -> pd.DataFrame:
+    """Two runs at one step side by side, a row for each seed that both have; the other's columns end in "_other"."""
+    at = rows[rows.step == step]
+    return at[at.run == name].merge(at[at.run == other], on="seed", suffixes=("", "_other"))
 
 
-def difference(rows: Sequence[Row], name: str, other: str, step: int, figure: str) -> Estimate | None:
-    """``name`` minus ``other``, seed by seed; None if they share none, or it is the loss and is not over the same."""
-    if figure == "loss" and not same_loss(rows, name, other):
-        return None
-    ours, theirs = (values_of(rows, each, step, figure) for each in (name, other))
-    shared = sorted(ours.keys() & theirs.keys())
-    return Estimate.of([ours[seed] - theirs[seed] for seed in shared]) if shared else None
+def same_loss(pairs: pd.DataFrame) -> bool:
+    """Whether the losses of two paired runs are means over the same."""
+    return bool((pairs.loss_over == pairs.loss_over_other).all())
+
+
+def difference(pairs: pd.DataFrame, value: str) -> Estimate:
+    """Of two paired runs, seed by seed; of nothing if they share no seed, or if their losses are not over the same."""
+    if value not in pairs or (value == "loss" and not same_loss(pairs)):
+        return Estimate.of([])
+    return Estimate.of(pairs[value] - pairs[f"{value}_other"])
+
+
+def minutes_by_step(mine: pd.DataFrame) -> pd.Series:
+    """Minutes of training that one run takes to its measured steps."""
+    seconds = mine.groupby("step").seconds_per_step.first()
+    return seconds * seconds.index / 60
+
+
+def at_time(mine: pd.DataFrame, minutes: float) -> list[float]:
+    """One run's FID by seed after so many minutes, on lines between the measured steps; none before the first."""
+    times = minutes_by_step(mine)
+    if minutes < times.min() - 1e-9:
+        return []
+    complete = mine.pivot(index="seed", columns="step", values="fid").dropna()
+    return [float(np.interp(minutes, times, course)) for course in complete.to_numpy()]

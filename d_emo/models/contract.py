@@ -1,0 +1,90 @@
+"""What the rest of D-EMO asks of a denoiser, whatever its frame: DiT's, a U-shaped one, one of video.
+
+Called as the denoisers of diffusers are (`DiTTransformer2DModel`).
+
+Whoever trains, samples, saves, measures or exports a denoiser uses what is here and nothing else of it. A frame is a
+subclass of `DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+
+class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
+    """Predicts, from noisy latents, their timestep and their class, what the objective asks for.
+
+    A frame has ``forward(hidden_states, timestep, class_labels)``, which gives an object with ``sample``: the
+    prediction and, with `predicts_variance`, behind it as many channels for its variance. Labels are not
+    dropped in it. From diffusers it has ``config``, ``device``, ``dtype``, ``save_pretrained``, ``from_pretrained``
+    and ``enable_gradient_checkpointing``.
+
+    Its label table is one parameter: a row per class, then the null class, then rows that `append_label_rows` added.
+
+    Shape: hidden_states (B, C, *sizes), timestep () or (B,), class_labels (B,) -> sample (B, C or 2 C, *sizes).
+
+    Attributes:
+        label_parameter: Name of the label table's parameter, the weight of a ``torch.nn.Embedding``.
+        fixed_tensors: State-dict names of what is computed for a latent size, not trained.
+        free_settings: Arguments of the constructor in which a model may differ from the one that it is fine-tuned from.
+    """
+
+    label_parameter: ClassVar[str]
+    fixed_tensors: ClassVar[tuple[str, ...]] = ()
+    free_settings: ClassVar[tuple[str, ...]] = ("num_classes",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)  # diffusers' pipelines look for it there
+
+    @classmethod
+    @abstractmethod
+    def settings_for(cls, latent_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+        """The constructor's arguments that fit a data set: latents of shape (channels, *sizes), and its classes."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, *sizes) of the latents that it takes."""
+
+    @property
+    @abstractmethod
+    def predicts_variance(self) -> bool:
+        """Whether the output has a second half, for the variance (learned sigma)."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Positions that its widest blocks work on, per image."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes without the null class."""
+        return self.config.num_classes
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class": the row behind the classes."""
+        return self.num_classes
+
+    def label_rows(self) -> nn.Parameter:
+        """The label table itself, to be read or, without gradients, to be written to. Shape: (rows, C)."""
+        return self.get_parameter(self.label_parameter)
+
+    @torch.no_grad()
+    def append_label_rows(self, rows: Tensor) -> list[int]:
+        """Labels for more rows, such as mixtures of classes. A model that has them is not to be saved.
+
+        Shape: rows (n, C).
+        """
+        table = self.get_submodule(self.label_parameter.rpartition(".")[0])
+        before = table.num_embeddings
+        table.weight = nn.Parameter(torch.cat([table.weight, rows.to(table.weight)]), requires_grad=False)
+        table.num_embeddings = before + len(rows)
+        return list(range(before, table.num_embeddings))
