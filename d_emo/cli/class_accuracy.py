@@ -11,17 +11,22 @@ from pathlib import Path
 import torch
 
 from d_emo.cli import command_line
-from d_emo.config import DEFAULT_SCHEDULERS, JudgeSettings, check_guidance
+from d_emo.config import JudgeSettings, check_guidance
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics, compare_with_real
 from d_emo.io.snapshot import load_denoiser
 from d_emo.latents import load_codec
 from d_emo.sampling import make_scheduler, prepare_denoiser, set_steps
+from d_emo.tables import OBJECTIVES
 
 
 def run(settings: JudgeSettings) -> None:
-    """Do it."""
+    """Do it.
+
+    Raises:
+        InputError: The classifier knows other classes, or the card cannot be written.
+    """
     device = best_device()
     snapshot = load_denoiser(settings.checkpoint)
     check_guidance(settings.guidance_scale, label_dropout=snapshot.label_dropout)
@@ -32,7 +37,7 @@ def run(settings: JudgeSettings) -> None:
         )
     if settings.write_card and not os.access(snapshot.path, os.W_OK):
         raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and measure the copy")
-    runs = settings.sampler_steps() or [(DEFAULT_SCHEDULERS[snapshot.objective], settings.steps)]
+    runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
     for name, steps in runs:
         set_steps(make_scheduler(name, snapshot.scheduler_config), steps)  # refuses before anything is drawn
     data = snapshot.meta.get("data")
@@ -100,7 +105,7 @@ def show(settings, snapshot, compared, draw, measurement) -> None:
     shown = [index * len(names) // 10 for index in range(10)]
     images = torch.cat(list(draw([label for label in shown for _ in range(10)])))
     save_png(draw_grid(images, [f"{label}: {names[label]}" for label in shown], 10), output, vars(settings))
-    how = f"{settings.steps} steps of {DEFAULT_SCHEDULERS[snapshot.objective]}, images {settings.num_images}"
+    how = f"{settings.steps} steps of {OBJECTIVES[snapshot.objective].scheduler}, images {settings.num_images}"
     measurement |= {
         "conditions": f"guidance {settings.guidance_scale:g}, {how}",
         "figures": [each.to_dict() for each in compared],

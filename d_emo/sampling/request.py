@@ -38,7 +38,7 @@ class SampleRequest:
     """
 
     def __init__(self, settings: SampleSettings, snapshot: DenoiserSnapshot):
-        settings.fill_in(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
+        settings = settings.resolve(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
         self.settings, self.snapshot = settings, snapshot
         self.classes = find_classes(settings.interpolate or settings.classes, snapshot.class_names)
         self.captions = [f"{label}: {snapshot.class_names[label]}" for label in self.classes]
