@@ -22,6 +22,7 @@ from d_emo.errors import InputError
 from d_emo.evaluation import draw_labels
 from d_emo.io.snapshot import load_denoiser, save_classifier, save_denoiser
 from d_emo.models import create_model
+from d_emo.sampling import Sampler
 
 ROOT = Path(__file__).parents[1]
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("abcdefghij")}
@@ -153,16 +154,14 @@ def test_settings_are_never_mixed(made: dict[str, Path], tmp_path: Path, capsys:
 
 
 def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from d_emo import sampling
-
     seen = []
 
-    def sample_images(denoiser, *args, **kwargs):
-        seen.extend(isinstance(module, torch.nn.BatchNorm2d) for module in denoiser.modules())
-        return original(denoiser, *args, **kwargs)
+    def images(sampler, *args, **kwargs):
+        seen.extend(isinstance(module, torch.nn.BatchNorm2d) for module in sampler.model.modules())
+        return original(sampler, *args, **kwargs)
 
-    original = sampling.sample_images
-    monkeypatch.setattr(sampling, "sample_images", sample_images)
+    original = Sampler.images
+    monkeypatch.setattr(Sampler, "images", images)
     run_verb("fid", arguments(made, tmp_path / "o.json", "--num-images", 12))
     assert seen and not any(seen)
 
