@@ -31,7 +31,11 @@ from d_emo.tables import OBJECTIVES
 
 
 def run(settings: JudgeSettings) -> None:
-    """Measure a snapshot's images by a classifier, as one sampler draws them or as several do."""
+    """Measure a snapshot's images by a classifier, as one sampler draws them or as several do.
+
+    Raises:
+        InputError: The classifier is of other classes, or the card cannot be written.
+    """
     snapshot = load_denoiser(settings.checkpoint)
     runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
     sampler = Sampler.open(snapshot, scheduler=runs[0][0], steps=runs[0][1], guidance=settings.guidance_scale)
@@ -75,7 +79,10 @@ def compare_samplers(
     metrics: ClassifierMetrics, runs: Sequence[tuple[str, int]], samplers: Sequence[Sampler], labels: torch.Tensor,
     record: dict[str, Any], output: Path,
 ) -> None:
-    """Measure each sampler in turn; the table so far is written after every one."""
+    """Measure each sampler in turn; the table so far is written after every one.
+
+    Shape: labels (N,).
+    """
     rows: list[dict[str, Any]] = []
     record |= {"hardware": card.describe_hardware(samplers[0].device), "rows": rows}
     for (name, steps), sampler in zip(runs, samplers, strict=True):

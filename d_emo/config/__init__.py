@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import in_flags, parse_settings, run_cli, setting, write_yaml
+from d_emo.config.base import Settings, in_flags, parse_settings, run_cli, setting, write_yaml
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
@@ -22,7 +22,6 @@ from d_emo.config.measuring import (
 )
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
-    DEFAULT_SCHEDULERS,
     DEFAULT_STEPS,
     AppSettings,
     SampleSettings,
@@ -47,7 +46,6 @@ __all__ = [
     "ClassifierSettings",
     "ConvertSettings",
     "DEFAULT_GUIDANCE",
-    "DEFAULT_SCHEDULERS",
     "DEFAULT_STEPS",
     "DataSettings",
     "DenoiserBenchmarkSettings",
@@ -63,6 +61,7 @@ __all__ = [
     "ReferenceSettings",
     "RunSettings",
     "SampleSettings",
+    "Settings",
     "StudySettings",
     "TrainSettings",
     "VAESettings",

@@ -137,7 +137,7 @@ def compare_with_real(
 
     Args:
         metrics: By which it was measured.
-        drawn: What :meth:`ClassifierMetrics.measure` gave.
+        drawn: What `ClassifierMetrics.measure` gave.
         count: How many images were drawn.
         held_out: Real images that the denoiser has not seen; may be None.
         image_size: (height, width) of the noise in pixels.
@@ -187,7 +187,10 @@ def open_real(
 
 
 def batches_of(images: ClassImages, limit: int) -> Iterator[torch.Tensor]:
-    """At most ``limit`` images, spread evenly over the set. Shape of a batch: (B, 3, H, W) uint8."""
+    """At most ``limit`` images, spread evenly over the set. Shape of a batch: (B, 3, H, W) uint8.
+
+    Shape: -> batches (B, 3, H, W) uint8.
+    """
     chosen = spread(len(images), limit)
     for start in range(0, len(chosen), BATCH):
         yield to_uint8(torch.stack([images[index][0] for index in chosen[start : start + BATCH]]))
@@ -221,7 +224,7 @@ def measure_timed(metrics: ClassifierMetrics, batches: Iterable[torch.Tensor], l
 
 
 def sampler_table(values: Sequence[MetricValue], rows: Sequence[Mapping[str, Any]], count: int) -> str:
-    """Rows of :func:`measure_timed`, each with its ``scheduler`` and ``steps``, as a Markdown table.
+    """Rows of `measure_timed`, each with its ``scheduler`` and ``steps``, as a Markdown table.
 
     Args:
         values: Of the classifier's metrics.

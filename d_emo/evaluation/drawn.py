@@ -84,7 +84,7 @@ def measure_snapshot(
 def draw_classes(sampler: Sampler, labels: Sequence[int], *, exact: bool = True) -> Iterator[torch.Tensor]:
     """Images of these classes from the noise of seeds 0, 1, 2, ..., with a progress bar on a terminal.
 
-    Shape of a batch: (B, 3, H, W) uint8.
+    Shape: of a batch (B, 3, H, W) uint8.
     """
     title = f"{type(sampler.scheduler).__name__}, {sampler.steps} steps"
     with tqdm(total=len(labels), desc=title, unit="image", disable=None, leave=False) as bar:

@@ -40,7 +40,10 @@ class FeatureExtractor(Protocol):
         ...
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All features: ``pooled`` (B, dim), and ``spatial`` (B, spatial_dim) where there are such."""
+        """All features: ``pooled`` (B, dim), and ``spatial`` (B, spatial_dim) where there are such.
+
+        Shape: (B, 3, H, W) uint8 -> each (B, its dim) float.
+        """
         ...
 
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class FeatureRows:
 
 
 class ImageSet(Protocol):
-    """What metrics compare: :class:`Gathered` of samples, and of a reference that or what its file holds.
+    """What metrics compare: `Gathered` of samples, and of a reference that or what its file holds.
 
     Attributes:
         pooled, spatial: Statistics of features, where a metric needs them.

@@ -176,7 +176,7 @@ def read_array(path: Path, key: str) -> np.ndarray:
 
 
 class NpzWriter:
-    """What :func:`write_npz` gives: streams images into an archive, then other arrays.
+    """What ``write_npz`` gives: streams images into an archive, then other arrays.
 
     Args:
         archive: Open for writing.

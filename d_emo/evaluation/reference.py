@@ -47,8 +47,8 @@ class Reference:
     Attributes:
         name: The path.
         images: Images to run through the network, or None if stored statistics are all that is needed.
-        pooled, spatial: Statistics, after :meth:`gather`; None where no metric needs them.
-        rows: Features of at most 10,000 single images, after :meth:`gather`; None where no metric needs them.
+        pooled, spatial: Statistics, after `gather`; None where no metric needs them.
+        rows: Features of at most 10,000 single images, after `gather`; None where no metric needs them.
 
     Raises:
         InputError: It cannot be used, or lacks what a metric needs.

@@ -43,6 +43,7 @@ class Run:
 
     @property
     def model(self) -> str:
+        """Name of the model."""
         return self.settings["model"].replace("/", "-")
 
 

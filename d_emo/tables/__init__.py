@@ -16,7 +16,7 @@ from d_emo.tables.metrics import (
     parse_metrics,
     with_present_names,
 )
-from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
+from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, SIZES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
 from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow, parse_features
 from d_emo.tables.objectives import (
     OBJECTIVES,
@@ -30,8 +30,8 @@ from d_emo.tables.table import Reference, Table, load
 
 __all__ = [
     "BLOCKS", "CLASS_ACCURACY", "CODECS", "DATASETS", "EMPTY", "EXTRACTORS", "FAMILIES", "FRAMES", "METRICS",
-    "OBJECTIVES", "SCHEDULERS", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow", "FrameRow",
-    "MetricRow", "MetricValue", "ObjectiveRow", "Reference", "SchedulerRow", "Table", "check_compared", "class_values",
-    "denoisers", "family_of", "load", "metric_values", "objective_of", "parse_features", "parse_metrics",
-    "schedulers_of", "with_present_names",
+    "OBJECTIVES", "SCHEDULERS", "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow",
+    "FrameRow", "MetricRow", "MetricValue", "ObjectiveRow", "Reference", "SchedulerRow", "Table", "check_compared",
+    "class_values", "denoisers", "family_of", "load", "metric_values", "objective_of", "parse_features",
+    "parse_metrics", "schedulers_of", "with_present_names",
 ]  # fmt: skip

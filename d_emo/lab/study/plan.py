@@ -86,7 +86,11 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights."""
+    """A run that measures another one's weights.
+
+    Raises:
+        InputError: It names no trained run, or another variant.
+    """
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]

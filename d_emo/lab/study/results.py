@@ -93,7 +93,7 @@ def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> Non
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote.
+    """What `write_json` wrote.
 
     Raises:
         InputError: The file is damaged.
