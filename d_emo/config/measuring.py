@@ -127,9 +127,7 @@ class FidSettings(Settings):
     reference: str | None = setting(
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )
-    metrics: list[str] = setting(
-        ["fid"], "any of " + ", ".join(f"{name} ({row.title})" for name, row in METRICS.items())
-    )
+    metrics: list[str] = setting(["fid"], "metrics to compute", choices=METRICS)
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
     num_images: Count | None = setting(
