@@ -24,6 +24,7 @@ clean:
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/accelerate config default >/dev/null  # where there is none; else accelerate launch warns of values unset
 	touch $@
 
 $(DEV): $(READY)
