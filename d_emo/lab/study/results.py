@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 
 
 def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged; remove it, and the same command makes it again")
+    return InputError(f"{path} is damaged; remove it and re-run the same command to make it again")
 
 
 def write_json(path: Path, value: Any) -> None:
