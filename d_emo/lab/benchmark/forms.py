@@ -9,6 +9,7 @@ from d_emo.config import FormsSettings
 from d_emo.device import best_device
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
+from d_emo.tables import denoisers
 
 
 def forms_table(settings: FormsSettings) -> str:
@@ -18,7 +19,7 @@ def forms_table(settings: FormsSettings) -> str:
         InputError: There is no such model.
     """
     device, batch = best_device(settings.device), settings.batch_size
-    options = {"sample_size": settings.image_size // 8} if settings.model in DENOISING else {}
+    options = {"sample_size": settings.image_size // 8} if settings.model in denoisers() else {}
     with device:
         model = create_model(settings.model, **options)
         if isinstance(model, DenoiserFrame):
