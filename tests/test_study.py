@@ -17,11 +17,12 @@ from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 from d_emo.cli import run_verb
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError, RunError
+from d_emo.files import locked
 from d_emo.io.snapshot import save_denoiser
 from d_emo.lab.study import Study, conclusion, study
 from d_emo.lab.study.conclusion import read_step_times
 from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
-from d_emo.lab.study.execution import VerbError, claim
+from d_emo.lab.study.execution import VerbError
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import plan_runs
 from d_emo.lab.study.results import add_measurement, read_measurements, write_csv, write_json
@@ -242,7 +243,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     tables = {"Both": ["D-EMO", "DiT, flow"], "EMA": ["D-EMO", "no buffers"]}
     settings = settings_of(tmp_path, norm_gap=["D-EMO"], tables=tables)
     whole = Study(settings)
-    with claim(whole.runs[1].folder):
+    with locked(whole.runs[1].folder):
         whole.work()
         assert "DiT, flow, seed 3: another process works on it" in capsys.readouterr().out
     whole.work()
