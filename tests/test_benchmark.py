@@ -128,8 +128,8 @@ def test_classifiers_are_measured_beside_a_fused_peer():
         ("denoisers", ["--depth", "0"], "--depth"),
         ("denoisers", ["--dtype", "int8"], "--dtype"),
         ("denoisers", ["--rounds", "0"], "--rounds"),
-        ("classifiers", ["--models", "emov1_1m"], "--models 'emov1_1m'"),
-        ("classifiers", ["--peers", "resnet1"], "--peers 'resnet1'"),
+        ("classifiers", ["--models", "emov1_1m"], "`models` 'emov1_1m'"),
+        ("classifiers", ["--peers", "resnet1"], "`peers` 'resnet1'"),
         ("classifiers", ["--image-size", "16"], "--image-size"),
     ],
 )
@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence(kind, flags, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
-    with pytest.raises(InputError, match="--device cuda"):
+    with pytest.raises(InputError, match="`device` cuda"):
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
 
 

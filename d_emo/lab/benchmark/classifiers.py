@@ -34,7 +34,7 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
     for name in settings.models:
         if not name.startswith("emov2") or name not in BACKBONES:
             known = ", ".join(n for n in BACKBONES if n.startswith("emov2"))
-            raise InputError(f"--models {name!r} is none of {known}")
+            raise InputError(f"`models` {name!r} is none of {known}")
         network = create_model(name, img_size=settings.image_size).to(device).eval()
         macs = count_macs(network, settings.image_size) * settings.batch_size
         networks[PLAIN.format(name)] = transcribe(network).eval(), macs
@@ -53,7 +53,7 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
 def peer(name: str, image_size: int) -> nn.Module:
     """A network of timm with random weights, fused where it has a fused form."""
     if not timm.is_model(name):
-        raise InputError(f"--peers {name!r} is no model of timm; timm.list_models() has them")
+        raise InputError(f"`peers` {name!r} is no model of timm; timm.list_models() has them")
     try:
         network = timm.create_model(name, img_size=image_size)
     except TypeError:  # most convolutional networks take any size and do not ask

@@ -134,9 +134,9 @@ def check_inputs(settings: StudySettings) -> None:
         InputError: One of these.
     """
     if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
-        raise InputError("the study does not say which images to encode; give --data-dir FOLDER")
+        raise InputError("the study does not say which images to encode; give a folder as `data_dir`")
     if settings.reference is not None and not Path(settings.reference).exists():
-        raise InputError(f"the study's reference {settings.reference} does not exist (--reference)")
+        raise InputError(f"the study's reference {settings.reference} does not exist (`reference`)")
 
 
 def read_encode(options: dict[str, Any]) -> EncodeSettings:
