@@ -9,13 +9,21 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 
 __version__ = "0.1.0"
-__all__ = ["DEMOPipeline", "Denoiser", "EMO", "create_model", "list_models"]
+_HOMES = {
+    "DEMOPipeline": "d_emo.sampling.pipeline", "Sampler": "d_emo.sampling.sampler",
+    **dict.fromkeys(("Denoiser", "EMO", "create_model", "list_models"), "d_emo.models"),
+}  # fmt: skip
+__all__ = ["DEMOPipeline", "Denoiser", "EMO", "Sampler", "create_model", "list_models"]
 
 
 def __getattr__(name: str):
-    if name in __all__:
-        return getattr(import_module("d_emo.sampling.pipeline" if name == "DEMOPipeline" else "d_emo.models"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'd_emo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _AfterTimm:

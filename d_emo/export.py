@@ -255,5 +255,5 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
         return classifier.name, portable_classifier(classifier.model, size, channels)
     if image_size is not None:
-        raise InputError("--image-size is for classifiers; a denoiser has a sample size of its own")
+        raise InputError("`image_size` is for classifiers; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

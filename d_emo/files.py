@@ -1,41 +1,141 @@
-"""Files written whole: a temporary name, flushed to the disk, renamed; and digests of what is in them."""
+"""Files written whole: a temporary name, flushed to the disk, renamed; digests of contents; locks of folders."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from d_emo.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its place when all went well, and goes when not.
+
+    Whatever was made there, a file or a folder, is on the disk before it is renamed, so that readers, other processes
+    and a power cut meet the old or the new. Each use has a name of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            _flush(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a new folder, all or nothing; nobody else may be writing it."""
+    remove_left(folder)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write(temporary)
+
+
+def remove_left(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now."""
+    for left in path.parent.glob(f".tmp-*-{path.name}"):
+        _remove(left)
+
+
+def write_file(path: Path, content: bytes | str, remedy: str = "") -> None:
+    """Write a file, all or nothing.
+
+    Args:
+        path: The file; its folder is made where there is none.
+        content: Text is written as UTF-8.
+        remedy: End of the sentence, where it cannot be written: what stays, and what to do.
+
+    Raises:
+        RunError: The disk is full, say.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({error.strerror})" + (f"; {remedy}" if remedy else "")) from None
+
+
+def write_json(path: Path, value: Any, remedy: str = "") -> None:
+    """`write_file` of a value as JSON."""
+    write_file(path, json.dumps(value, indent=1) + "\n", remedy)
+
+
+def digest(*parts: bytes | str) -> str:
+    """SHA-256 in hexadecimal; of text, that of its UTF-8."""
+    return _digest(parts)
 
 
 def digest_of_file(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return _digest(iter(lambda: stream.read(1 << 22), b""))
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary folder beside ``folder``, then put it in its place, so that readers see all or nothing."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        for file in (*temporary.rglob("*"), temporary):
-            _flush(file)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _flush(folder.parent)
+def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = "") -> str:
+    """SHA-256, in hexadecimal, of ``start`` and of each name followed by the bytes of its tensor."""
+    import torch
+
+    def parts() -> Iterator[Any]:
+        yield start
+        for name, tensor in named:
+            yield name
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+    return _digest(parts())
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
+    """The lock of a folder that is this process's to work in, at once or after others have left it; else None.
+
+    It ends with the process, however that ends; a child that inherits the file holds it too.
+
+    Args:
+        folder: Made where there is none.
+        wait: For another process that holds it.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield None
+                return
+            print(f"waiting for another process that works on {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part)
+    return total.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -45,18 +145,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes, comfort: str) -> None:
-    """Write a file under a temporary name, down to the disk, and rename it."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"cannot write {path} ({error.strerror}); {comfort}") from None

@@ -1,4 +1,4 @@
-"""Training objectives of the denoiser, eps and flow; the only owner of label dropout.
+"""Training objectives of the denoiser; the only owner of label dropout.
 
 The eps objective is that of improved DDPM (Nichol and Dhariwal, 2021) as DiT uses it: mean squared error of the noise,
 plus the variational bound, in bits per dimension, for the variance alone (the mean is detached there).
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -44,7 +44,12 @@ class Objective(nn.Module, ABC):
         num_train_timesteps: The largest timestep that the denoiser sees, T.
         logit_normal: (mean, std) of the logit of t / T, as in Stable Diffusion 3 (Esser et al., 2024, section 3.1);
             None draws t uniformly, as DiT and SiT.
+
+    Attributes:
+        whole_timesteps: Whether timesteps are whole numbers, places in a table.
     """
+
+    whole_timesteps: ClassVar[bool] = False
 
     def __init__(
         self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True,
@@ -62,30 +67,43 @@ class Objective(nn.Module, ABC):
     def noised(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
         """Latents at the noise level of the step's timesteps. Shape: (B, C, *sizes) -> same."""
 
+    @abstractmethod
+    def forward(
+        self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise
+    ) -> dict[str, torch.Tensor]:
+        """Loss of a batch: "loss", and under other names what is written down beside it.
+
+        Shape: latents (B, C, *sizes), labels (B,) -> scalars
+        """
+
     def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> StepNoise:
         """Draw one step's randomness on the generator's device."""
         device, shape = generator.device, (batch_size, *latent_shape)
         return StepNoise(
             noise=torch.randn(shape, generator=generator, device=device),
             posterior_noise=torch.randn(shape, generator=generator, device=device),
-            timesteps=self._draw_timesteps(generator, batch_size),
+            timesteps=self.draw_timesteps(generator, batch_size),
             drop_label=torch.rand(batch_size, generator=generator, device=device) < self.label_dropout,
             flip=torch.rand(batch_size, generator=generator, device=device) < 0.5,
         )
 
-    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        """Timesteps in [0, T). Shape: -> (B,), float32."""
+    def draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
+        """Timesteps in [0, T). Shape: -> (B,), float32 or, with `whole_timesteps`, int64."""
         if self.logit_normal is None:
             fraction = torch.rand(batch_size, generator=generator, device=generator.device)
         else:
             mean, std = self.logit_normal
             fraction = torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
-        return fraction * self.num_train_timesteps
+        t = fraction * self.num_train_timesteps
+        return t.long().clamp(max=self.num_train_timesteps - 1) if self.whole_timesteps else t
 
-    def _predict(
+    def predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, labels: torch.Tensor, step: StepNoise
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here."""
+        """The denoiser's prediction and, with learned sigma, its variance half; labels are dropped here.
+
+        Shape: noisy (B, C, *sizes) -> same, twice
+        """
         labels = torch.where(step.drop_label, self.null_class, labels)
         output = denoiser(noisy, timestep=step.timesteps, class_labels=labels).sample.float()
         return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
@@ -101,6 +119,8 @@ class EpsObjective(Objective):
         beta_end: Last beta.
         options: See :class:`Objective`.
     """
+
+    whole_timesteps = True
 
     def __init__(self, *, beta_start: float = 1e-4, beta_end: float = 0.02, **options: Any):
         super().__init__(**options)
@@ -128,16 +148,9 @@ class EpsObjective(Objective):
             variance_type="learned_range" if self.learn_sigma else "fixed_large",
         )
 
-    def _draw_timesteps(self, generator: torch.Generator, batch_size: int) -> torch.Tensor:
-        return super()._draw_timesteps(generator, batch_size).long().clamp(max=self.num_train_timesteps - 1)
-
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise) -> dict:
-        """Loss of a batch.
-
-        Shape: latents (B, C, *sizes), labels (B,) -> scalars "loss", "mse" and, with a learned variance, "vb".
-        """
         noisy = self.noised(latents, step)
-        predicted, variance = self._predict(denoiser, noisy, labels, step)
+        predicted, variance = self.predict(denoiser, noisy, labels, step)
         mse = (predicted - step.noise).square().mean()
         if variance is None:
             return {"loss": mse, "mse": mse.detach()}
@@ -181,8 +194,7 @@ class FlowObjective(Objective):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
 
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise) -> dict:
-        """Loss of a batch. Shape: latents (B, C, *sizes), labels (B,) -> scalars "loss" and "mse", which are equal."""
-        velocity, _ = self._predict(denoiser, self.noised(latents, step), labels, step)
+        velocity, _ = self.predict(denoiser, self.noised(latents, step), labels, step)
         mse = (velocity - (step.noise - latents)).square().mean()
         return {"loss": mse, "mse": mse.detach()}
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -35,8 +36,7 @@ needs_gradio = pytest.mark.skipif(
 
 
 def studio_of(folder, **options):
-    options = {"mixed_precision": "no", "max_images": 12, "preview_share": 0.5, **options}
-    return live.Studio(load_denoiser(folder), **options)
+    return live.Studio(load_denoiser(folder), AppSettings(**{"max_images": 12, "preview_share": 0.5, **options}))
 
 
 @pytest.fixture
@@ -54,18 +54,16 @@ def script(monkeypatch, name, *arguments):
     runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
-def watched(studio, settings, stop=None, on_view=lambda view: None):
-    """A drawing done in this thread: every view of it, one for each step and one at the end."""
-    drawing, views = live._Drawing(studio, settings, stop or threading.Event()), []
+@pytest.fixture
+def no_pause(monkeypatch):
+    """A view of every step, however fast."""
+    monkeypatch.setattr(live, "_PAUSE", -1)
 
-    class Changed:
-        def set(self):
-            views.append(drawing.view())
-            on_view(views[-1])
 
-    drawing.changed = Changed()
-    drawing.run()
-    return views, drawing
+def drawn(studio, request):
+    """Finished pictures."""
+    *_, last = studio.draw(request)
+    return torch.stack(last.images)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -77,10 +75,10 @@ def watched(studio, settings, stop=None, on_view=lambda view: None):
 )
 def test_the_page_draws_what_the_sample_script_draws(tmp_path, monkeypatch, folder, scheduler, scale, options):
     studio = studio_of(folder, **options)
-    settings = studio.read([1, "a nine"], 5, 3, scale, scheduler, 4)
-    *_, last = studio.draw(settings, threading.Event())
-    ours = studio.save(settings, last.images, tmp_path / "page")
-    command, program, *arguments = shlex.split(studio.command(settings))
+    request = studio.read([1, "a nine"], 5, 3, scale, scheduler, 4)
+    ours = tmp_path / Path(request.default_path).name
+    request.save(ours, drawn(studio, request))
+    command, program, *arguments = shlex.split(studio.command(request))
     assert (command, program) == ("python", "scripts/sample.py")
     script(monkeypatch, "sample.py", *arguments, "--output", tmp_path / "theirs.png")
     with Image.open(ours) as mine, Image.open(tmp_path / "theirs.png") as theirs:
@@ -99,70 +97,58 @@ def test_the_command_of_a_snapshot_below_the_working_directory_is_short(tmp_path
     )
 
 
-def test_pictures_come_step_by_step(studio):
-    views, _ = watched(studio, studio.read([0, 1], 5, 0, 2, "dpm++", 6))
-    assert len(views) == 2 * 6 + 1, "eight pictures, then two, six steps each, and the end"
-    assert [view.finished for view in views] == [0] * 5 + [8] * 6 + [10] * 2
-    assert all(a.share <= b.share for a, b in zip(views, views[1:], strict=False)) and views[-1].share == 1
+def test_pictures_come_step_by_step(no_pause, studio):
+    views = list(studio.draw(studio.read([0, 1], 5, 0, 2, "dpm++", 6)))
+    assert len(views) == 2 * 6, "eight pictures, then two, six steps each"
+    assert [view.finished for view in views] == [0] * 5 + [8] * 6 + [10]
+    assert all(a.fraction <= b.fraction for a, b in itertools.pairwise(views)) and views[-1].fraction == 1
     first, last = views[0].images, views[-1].images
-    assert all(image is not None for image in first[:8]) and first[8:] == [None] * 2
-    assert not torch.equal(first[0], last[0]), "a preview of the noise"
+    assert not torch.equal(views[3].images[0], last[0]), "a preview of the noise"
+    assert all(image is not None for image in views[3].images[:8]) and first[8:] == [None] * 2
     assert all(image.shape == (3, 64, 64) and image.dtype == torch.uint8 for image in last)
-    assert views[8].images[:8] == last[:8] and not views[-1].stopped
+    assert views[8].images[:8] == last[:8]
 
 
-def test_previews_cost_no_more_than_their_share(monkeypatch, folder):
+def test_views_of_fast_steps_are_few_and_the_last_is_among_them(studio, monkeypatch):
+    monkeypatch.setattr(live, "_PAUSE", 3600)
+    views = list(studio.draw(studio.read([0, 1], 5, 0, 2, "dpm++", 6)))
+    assert [view.finished for view in views] == [0, 10]
+
+
+def test_previews_cost_no_more_than_their_share(monkeypatch, no_pause, folder):
     none = studio_of(folder, preview_share=0)
     decoded = []
     monkeypatch.setattr(live, "decode", lambda codec, latents: decoded.append(1) or torch.zeros(len(latents), 3, 4, 4))
-    views, drawing = watched(none, none.read([0], 2, 0, 2, "dpm++", 6))
-    assert len(decoded) == 1 and drawing.decoding == 0 and views[0].images == [None] * 2
-    clock = iter(range(1000))  # every look at the clock is a second: a preview takes one, so does a step
+    assert next(none.draw(none.read([0], 2, 0, 2, "dpm++", 6))).images == [None] * 2
+    assert drawn(none, none.read([0], 2, 0, 2, "dpm++", 6)).any() and not decoded
+    clock = iter(range(1000))  # every look at the clock is a second: a preview takes one, a step two
     monkeypatch.setattr(live.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(live._Drawing, "view", lambda drawing: None)
     seldom = studio_of(folder, preview_share=0.2)
-    drawing = live._Drawing(seldom, seldom.read([0], 2, 0, 2, "dpm++", 40), threading.Event())
-    decoded.clear()
-    drawing.run()
-    assert 0.15 < drawing.decoding / (next(clock) - drawing.started) <= 0.25 and len(decoded) == drawing.decoding + 1
+    drawn(seldom, seldom.read([0], 2, 0, 2, "dpm++", 40))
+    assert 0.15 < len(decoded) / next(clock) <= 0.25
 
 
-def test_a_stop_ends_the_drawing_after_its_step(studio):
-    passes, stop = [], threading.Event()
-    studio.model.register_forward_pre_hook(lambda module, args: passes.append(1))
-    views, _ = watched(
-        studio, studio.read([0], 2, 0, 1, "dpm++", 6), stop, on_view=lambda view: view.step == 2 and stop.set()
-    )
-    assert len(passes) == 3 and views[-1].stopped and views[-1].finished == 0 and len(views) == 3
-
-
-def test_nothing_goes_on_when_nobody_looks_any_more(studio):
-    stop, passes = threading.Event(), []
-
-    def wait(module, args):  # from the third step on, until somebody stops it
-        passes.append(1)
-        assert len(passes) < 3 or stop.wait(30)
-
-    studio.model.register_forward_pre_hook(wait)
-    before = threading.active_count()
-    views = studio.draw(studio.read([0], 2, 0, 1, "dpm++", 200), stop)
-    assert next(views).finished == 0
+def test_nothing_goes_on_when_nobody_looks_any_more(no_pause, studio):
+    passes, before = [], threading.active_count()
+    studio.sampler.model.register_forward_pre_hook(lambda module, args: passes.append(1))
+    views = studio.draw(studio.read([0], 2, 0, 1, "dpm++", 200))
+    assert next(views).step == 1 and next(views).step == 2
     views.close()
-    assert stop.is_set() and threading.active_count() == before and len(passes) <= 4
+    assert len(passes) == 2 and threading.active_count() == before
 
 
-def test_what_fails_while_drawing_is_told(monkeypatch, studio):
+def test_what_fails_while_drawing_is_told(monkeypatch, no_pause, studio):
     def broken(*args):
         raise error
 
-    monkeypatch.setattr(live, "decode", broken)
-    settings = studio.read([0], 2, 0, 1, "dpm++", 6)
+    monkeypatch.setattr(studio.sampler.codec, "decode", broken)
+    request = studio.read([0], 2, 0, 1, "dpm++", 6)
     error = torch.cuda.OutOfMemoryError("x")
     with pytest.raises(InputError, match="too little memory"):
-        list(studio.draw(settings, threading.Event()))
+        list(studio.draw(request))
     error = KeyError("odd")
     with pytest.raises(KeyError, match="odd"):
-        list(studio.draw(settings, threading.Event()))
+        list(studio.draw(request))
 
 
 @pytest.mark.parametrize(
@@ -172,14 +158,14 @@ def test_what_fails_while_drawing_is_told(monkeypatch, studio):
         ({"classes": ["a nin"]}, "no class is called 'a nin': did you mean a nine"),
         ({"classes": [10]}, "class 10 is out of range"),
         ({"classes": [1, "1"]}, "chosen twice"),
-        ({"num_images": 0}, "num-images must be at least 1"),
+        ({"num_images": 0}, "num.images.? must be at least 1"),
         ({"classes": [1, 2], "num_images": 7}, "2 classes of 7 pictures are 14, more than the 12"),
         ({"seed": None}, "the seed must be a number, not empty"),
         ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
-        ({"seed": -1}, "seed must lie between 0"),
+        ({"seed": -1}, "seed.? must lie between 0"),
         ({"guidance_scale": "much"}, "the guidance must be a number, not 'much'"),
         ({"guidance_scale": float("nan")}, "must be finite"),
-        ({"steps": 1001}, "steps must be at most 1000"),
+        ({"steps": 1001}, "steps.? must be at most 1000"),
         ({"scheduler": "ddim", "steps": 600}, "ddim cannot lay 600 steps"),
         ({"scheduler": "euler"}, "euler serves the flow objective"),
         ({"scheduler": "magic"}, "unknown scheduler 'magic'"),
@@ -230,11 +216,10 @@ def test_an_unconditional_snapshot_shows_no_classes(tmp_path, monkeypatch):
     ))
     shown = parts(studio, tmp_path)
     assert not shown["classes"]["visible"] and shown["count"]["label"] == "Pictures"
-    settings = studio.read([0], 2, 0, 1, "ddim", 4)
-    *_, last = studio.draw(settings, threading.Event())
-    ours = studio.save(settings, last.images, tmp_path / "page")
-    assert "--class" not in studio.command(settings)
-    script(monkeypatch, "sample.py", *shlex.split(studio.command(settings))[2:], "--output", tmp_path / "theirs.png")
+    request, ours = studio.read([0], 2, 0, 1, "ddim", 4), tmp_path / "ours.png"
+    request.save(ours, drawn(studio, request))
+    assert "--class" not in studio.command(request)
+    script(monkeypatch, "sample.py", *shlex.split(studio.command(request))[2:], "--output", tmp_path / "theirs.png")
     with Image.open(ours) as mine, Image.open(tmp_path / "theirs.png") as theirs:
         assert np.array_equal(np.array(mine), np.array(theirs))
 
@@ -247,14 +232,14 @@ def visits(studio, folder):
 def test_a_visit_sees_its_pictures_and_gets_its_file(tmp_path, studio):
     asked = [0, 9], 2, 7, 2, "dpm++", 3
     shown = list(visits(studio, tmp_path).run("me", *asked))
-    *_, last = studio.draw(studio.read(*asked), threading.Event())
+    expected = drawn(studio, studio.read(*asked))
     grids = [html for _, html, _, _ in shown if isinstance(html, str)]
     assert grids[0].count("<i ") == 4 and "<img" not in grids[0] and "9: a nine" in grids[0]
     pngs = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+)"', grids[-1])
     assert [name for _, name in pngs] == [
         "0: 0, seed 7", "0: 0, seed 8", "9: a nine, seed 9", "9: a nine, seed 10"
     ]
-    for (code, _), image in zip(pngs, last.images, strict=True):
+    for (code, _), image in zip(pngs, expected, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
             assert np.array_equal(np.array(picture), image.permute(1, 2, 0).numpy())
     status, _, download, command = shown[-1]
@@ -276,11 +261,24 @@ def test_a_stopped_visit_says_so_and_offers_no_file(tmp_path, studio):
 
 
 @needs_gradio
+def test_a_stop_ends_the_drawing_after_its_step(tmp_path, no_pause, studio):
+    all_visits, passes = visits(studio, tmp_path), []
+    studio.sampler.model.register_forward_pre_hook(lambda module, args: passes.append(1))
+    all_visits.begin("me")
+    shown = []
+    for each in all_visits.run("me", [0], 2, 0, 1, "dpm++", 6):
+        shown.append(each[0])
+        if "Step 2 of 6" in each[0]:
+            all_visits.stop("me")
+    assert len(passes) == 3 and "Stopped; 0 of 2 pictures" in shown[-1] and len(shown) == 4
+
+
+@needs_gradio
 def test_bad_input_becomes_a_message_in_the_words_of_the_page(tmp_path, studio):
     import gradio
 
     shown = visits(studio, tmp_path).run("me", [], 2, 0, 2, "dpm++", 3)
-    assert re.search('role="alert".*e.g. class 4: this snapshot', next(shown)[0])
+    assert re.search('role="alert".*e.g. classes 4: this snapshot', next(shown)[0])
     with pytest.raises(gradio.Error, match="Name at least one class") as caught:
         next(shown)
     assert not caught.value.print_exception
@@ -292,7 +290,7 @@ def test_names_of_classes_are_text(tmp_path, tiny_denoiser):
     studio = studio_of(snapshot(tmp_path / "snap", tiny_denoiser, class_names=names))
     tiles = page._Tiles(studio, studio.read([9], 1, 0, 2, "dpm++", 3))
     blank = tiles.html()
-    tiles.take(live.View([torch.zeros(3, 64, 64, dtype=torch.uint8)], 0, 1, 3, 0.3, 1.0, False))
+    tiles.take(live.View([torch.zeros(3, 64, 64, dtype=torch.uint8)], 0, 1, 3, 0.3, 1.0))
     for html in (blank, tiles.html()):
         assert "9: &lt;script&gt;x" in html and "<script" not in html
 
@@ -303,7 +301,7 @@ def test_a_picture_is_sent_again_without_loss_once_it_is_finished(tmp_path, stud
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     sent = []
     for finished in (0, 0, 1, 1):
-        new = tiles.take(live.View([image], finished, 0, 3, 1.0, 1.0, False))
+        new = tiles.take(live.View([image], finished, 0, 3, 1.0, 1.0))
         sent.append((new, "image/png" in tiles.html()))
     assert sent == [(True, False), (False, False), (True, True), (False, True)]
 
@@ -376,10 +374,9 @@ def test_two_visitors_at_once_get_what_each_asked_for(tmp_path, served, studio):
     jobs = [client.submit(*each, api_name="/draw") for client, each in zip(clients, asked, strict=True)]
     for job, each in zip(jobs, asked, strict=True):
         status, _, download, command = job.result(timeout=60)
-        settings = studio.read(*each)
-        *_, last = studio.draw(settings, threading.Event())
-        ours = studio.save(settings, last.images, tmp_path / "ours")
-        assert "images/s" in status and command == studio.command(settings)
+        request, ours = studio.read(*each), tmp_path / "ours.png"
+        request.save(ours, drawn(studio, request))
+        assert "images/s" in status and command == studio.command(request)
         assert Path(download["value"]).read_bytes() == ours.read_bytes(), "the same picture, the same settings in it"
 
 
@@ -424,14 +421,14 @@ def test_a_visitor_draws_in_a_browser(served, browser, tmp_path, studio, width):
     assert visitor.evaluate("document.documentElement.scrollWidth") == width, "nothing is wider than the screen"
 
     seed = int(visitor.locator("#seed input").input_value())
-    settings = studio.read(["a nine"], 3, seed, 4, "dpm++", 5)
-    *_, last = studio.draw(settings, threading.Event())
+    request = studio.read(["a nine"], 3, seed, 4, "dpm++", 5)
     shown = visitor.locator("#pictures img")
     assert [image.get_attribute("alt") for image in shown.all()] == [f"9: a nine, seed {seed + i}" for i in range(3)]
-    assert visitor.locator("#command textarea").input_value() == studio.command(settings)
+    assert visitor.locator("#command textarea").input_value() == studio.command(request)
     with visitor.expect_download() as download:
         visitor.locator("#download").click()
-    ours = studio.save(settings, last.images, tmp_path / "ours")
+    ours = tmp_path / Path(request.default_path).name
+    request.save(ours, drawn(studio, request))
     assert download.value.suggested_filename == ours.name and download.value.path().read_bytes() == ours.read_bytes()
     assert not said and {url.split("/")[2] for url in asked if url.startswith("http")} == {served.removeprefix("http://")}
 

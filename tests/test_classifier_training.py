@@ -85,7 +85,7 @@ def test_the_held_out_images_are_named_or_found_and_both_measures_use_them(tmp_p
     assert sums["loss"] == pytest.approx(loss.item(), rel=1e-4)
     alone = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train")}))
     assert alone.held_out is None
-    with pytest.raises(InputError, match="give their folder as --validate-dir"):
+    with pytest.raises(InputError, match="give their folder as `validate_dir`"):
         ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos / "train"), "validate_every": 2}))
 
 
@@ -104,7 +104,7 @@ def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photo
     task = ClassifierTask(settings)
     assert type(task.dataset) is type(task.held_out) is TarShards and settings.rand_augment == "none"
     assert load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
-    with pytest.raises(InputError, match="--rand-augment .* needs a folder"):
+    with pytest.raises(InputError, match="`rand_augment` .* needs a folder"):
         ClassifierSettings(**{**TINY, "data_dir": shards, "rand_augment": POLICY})
 
 

@@ -106,7 +106,7 @@ def test_image_folder_names_what_is_wrong(folder, tmp_path_factory):
 
 def test_corrupt_image_is_named_or_skipped_and_counted(folder, capsys):
     (folder / "ape" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"1\.png.*--skip-corrupt"):
+    with pytest.raises(InputError, match=r"1\.png.*`skip_corrupt`"):
         ImageFolder(folder, 16)[1]
     with pytest.raises(InputError, match=r"1\.png.*repair or replace it$"):  # where a script has no such flag
         open_dataset(dataset="shapes", data_dir=str(folder), image_size=16)[1]
@@ -118,7 +118,7 @@ def test_corrupt_image_is_named_or_skipped_and_counted(folder, capsys):
 
 
 def test_open_dataset_refuses_unknown_names():
-    with pytest.raises(InputError, match="shapes and digits"):
+    with pytest.raises(InputError, match="known are shapes, digits"):
         open_dataset(dataset="cifar", data_dir=None, image_size=32)
 
 

@@ -135,7 +135,7 @@ def test_a_corrupt_image_in_a_shard_is_named_or_passed_over(shards, capsys):
         for index, content in enumerate((b"no image", picture(1))):
             add(archive, f"{index}.png", content)
             add(archive, f"{index}.cls", b"%d" % index)
-    with pytest.raises(InputError, match=r"0\.png in .*s-001.tar.*--skip-corrupt"):
+    with pytest.raises(InputError, match=r"0\.png in .*s-001.tar.*`skip_corrupt`"):
         TarShards(f"{shards}/*.tar", 8)[5]
     data = TarShards(f"{shards}/*.tar", 8, skip_corrupt=True)
     assert data[5][1] == 1 and torch.equal(data[5][0], data[6][0])
@@ -226,7 +226,7 @@ def test_a_missing_library_is_named(monkeypatch):
 
 def test_a_stream_is_for_encoding(hub):
     source = f"hf:{hub}/hub?streaming=true&length={COUNT}"
-    with pytest.raises(InputError, match=r"is a stream.*scripts/encode_latents\.py.*--latents DIR"):
+    with pytest.raises(InputError, match=r"is a stream.*d-emo encode.*`latents` DIR"):
         open_dataset(dataset="shapes", data_dir=source, image_size=8)
     options = {"device": torch.device("cpu"), "batch_size": 2, "shard_size": 4}
     sources = (f"hf:{hub}/hub", source)
@@ -266,5 +266,5 @@ def test_run_folders_are_named_after_the_data():
     ):
         assert TrainSettings(model="DiT-S-2", data_dir=source, image_size=64).output_dir == f"results/DiT-S-2-{name}-64"
     assert TrainSettings(model="DiT-S-2").image_size == 256
-    with pytest.raises(InputError, match="--shard-size must be at least 1"):
+    with pytest.raises(InputError, match="`shard_size` must be at least 1"):
         EncodeSettings(output="x", shard_size=0)

@@ -134,7 +134,7 @@ def test_a_stopped_encoding_goes_on_and_keeps_finished_shards(tmp_path):
     assert [path.name for path in parts.iterdir()] == ["shard-00000.safetensors"]
     with pytest.raises(InputError, match=r"not complete \(index.json is missing\).*encode_latents"):
         LatentDataset(parts)
-    (parts / ".tmp-shard-00001.safetensors").write_bytes(b"half a shard")
+    (parts / ".tmp-1-0-shard-00001.safetensors").write_bytes(b"half a shard")
     before = (parts / "shard-00000.safetensors").stat().st_mtime_ns
     assert encode(shapes(), HalfCodec(), parts, **SMALL)
     assert (parts / "shard-00000.safetensors").stat().st_mtime_ns == before
@@ -235,7 +235,7 @@ run_cli(full)
 
 def test_corrupt_images_stop_or_are_passed_over(tmp_path, pictures):
     (pictures / "ape" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"ape/1\.png.*--skip-corrupt"):
+    with pytest.raises(InputError, match=r"ape/1\.png.*`skip_corrupt`"):
         encode(ImageFolder(pictures, 8), HalfCodec(), tmp_path / "a", **SMALL)
     (pictures / "ape" / "3.png").write_bytes(b"nor this")  # its place is taken by the first bee
     images = ImageFolder(pictures, 8, skip_corrupt=True)
@@ -317,7 +317,7 @@ def test_training_takes_what_the_index_says(tmp_path):
     settings = TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "p")})
     task = DenoiserTask(settings)
     assert (settings.vae, settings.image_size, settings.output_dir) == ("pixels", 8, "results/D-EMOv2-Ti-2-p")
-    assert task.latent_shape == (3, 8, 8) and len(task.images.class_names) == 1000
+    assert task.model.latent_shape == (3, 8, 8) and len(task.images.class_names) == 1000
     assert not any("No data named" in line for line in task.introduction())
 
 
@@ -337,9 +337,9 @@ def test_latents_of_another_size_vae_or_scaling_are_refused_with_both_values(tmp
         DenoiserTask(TrainSettings(**{**TINY, "vae": "pixels", "latents": str(folder), **changes}))
 
     train(image_size=8)
-    with pytest.raises(InputError, match="of 8 px images, not --image-size 256"):
+    with pytest.raises(InputError, match="of 8 px images, not `image_size` 256"):
         train(image_size=256)
-    with pytest.raises(InputError, match=r"those of pixels \(encoder pixels\), not of --vae d-emo-f8"):
+    with pytest.raises(InputError, match=r"those of pixels \(encoder pixels\), not of `vae` d-emo-f8"):
         train(vae="d-emo-f8")
     with pytest.raises(InputError, match="give one only"):
         train(data_dir="images")

@@ -156,9 +156,9 @@ def test_real_images_of_a_folder(tmp_path: Path) -> None:
     wrong = folder_of(tmp_path / "c", ["cyan", "red"], 9)
     with pytest.raises(InputError, match="the images of .*c have other classes than the snapshot"):
         open_real("folder", 8, names, data_dir=train, validate_dir=wrong)
-    with pytest.raises(InputError, match="--validate-dir .*b belongs to a --data-dir"):
+    with pytest.raises(InputError, match="`validate_dir` .*b belongs to a `data_dir`"):
         open_real("digits", 8, names, validate_dir=held_out)
-    with pytest.raises(InputError, match="unknown data set 'folder'.*--data-dir"):
+    with pytest.raises(InputError, match="unknown data set 'folder'.*`data_dir`"):
         open_real("folder", 8, names)
 
 

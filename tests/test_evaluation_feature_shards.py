@@ -245,7 +245,7 @@ def test_balanced_labels() -> None:
     assert draw_labels("random", range(3), seed=1, num_classes=1) == [0, 0, 0]
     with pytest.raises(InputError, match="names no classes"):
         draw_labels("random", range(3), seed=1, num_classes=0)
-    with pytest.raises(InputError, match="unknown --labels 'uniform'; use random or balanced"):
+    with pytest.raises(InputError, match="unknown `labels` 'uniform'; use random or balanced"):
         draw_labels("uniform", range(3), seed=1, num_classes=4)
 
 

@@ -94,7 +94,7 @@ def test_what_a_reference_lacks(tmp_path: Path, colours: ColourFeatures) -> None
         measure(samples, tmp_path / "r.npz", metrics=["sfid"], progress=False)
     with pytest.raises(InputError, match="sFID is measured in Inception's spatial features, not in emov2:x"):
         measure(samples, samples, metrics=["sfid"], features="emov2:x", progress=False)
-    with pytest.raises(InputError, match="--metrics fid isc compares with real images; give --reference"):
+    with pytest.raises(InputError, match="`metrics` fid isc compares with real images; give `reference`"):
         measure(samples, None, metrics=("isc", "fid"), progress=False)
     assert measure(samples, None, metrics=["isc"], progress=False).inception_score > 1
 

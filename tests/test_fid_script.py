@@ -292,7 +292,7 @@ def test_unknown_features(good: Path, features: str) -> None:
 
 
 def test_weights_that_would_be_ignored(good: Path) -> None:
-    with pytest.raises(InputError, match="--inception-weights has no use"):
+    with pytest.raises(InputError, match="`inception_weights` has no use"):
         measure(good, good, features="emov2:x", inception_weights="w.pth")
 
 

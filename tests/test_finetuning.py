@@ -187,5 +187,5 @@ def test_a_single_class_and_no_class_start_from_each_other(tmp_path, digits):
 
 def test_a_flat_folder_without_unconditional_is_told_so(tmp_path):
     data = image_folder(tmp_path / "data", ".")
-    with pytest.raises(InputError, match="no sub-folders.*--unconditional"):
+    with pytest.raises(InputError, match="no sub-folders.*`unconditional`"):
         task(tmp_path / "run", data_dir=data)

@@ -64,7 +64,7 @@ def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not hold a readable AutoencoderKL"):
         load_codec(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"hf download nobody/no-such-vae.*--vae d-emo-f8"):
+    with pytest.raises(InputError, match=r"hf download nobody/no-such-vae.*`vae` d-emo-f8"):
         load_codec("nobody/no-such-vae")
 
 

@@ -26,7 +26,9 @@ INSIDE = {
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",
     ],
-    "sampling": ["schedulers", "classes", "sampler", "grids", "pipeline"],
+    "sampling": [
+        "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
+    ],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
         "classifier_metrics",

@@ -107,10 +107,10 @@ def test_discretised_likelihood_sums_to_one_over_all_bins():
 @pytest.mark.parametrize("kind", [EpsObjective, FlowObjective])
 def test_timesteps_are_uniform_or_logit_normal(kind):
     generator = torch.Generator().manual_seed(0)
-    t = kind(null_class=1)._draw_timesteps(generator, 20_000).double()
+    t = kind(null_class=1).draw_timesteps(generator, 20_000).double()
     tenths = [t.quantile(share).item() for share in (0.1, 0.5, 0.9)]
     assert tenths == pytest.approx([100, 500, 900], abs=15)
-    t = kind(null_class=1, logit_normal=(-1.2, 0.8))._draw_timesteps(generator, 20_000)
+    t = kind(null_class=1, logit_normal=(-1.2, 0.8)).draw_timesteps(generator, 20_000)
     assert 0 <= t.min() and t.max() <= 999.999 and t.dtype == (torch.int64 if kind is EpsObjective else torch.float32)
     logits = torch.logit((t.double() + 0.5 * (kind is EpsObjective)) / 1000)
     assert logits.mean().item() == pytest.approx(-1.2, abs=0.03) and logits.std().item() == pytest.approx(0.8, abs=0.03)

@@ -45,10 +45,10 @@ def test_the_pipeline_draws_what_the_sampler_draws(pipe, tiny_denoiser):
     for name in ("dpm++", "ddpm"):
         pipe.scheduler = sampling.make_scheduler(name, pipe.scheduler.config)
         drawn = pipe(["a nine", 3], 2.0, 4, seeded(5, 6), output_type="pt").images
-        expected = torch.cat(list(sampling.sample_images(
-            tiny_denoiser, sampling.make_scheduler(name, pipe.scheduler.config), load_codec("d-emo-f8"), [9, 3], [5, 6],
-            num_inference_steps=4, guidance_scale=2.0,
-        )))
+        sampler = sampling.Sampler(
+            tiny_denoiser, load_codec("d-emo-f8"), pipe.scheduler.config, scheduler=name, steps=4, guidance=2.0
+        )
+        expected = torch.cat(list(sampler.images([9, 3], [5, 6])))
         assert drawn.shape == (2, 3, 64, 64)
         torch.testing.assert_close(drawn * 255, expected.float(), rtol=0, atol=0.6)
 
@@ -115,7 +115,7 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": [10]}, "class 10 is out of range"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
-        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance scale"),
+        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance.scale. must be finite|--guidance-scale"),
         ({"class_labels": [1, 2], "generator": seeded(1)}, "1 generators were given for 2 pictures"),
         ({"class_labels": [1], "latents": torch.zeros(2, 4, 8, 8)}, "must have the shape .1, 4, 8, 8"),
     ):

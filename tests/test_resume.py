@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_path):
 
 
 def test_the_evidence_names_step_rate_and_images_and_the_run_can_go_on(tmp_path, capsys):
-    with pytest.raises(RunError, match="--nan skip"):
+    with pytest.raises(RunError, match="`nan` skip"):
         poisoned(tmp_path, {3})
     evidence = json.loads((tmp_path / "nonfinite" / "step-3.json").read_text())
     assert evidence["step"] == 3 and evidence["learning_rate"] == 1e-3 and len(evidence["indices"]) == 4

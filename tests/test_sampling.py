@@ -13,7 +13,9 @@ from PIL import Image
 from d_emo import sampling
 from d_emo.errors import InputError
 from d_emo.latents import PixelCodec, load_codec
-from d_emo.sampling import sampler
+from d_emo.sampling.denoising import decode
+from d_emo.sampling.guidance import guided
+from d_emo.tables import schedulers_of
 
 CONFIG = DDPMScheduler(
     beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
@@ -22,19 +24,26 @@ FLOW = FlowMatchEulerDiscreteScheduler(shift=1.0).config
 CONFIGS = {"euler": FLOW, "heun": FLOW}
 
 
-def draw(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), **options):
-    options, scheduler = {"num_inference_steps": 4, **options}, sampling.make_scheduler(name, CONFIGS.get(name, CONFIG))
-    return torch.cat(list(sampling.sample(model, scheduler, labels, seeds, **options)))
+SCHEDULER_NAMES = [*schedulers_of("eps"), *schedulers_of("flow")]
+
+
+def steps_of(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), *, steps=4, batch_size=64, **guidance):
+    scheduler, guidance = sampling.make_scheduler(name, CONFIGS.get(name, CONFIG)), sampling.Guidance(**guidance)
+    return sampling.sample(model, scheduler, labels, seeds, steps=steps, guidance=guidance, batch_size=batch_size)
+
+
+def draw(*args, **options):
+    return torch.cat([step.latents for step in steps_of(*args, **options) if step.is_last])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("name", [*sampling.scheduler_names("eps"), *sampling.scheduler_names("flow")])
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
 def test_samples_depend_on_their_seed_and_class_not_on_their_batch(tiny_denoiser, name, scale):
-    whole = draw(tiny_denoiser, name, guidance_scale=scale)
+    whole = draw(tiny_denoiser, name, scale=scale)
     assert whole.shape == (3, 4, 8, 8) and whole.isfinite().all()
     for size in (1, 2):
-        assert torch.equal(draw(tiny_denoiser, name, batch_size=size, guidance_scale=scale), whole)
-    assert torch.equal(draw(tiny_denoiser, name, labels=[3], seeds=[7], guidance_scale=scale), whole[2:])
+        assert torch.equal(draw(tiny_denoiser, name, batch_size=size, scale=scale), whole)
+    assert torch.equal(draw(tiny_denoiser, name, labels=[3], seeds=[7], scale=scale), whole[2:])
     if scale > 1:
         return
     assert not torch.allclose(draw(tiny_denoiser, name, seeds=[5, 6, 8])[2], whole[2], atol=1e-2)
@@ -52,28 +61,30 @@ from d_emo import Denoiser, sampling
 from test_sampling import draw
 torch.set_num_threads(int(sys.argv[1]))
 model = Denoiser.from_pretrained(sys.argv[2], low_cpu_mem_usage=False).eval()
-torch.save(draw(model, "ddpm", [2], [6], guidance_scale=2.0), sys.argv[3])
+torch.save(draw(model, "ddpm", [2], [6], scale=2.0), sys.argv[3])
 """
     command = [sys.executable, "-c", code, str(torch.get_num_threads()), str(tmp_path / "model"), str(tmp_path / "x")]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    whole = draw(tiny_denoiser, "ddpm", guidance_scale=2.0)
+    whole = draw(tiny_denoiser, "ddpm", scale=2.0)
     assert torch.equal(torch.load(tmp_path / "x"), whole[1:2])
-    assert torch.equal(draw(tiny_denoiser, "ddpm", [1, 3], [5, 7], guidance_scale=2.0), whole[::2])
+    assert torch.equal(draw(tiny_denoiser, "ddpm", [1, 3], [5, 7], scale=2.0), whole[::2])
 
 
 def test_decoding_does_not_depend_on_the_batch():
     codec, latents = load_codec("d-emo-f8"), torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    whole = sampler.decode(codec, latents)
-    assert torch.equal(sampler.decode(codec, latents[1:2]), whole[1:2]) and whole.shape == (3, 3, 32, 32)
+    whole = decode(codec, latents)
+    assert torch.equal(decode(codec, latents[1:2]), whole[1:2]) and whole.shape == (3, 3, 32, 32)
 
 
 class Recorded(torch.nn.Module):
     """A denoiser with known answers, which notes what it was asked."""
 
-    config = SimpleNamespace(sample_size=12, in_channels=4, patch_size=1)
+    latent_shape, tokens = (4, 12, 12), 144
     dtype, device, null_class = torch.float32, torch.device("cpu"), 10
-    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=11))
+
+    def label_rows(self):
+        return torch.zeros(self.null_class + 1, 1)
 
     def __init__(self):
         super().__init__()
@@ -111,7 +122,7 @@ def plain_ddpm(denoiser, label, seed, steps):
 def test_ddpm_is_improved_ddpms_sampler_at_any_number_of_steps(steps):
     expected = plain_ddpm(Recorded(), 3, 8, steps)
     denoiser = Recorded()
-    ours = draw(denoiser, "ddpm", [3], [8], num_inference_steps=steps)[0].double()
+    ours = draw(denoiser, "ddpm", [3], [8], steps=steps)[0].double()
     assert len(denoiser.asked) == steps and denoiser.asked[0][0] == 999 and denoiser.asked[-1][0] == 0
     # relative to the values on the way: divided by sqrt(alpha-bar), float32 rounding grows and fades again
     assert (ours - expected).abs().max() < 2e-3 * max(1, expected.abs().max())
@@ -121,15 +132,15 @@ def test_guidance_of_three_channels_leaves_the_others_to_the_class():
     x, t, labels = torch.randn(2, 4, 12, 12), torch.tensor(500), torch.tensor([1, 2])
     given = Recorded()(x, t, labels).sample
     null = Recorded()(x, t, torch.tensor([10, 10])).sample
-    guided = sampler._guided(Recorded(), x, t, labels, 3.0, "3")
-    torch.testing.assert_close(guided[:, :3], null[:, :3] + 3 * (given[:, :3] - null[:, :3]))
-    assert torch.equal(guided[:, 3:], given[:, 3:])
-    assert not torch.equal(guided, sampler._guided(Recorded(), x, t, labels, 3.0, "all"))
+    pushed = guided(Recorded(), x, t, labels, 3.0, "3")
+    torch.testing.assert_close(pushed[:, :3], null[:, :3] + 3 * (given[:, :3] - null[:, :3]))
+    assert torch.equal(pushed[:, 3:], given[:, 3:])
+    assert not torch.equal(pushed, guided(Recorded(), x, t, labels, 3.0, "all"))
 
 
 def test_guidance_interval_costs_a_second_pass_only_inside():
     denoiser = Recorded()
-    draw(denoiser, "ddim", [1], [0], num_inference_steps=10, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
+    draw(denoiser, "ddim", [1], [0], steps=10, scale=2.0, interval=(0.25, 0.75))
     guided = {t for t, labels in denoiser.asked if labels == [1, 10]}
     plain = {t for t, labels in denoiser.asked if labels == [1]}
     assert guided == {300, 400, 500, 600, 700} and plain == {0, 100, 200, 800, 900} and len(denoiser.asked) == 10
@@ -140,13 +151,13 @@ def test_guidance_interval_costs_a_second_pass_only_inside():
     [
         ({"labels": [1, 11, 2]}, "class label 11 is out of range.*0 to 9"),
         ({"labels": [1, 2]}, "2 class labels and 3 seeds"),
-        ({"num_inference_steps": 0}, "positive integer, not 0"),
-        ({"num_inference_steps": 1001}, "1001 steps are more than the 1000"),
-        ({"name": "ddim", "num_inference_steps": 600}, "ddim cannot lay 600 steps.*use 1000"),
-        *(({"name": name, "num_inference_steps": 1000}, "at most 999 steps") for name in ("dpm++", "unipc", "deis")),
-        ({"guidance_scale": float("nan")}, "guidance scale must be finite"),
-        ({"guidance_channels": "2"}, "all or 3, not '2'"),
-        ({"guidance_interval": (0.7, 0.2)}, "two rising numbers"),
+        ({"steps": 0}, "positive integer, not 0"),
+        ({"steps": 1001}, "1001 steps are more than the 1000"),
+        ({"name": "ddim", "steps": 600}, "ddim cannot lay 600 steps.*use 1000"),
+        *(({"name": name, "steps": 1000}, "at most 999 steps") for name in ("dpm++", "unipc", "deis")),
+        ({"scale": float("nan")}, "guidance.scale.? must be finite"),
+        ({"channels": "2"}, "all or 3, not '2'"),
+        ({"interval": (0.7, 0.2)}, "two rising numbers"),
     ],
 )
 def test_what_cannot_be_sampled_is_said(options, words):
@@ -156,7 +167,7 @@ def test_what_cannot_be_sampled_is_said(options, words):
 
 @pytest.mark.parametrize("name", ["dpm++", "unipc", "deis"])
 def test_solvers_bear_999_steps(name):
-    assert draw(Recorded(), name, [1], [0], num_inference_steps=999).isfinite().all()
+    assert draw(Recorded(), name, [1], [0], steps=999).isfinite().all()
 
 
 class Broken(Recorded):
@@ -182,10 +193,10 @@ def test_samples_that_are_not_finite_are_no_pictures(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_codec_that_gives_no_finite_values_is_named(value):
     codec, latents = load_codec("d-emo-f8"), torch.zeros(2, 4, 4, 4)
-    assert sampler.decode(codec, latents).isfinite().all()
+    assert decode(codec, latents).isfinite().all()
     codec.vae.decoder.conv_out.bias.data[0] = value
     with pytest.raises(InputError, match="the codec d-emo-f8 decodes .* NaN or infinite values"):
-        sampler.decode(codec, latents)
+        decode(codec, latents)
 
 
 def test_a_schedulers_config_makes_another(tiny_denoiser):
@@ -206,14 +217,16 @@ def test_classes_are_mixed_from_end_to_end(tiny_denoiser):
 
 
 def test_trajectories_keep_the_latents_on_the_way(tiny_denoiser):
-    trajectory = sampling.Trajectory(6, keep=3)
-    seen = []
-    final = draw(tiny_denoiser, num_inference_steps=6, batch_size=2,
-                 on_latents=lambda *step: (trajectory(*step), seen.append(step)))
+    trajectory, seen = sampling.Trajectory(6, keep=3), []
+    for step in steps_of(tiny_denoiser, steps=6, batch_size=2):
+        trajectory.take(step)
+        seen.append(step)
     assert sorted(trajectory.latents) == [1, 3, 5] and len(seen) == 12
-    assert torch.equal(torch.cat(trajectory.latents[5]), final)
-    assert torch.equal(trajectory.latents[1][0], seen[1][1])
-    frames = trajectory.images(SimpleNamespace(decode=lambda z: z[:, :3].clamp(-1, 1)), torch.device("cpu"))
+    assert torch.equal(torch.cat(trajectory.latents[5]), draw(tiny_denoiser, steps=6))
+    assert torch.equal(trajectory.latents[1][0], seen[1].latents)
+    frames = trajectory.images(SimpleNamespace(
+        codec=SimpleNamespace(decode=lambda z: z[:, :3].clamp(-1, 1)), device=torch.device("cpu")
+    ))
     assert frames.shape == (3, 3, 3, 8, 8) and frames.dtype == torch.uint8
 
 
@@ -235,22 +248,22 @@ def test_a_prepared_denoiser_draws_the_same(tiny_denoiser):
 def test_guidance_of_one_is_a_single_pass_and_of_zero_ignores_the_class(tiny_denoiser):
     passes = []
     tiny_denoiser.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    draw(tiny_denoiser, guidance_scale=1.0)
+    draw(tiny_denoiser, scale=1.0)
     assert passes == [8] * 4, "three images and five that fill up the part: one pass a step"
     passes.clear()
-    one = draw(tiny_denoiser, guidance_scale=0.0, labels=(1, 1, 1))
+    one = draw(tiny_denoiser, scale=0.0, labels=(1, 1, 1))
     assert passes == [16] * 4
-    torch.testing.assert_close(one, draw(tiny_denoiser, guidance_scale=0.0, labels=(2, 3, 4)))
+    torch.testing.assert_close(one, draw(tiny_denoiser, scale=0.0, labels=(2, 3, 4)))
 
 
 def test_guidance_extrapolates_the_prediction_and_keeps_the_variance(tiny_denoiser):
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.tensor([1, 2])
     with torch.no_grad():
-        guided = sampler._guided(tiny_denoiser, x, t, labels, 3.0)
+        pushed = guided(tiny_denoiser, x, t, labels, 3.0)
         given = tiny_denoiser(x, timestep=t, class_labels=labels).sample
         null = tiny_denoiser(x, timestep=t, class_labels=torch.tensor([10, 10])).sample
-    torch.testing.assert_close(guided[:, :4], null[:, :4] + 3 * (given[:, :4] - null[:, :4]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(guided[:, 4:], given[:, 4:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pushed[:, :4], null[:, :4] + 3 * (given[:, :4] - null[:, :4]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pushed[:, 4:], given[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_classes_are_found_by_id_and_by_name():
@@ -306,27 +319,14 @@ def test_a_preview_without_finite_values_stops_nothing(tmp_path, tiny_denoiser, 
     assert "no sample grid" in capsys.readouterr().err and not (tmp_path / "p.png").exists()
 
 
-def test_rows_of_a_sweep_go_class_by_class():
-    drawn = [torch.arange(4).view(4, 1, 1, 1) + 10 * scale for scale in (1, 2, 3)]
-    images, captions = sampling.sweep_rows(drawn, ["a", "b"], [1, 2.5, 4])
-    assert images.flatten().tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
-    assert captions[:4] == ["a, guidance 1", "a, guidance 2.5", "a, guidance 4", "b, guidance 1"] and len(captions) == 6
-    assert sampling.sweep_rows(drawn[:1], ["a", "b"], [1]) == (drawn[0], ["a", "b"])
-
-
 def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
     from d_emo.data import GROUNDS
-    from d_emo.io.snapshot import SHIPPED_SNAPSHOT, load_denoiser
-    from d_emo.latents import load_codec
+    from d_emo.io.snapshot import SHIPPED_SNAPSHOT
 
     assert sum(file.stat().st_size for file in SHIPPED_SNAPSHOT.glob("**/*")) < 32e6
-    snapshot = load_denoiser(SHIPPED_SNAPSHOT)
-    assert snapshot.class_names[207] == "red triangle on sky"
-    labels = [200 + ground for ground in range(10)]
-    images = torch.cat(list(sampling.sample_images(
-        snapshot.model, sampling.make_scheduler(None, snapshot.scheduler_config), load_codec(snapshot.codec), labels,
-        range(10), num_inference_steps=15, guidance_scale=2.0,
-    ))).double()
+    sampler = sampling.Sampler.open(SHIPPED_SNAPSHOT, steps=15, guidance=2.0, device="cpu")
+    assert sampler.class_names[207] == "red triangle on sky"
+    images = torch.cat(list(sampler.images([200 + ground for ground in range(10)], range(10)))).double()
     borders = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
     palette = torch.tensor(list(GROUNDS.values())).double()
     nearest = torch.cdist(borders.median(dim=2).values, palette).argmin(dim=1)
@@ -336,10 +336,12 @@ def test_the_shipped_snapshot_draws_the_ground_it_is_asked_for():
 class Gaussian(torch.nn.Module):
     """The exact velocity at x_t = (1 - t) x_0 + t noise when the data are N(mean, std^2)."""
 
-    config = SimpleNamespace(sample_size=40, in_channels=4, patch_size=1)
-    dtype, device = torch.float32, torch.device("cpu")
-    y_embedder = SimpleNamespace(embedding_table=SimpleNamespace(num_embeddings=2))
+    latent_shape, tokens = (4, 40, 40), 1600
+    dtype, device, null_class = torch.float32, torch.device("cpu"), 1
     mean, std = 0.7, 0.3
+
+    def label_rows(self):
+        return torch.zeros(2, 1)
 
     def forward(self, x, timestep, class_labels):
         t = timestep / 1000
@@ -354,7 +356,7 @@ def test_flow_samplers_carry_noise_to_the_data(name, steps, gain):
     exact = Gaussian.mean + Gaussian.std * noise  # the flow of a Gaussian scales and shifts
     samples, errors = {}, {}
     for count in (steps, 2 * steps):
-        samples[count] = draw(Gaussian(), name, [0], [3], num_inference_steps=count)[0]
+        samples[count] = draw(Gaussian(), name, [0], [3], steps=count)[0]
         errors[count] = (samples[count] - exact).abs().max().item()
     assert samples[steps].mean().item() == pytest.approx(exact.mean().item(), abs=5e-3)
     assert samples[steps].std().item() == pytest.approx(exact.std().item(), abs=2e-2)

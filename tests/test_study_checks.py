@@ -10,9 +10,9 @@ from tiny_study import ROOT, TINY, TRAIN, open_study, settings_of
 
 from d_emo.config import StudySettings, parse_settings, write_yaml
 from d_emo.errors import InputError
+from d_emo.files import write_json
 from d_emo.lab.study import Study
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.results import write_json
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -21,7 +21,7 @@ from d_emo.lab.study.results import write_json
     ({"samplers": {"eps": "ddim:0"}}, "ddim:0: .*positive"),
     ({"samplers": {"noise": "ddim:20"}}, "by objective .eps, flow., not by 'noise'"),
     ({"encode": {"dataset": "digits", "imagesize": 8}}, "the study's encode: there is no setting 'imagesize'"),
-    ({"encode": {"image_size": 8}}, "which images to encode; give a folder as `data_dir`"),
+    ({"encode": {"image_size": 8}}, "which images to encode; give `data_dir`"),
     ({"train": {**TRAIN, "tracker": "wandb"}}, "'D-EMO' has the tracker wandb"),
     ({"train": {**TRAIN, "label_dropout": 0.0}, "guidance_scale": 2.0}, "guidance_scale must be 1"),
     ({"norm_gap": ["DiT, flow"]}, "'DiT, flow' is of the flow objective"),
@@ -40,7 +40,7 @@ def test_a_study_of_imagenet_asks_for_its_images_unless_it_only_plans_or_reports
     config = ["--config", str(ROOT / "configs" / "study" / "imagenet256.yaml"), "--reference", __file__]
     for flags in (["--plan"], ["--report-only"], ["--data-dir", "IMAGENET/train"]):
         Study(parse_settings(StudySettings, "", [*config, *flags]))
-    with pytest.raises(InputError, match="give a folder as `data_dir`"):
+    with pytest.raises(InputError, match="give `data_dir` FOLDER"):
         Study(parse_settings(StudySettings, "", config))
 
 

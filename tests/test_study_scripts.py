@@ -13,8 +13,9 @@ import pytest
 from tiny_study import ROOT
 
 from d_emo.errors import RunError
+from d_emo.files import locked
 from d_emo.lab.study import execution
-from d_emo.lab.study.execution import claim, run_child, run_verb
+from d_emo.lab.study.execution import run_child, run_verb
 
 
 def test_a_verb_that_fails_ends_the_study_in_a_sentence(tmp_path, capfd):
@@ -43,8 +44,9 @@ def test_a_verb_is_a_child_of_this_python_with_its_settings_as_yaml(tmp_path, mo
 def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
     """A process that runs a script as a study runs a verb, with the lock of a folder; it imports no torch."""
     code = (
-        f"import runpy, sys; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
-        f"with own['claim'](Path({str(folder or script.parent / 'any')!r})) as lock:\n"
+        f"import runpy, sys; from pathlib import Path; from d_emo.files import locked\n"
+        f"own = runpy.run_path({execution.__file__!r})\n"
+        f"with locked(Path({str(folder or script.parent / 'any')!r})) as lock:\n"
         f"    own['run_child']([sys.executable, {str(script)!r}], 'it', lock)"
     )
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -73,9 +75,9 @@ def test_sigterm_reaches_the_script_which_saves_and_ends(tmp_path):
 
 
 def test_a_folder_is_claimed_once(tmp_path):
-    with claim(tmp_path / "run") as first, claim(tmp_path / "run") as second, claim(tmp_path / "other") as third:
+    with locked(tmp_path / "run") as first, locked(tmp_path / "run") as second, locked(tmp_path / "other") as third:
         assert first and second is None and third
-    with claim(tmp_path / "run") as again, claim(tmp_path / "more", wait=True) as waited:
+    with locked(tmp_path / "run") as again, locked(tmp_path / "more", wait=True) as waited:
         assert again and waited
 
 
@@ -86,8 +88,8 @@ def test_a_script_keeps_the_claim_of_a_study_that_was_killed(tmp_path):
     child = int(wait_for(note))
     parent.kill()
     parent.wait()
-    with claim(tmp_path / "run") as lock:
+    with locked(tmp_path / "run") as lock:
         assert lock is None, "the script is at work"
     os.kill(child, signal.SIGKILL)
-    with claim(tmp_path / "run", wait=True) as lock:
+    with locked(tmp_path / "run", wait=True) as lock:
         assert lock

@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     before = {name: value.clone() for name, value in task.model.named_parameters()}
     plain = task.loss
     task.loss = lambda *args: {name: value * float("nan") for name, value in plain(*args).items()}
-    with pytest.raises(RunError, match="--nan skip"):
+    with pytest.raises(RunError, match="`nan` skip"):
         fit(task, settings)
     assert all(torch.equal(before[name], value) for name, value in task.model.named_parameters())
 

@@ -5,7 +5,6 @@ import html
 import io
 import os
 import random
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ import torch
 from PIL import Image
 
 from d_emo.app.studio import Studio, View
-from d_emo.config import AppSettings, SampleSettings
-from d_emo.errors import InputError
+from d_emo.config import AppSettings
+from d_emo.errors import InputError, fields_as
+from d_emo.sampling import SampleRequest
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
 
@@ -73,7 +73,7 @@ def check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise InputError(
-            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another --port or --host"
+            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another `port` or `host`"
         ) from None
 
 
@@ -131,16 +131,16 @@ def build_page(studio: Studio, folder: Path) -> Any:
     return page
 
 
-def _fields(gr: Any, studio: Studio, first: SampleSettings) -> dict[str, Any]:
+def _fields(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
     """The controls, by the names and in the order of :meth:`Studio.read`."""
-    names = studio.snapshot.class_names
+    names, first = studio.snapshot.class_names, request.settings
     fields = {"classes": gr.Dropdown(
         [(f"{label}: {name}", label) for label, name in enumerate(names)], value=[0], multiselect=True, label="Class",
         info=f"one or more of {len(names):,}; type a part of a name, or a number", elem_id="classes",
         visible=len(names) > 1,
     )}
     fields["num_images"] = gr.Slider(
-        1, min(16, studio.max_images), first.num_images, step=1, elem_id="count",
+        1, min(16, studio.settings.max_images), first.num_images, step=1, elem_id="count",
         label="Pictures of each class" if len(names) > 1 else "Pictures",
     )
     with gr.Row():
@@ -177,18 +177,21 @@ class _Visits:
         """Values of status, pictures, download and command line, as long as there is news."""
         gr, studio, stop = self.gr, self.studio, self.stops.setdefault(visit, Event())
         try:
-            settings = studio.read(*asked)
-            tiles = _Tiles(studio, settings)
+            request = studio.read(*asked)
+            tiles = _Tiles(studio, request)
             yield [_status("Starting."), tiles.html(), gr.update(value=None, interactive=False), ""]
-            for view in studio.draw(settings, stop):
-                yield [_progress(view), tiles.html() if tiles.take(view) else gr.skip(), gr.skip(), gr.skip()]
-            if view.stopped:
-                return
-            path = studio.save(settings, view.images, Path(tempfile.mkdtemp(dir=self.folder)))
+            for view in studio.draw(request):
+                stopped = stop.is_set() and view.finished < len(view.images)
+                status = _status(_progress(view, stopped=stopped), fraction=view.fraction)
+                yield [status, tiles.html() if tiles.take(view) else gr.skip(), gr.skip(), gr.skip()]
+                if stopped:
+                    return
+            path = Path(tempfile.mkdtemp(dir=self.folder)) / Path(request.default_path).name
+            request.save(path, torch.stack(view.images))
             file = gr.update(value=path, interactive=True)
-            yield [_finished(studio, view), gr.skip(), file, studio.command(settings)]
+            yield [_finished(studio, view), gr.skip(), file, studio.command(request)]
         except InputError as error:
-            words = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", " "), str(error))  # a page has no flags
+            words = fields_as(str(error), lambda field: field.replace("_", " "))
             words = words[0].upper() + words[1:]
             yield [_status(words, wrong=True), gr.skip(), gr.skip(), gr.skip()]
             raise gr.Error(html.escape(words), print_exception=False) from None
@@ -200,10 +203,9 @@ class _Visits:
 class _Tiles:
     """The pictures as HTML, a section for each class; each picture is encoded once."""
 
-    def __init__(self, studio: Studio, settings: SampleSettings):
-        self.captions, self.columns = studio.captions(settings), settings.num_images
-        self.seeds = range(settings.seed, settings.seed + len(self.captions) * self.columns)
-        (self.height, self.width), self.finished = studio.image_size, 0
+    def __init__(self, studio: Studio, request: SampleRequest):
+        self.captions, self.columns, self.seeds = request.captions, request.settings.num_images, request.seeds
+        (self.height, self.width), self.finished = studio.sampler.image_size, 0
         self.images: list[Any] = [None] * len(self.seeds)
         self.sources = [""] * len(self.seeds)
 
@@ -243,30 +245,27 @@ def _data_url(image: torch.Tensor, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _status(words: str, *, share: float = 0.0, wrong: bool = False) -> str:
+def _status(words: str, *, fraction: float = 0.0, wrong: bool = False) -> str:
     if wrong:
         return f'<p role="alert" class="wrong">{html.escape(words)}</p>'
-    return f'<p role="status">{html.escape(words)}</p><div class="bar"><div style="width: {share:.1%}"></div></div>'
+    return f'<p role="status">{html.escape(words)}</p><div class="bar"><div style="width: {fraction:.1%}"></div></div>'
 
 
-def _progress(view: View) -> str:
-    count = len(view.images)
-    if view.stopped:
-        words = f"Stopped; {view.finished} of {count} pictures were finished."
-    else:
-        words = f"Step {view.step} of {view.steps}; {view.finished} of {count} pictures finished."
-    return _status(words, share=view.share)
+def _progress(view: View, *, stopped: bool) -> str:
+    if stopped:
+        return f"Stopped; {view.finished} of {len(view.images)} pictures were finished."
+    return f"Step {view.step} of {view.steps}; {view.finished} of {len(view.images)} pictures finished."
 
 
 def _finished(studio: Studio, view: View) -> str:
     count = len(view.images)
     pictures = "1 picture" if count == 1 else f"{count} pictures"
-    speed = f"{count / view.seconds:.1f} images/s on {studio.device.type}, previews included"
-    return _status(f"{pictures} in {view.seconds:.1f} s: {speed}.", share=1)
+    speed = f"{count / view.seconds:.1f} images/s on {studio.sampler.device.type}, previews included"
+    return _status(f"{pictures} in {view.seconds:.1f} s: {speed}.", fraction=1)
 
 
 def _about(studio: Studio) -> str:
-    snapshot, (height, width) = studio.snapshot, studio.image_size
+    snapshot, (height, width) = studio.snapshot, studio.sampler.image_size
     count = len(snapshot.class_names)
     classes = f"{count:,} classes" if count > 1 else "without classes"
     name = snapshot.meta.get("model", "denoiser")
@@ -274,7 +273,7 @@ def _about(studio: Studio) -> str:
         "# D-EMO\n\n"
         "Pictures of a class, out of noise: latent diffusion as in DiT, with EMOv2's light i2RMB blocks.  \n"
         f"This is {name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on "
-        f"{studio.device.type}.  \n"
+        f"{studio.sampler.device.type}.  \n"
         f"`{studio.path}`, step {snapshot.meta['step']:,}, {snapshot.meta.get('weights', 'ema')} weights."
     )
 

@@ -1,27 +1,23 @@
-"""Drawing that can be watched and stopped, as a page does it; the pictures are those of ``scripts/sample.py``."""
+"""Drawing that can be looked at on the way; the pictures are those of ``d-emo sample``."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from d_emo.config import SampleSettings
+from d_emo.config import AppSettings, SampleSettings
 from d_emo.data import to_uint8
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot
-from d_emo.latents import load_codec
 from d_emo.models.counting import trained_parameters
-from d_emo.sampling.classes import find_classes
-from d_emo.sampling.grids import default_path, save_samples
-from d_emo.sampling.sampler import decode, latent_shape, prepare_denoiser, sample
-from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+from d_emo.sampling import Sampler, SampleRequest, decode
+from d_emo.tables import schedulers_of
 
 _PAUSE = 0.1
 """Seconds between two views, at least, but for the last; nobody sees more."""
@@ -36,18 +32,16 @@ class View:
         finished: How many pictures are done, from the first.
         step: Denoising steps that the pictures being drawn have made, of ``steps``.
         steps: Denoising steps of each picture.
-        share: Of the whole work that is done, from 0 to 1.
+        fraction: Of the whole work that is done, from 0 to 1.
         seconds: Since the start, previews included.
-        stopped: Whether it ended before all were done.
     """
 
     images: list[torch.Tensor | None]
     finished: int
     step: int
     steps: int
-    share: float
+    fraction: float
     seconds: float
-    stopped: bool
 
 
 class Studio:
@@ -55,22 +49,14 @@ class Studio:
 
     Args:
         snapshot: Its model is changed for speed and can be saved no more.
-        mixed_precision: As in :class:`SampleSettings`.
-        max_images: Most pictures of one drawing.
-        preview_share: Ranks of the time that decoding unfinished pictures may take.
+        settings: Of the app; of these precision, most pictures of one drawing, and time for previews.
     """
 
-    def __init__(
-        self, snapshot: DenoiserSnapshot, *, mixed_precision: Literal["no", "bf16"], max_images: int,
-        preview_share: float,
-    ):
-        self.snapshot, self.mixed_precision = snapshot, mixed_precision
-        self.max_images, self.preview_share = max_images, preview_share
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.codec = load_codec(snapshot.codec).to(self.device)
-        self.parameters = trained_parameters(snapshot.model)
-        dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-        self.model = prepare_denoiser(snapshot.model.to(self.device), dtype=dtype)
+    def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
+        self.snapshot, self.settings = snapshot, settings
+        self.parameters = trained_parameters(snapshot.model)  # before norms are folded
+        dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+        self.sampler = Sampler.open(snapshot, dtype=dtype)
 
     @property
     def path(self) -> Path:
@@ -79,26 +65,19 @@ class Studio:
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of a picture, in pixels."""
-        _, height, width = latent_shape(self.model)
-        return height * self.codec.downsample, width * self.codec.downsample
-
-    @property
     def schedulers(self) -> list[str]:
         """Names of the samplers that serve the snapshot."""
-        return scheduler_names(self.snapshot.objective)
+        return schedulers_of(self.snapshot.objective)
 
-    def defaults(self) -> SampleSettings:
+    def defaults(self) -> SampleRequest:
         """What is drawn when a visitor chooses nothing: the first class."""
-        settings = SampleSettings(classes=["0"], num_images=min(SampleSettings().num_images, self.max_images))
-        settings.fill_in(objective=self.snapshot.objective, label_dropout=self.snapshot.label_dropout)
-        return settings
+        count = min(SampleSettings().num_images, self.settings.max_images)
+        return SampleRequest(SampleSettings(classes=["0"], num_images=count), self.snapshot)
 
     def read(
         self, classes: Sequence[Any], num_images: Any, seed: Any, guidance_scale: Any, scheduler: str | None, steps: Any
-    ) -> SampleSettings:
-        """What a visitor asked for, as the settings of ``scripts/sample.py``.
+    ) -> SampleRequest:
+        """What a visitor asked for.
 
         Args:
             classes: Ids or names; none for an unconditional snapshot.
@@ -112,32 +91,29 @@ class Studio:
             classes=[str(name) for name in classes], checkpoint=str(self.snapshot.path),
             num_images=_whole("the number of pictures", num_images), seed=_whole("the seed", seed),
             guidance_scale=[] if guidance_scale is None else [_number("the guidance", guidance_scale)],
-            scheduler=scheduler, steps=_whole("the number of steps", steps), mixed_precision=self.mixed_precision,
+            scheduler=scheduler, steps=_whole("the number of steps", steps),
+            mixed_precision=self.settings.mixed_precision,
         )
-        if not 0 <= settings.seed < 2**53:  # a page's numbers are exact up to there
+        if settings.seed >= 2**53:  # a page's numbers are exact up to there
             raise InputError(f"the seed must be from 0 to {2**53 - 1}, not {settings.seed}")
-        settings.fill_in(objective=self.snapshot.objective, label_dropout=self.snapshot.label_dropout)
-        set_steps(make_scheduler(settings.scheduler, self.snapshot.scheduler_config), settings.steps)
-        found = find_classes(settings.classes, self.snapshot.class_names)
+        request = SampleRequest(settings, self.snapshot)
+        self.sampler.replace(**request.how)  # refuses what cannot be drawn
+        found, count = request.classes, len(request.labels)
         if len(set(found)) < len(found):
             raise InputError("the same class was chosen twice")
-        if len(found) * settings.num_images > self.max_images:
+        if count > self.settings.max_images:
             raise InputError(
-                f"{len(found)} classes of {settings.num_images} pictures are {len(found) * settings.num_images}, more "
-                f"than the {self.max_images} that are drawn at once; choose fewer"
+                f"{len(found)} classes of {settings.num_images} pictures are {count}, more "
+                f"than the {self.settings.max_images} that are drawn at once; choose fewer"
             )
-        settings.classes = [str(label) for label in found]
-        return settings
+        return request
 
-    def captions(self, settings: SampleSettings) -> list[str]:
-        """What is written above the pictures of each class."""
-        return [f"{label}: {self.snapshot.class_names[int(label)]}" for label in settings.classes]
-
-    def command(self, settings: SampleSettings) -> str:
+    def command(self, request: SampleRequest) -> str:
         """The command line that draws the same pictures."""
+        settings = request.settings
         words = ["python", "scripts/sample.py", "--checkpoint", self.path]
         if len(self.snapshot.class_names) > 1:
-            words += ["--class", *settings.classes]
+            words += ["--class", *request.classes]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
         if self.snapshot.label_dropout:
             words += ["--guidance-scale", f"{settings.guidance_scale[0]:g}"]
@@ -146,120 +122,39 @@ class Studio:
             words += ["--mixed-precision", settings.mixed_precision]
         return shlex.join(map(str, words))
 
-    def draw(self, settings: SampleSettings, stop: Event) -> Iterator[View]:
-        """Draw, and show the pictures on the way.
+    def draw(self, request: SampleRequest) -> Iterator[View]:
+        """Draw, and show the pictures on the way; whoever closes the iterator ends the drawing.
 
-        Unfinished pictures are decoded as often as ``preview_share`` allows, so the finished ones do not wait for it.
+        Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, so the finished ones do
+        not wait for it.
 
         Args:
-            settings: From :meth:`read`.
-            stop: Set from outside, it ends the drawing after the step at hand. Set here when the caller loses interest.
+            request: From :meth:`read`.
 
         Yields:
-            Views; the last one has all pictures finished, or is marked as stopped.
+            Views; the last one has all pictures finished.
 
         Raises:
             InputError: The device has too little memory.
         """
-        drawing = _Drawing(self, settings, stop)
-        drawing.start()
-        over = False
+        images: list[torch.Tensor | None] = [None] * len(request.labels)
+        started, shown, previews = time.perf_counter(), float("-inf"), 0.0
         try:
-            while not over:
-                drawing.changed.wait()
-                drawing.changed.clear()
-                over = drawing.over  # asked before the view is taken, so that the last view misses nothing
-                yield drawing.view()
-                drawing.join(_PAUSE)
-        finally:
-            stop.set()
-            drawing.join()
-        if isinstance(drawing.error, torch.cuda.OutOfMemoryError):
-            raise InputError("the GPU has too little memory left for so many pictures at once; choose fewer")
-        if drawing.error is not None:
-            raise drawing.error
-
-    def save(self, settings: SampleSettings, images: Sequence[torch.Tensor], folder: Path) -> Path:
-        """Write the grid that ``scripts/sample.py`` would, with the same settings inside; tells where.
-
-        Raises:
-            InputError: It cannot be written.
-        """
-        labels, seeds = _labels(settings), _seeds(settings)
-        meta = self.snapshot.meta
-        made_by = {
-            **asdict(settings), "guidance_scale": settings.guidance_scale[0], "step": meta["step"],
-            "classes": [int(label) for label in settings.classes], "weights": meta["weights"],
-        }
-        path = folder / Path(default_path(settings, made_by["classes"])).name
-        save_samples(path, torch.stack(list(images)), None, self.captions(settings), labels, seeds, settings, made_by)
-        return path
-
-
-class _Stopped(Exception):
-    pass
-
-
-class _Drawing(Thread):
-    """One drawing at work, in a thread of its own, because the sampler calls back and a page wants to be fed."""
-
-    def __init__(self, studio: Studio, settings: SampleSettings, stop: Event):
-        super().__init__(daemon=True)
-        self.studio, self.settings, self.stop = studio, settings, stop
-        self.scheduler = make_scheduler(settings.scheduler, studio.snapshot.scheduler_config)
-        set_steps(self.scheduler, settings.steps)
-        self.steps = len(self.scheduler.timesteps)
-        self.images: list[torch.Tensor | None] = [None] * len(_labels(settings))
-        self.finished = self.step = self.width = 0
-        self.decoding, self.shown, self.started = 0.0, 0.0, time.perf_counter()
-        self.changed, self.over, self.stopped, self.error = Event(), False, False, None
-
-    def run(self) -> None:
-        settings = self.settings
-        try:
-            for _ in sample(
-                self.studio.model, self.scheduler, _labels(settings), _seeds(settings),
-                num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale[0],
-                batch_size=settings.batch_size, on_latents=self._step_done,
-            ):
-                pass
-        except _Stopped:
-            self.stopped = True
-        except Exception as error:
-            self.error = error
-        finally:
-            self.over = True
-            self.changed.set()
-
-    def _step_done(self, index: int, latents: torch.Tensor) -> None:
-        if self.stop.is_set():
-            raise _Stopped
-        self.step, self.width, done = index + 1, len(latents), index + 1 == self.steps
-        began = time.perf_counter()
-        if done or (
-            began - self.shown > _PAUSE and self.decoding < self.studio.preview_share * (began - self.started)
-        ):
-            images = to_uint8(decode(self.studio.codec, latents)).cpu()
-            self.images[self.finished : self.finished + len(images)] = images
-            self.shown = time.perf_counter()
-            self.decoding += 0 if done else self.shown - began
-        if done:
-            self.finished, self.step, self.width = self.finished + len(latents), 0, 0
-        self.changed.set()
-
-    def view(self) -> View:
-        done, count = self.finished, len(self.images)
-        share = (done + self.width * self.step / self.steps) / count
-        seconds = time.perf_counter() - self.started
-        return View(list(self.images), done, self.step, self.steps, min(1.0, share), seconds, self.stopped)
-
-
-def _labels(settings: SampleSettings) -> list[int]:
-    return [int(label) for label in settings.classes for _ in range(settings.num_images)]
-
-
-def _seeds(settings: SampleSettings) -> list[int]:
-    return [settings.seed + index for index in range(len(settings.classes) * settings.num_images)]
+            for step in request.draw(self.sampler.replace(**request.how)):
+                now, width = time.perf_counter(), len(step.latents)
+                part, due = slice(step.first, step.first + width), now - shown > _PAUSE
+                if step.is_last:
+                    images[part] = step.images
+                elif due and previews < self.settings.preview_share * (now - started):
+                    images[part] = to_uint8(decode(self.sampler.codec, step.latents)).cpu()
+                    previews += time.perf_counter() - now
+                finished, made = (part.stop, 0) if step.is_last else (part.start, step.index + 1)
+                if due or finished == len(images):
+                    shown = time.perf_counter()
+                    fraction = (finished + width * made / step.steps) / len(images)
+                    yield View(list(images), finished, made, step.steps, fraction, shown - started)
+        except torch.cuda.OutOfMemoryError:
+            raise InputError("the GPU has too little memory left for so many pictures at once; choose fewer") from None
 
 
 def _number(what: str, value: Any) -> float:

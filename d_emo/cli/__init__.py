@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d_emo.cli.verbs import VERBS, Verb
-from d_emo.config import parse_settings, run_cli
+from d_emo.config import in_flags, parse_settings, run_cli
 from d_emo.errors import InputError
 from d_emo.tables import load
 
@@ -38,8 +38,10 @@ def run_verb(name: str, argv: Sequence[str]) -> None:
             choices = " or ".join(f"{name} {each}" for each in settings)
             raise InputError(f"say which: {choices} (--help after it)")
         settings = settings[kind]
-    values = parse_settings(load(settings), verb.help, arguments)
-    load(verb.run)(values)  # imported after parsing: help and typing errors need no torch
+    settings = load(settings)
+    values = parse_settings(settings, verb.help, arguments)
+    with in_flags(settings):
+        load(verb.run)(values)  # imported after parsing: help and typing errors need no torch
 
 
 def overview() -> str:

@@ -15,14 +15,11 @@ from d_emo.io.snapshot import load_denoiser, newest_denoiser
 
 
 def run(settings: AppSettings) -> None:
-    """Do it."""
+    """Serve the page until Ctrl-C."""
     page.import_gradio()
     page.check_address(settings.host, settings.port)
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
-    studio = Studio(
-        snapshot, mixed_precision=settings.mixed_precision, max_images=settings.max_images,
-        preview_share=settings.preview_share,
-    )
+    studio = Studio(snapshot, settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="d-emo-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # so that nothing is left behind
@@ -32,4 +29,3 @@ def run(settings: AppSettings) -> None:
         step, weights = snapshot.meta["step"], snapshot.meta["weights"]
         print(f"snapshot  {snapshot.path} (step {step:,}, {weights} weights)", flush=True)
         blocks.block_thread()
-

@@ -30,7 +30,7 @@ def run(settings: JudgeSettings) -> None:
             f"{settings.classifier} knows other classes than {snapshot.path}; name a classifier of the same data"
         )
     if settings.write_card and not os.access(snapshot.path, os.W_OK):
-        raise InputError(f"--write-card cannot write to {snapshot.path}; copy the snapshot and judge the copy")
+        raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and judge the copy")
     runs = settings.sampler_steps() or [(DEFAULT_SCHEDULERS[snapshot.objective], settings.steps)]
     for name, steps in runs:
         set_steps(make_scheduler(name, snapshot.scheduler_config), steps)  # refuses before anything is drawn

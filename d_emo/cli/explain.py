@@ -22,7 +22,7 @@ def run(settings: ExplainSettings) -> None:
         shares = network(image[None])[0].softmax(dim=0)
     label = int(shares.argmax()) if settings.label is None else settings.label
     if not 0 <= label < len(shares):
-        raise InputError(f"--class must be from 0 to {len(shares) - 1}, not {label}")
+        raise InputError(f"`label` must be from 0 to {len(shares) - 1}, not {label}")
     name = f"class {label}" if classifier.class_names is None else classifier.class_names[label]
     folder = Path(settings.output or f"samples/explain-{Path(settings.image).stem}")
     for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):

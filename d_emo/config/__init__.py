@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import parse_settings, run_cli, setting, write_yaml
+from d_emo.config.base import in_flags, parse_settings, run_cli, setting, write_yaml
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
@@ -70,6 +70,7 @@ __all__ = [
     "TrainSettings",
     "VAESettings",
     "check_guidance",
+    "in_flags",
     "is_folder",
     "parse_metrics",
     "parse_settings",

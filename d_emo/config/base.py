@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from d_emo.errors import InputError, RunError
+from d_emo.errors import InputError, RunError, fields_as
+from d_emo.files import write_file
 
 S = TypeVar("S")
 
@@ -65,7 +67,19 @@ def parse_settings(settings_class: type[S], description: str, argv: Sequence[str
     except ArgumentError as error:
         flags = {each.name: _flag(each) for each in fields(settings_class)}
         raise InputError(f"{_sentence(str(error), flags, hints)} (--help lists what is accepted)") from None
-    return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+    with in_flags(settings_class):
+        return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+
+
+@contextmanager
+def in_flags(settings_class: type[Any]) -> Iterator[None]:
+    """Errors that name settings name their flags instead, as a user of the command line knows them."""
+    flags = {each.name: _flag(each) for each in fields(settings_class)}
+    try:
+        yield
+    except (InputError, RunError) as error:
+        error.args = (fields_as(str(error), lambda name: flags.get(name, name)), *error.args[1:])
+        raise
 
 
 def _flag(one: Field) -> str:
@@ -101,14 +115,12 @@ def in_words(kind: Any) -> str:
 def check_image_side(image_size: int | None) -> None:
     """Refuse a size below the stride of a classifier's last map."""
     if image_size is not None and image_size < 32:
-        raise InputError(f"--image-size must be at least 32 px, as classifiers halve it five times, not {image_size}")
+        raise InputError(f"`image_size` must be at least 32 px, as classifiers halve it five times, not {image_size}")
 
 
 def write_yaml(settings: Any, path: Path) -> None:
     """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
-    temporary.replace(path)
+    write_file(path, yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 def run_cli(main: Callable[[], None]) -> None:

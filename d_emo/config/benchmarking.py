@@ -25,7 +25,7 @@ class BenchmarkSettings:
         for name in ("batch_size", "rounds", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise InputError(f"`{name}` must be at least 1, got {value}")
 
 
 @dataclass(kw_only=True)
@@ -44,12 +44,12 @@ class DenoiserBenchmarkSettings(BenchmarkSettings):
         known = ("Ti", "S", "B", "L", "XL")
         for size in self.sizes:
             if size not in known:
-                raise InputError(f"--sizes {size!r} is none of {', '.join(known)}")
+                raise InputError(f"`sizes` {size!r} is none of {', '.join(known)}")
         for pixels in self.pixels:
             if pixels < 64 or pixels % 16:
-                raise InputError(f"--pixels {pixels} must be at least 64 and a multiple of 16, for whole patches")
+                raise InputError(f"`pixels` {pixels} must be at least 64 and a multiple of 16, for whole patches")
         if self.depth is not None and self.depth < 1:
-            raise InputError(f"--depth must be at least 1, got {self.depth}")
+            raise InputError(f"`depth` must be at least 1, got {self.depth}")
 
 
 PEERS = [
@@ -71,7 +71,7 @@ class ClassifierBenchmarkSettings(BenchmarkSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size < 32:
-            raise InputError(f"--image-size must be at least 32, got {self.image_size}")
+            raise InputError(f"`image_size` must be at least 32, got {self.image_size}")
 
 
 BENCHMARKS: dict[str, type[Any]] = {"denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings}

@@ -43,11 +43,11 @@ class EvaluateClassifierSettings:
         check_image_side(self.image_size)
         for name, least in (("num_images", 1), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+                raise InputError(f"`{name}` must be at least {least}, not {getattr(self, name)}")
         if not 0 < self.crop_share <= 1:
-            raise InputError(f"--crop-share must lie in (0, 1], not {self.crop_share}")
+            raise InputError(f"`crop_share` must lie in (0, 1], not {self.crop_share}")
         if self.output is not None and not Path(self.output).parent.is_dir():
-            raise InputError(f"--output {self.output}: its folder does not exist; make it first")
+            raise InputError(f"`output` {self.output}: its folder does not exist; make it first")
 
 
 @dataclass(kw_only=True)
@@ -73,12 +73,12 @@ class JudgeSettings:
 
     def __post_init__(self):
         if self.num_images < 2:
-            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+            raise InputError(f"{self.num_images} images were asked for (`num_images`); a covariance needs at least two")
         if not 1 <= self.steps <= 1000:
-            raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
+            raise InputError(f"`steps` must lie between 1 and 1000, not {self.steps}")
         check_guidance(self.guidance_scale)
         if self.samplers and self.write_card:
-            raise InputError("--samplers makes a table, --write-card a card; run the two apart")
+            raise InputError("`samplers` makes a table, `write_card` a card; run the two apart")
         self.sampler_steps()
 
     def sampler_steps(self) -> list[tuple[str, int]]:
@@ -86,7 +86,7 @@ class JudgeSettings:
         pairs = [each.rpartition(":")[::2] for each in self.samplers]
         for each, (name, steps) in zip(self.samplers, pairs, strict=True):
             if not name or not steps.isdecimal():
-                raise InputError(f"--samplers takes NAME:STEPS, e.g. ddpm:250, not {each}")
+                raise InputError(f"`samplers` takes NAME:STEPS, e.g. ddpm:250, not {each}")
         return [(name, int(steps)) for name, steps in pairs]
 
 
@@ -107,7 +107,7 @@ class ExplainSettings:
     def __post_init__(self):
         check_image_side(self.image_size)
         if not 1 <= self.stage <= 4:
-            raise InputError(f"--stage must be from 1 to 4, not {self.stage}")
+            raise InputError(f"`stage` must be from 1 to 4, not {self.stage}")
 
 
 DRAWING = {
@@ -156,20 +156,20 @@ class FidSettings:
     def __post_init__(self):
         self.metrics = parse_metrics(self.metrics)
         if (self.samples is None) == (self.checkpoint is None):
-            raise InputError("give either --samples (images that exist) or --checkpoint (a snapshot to draw from)")
+            raise InputError("give either `samples` (images that exist) or `checkpoint` (a snapshot to draw from)")
         if self.reference is None and self.metrics != ["isc"]:
-            raise InputError(f"--metrics {' '.join(self.metrics)} compares with real images; give --reference")
+            raise InputError(f"`metrics` {' '.join(self.metrics)} compares with real images; give `reference`")
         if self.checkpoint is None:
             for each in fields(self):
                 default = each.default_factory() if each.default is MISSING else each.default
                 if each.name in DRAWING and getattr(self, each.name) != default:
-                    raise InputError(f"--{each.name.replace('_', '-')} is for images drawn from a --checkpoint only")
+                    raise InputError(f"`{each.name}` is for images drawn from a `checkpoint` only")
             return
         self.num_images = PUBLISHED_COUNT if self.num_images is None else self.num_images
         if self.num_images < 2:
-            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+            raise InputError(f"{self.num_images} images were asked for (`num_images`); a covariance needs at least two")
         if not 1 <= self.steps <= 1000:
-            raise InputError(f"--steps must lie between 1 and 1000, not {self.steps}")
+            raise InputError(f"`steps` must lie between 1 and 1000, not {self.steps}")
         check_guidance(self.guidance_scale, self.guidance_interval)
         check_seed(self.seed)
 
@@ -183,9 +183,9 @@ def parse_metrics(names: Sequence[str]) -> list[str]:
     wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
     for name in wanted:
         if name not in METRICS:
-            raise InputError(f"unknown metric {name!r} (--metrics); known are {', '.join(METRICS)}")
+            raise InputError(f"unknown metric {name!r} (`metrics`); known are {', '.join(METRICS)}")
     if not wanted:
-        raise InputError(f"--metrics names nothing to measure; known are {', '.join(METRICS)}")
+        raise InputError(f"`metrics` names nothing to measure; known are {', '.join(METRICS)}")
     return [name for name in METRICS if name in wanted]
 
 
@@ -208,13 +208,13 @@ class ReferenceSettings:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size} is too small; use at least 1")
+            raise InputError(f"`batch_size` {self.batch_size} is too small; use at least 1")
         if Path(self.output).suffix.lower() != ".npz" and not Path(self.output).is_dir():
-            raise InputError(f"--output {self.output} must end in .npz")
+            raise InputError(f"`output` {self.output} must end in .npz")
         if self.num_workers < 0:
-            raise InputError(f"--num-workers must not be negative, not {self.num_workers}")
+            raise InputError(f"`num_workers` must not be negative, not {self.num_workers}")
         if self.kept_images < 0:
-            raise InputError(f"--kept-images must not be negative, not {self.kept_images}")
+            raise InputError(f"`kept_images` must not be negative, not {self.kept_images}")
 
 
 @dataclass(kw_only=True)
@@ -228,7 +228,7 @@ class PlotSettings:
 
     def __post_init__(self):
         if self.smooth < 0:
-            raise InputError(f"--smooth must not be negative, not {self.smooth}")
+            raise InputError(f"`smooth` must not be negative, not {self.smooth}")
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ LARGEST_SEED = 2**62
 def check_seed(seed: int) -> None:
     """Refuse a seed that the generators do not take."""
     if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"--seed must lie between 0 and 2^62, not {seed}")
+        raise InputError(f"`seed` must lie between 0 and 2^62, not {seed}")
 
 
 def check_guidance(
@@ -33,13 +33,13 @@ def check_guidance(
         label_dropout: Of the denoiser's training, once that is known.
     """
     if not 0 <= scale < float("inf"):
-        raise InputError(f"--guidance-scale must be finite and not negative, not {scale}")
+        raise InputError(f"`guidance_scale` must be finite and not negative, not {scale}")
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise InputError(f"--guidance-interval must be two rising numbers in [0, 1], not {list(interval)}")
+        raise InputError(f"`guidance_interval` must be two rising numbers in [0, 1], not {list(interval)}")
     if label_dropout == 0 and scale != 1:
         raise InputError(
-            f"--guidance-scale {scale:g} needs a null class, but this snapshot was trained without label dropout; "
-            "use --guidance-scale 1"
+            f"`guidance_scale` {scale:g} needs a null class, but this snapshot was trained without label dropout; "
+            "use `guidance_scale` 1"
         )
 
 
@@ -85,18 +85,18 @@ class SampleSettings:
     def __post_init__(self):
         for name in ("num_images", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"`{name}` must be at least 1, not {getattr(self, name)}")
         if self.steps > 1000:
-            raise InputError(f"--steps must be at most 1000, not {self.steps}")
+            raise InputError(f"`steps` must be at most 1000, not {self.steps}")
         check_seed(self.seed)
         for scale in self.guidance_scale or [1.0]:
             check_guidance(scale, self.guidance_interval)
         if self.interpolate is not None and (len(self.interpolate) != 2 or self.classes or self.num_images < 2):
-            raise InputError("--interpolate takes two classes, at least two --num-images, and no --class")
+            raise InputError("`interpolate` takes two classes, at least two `num_images`, and no `classes`")
         if self.format == "png" and (self.trajectory or self.interpolate):
-            raise InputError("--format png writes single images; leave it out with --trajectory or --interpolate")
+            raise InputError("`format` png writes single images; leave it out with `trajectory` or `interpolate`")
         if len(self.guidance_scale) > 1 and (self.format == "png" or self.trajectory):
-            raise InputError("several --guidance-scale make a grid; give one with --format png or --trajectory")
+            raise InputError("several `guidance_scale` make a grid; give one with `format` png or `trajectory`")
 
     def fill_in(self, *, objective: str, label_dropout: float) -> None:
         """Settle what depends on how the snapshot was trained.
@@ -128,8 +128,8 @@ class AppSettings:
 
     def __post_init__(self):
         if not 1 <= self.port <= 65535:
-            raise InputError(f"--port must be from 1 to 65535, not {self.port}")
+            raise InputError(f"`port` must be from 1 to 65535, not {self.port}")
         if self.max_images < 1:
-            raise InputError(f"--max-images must be at least 1, not {self.max_images}")
+            raise InputError(f"`max_images` must be at least 1, not {self.max_images}")
         if not 0 <= self.preview_share < 1:
-            raise InputError(f"--preview-share must be at least 0 and below 1, not {self.preview_share}")
+            raise InputError(f"`preview_share` must be at least 0 and below 1, not {self.preview_share}")

@@ -62,20 +62,20 @@ class StudySettings:
         if (self.judge is None) == (self.reference is None):
             raise InputError("give a study either a judge (a classifier) or a reference (for scripts/fid.py)")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise InputError(f"--seeds {self.seeds} must be different numbers, at least one")
+            raise InputError(f"`seeds` {self.seeds} must be different numbers, at least one")
         if self.data_dir is not None:
             if self.encode is None:
-                raise InputError(f"--data-dir {self.data_dir} is for studies that encode their data; this one does not")
+                raise InputError(f"`data_dir` {self.data_dir} is for studies that encode their data; this one does not")
             self.encode = self.encode | {"data_dir": self.data_dir}
         if not self.runs:
             raise InputError("a study needs at least one run")
         if self.num_images < 2:
-            raise InputError(f"{self.num_images} images were asked for (--num-images); a covariance needs at least two")
+            raise InputError(f"{self.num_images} images were asked for (`num_images`); a covariance needs at least two")
         self.samplers = {"eps": "dpm++:30", "flow": "euler:30"} | (self.samplers or {})
         for each in self.samplers.values():
             name, _, steps = each.rpartition(":")
             if not name or not steps.isdecimal():
-                raise InputError(f"--samplers takes NAME:STEPS, e.g. dpm++:20, not {each}")
+                raise InputError(f"`samplers` takes NAME:STEPS, e.g. dpm++:20, not {each}")
         self.tables = self.tables or {"All runs": list(self.runs)}
         named = [name for names in (*self.tables.values(), self.norm_gap, self.only) for name in names]
         named += [run["of"] for run in self.runs.values() if "of" in run]

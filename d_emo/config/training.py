@@ -73,15 +73,15 @@ class RunSettings:
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "log_every", "snapshot_every", "state_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"`{name}` must be at least 1, not {getattr(self, name)}")
         for name in ("micro_batch_size", "max_minutes", "validate_every", "validate_images", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive, not {value}")
+                raise InputError(f"`{name}` must be positive, not {value}")
         if not self.learning_rate > 0:
-            raise InputError(f"--learning-rate must be positive, not {self.learning_rate}")
+            raise InputError(f"`learning_rate` must be positive, not {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
-            raise InputError(f"--ema-decay must lie in [0, 1), not {self.ema_decay}")
+            raise InputError(f"`ema_decay` must lie in [0, 1), not {self.ema_decay}")
 
 
 def is_folder(data_dir: str) -> bool:
@@ -164,18 +164,18 @@ class TrainSettings(DataSettings, RunSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.latents is not None and self.data_dir is not None:
-            raise InputError(f"--latents {self.latents} takes the place of --data-dir {self.data_dir}; give one only")
+            raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
         if self.latents is None and self.image_size is None:
             self.image_size = 256
         self.output_dir = self.output_dir or self.run_folder(self.model)
         if not 0 <= self.label_dropout <= 1:
-            raise InputError(f"--label-dropout must lie in [0, 1], not {self.label_dropout}")
+            raise InputError(f"`label_dropout` must lie in [0, 1], not {self.label_dropout}")
         if not self.logit_std > 0:
-            raise InputError(f"--logit-std must be positive, not {self.logit_std}")
+            raise InputError(f"`logit_std` must be positive, not {self.logit_std}")
         is_sit = self.model.lower().startswith("sit-")
         if is_sit and self.objective == "eps":
             raise InputError(
-                f"{self.model} is DiT with --objective flow; for --objective eps choose --model DiT{self.model[3:]}"
+                f"{self.model} is DiT with `objective` flow; for `objective` eps choose `model` DiT{self.model[3:]}"
             )
         self.objective = self.objective or ("flow" if is_sit else "eps")
         if self.unconditional:
@@ -201,7 +201,7 @@ class EncodeSettings(DataSettings):
     def __post_init__(self):
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"`{name}` must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(kw_only=True)
@@ -250,20 +250,20 @@ class ClassifierSettings(DataSettings, RunSettings):
         self.output_dir = self.output_dir or self.run_folder(self.model)
         for name in ("weight_decay", "warmup_steps", "warmup_epochs", "distill_weight", "shift"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, as {getattr(self, name)} is")
+                raise InputError(f"`{name}` must not be negative, as {getattr(self, name)} is")
         if not 0 <= self.label_smoothing <= 1:
-            raise InputError(f"--label-smoothing must lie in [0, 1], not {self.label_smoothing}")
+            raise InputError(f"`label_smoothing` must lie in [0, 1], not {self.label_smoothing}")
         if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            raise InputError(f"--crop-scale must be two rising shares in (0, 1], not {self.crop_scale}")
+            raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
         for name in ("distill_tau", "crop_share", "epochs"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+                raise InputError(f"`{name}` must be positive, not {getattr(self, name)}")
         if self.crop_share > 1:
-            raise InputError(f"--crop-share must be at most 1, not {self.crop_share}")
+            raise InputError(f"`crop_share` must be at most 1, not {self.crop_share}")
         if self.rand_augment is None:
             folder = self.data_dir is not None and is_folder(self.data_dir)
             self.rand_augment = "rand-m9-mstd0.5-inc1" if folder else "none"
         if self.rand_augment != "none" and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
-                f"--rand-augment {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
+                f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
             )

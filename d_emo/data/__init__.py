@@ -21,16 +21,13 @@ from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
 from d_emo.errors import InputError
+from d_emo.tables import DATASETS, load
 
 __all__ = [
-    "COLOURS", "GROUNDS", "HELD_OUT_SHAPES", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
+    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
     "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
     "TarShards", "centre_crop", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
-
-HELD_OUT_SHAPES = 2000
-"""Pictures of Shapes-1000 to measure on: two of each class."""
-
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
@@ -51,25 +48,24 @@ def open_dataset(
         if images.sequential and not sequential:
             raise InputError(
                 f"{data_dir} is a stream, whose images cannot be had in random order; encode it first "
-                "(scripts/encode_latents.py --data-dir ... --output DIR) and train with --latents DIR"
+                "(`d-emo encode --data-dir ... --output DIR`) and train with `latents` DIR"
             )
         return OneClass(images) if one_class and len(images.class_names) > 1 else images
     if one_class:
         known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
         return OneClass(open_dataset(data_dir=None, **known))
-    if dataset == "shapes":
-        extra = {} if num_images is None else {"num_images": num_images}
-        return Shapes1000(image_size, split=split, seed=seed, **extra)
-    if dataset == "digits":
-        return Digits(image_size, split=split)
-    raise InputError(f"unknown data set {dataset!r}; known are shapes and digits, or give --data-dir")
+    row = DATASETS[dataset]
+    drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
+    return load(row.images)(
+        image_size, split=split, **{name: value for name, value in drawn.items() if value is not None}
+    )
 
 
 def open_source(
     data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
-    """Open what ``--data-dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
+    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
 
     Raises:
         InputError: An unknown option, or see the data sets themselves.
@@ -105,11 +101,11 @@ def open_held_out(
     """
     own_data = settings.data_dir or getattr(settings, "latents", None)
     if own_data is not None and settings.validate_dir is None:
-        raise InputError("--validate-every needs held-out images: give their folder as --validate-dir")
+        raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")
     held_out = open_dataset(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
-        num_images=HELD_OUT_SHAPES, image_size=settings.image_size, skip_corrupt=settings.skip_corrupt,
-        one_class=one_class, crop_share=crop_share,
+        num_images=DATASETS[settings.dataset].held_out, image_size=settings.image_size,
+        skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
     )
     if held_out.class_names != class_names and not one_class:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])

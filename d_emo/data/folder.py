@@ -107,7 +107,7 @@ class StoredImages(ClassImages):
                 if self.skip_corrupt is None:
                     raise
                 if not self.skip_corrupt:
-                    raise InputError(f"{error}; --skip-corrupt passes over such images") from None
+                    raise InputError(f"{error}; `skip_corrupt` passes over such images") from None
                 if not self.skipped[at]:
                     self.skipped[at] = True
                     print(f"skipped {self.origin(at)} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)
@@ -141,7 +141,7 @@ class ImageFolder(StoredImages):
         if not folders:
             raise InputError(
                 f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
-                "denoiser) train with --unconditional"
+                "denoiser) train with `unconditional`"
             )
         self.files: list[Path] = []
         labels: list[int] = []

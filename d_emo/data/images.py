@@ -75,7 +75,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def check_image_size(image_size: int) -> None:
     """Refuse a size no data set can serve."""
     if image_size < 8:
-        raise InputError(f"--image-size {image_size} is too small; use at least 8 px")
+        raise InputError(f"`image_size` {image_size} is too small; use at least 8 px")
 
 
 def split_number(split: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,13 +10,13 @@ from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
 from d_emo.errors import InputError
+from d_emo.files import digest, replacing
 
 
 class TarShards(StoredImages):
@@ -84,18 +83,15 @@ def expand(pattern: str) -> list[Path]:
 def _table(shards: list[Path]) -> np.ndarray:
     """Shard, offset, size and class of every image, from the cache if it is there. Shape: (images, 4) int64."""
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    key = digest(json.dumps(state))[:32]
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d-emo" / f"wds-{key}.npy"
     try:
         return np.load(cached, allow_pickle=False)
     except (OSError, ValueError):
         pass
     table = np.array([(number, *row) for number, path in enumerate(shards) for row in _members(path)], dtype=np.int64)
-    with suppress(OSError):  # a place that cannot be written to: the table is built again next time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cached.parent) as folder:
-            np.save(Path(folder) / cached.name, table)
-            (Path(folder) / cached.name).replace(cached)
+    with suppress(OSError), replacing(cached) as temporary:  # where it cannot be written, it is built again next time
+        np.save(temporary, table)
     return table
 
 

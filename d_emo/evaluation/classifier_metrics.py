@@ -103,7 +103,7 @@ def open_real(
         return images
 
     if data_dir is None and validate_dir is not None:
-        raise InputError(f"--validate-dir {validate_dir} belongs to a --data-dir; give both or neither")
+        raise InputError(f"`validate_dir` {validate_dir} belongs to a `data_dir`; give both or neither")
     real = opened(data_dir, "train", REAL_IMAGES)
     if data_dir is not None and validate_dir is None:
         return real, None

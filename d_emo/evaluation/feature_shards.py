@@ -62,7 +62,7 @@ def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> li
     if mode == "balanced":
         return [index % num_classes for index in indices]
     if mode != "random":
-        raise InputError(f"unknown --labels {mode!r}; use random or balanced")
+        raise InputError(f"unknown `labels` {mode!r}; use random or balanced")
     draws = (np.random.Generator(np.random.Philox(key=[seed, index])) for index in indices)
     return [int(draw.integers(num_classes)) for draw in draws]
 

@@ -157,7 +157,7 @@ class ClassifierFeatures:
 def create_extractor(
     features: str, *, inception_weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Make the extractor that ``--features`` names: ``inception`` or ``emov2:SNAPSHOT``.
+    """Make the extractor that ``features`` names: ``inception`` or ``emov2:SNAPSHOT``.
 
     Raises:
         InputError: Another name, or see the classes.
@@ -166,9 +166,9 @@ def create_extractor(
         return InceptionFeatures(inception_weights, device=device)
     kind, _, snapshot = features.partition(":")
     if kind != "emov2" or not snapshot:
-        raise InputError(f"unknown --features {features!r}; use inception or emov2:SNAPSHOT")
+        raise InputError(f"unknown `features` {features!r}; use inception or emov2:SNAPSHOT")
     if inception_weights is not None:
-        raise InputError(f"--inception-weights has no use with --features {features}; leave one of them out")
+        raise InputError(f"`inception_weights` has no use with `features` {features}; leave one of them out")
     return ClassifierFeatures(snapshot, device=device)
 
 
@@ -238,8 +238,8 @@ def locate_inception_weights(weights: str | Path | None = None) -> Path:
         except (OSError, RuntimeError, HTTPException) as error:
             raise InputError(
                 f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
-                f"({error}); put the file there, or give --inception-weights FILE, or measure with other features: "
-                "--features emov2:SNAPSHOT"
+                f"({error}); put the file there, or give `inception_weights` FILE, or measure with other features: "
+                "`features` emov2:SNAPSHOT"
             ) from error
     return path
 

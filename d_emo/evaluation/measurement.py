@@ -78,7 +78,7 @@ class Measurement:
         if output is not None:
             check_output(Path(output))
         if reference is None and self._metrics != ["isc"]:
-            raise InputError(f"--metrics {' '.join(self._metrics)} compares with real images; give --reference")
+            raise InputError(f"`metrics` {' '.join(self._metrics)} compares with real images; give `reference`")
         if "sfid" in self._metrics and features != "inception":
             raise InputError(f"sFID is measured in Inception's spatial features, not in {features}; leave sfid out")
         unused = reference is None or self._metrics == ["isc"]
@@ -265,7 +265,7 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
 def check_batch_size(batch_size: int) -> None:
     """Refuse a batch that holds nothing."""
     if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is too small; use at least 1")
+        raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:

@@ -36,9 +36,9 @@ def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int
     if wanted is None:
         return range(available)
     if wanted < 2:
-        raise InputError(f"{wanted} images were asked for (--num-images); a covariance needs at least two")
+        raise InputError(f"{wanted} images were asked for (`num_images`); a covariance needs at least two")
     if wanted > available:
-        raise InputError(f"{wanted} images were asked for (--num-images), but {name} holds {available}")
+        raise InputError(f"{wanted} images were asked for (`num_images`), but {name} holds {available}")
     return spread(available, wanted)
 
 

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+
+from d_emo.files import write_file, write_json
+from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
 
 METRICS, PICTURE = "metrics.json", "samples.png"
 
@@ -51,13 +54,8 @@ CITATIONS = {
   note      = {arXiv:2401.08740}
 }""",
 }
-"""The papers that a card cites; CITATION.cff names the same."""
+"""The papers that a card cites, by the keys that rows of models and objectives name; CITATION.cff names the same."""
 
-_DATA = {"shapes": "Shapes-1000", "digits": "scikit-learn's digits"}
-_TERMS = {
-    "shapes": "Shapes-1000 is drawn by D-EMO's own code and brings none.",
-    "digits": "scikit-learn's digits are scans from the UCI repository, which gives them under CC BY 4.0.",
-}
 _OWN_TERMS = "See to it that the licence named at the top of this card agrees with them before you share the weights."
 
 
@@ -70,7 +68,7 @@ def write_card(folder: str | Path) -> Path:
     folder = Path(folder)
     meta = json.loads((folder / "snapshot.json").read_text())
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    card = _classifier_card(meta, settings) if meta["kind"] == "classifier" else _denoiser_card(meta, settings)
+    card = (_classifier_card if meta["kind"] == "classifier" else _denoiser_card)(folder, meta, settings)
     picture = f"![What it draws]({PICTURE})" if (folder / PICTURE).exists() else ""
     sections = [picture, *card["sections"], _measured(_read_metrics(folder), meta)]
     return write_card_file(
@@ -94,7 +92,7 @@ def add_measurement(folder: str | Path, measurement: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     others = [each for each in _read_metrics(folder) if each["command"] != measurement["command"]]
-    (folder / METRICS).write_text(json.dumps([*others, dict(measurement)], indent=1) + "\n")
+    write_json(folder / METRICS, [*others, dict(measurement)])
     return write_card(folder)
 
 
@@ -115,7 +113,7 @@ def write_card_file(
     parts = [f"# {title}", *sections, f"## Citation\n\n```bibtex\n{papers}\n```" if papers else ""]
     text = "\n\n".join(part.strip() for part in parts if part)
     path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
+    write_file(path, f"---\n{data.to_yaml()}\n---\n\n{text}\n")
     return path
 
 
@@ -132,8 +130,10 @@ def describe_hardware(device: torch.device) -> str:
 # ---- the parts of a card ---------------------------------------------------------------------------------------------
 
 
-def _denoiser_card(meta: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    objective = settings.get("objective", "eps")
+def _denoiser_card(folder: Path, meta: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    objective = meta.get("objective") or objective_of(json.loads(schedule.read_text()))
+    family = family_of(settings["model"])
     recipe = f"objective {objective}, label dropout {settings.get('label_dropout')}, {_optimizer(settings)}"
     if settings.get("timestep_sampling", "uniform") != "uniform":
         recipe += f"; logit-normal timesteps ({settings['logit_mean']:g}, {settings['logit_std']:g})"
@@ -150,13 +150,13 @@ FOLDER is this one (`hf download OWNER/NAME --local-dir FOLDER` fetches it from 
 name, {_examples(meta["class_names"])}. In Python: `d_emo.io.snapshot.load_denoiser(FOLDER)`."""
     return {
         "sections": [about, _training(meta, settings, recipe, "scripts/train_dit.py")],
-        "cite": ["EMOv2"] * settings["model"].startswith("D-EMO") + ["DiT"] + ["SiT"] * (objective == "flow"),
+        "cite": [*(family.papers if family else ()), *OBJECTIVES[objective].papers],
         "pipeline_tag": "unconditional-image-generation",  # the hub's list of tasks has no class-conditional one
         "tags": ["class-conditional-image-generation", "diffusion"],
     }
 
 
-def _classifier_card(meta: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _classifier_card(folder: Path, meta: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     recipe = f"cross-entropy with label smoothing {settings.get('label_smoothing')}, {_optimizer(settings)}"
     about = f"""An image classifier, trained with D-EMO: {_model(meta, settings)}.
 
@@ -230,7 +230,8 @@ def _measured(measurements: list[dict[str, Any]], meta: dict[str, Any]) -> str:
 
 
 def _licence(meta: dict[str, Any]) -> str:
-    terms = _TERMS.get(meta.get("data", ""), _OWN_TERMS)
+    row = DATASETS[meta["data"]] if meta.get("data") in DATASETS else None
+    terms = row.licence if row and row.licence else _OWN_TERMS
     codec = meta.get("codec", "pixels")
     codec = f", and need the codec `{codec}`, which has its own" if codec != "pixels" else ""
     return f"""## Licence
@@ -255,8 +256,8 @@ def _optimizer(settings: dict[str, Any]) -> str:
 
 def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
     """The name of the data, without the place where they lay."""
-    if meta.get("data") in _DATA:
-        return _DATA[meta["data"]]
+    if meta.get("data") in DATASETS:
+        return DATASETS[meta["data"]].title
     place = settings.get("latents") or settings.get("data_dir") or "unnamed data"
     scheme, _, rest = place.partition(":")
     if scheme == "hf":

@@ -29,11 +29,11 @@ def prepare_push(repo_id: str | None, *, private: bool = True) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"--push-to-hub {repo_id} is no name of a repository: {_sentence(error)}") from None
+        raise InputError(f"`push_to_hub` {repo_id} is no name of a repository: {_sentence(error)}") from None
     if "/" not in repo_id:
-        raise InputError(f"--push-to-hub wants OWNER/NAME, not {repo_id}")
+        raise InputError(f"`push_to_hub` wants OWNER/NAME, not {repo_id}")
     if get_token() is None:
-        raise InputError("--push-to-hub needs a token of the Hugging Face hub: log in with `hf auth login` first")
+        raise InputError("`push_to_hub` needs a token of the Hugging Face hub: log in with `hf auth login` first")
     try:
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
     except HfHubHTTPError as error:
@@ -43,7 +43,7 @@ def prepare_push(repo_id: str | None, *, private: bool = True) -> None:
         ) from None
     except Exception as error:  # whatever the HTTP library of the day raises without a network
         raise InputError(
-            f"the hub cannot be reached ({_sentence(error)}); train without --push-to-hub and push the snapshot later: "
+            f"the hub cannot be reached ({_sentence(error)}); train without `push_to_hub` and push the snapshot later: "
             f"hf upload {repo_id} SNAPSHOT_FOLDER"
         ) from None
 

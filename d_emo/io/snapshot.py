@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
-from d_emo.files import write_folder
+from d_emo.files import write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
@@ -178,6 +178,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
-    (folder / _META).write_text(json.dumps({"format": 1, "kind": kind, **meta}, indent=1) + "\n")
+    write_json(folder / _META, {"format": 1, "kind": kind, **meta})
     write_yaml(settings, folder / "config.yaml")
     write_card(folder)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_file, write_folder
+from d_emo.files import digest_of_file, write_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +25,7 @@ def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2)
     def write(temporary: Path) -> None:
         torch.save(state, temporary / "state.pt")
         manifest = {"step": step, "sha256": digest_of_file(temporary / "state.pt")}
-        (temporary / MANIFEST).write_text(json.dumps(manifest) + "\n")
+        write_json(temporary / MANIFEST, manifest)
 
     folder = states / f"step-{step}"
     write_folder(folder, write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +10,8 @@ import torch
 from torch import nn
 
 from d_emo.errors import InputError
+from d_emo.files import digest_of_tensors
+from d_emo.tables import CODECS, load
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
@@ -79,12 +80,11 @@ class VAECodec:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the encoder's weights: a name may move, and VAEs that differ in the decoder alone share latents."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.vae.state_dict().items()):
-            if not name.startswith(("decoder.", "post_quant_conv.")):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        weights = (
+            (f"{name} {tuple(value.shape)}", value.float()) for name, value in sorted(self.vae.state_dict().items())
+            if not name.startswith(("decoder.", "post_quant_conv."))
+        )  # fmt: skip
+        return digest_of_tensors(weights)[:16]
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
@@ -112,22 +112,20 @@ def load_codec(name: str) -> Codec:
     """Open a codec by name.
 
     Args:
-        name: ``pixels``; ``d-emo-f8`` (the small VAE that ships with the package); a local folder, or the name of a
-            repository on the Hugging Face hub, of an ``AutoencoderKL`` (also a pipeline's, in its sub-folder ``vae``).
+        name: A name of ``d_emo.tables.CODECS``; a local folder, or the name of a repository on the Hugging Face hub, of
+            an ``AutoencoderKL`` (also a pipeline's, in its sub-folder ``vae``).
 
     Raises:
         InputError: There is no such codec, or the hub cannot be reached; says what to do.
     """
-    if name == "pixels":
-        return PixelCodec()
+    if name in CODECS:
+        return load(CODECS[name].open)()
     from diffusers import AutoencoderKL
 
-    if name == SHIPPED_VAE:
-        return VAECodec(AutoencoderKL.from_pretrained(SHIPPED / SHIPPED_VAE, use_safetensors=True), name)
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise InputError(
-            f"there is no VAE {name!r}: give {SHIPPED_VAE}, pixels, a folder that AutoencoderKL.save_pretrained wrote, "
+            f"there is no VAE {name!r}: give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained wrote, "
             "or a hub name such as stabilityai/sd-vae-ft-mse"
         )
     folder = Path(name).expanduser() if looks_local else name
@@ -142,9 +140,16 @@ def load_codec(name: str) -> Codec:
         raise InputError(
             f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
             f"({_first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give --vae FOLDER; or use --vae {SHIPPED_VAE}, which needs no network"
+            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE}, which needs no network"
         ) from None
     return VAECodec(vae, name)
+
+
+def shipped_vae() -> VAECodec:
+    """The small VAE that ships with the package."""
+    from diffusers import AutoencoderKL
+
+    return VAECodec(AutoencoderKL.from_pretrained(SHIPPED / SHIPPED_VAE, use_safetensors=True), SHIPPED_VAE)
 
 
 def _first_line(error: Exception) -> str:

@@ -45,13 +45,13 @@ class LatentDataset(Dataset):
         """
         if image_size != self.image_size:
             raise InputError(
-                f"the latents in {self.folder} are of {self.image_size} px images, not --image-size {image_size}; "
+                f"the latents in {self.folder} are of {self.image_size} px images, not `image_size` {image_size}; "
                 "leave it away or encode again"
             )
         if codec.fingerprint != self.index["encoder"]:
             raise InputError(
                 f"the latents in {self.folder} are those of {self.codec} (encoder {self.index['encoder']}), not of "
-                f"--vae {codec.name} (encoder {codec.fingerprint}); name the same VAE or encode again"
+                f"`vae` {codec.name} (encoder {codec.fingerprint}); name the same VAE or encode again"
             )
         for key in ("scaling", "shift"):
             if getattr(codec, key) != self.index[key]:

@@ -87,7 +87,7 @@ def _encode_rows(
             name = images.origin(done + int((~finite).nonzero()[0]))
             raise RunError(
                 f"the latents of {name} are not finite in {origin.dtype}; the finished shards stay. Look at the image, "
-                "or try --dtype float32 with another --output"
+                "or try `dtype` float32 with another `output`"
             )
         parts.append(moments)
         labels.append(label)

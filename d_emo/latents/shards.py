@@ -8,7 +8,6 @@ alone, and whoever finishes last can write the index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from safetensors.torch import save
 
 from d_emo.data import ClassImages
 from d_emo.errors import InputError
-from d_emo.files import write_file
+from d_emo.files import digest, digest_of_tensors, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec
 
-INDEX, FORMAT = "index.json", 1
+INDEX, FORMAT, TENSORS = "index.json", 1, ("moments", "labels")
+RESUME = "re-run the same command to resume"
 REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
 
 
@@ -53,7 +53,7 @@ class Origin:
     def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
-            classes=hashlib.sha256(json.dumps(images.class_names).encode()).hexdigest()[:16], codec=codec.name,
+            classes=digest(json.dumps(images.class_names))[:16], codec=codec.name,
             encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, mirrored=images.flip,
             shard_size=shard_size,
         )
@@ -90,7 +90,8 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
     header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
     content = save(tensors, metadata={"d_emo": header})  # one entry: the order of several is not always the same
-    write_file(path, content, "the finished shards stay, and the same command goes on from there")
+    remove_left(path)
+    write_file(path, content, f"the finished shards stay; {RESUME}")
 
 
 def shard_problem(path: Path, origin: Origin) -> str | None:
@@ -119,7 +120,7 @@ def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("moments", "labels")}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
             header = json.loads(file.metadata()["d_emo"])
             return {name: str(header[name]) for name in ("made_from", "sha256")}, tensors
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -139,7 +140,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
         shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
                        "sha256_of_content": header["sha256"]})
     index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
-    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), "the same command goes on")
+    write_json(folder / INDEX, index, RESUME)
     return True
 
 
@@ -171,8 +172,5 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _checksum(made_from: str, tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(made_from.encode())
-    for name in ("moments", "labels"):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    named = ((f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}", tensors[name]) for name in TENSORS)
+    return digest_of_tensors(named, made_from)

@@ -6,6 +6,7 @@ subclass of :class:`DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -35,6 +36,10 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
     label_parameter: ClassVar[str]
     fixed_tensors: ClassVar[tuple[str, ...]] = ()
     free_settings: ClassVar[tuple[str, ...]] = ("num_classes",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)  # diffusers' pipelines look for it there
 
     @classmethod
     @abstractmethod

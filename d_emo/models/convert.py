@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from d_emo.errors import InputError
+from d_emo.files import replacing, write_json
 from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
@@ -38,7 +38,7 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
             "by the name of their folder."
         )
     if not re.match(r"emov\d", variant):
-        raise InputError(f"{variant} is no EMO classifier; --model takes names such as emov2_5m.")
+        raise InputError(f"{variant} is no EMO classifier; `model` takes names such as emov2_5m.")
     check_variant(variant_of(found, r"emov\d"), name, path)
     rows = weights[HEADS[0]].shape[0] if HEADS[0] in weights else 0
     return load_released(create_model(variant, num_classes=rows), path)
@@ -47,7 +47,7 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
 def check_variant(found: str | None, wanted: str | None, path: Path) -> None:
     """Raise InputError if ``path`` holds a known variant, but not the one that is wanted."""
     if wanted is not None and found not in (None, resolve_name(wanted)):
-        raise InputError(f"{path} holds the weights of {found}, not of {wanted}; leave --model out, or name {found}.")
+        raise InputError(f"{path} holds the weights of {found}, not of {wanted}; leave `model` out, or name {found}.")
 
 
 def write_timm_folder(
@@ -90,5 +90,6 @@ def write_timm_folder(
     if class_names:
         cfg["label_names"] = list(class_names)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+    write_json(folder / "config.json", config)

@@ -1,26 +1,19 @@
-"""From class labels and seeds to latents and pictures: schedulers, guidance, grids.
+"""From class labels and seeds to latents and pictures: the sampler, schedulers, guidance, grids.
 
 The diffusers pipeline is ``d_emo.DEMOPipeline``, in ``d_emo.sampling.pipeline``.
 """
 
 from d_emo.sampling.classes import find_classes, mix_classes
-from d_emo.sampling.grids import (
-    Trajectory,
-    default_path,
-    draw_grid,
-    free_path,
-    preview_grid,
-    save_gif,
-    save_png,
-    save_pngs,
-    save_samples,
-    sweep_rows,
-)
-from d_emo.sampling.sampler import Guidance, denoise, prepare_denoiser, sample, sample_images
-from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
+from d_emo.sampling.denoising import Step, decode, denoise, sample
+from d_emo.sampling.files import free_path, save_gif, save_png, save_pngs
+from d_emo.sampling.grids import draw_grid, preview_grid
+from d_emo.sampling.guidance import Guidance
+from d_emo.sampling.request import SampleRequest, Trajectory
+from d_emo.sampling.sampler import Sampler, prepare_denoiser, sample_images
+from d_emo.sampling.schedulers import make_scheduler, set_steps
 
 __all__ = [
-    "Guidance", "Trajectory", "default_path", "denoise", "draw_grid", "find_classes", "free_path",
-    "make_scheduler", "mix_classes", "prepare_denoiser", "preview_grid", "sample", "sample_images", "save_gif",
-    "save_png", "save_pngs", "save_samples", "scheduler_names", "set_steps", "sweep_rows",
+    "Guidance", "SampleRequest", "Sampler", "Step", "Trajectory", "decode", "denoise", "draw_grid", "find_classes",
+    "free_path", "make_scheduler", "mix_classes", "prepare_denoiser", "preview_grid", "sample", "sample_images",
+    "save_gif", "save_png", "save_pngs", "set_steps",
 ]

@@ -7,10 +7,9 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 
 
 def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
@@ -24,7 +23,7 @@ def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]
         return [0]
     known = f"this snapshot knows {last + 1} classes, 0 ({class_names[0]}) to {last} ({class_names[last]})"
     if not wanted:
-        raise InputError(f"name at least one class, e.g. --class {last // 2}: {known}")
+        raise InputError(f"name at least one class, e.g. `classes` {last // 2}: {known}")
     for name in map(str, wanted):
         number = int(name) if re.fullmatch(r"-?[0-9]+", name) else None
         if number is not None and (0 <= number <= last or name not in class_names):
@@ -41,13 +40,11 @@ def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]
 
 
 @torch.no_grad()
-def mix_classes(denoiser: Denoiser, first: int, last: int, count: int) -> list[int]:
+def mix_classes(denoiser: DenoiserFrame, first: int, last: int, count: int) -> list[int]:
     """Labels that lead from one class to another in even steps, both ends included.
 
-    The rows between are appended to the denoiser's label table, behind the null class; do not save it afterwards.
+    The denoiser gets the labels between; do not save it afterwards.
     """
-    old = denoiser.y_embedder.embedding_table.weight
-    shares = torch.linspace(0, 1, count, device=old.device, dtype=old.dtype)[:, None]
-    rows = torch.cat([old, torch.lerp(old[first], old[last], shares)])
-    denoiser.y_embedder.embedding_table = nn.Embedding.from_pretrained(rows)
-    return list(range(len(old), len(rows)))
+    rows = denoiser.label_rows()
+    fractions = torch.linspace(0, 1, count, device=rows.device, dtype=rows.dtype)[:, None]
+    return denoiser.append_label_rows(torch.lerp(rows[first], rows[last], fractions))

@@ -14,9 +14,10 @@ from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
-from d_emo.models import Denoiser
+from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import find_classes
-from d_emo.sampling.sampler import Guidance, decode, denoise, latent_shape
+from d_emo.sampling.denoising import decode, denoise
+from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
 
@@ -39,12 +40,12 @@ class DEMOPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: Denoiser, scheduler: Any, vae: AutoencoderKL | None = None,
+        self, transformer: DenoiserFrame, scheduler: Any, vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None, label_dropout: float = 0.1,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = id2label or {label: str(label) for label in range(transformer.config.num_classes)}
+        names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}
         self.register_to_config(id2label=names, label_dropout=label_dropout)
 
@@ -108,26 +109,24 @@ class DEMOPipeline(DiffusionPipeline):
         check_guidance(guidance_scale, label_dropout=self.config.label_dropout)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"{len(generator)} generators were given for {len(labels)} pictures; one for each, or one")
-        shape = (len(labels), *latent_shape(self.transformer))
+        shape = (len(labels), *self.transformer.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device)
         elif tuple(latents.shape) != shape:
             raise InputError(f"the latents must have the shape {shape}, not {tuple(latents.shape)}")
         set_steps(self.scheduler, num_inference_steps, self._execution_device)
-        latents = latents.to(self._execution_device, torch.float32)
+        steps = denoise(
+            self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
+            guidance=guidance, generator=generator,
+        )
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-
-            def step_done(index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            for step in steps:
+                latents = step.latents
                 bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return (callback_on_step_end(self, index, t, tensors) or {}).get("latents", latents)
-
-            latents = denoise(
-                self.transformer, self.scheduler, latents, labels, guidance=guidance, generator=generator,
-                on_step=step_done,
-            )
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    changed = callback_on_step_end(self, step.index, step.timestep, tensors) or {}
+                    latents.copy_(changed.get("latents", latents))
         images = latents if output_type == "latent" else self._finish(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,55 +1,158 @@
-"""The sampler: a pure function of denoiser, scheduler, labels and seeds, used by everything that draws."""
+"""The sampler: a snapshot opened once, to draw from again and again. Everything that draws stands on it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
 from d_emo.data import to_uint8
-from d_emo.errors import InputError
-from d_emo.latents import Codec
-from d_emo.models import Denoiser
+from d_emo.device import best_device
+from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser, newest_denoiser
+from d_emo.latents import Codec, load_codec
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
-from d_emo.sampling.schedulers import set_steps
+from d_emo.sampling.denoising import Step, decode, sample
+from d_emo.sampling.guidance import Guidance
+from d_emo.sampling.schedulers import make_scheduler, set_steps
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: null + scale * (given - null).
+class Sampler:
+    """A denoiser with all that turns labels and seeds into images.
+
+    :meth:`open` makes one of a snapshot; the constructor takes a model as it is, such as one in training.
+
+    Args:
+        model: In eval mode, on its device.
+        codec: On the same device.
+        scheduler_config: Noise schedule that the model was trained on.
+        scheduler: Its name; None: the default of the model's objective.
+        steps: Denoising steps.
+        guidance: A scale, or more; None: the default scale, or none where the snapshot cannot be guided.
+        class_names: In the order of the labels.
+        snapshot: Where the model comes from.
 
     Attributes:
-        scale: 1 is none and costs one forward pass instead of two.
-        channels: ``all`` latent channels, or ``3``: the first three, as in the published numbers of DiT.
-        interval: Ranks of the noise path, 0 (data) to 1 (noise), on which to guide; outside it, as with scale 1.
+        model, codec, steps, class_names, snapshot: As given.
+        scheduler: A scheduler of diffusers, with its timesteps laid out.
+        guidance: A :class:`Guidance`.
 
     Raises:
-        InputError: Values that mean nothing.
+        InputError: Scheduler, steps or guidance mean nothing to this model.
     """
 
-    scale: float = 1.0
-    channels: Literal["all", "3"] = "all"
-    interval: tuple[float, float] = (0.0, 1.0)
+    def __init__(
+        self, model: DenoiserFrame, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
+        steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
+        snapshot: DenoiserSnapshot | None = None,
+    ):
+        self.model, self.codec, self.scheduler_config = model, codec, scheduler_config
+        self.class_names, self.snapshot = class_names, snapshot
+        self.scheduler, self.steps, self.guidance = _settle(scheduler_config, scheduler, steps, guidance, snapshot)
+        self._scheduler_name = scheduler
 
-    def __post_init__(self):
-        if not 0 <= self.scale < float("inf"):
-            raise InputError(f"the guidance scale must be finite and not negative, not {self.scale}")
-        if str(self.channels) not in ("all", "3"):
-            raise InputError(f"the guidance channels must be all or 3, not {self.channels!r}")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise InputError(f"the guidance interval must be two rising numbers in [0, 1], not {self.interval}")
+    @classmethod
+    def open(
+        cls, snapshot: str | Path | DenoiserSnapshot | None = None, *, scheduler: str | None = None,
+        steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None,
+        device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, compile: bool = False,
+    ) -> Sampler:
+        """Make a snapshot ready to draw from, as fast as it can be.
 
-    def acts_at(self, share: float) -> bool:
-        """Whether the scale holds at this share of the noise path."""
-        return self.interval[0] <= share <= self.interval[1]
+        Args:
+            snapshot: Its folder or that of its run, or the snapshot itself, whose model is changed in place and can be
+                saved no more; None: the newest one under ``results``, else the one that ships with the package.
+            scheduler, steps, guidance: See :class:`Sampler`.
+            device: None: the best one that is there.
+            dtype: Of the denoiser.
+            compile: Compile the denoiser; pays for itself after some hundred images.
+
+        Raises:
+            InputError: There is no such snapshot, or it cannot be sampled like this.
+        """
+        if not isinstance(snapshot, DenoiserSnapshot):
+            snapshot = load_denoiser(snapshot or newest_denoiser())
+        _settle(snapshot.scheduler_config, scheduler, steps, guidance, snapshot)  # refuses before a codec is fetched
+        device = best_device(device)
+        codec = load_codec(snapshot.codec).to(device)
+        model = prepare_denoiser(snapshot.model.to(device), dtype=dtype, compile=compile)
+        return cls(
+            model, codec, snapshot.scheduler_config, scheduler=scheduler, steps=steps, guidance=guidance,
+            class_names=snapshot.class_names, snapshot=snapshot,
+        )
+
+    def replace(self, **changes: Any) -> Sampler:
+        """Another sampler over the same network; ``scheduler``, ``steps`` and ``guidance`` as in the constructor."""
+        same = {"scheduler": self._scheduler_name, "steps": self.steps, "guidance": self.guidance}
+        return Sampler(
+            self.model, self.codec, self.scheduler_config, class_names=self.class_names, snapshot=self.snapshot,
+            **{**same, **changes},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.model.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        _, height, width = self.model.latent_shape
+        return height * self.codec.downsample, width * self.codec.downsample
+
+    @overload
+    def images(
+        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
+        every_step: Literal[False] = False,
+    ) -> Iterator[torch.Tensor]: ...
+
+    @overload
+    def images(
+        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
+        every_step: Literal[True],
+    ) -> Iterator[Step]: ...
+
+    def images(
+        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
+        every_step: bool = False,
+    ) -> Iterator[torch.Tensor] | Iterator[Step]:
+        """Draw an image for each label and seed. It depends on these alone, see :func:`~d_emo.sampling.sample`.
+
+        Args:
+            labels: One class id per image.
+            seeds: One seed per image.
+            batch_size: Images denoised at once.
+            exact: See :func:`~d_emo.sampling.sample`.
+            every_step: Yield every :class:`Step` of the denoising; the last ones have the images.
+
+        Yields:
+            Images, on the CPU. Shape: (batch, 3, H, W) uint8. Closing the iterator ends the drawing.
+
+        Raises:
+            InputError: Labels or seeds that cannot be used, or samples that are not finite.
+        """
+        steps = self._steps(labels, seeds, batch_size, exact)
+        return steps if every_step else _batches(steps, batch_size, len(seeds))
+
+    def _steps(self, labels: Sequence[int], seeds: Sequence[int], batch_size: int, exact: bool) -> Iterator[Step]:
+        scheduler = copy.deepcopy(self.scheduler)  # it has a state, and there may be several drawings at once
+        for step in sample(
+            self.model, scheduler, labels, seeds, steps=self.steps, guidance=self.guidance, batch_size=batch_size,
+            exact=exact,
+        ):
+            if step.is_last:
+                step.images = to_uint8(decode(self.codec, step.latents)).cpu()
+            yield step
 
 
-def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Denoiser:
+def prepare_denoiser(
+    denoiser: DenoiserFrame, *, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> DenoiserFrame:
     """Make a denoiser fast for sampling, in place: batch norms folded, cast, compiled. It cannot be saved any more.
 
     On a GPU it is compiled into CUDA graphs: a step of a few images is launched at once, not kernel by kernel.
@@ -60,162 +163,40 @@ def prepare_denoiser(denoiser: Denoiser, *, dtype: torch.dtype = torch.float32, 
     return denoiser
 
 
-def sample(
-    denoiser: Denoiser, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *,
-    num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: Literal["all", "3"] = "all",
-    guidance_interval: tuple[float, float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
-    on_step: Callable[[], Any] = lambda: None,
-    on_latents: Callable[[int, torch.Tensor], Any] = lambda index, latents: None,
-) -> Iterator[torch.Tensor]:
-    """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
-
-    An image depends on its label, its seed and the settings, not on its neighbours, the size of the batch or the
-    number of processes that share the seeds: bitwise on a CPU with one number of threads, and but for rounding
-    elsewhere, where libraries choose kernels by the shape of the batch.
-
-    Args:
-        denoiser: In eval mode.
-        scheduler: From :func:`make_scheduler`.
-        class_labels: One class id per image.
-        seeds: One seed per image.
-        num_inference_steps: Denoising steps.
-        guidance_scale, guidance_channels, guidance_interval: See :class:`Guidance`.
-        batch_size: Images denoised at once.
-        exact: Off, a CPU denoises whole batches, which is faster for small networks; the last bits of an image may
-            then depend on its batch.
-        on_step: Called after every denoising step of a batch.
-        on_latents: Called with (index of the step, latents) after every denoising step of a part of a batch; all of
-            it on a GPU, a few images on a CPU.
-
-    Yields:
-        Latents. Shape: (batch, C, h, w), float32 on the denoiser's device.
-
-    Raises:
-        InputError: Labels out of range, labels and seeds of different number, settings that mean nothing.
-    """
-    guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))
-    rows = denoiser.y_embedder.embedding_table.num_embeddings
-    if len(class_labels) != len(seeds):
-        raise InputError(f"{len(class_labels)} class labels and {len(seeds)} seeds were given; one of each per image")
-    for label in class_labels:
-        if not 0 <= label < rows:
-            raise InputError(f"class label {label} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
-
-    def draw(part: range, last: bool) -> torch.Tensor:
-        filled = [*part] + [part[-1]] * (size - len(part))
-        generators = [torch.Generator().manual_seed(seeds[index]) for index in filled]
-        noise = torch.stack([torch.randn(latent_shape(denoiser), generator=generator) for generator in generators])
-        labels = torch.tensor([class_labels[index] for index in filled], device=denoiser.device)
-
-        def step_done(index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            if last:
-                on_step()
-            on_latents(index, latents[: len(part)])
-            return latents
-
-        set_steps(scheduler, num_inference_steps, denoiser.device)
-        return denoise(
-            denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators,
-            on_step=step_done,
-        )[: len(part)]
-
-    for start in range(0, len(seeds), batch_size):
-        batch = range(start, min(start + batch_size, len(seeds)))
-        size = (exact and _part_size(denoiser)) or len(batch)
-        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
-        yield torch.cat([draw(part, part is parts[-1]) for part in parts])
+def _settle(
+    scheduler_config: Mapping[str, Any], scheduler: str | None, steps: int, guidance: float | Guidance | None,
+    snapshot: DenoiserSnapshot | None,
+) -> tuple[Any, int, Guidance]:
+    """Scheduler, steps and guidance as they are used, or an InputError."""
+    made = make_scheduler(scheduler, scheduler_config)
+    set_steps(made, steps)
+    dropout = None if snapshot is None else snapshot.label_dropout
+    if guidance is None:
+        guidance = 1.0 if dropout == 0 else DEFAULT_GUIDANCE
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    check_guidance(guidance.scale, guidance.interval, label_dropout=dropout)
+    return made, steps, guidance
 
 
-def _part_size(denoiser: Denoiser) -> int | None:
-    """Images that go through the network at once on a CPU; None elsewhere.
-
-    Matrix products and vectorised functions round a row differently when the shape around it changes. Parts of one
-    fixed size, the last one filled up, keep an image's bits. They are small, because a filled-up part costs as much as
-    a full one; beyond 128 tokens only narrow networks gain from larger ones.
-    """
-    if denoiser.device.type != "cpu":
-        return None
-    _, height, width = latent_shape(denoiser)
-    return max(1, 128 * denoiser.config.patch_size**2 // (height * width))
+def _batches(steps: Iterator[Step], batch_size: int, count: int) -> Iterator[torch.Tensor]:
+    """The finished images among the steps, batch by batch."""
+    drawn: list[torch.Tensor] = []
+    for step in steps:
+        if step.images is not None:
+            drawn.append(step.images)
+            done = step.first + len(step.images)
+            if done == count or done % batch_size == 0:
+                yield torch.cat(drawn)
+                drawn = []
 
 
 def sample_images(
-    denoiser: Denoiser, scheduler: Any, codec: Codec, *args: Any, **kwargs: Any
+    denoiser: DenoiserFrame, scheduler: Any, codec: Codec, labels: Sequence[int], seeds: Sequence[int], *,
+    num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: str = "all",
+    guidance_interval: Sequence[float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
 ) -> Iterator[torch.Tensor]:
-    """:func:`sample`, decoded. Yields uint8 images of shape (batch, 3, H, W) on the CPU."""
-    for latents in sample(denoiser, scheduler, *args, **kwargs):
-        yield to_uint8(decode(codec, latents)).cpu()
-
-
-def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1]; on a CPU one by one, so that they do not depend on their batch. Shape: -> (B, 3, H, W).
-
-    Raises:
-        InputError: The codec gave NaN, which a picture cannot show.
-    """
-    parts = latents.split(1) if latents.device.type == "cpu" else [latents]
-    images = torch.cat([codec.decode(part) for part in parts])
-    if images.isnan().any():
-        raise InputError(f"the codec {codec.name} decodes latents to NaN or infinite values; its weights are damaged")
-    return images
-
-
-def latent_shape(denoiser: Denoiser) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents that a denoiser takes."""
-    size = denoiser.config.sample_size
-    return (denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-
-@torch.no_grad()
-def denoise(
-    denoiser: Denoiser, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] = lambda index, t, latents: latents,
-) -> torch.Tensor:
-    """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
-
-    Args:
-        latents: Unit noise.
-        labels: Class ids.
-        guidance: How to guide.
-        generator: For the noise that a scheduler adds; one for each image, or one for all.
-        on_step: Called with (index, timestep, latents) after every step; its value takes the latents' place.
-
-    Shape: latents (B, C, h, w), labels (B,) -> (B, C, h, w) float32.
-
-    Raises:
-        InputError: The latents end in NaN or infinite values.
-    """
-    channels, longest = denoiser.config.in_channels, scheduler.config.num_train_timesteps
-    learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers lack it, and the next
-    scale_input = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
-    for index, t in enumerate(scheduler.timesteps):
-        scale = guidance.scale if guidance.acts_at(float(t) / longest) else 1.0
-        output = _guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
-        if not learned_variance:
-            output = output[:, :channels]
-        latents = on_step(index, t, scheduler.step(output, t, latents, **extra).prev_sample)
-    if not latents.isfinite().all():
-        raise InputError(
-            f"the denoising (guidance {guidance.scale:g}, {len(scheduler.timesteps)} steps) ended in NaN or infinite "
-            "values; the denoiser's weights are damaged, or guidance or precision are more than they bear"
-        )
-    return latents
-
-
-def _guided(
-    denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float,
-    guidance_channels: str = "all",
-) -> torch.Tensor:
-    """The denoiser's output with its prediction pushed away from that of the null class. Shape: as the output's."""
-    if scale == 1:
-        return denoiser(x.to(denoiser.dtype), timestep=t, class_labels=labels).sample.float()
-    both = torch.cat([labels, torch.full_like(labels, denoiser.null_class)])
-    output = denoiser(torch.cat([x, x]).to(denoiser.dtype), timestep=t, class_labels=both).sample.float()
-    given, null = output.chunk(2)
-    channels = denoiser.config.in_channels if guidance_channels == "all" else 3
-    prediction = null[:, :channels] + scale * (given[:, :channels] - null[:, :channels])
-    return torch.cat([prediction, given[:, channels:]], dim=1)
+    """For callers that do not open a :class:`Sampler` yet."""
+    sampler = object.__new__(Sampler)
+    sampler.model, sampler.codec, sampler.scheduler, sampler.steps = denoiser, codec, scheduler, num_inference_steps
+    sampler.guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))
+    return sampler.images(labels, seeds, batch_size=batch_size, exact=exact)

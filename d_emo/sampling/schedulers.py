@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import (
@@ -12,66 +12,38 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
-from d_emo.config import DEFAULT_SCHEDULERS
 from d_emo.errors import InputError
-from d_emo.tables import objective_of
-
-
-class _Row(NamedTuple):
-    objective: str  # what it can sample from
-    kind: type
-    changes: dict[str, Any] = {}  # to the snapshot's noise schedule
-
-
-_SCHEDULERS = {
-    "ddpm": _Row("eps", DDPMScheduler),
-    "ddim": _Row("eps", DDIMScheduler, {"timestep_spacing": "leading", "set_alpha_to_one": True}),
-    "dpm++": _Row("eps", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "unipc": _Row("eps", UniPCMultistepScheduler),
-    "deis": _Row("eps", DEISMultistepScheduler, {"algorithm_type": "deis", "solver_type": "logrho"}),
-    "euler": _Row("flow", FlowMatchEulerDiscreteScheduler),
-    "heun": _Row("flow", FlowMatchHeunDiscreteScheduler),
-}
+from d_emo.tables import OBJECTIVES, SCHEDULERS, load, objective_of, schedulers_of
 
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler)
-
-
-def scheduler_names(objective: str) -> list[str]:
-    """The names that :func:`make_scheduler` takes for a snapshot of this objective."""
-    return [name for name, row in _SCHEDULERS.items() if row.objective == objective]
 
 
 def make_scheduler(name: str | None, config: Mapping[str, Any]) -> Any:
     """A diffusers scheduler over a snapshot's noise schedule.
 
     Args:
-        name: ``ddpm`` (uses a learned variance), ``ddim``, ``dpm++``, ``unipc`` or ``deis`` for eps, ``euler`` or
-            ``heun`` for flow; None takes the default of the snapshot's objective.
+        name: Of a row of ``d_emo.tables.SCHEDULERS``; None takes the default of the snapshot's objective.
         config: The snapshot's ``scheduler_config``, or the config of a scheduler made here.
 
     Raises:
         InputError: There is no such scheduler, or it does not serve the snapshot's objective.
     """
     objective = objective_of(config)
-    name = name or DEFAULT_SCHEDULERS[objective]
-    if name not in _SCHEDULERS:
-        raise InputError(f"unknown scheduler {name!r}; known are {', '.join(_SCHEDULERS)}")
-    row = _SCHEDULERS[name]
-    if row.objective != objective:
+    row = SCHEDULERS[name or OBJECTIVES[objective].scheduler]
+    if objective not in row.objectives:
         raise InputError(
-            f"--scheduler {name} serves the {row.objective} objective, but this snapshot was trained with {objective}; "
-            f"use one of {', '.join(scheduler_names(objective))}"
+            f"`scheduler` {row.name} serves the {' and the '.join(row.objectives)} objective, but this snapshot was "
+            f"trained with {objective}; use one of {', '.join(schedulers_of(objective))}"
         )
-    changes, variance = dict(row.changes), config.get("variance_type")
-    if name == "dpm++" and variance == "learned_range":
+    kind, changes, variance = load(row.scheduler), dict(row.changes), config.get("variance_type")
+    if issubclass(kind, DPMSolverMultistepScheduler) and variance == "learned_range":
         changes["variance_type"] = None  # it would cut the output after three channels; we cut it ourselves
-    if name == "ddpm" and variance is None and objective == "eps":
+    if issubclass(kind, DDPMScheduler) and variance is None:
         changes["variance_type"] = "learned_range"  # the config came from such a dpm++
-    return row.kind.from_config({**config, **changes})
+    return kind.from_config({**config, **changes})
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
@@ -84,7 +56,7 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") ->
         InputError: More steps than the schedule has, or a count that the scheduler cannot lay out.
     """
     if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"the number of steps must be a positive integer, not {steps!r}")
+        raise InputError(f"`steps` must be a positive integer, not {steps!r}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], device=device)
     longest = scheduler.config.num_train_timesteps

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from d_emo.config import EvaluateClassifierSettings
-from d_emo.data import HELD_OUT_SHAPES, ClassImages, open_dataset, spread
+from d_emo.data import ClassImages, open_dataset, spread
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
@@ -22,6 +22,7 @@ from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import resolve_name
 from d_emo.models.timm_registry import default_cfgs
+from d_emo.tables import DATASETS
 from d_emo.training.stop import ignore_interrupts
 
 
@@ -134,7 +135,7 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     """
     path = Path(source)
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
-        raise InputError(f"--weights raw is for snapshots trained here; {source} holds one set of weights")
+        raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
         if resolve_name(source) not in BACKBONES:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
@@ -151,7 +152,7 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             name += ", raw weights"
         built_in = snapshot.meta.get("data")
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,
-                          snapshot.image_size, built_in if built_in in ("shapes", "digits") else None)
+                          snapshot.image_size, built_in if built_in in DATASETS else None)
     if path.is_dir():
         try:
             model = timm.create_model(f"local-dir:{path}", pretrained=True)
@@ -177,10 +178,10 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
     if settings.data_dir is not None:
         images = open_dataset(dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share)
     elif built_in is not None:
-        limit = {} if built_in == "digits" else {"num_images": settings.num_images or HELD_OUT_SHAPES}
+        limit = {"num_images": settings.num_images or DATASETS[built_in].held_out}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)
     else:
-        raise InputError(f"{classifier.name} was trained on a folder of images; name one with --data-dir")
+        raise InputError(f"{classifier.name} was trained on a folder of images; name one with `data_dir`")
     names, known = images.class_names, classifier.class_names
     if len(names) != classifier.num_classes or (known is not None and known != names):
         raise InputError(

@@ -49,7 +49,7 @@ class ClassifierTask:
     """
 
     lr_scales: dict[str, float] = {}
-    smaller = "Choose fewer --max-steps, a smaller --image-size or a GPU."
+    smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: ClassifierSettings):
         if resolve_name(settings.model) not in BACKBONES:
@@ -63,7 +63,7 @@ class ClassifierTask:
         torch.manual_seed(settings.seed)
         options = settings.model_options or {}
         for name in {"num_classes", "in_channels"} & options.keys():
-            raise InputError(f"--model-options: {name} follows from the data; leave it out")
+            raise InputError(f"`model_options`: {name} follows from the data; leave it out")
         given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
         self.model = create_model(settings.model, **{**given, **options})
         self.teacher = None

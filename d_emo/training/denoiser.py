@@ -33,7 +33,7 @@ class DenoiserTask:
         InputError: Settings that cannot work together; a data set, codec or model that cannot be opened.
     """
 
-    smaller = "A small one for such a machine: --config configs/shapes64_ti.yaml."
+    smaller = "A small one for such a machine: `d-emo train --config configs/shapes64_ti.yaml`."
 
     def __init__(self, settings: TrainSettings):
         frame = frame_of(settings.model)
@@ -48,7 +48,7 @@ class DenoiserTask:
         self.encoded = settings.latents is not None or settings.cache_latents
         if settings.image_size % self.codec.downsample:
             raise InputError(
-                f"--image-size {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
+                f"`image_size` {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
                 f"{self.codec.name} needs"
             )
         size = settings.image_size // self.codec.downsample
@@ -82,8 +82,8 @@ class DenoiserTask:
         lines = []
         if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
             lines.append(
-                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: --data-dir "
-                "/path/to/imagenet/train"
+                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: `d-emo train "
+                "--data-dir /path/to/imagenet/train`"
             )
         shape = " x ".join(map(str, self.model.latent_shape))
         return lines + [

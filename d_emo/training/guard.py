@@ -51,7 +51,7 @@ class NonFiniteGuard:
         if fp16 and overflow:
             if self.in_a_row >= _MOST_OVERFLOWS_IN_A_ROW:
                 raise RunError(f"the gradients overflowed fp16 {self.in_a_row} times in a row; try bf16 or a lower "
-                               "--learning-rate")
+                               "`learning_rate`")
             return True
         return False
 
@@ -83,8 +83,8 @@ class NonFiniteGuard:
         if self.policy == "stop":
             raise RunError(
                 "stopped, because a loss or gradient is not finite. The state before this step is saved: the same "
-                "command with --nan skip passes over the step; a lower --learning-rate, --grad-clip 1 or "
-                "--mixed-precision no may help a new run"
+                "command with `nan` skip passes over the step; a lower `learning_rate`, `grad_clip` 1 or "
+                "`mixed_precision` no may help a new run"
             )
         if self.in_a_row >= _MOST_IN_A_ROW:
             raise RunError(f"stopped after {self.in_a_row} steps in a row whose loss or gradient was not finite")

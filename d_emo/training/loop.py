@@ -98,11 +98,11 @@ class _Run:
         world = int(os.environ.get("WORLD_SIZE", 1))
         self.per_rank, rest = divmod(settings.batch_size, world)
         if rest:
-            raise InputError(f"--batch-size {settings.batch_size} (global) cannot be divided by {world} processes")
+            raise InputError(f"`batch_size` {settings.batch_size} (global) cannot be divided by {world} processes")
         self.micro = micro_batch_of(settings, self.per_rank, device)
         if self.per_rank % self.micro:
             raise InputError(
-                f"--micro-batch-size {self.micro} does not divide the {self.per_rank} images per process and step"
+                f"`micro_batch_size` {self.micro} does not divide the {self.per_rank} images per process and step"
             )
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
@@ -110,7 +110,7 @@ class _Run:
         if self.accelerator.num_processes != world:
             raise InputError(
                 f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
-                "processes on a CPU add --cpu to accelerate launch, for one leave --config_file out"
+                "processes on a CPU start them with `accelerate launch --cpu`"
             )
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
@@ -164,7 +164,7 @@ class _Run:
             raise InputError(f"cannot write to the run folder {self.folder}: permission denied")
         if settings.resume == "never":
             if any(states.iterdir()):
-                raise InputError(f"{self.folder} already holds a run; use --resume auto or another --output-dir")
+                raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
         if settings.resume == "auto":
             found = find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
@@ -184,7 +184,7 @@ class _Run:
         if changed:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
-                "repeat the same command to go on, or choose another --output-dir"
+                "repeat the same command to go on, or choose another `output_dir`"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:

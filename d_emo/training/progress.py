@@ -35,7 +35,7 @@ class Progress:
         self.accelerator, self.settings = accelerator, settings
         self.bar: tqdm | None = None
         if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise InputError("--tracker wandb needs Weights & Biases: pip install wandb")
+            raise InputError("`tracker` wandb needs Weights & Biases: pip install wandb")
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar."""

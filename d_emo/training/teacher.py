@@ -27,7 +27,7 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
     """
     if Path(name).exists():
         if weights is not None:
-            raise InputError(f"the teacher {name} brings its weights along; --teacher-weights is for names of timm")
+            raise InputError(f"the teacher {name} brings its weights along; `teacher_weights` is for names of timm")
         opened = open_classifier(name)
         teacher, known, names = opened.model, opened.num_classes, opened.class_names
     else:
@@ -45,7 +45,7 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
 
 def _timm_model(name: str, weights: str | None) -> Normalized:
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"there is no file {weights} (--teacher-weights)")
+        raise InputError(f"there is no file {weights} (`teacher_weights`)")
     try:
         if weights is None:
             return normalized(timm.create_model(name, pretrained=True))
@@ -57,7 +57,7 @@ def _timm_model(name: str, weights: str | None) -> Normalized:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"cannot load the teacher {name}{'' if weights is None else f' with {weights}'} "
-            f"({type(error).__name__}: {reason}); give a name that timm knows, with --teacher-weights FILE where they "
+            f"({type(error).__name__}: {reason}); give a name that timm knows, with `teacher_weights` FILE where they "
             "cannot be fetched, or the path of a snapshot, of a converted folder or of a released EMO file"
         ) from error
 

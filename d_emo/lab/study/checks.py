@@ -22,8 +22,8 @@ from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, read_s
 from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
-from d_emo.sampling.schedulers import make_scheduler, scheduler_names, set_steps
-from d_emo.tables import OBJECTIVES, load
+from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.tables import OBJECTIVES, load, schedulers_of
 
 # Settings of a training run that do not decide what comes out of it.
 _FREE = {
@@ -134,7 +134,7 @@ def check_inputs(settings: StudySettings) -> None:
         InputError: One of these.
     """
     if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
-        raise InputError("the study does not say which images to encode; give a folder as `data_dir`")
+        raise InputError("the study does not say which images to encode; give `data_dir` FOLDER")
     if settings.reference is not None and not Path(settings.reference).exists():
         raise InputError(f"the study's reference {settings.reference} does not exist (`reference`)")
 
@@ -153,7 +153,7 @@ def read_fid(settings: StudySettings) -> FidSettings:
 
 
 def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
-    known = scheduler_names(objective)
+    known = schedulers_of(objective)
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:

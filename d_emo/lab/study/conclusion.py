@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import shlex
@@ -17,23 +16,23 @@ import torch
 from d_emo.config import StudySettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
+from d_emo.files import digest, locked, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import published_curves
 from d_emo.lab.study.cost import speed_key, step_times
-from d_emo.lab.study.execution import claim
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import PlannedRun, latent_shape_of
 from d_emo.lab.study.plots import draw_curves, draw_gaps
 from d_emo.lab.study.report import write_report
 from d_emo.lab.study.results import (
+    RESUME,
     collect,
     digits_of,
     metric_values,
     read_json,
     read_measurements,
     size_of,
-    write_json,
 )
 from d_emo.lab.text import plural
 from d_emo.sampling import draw_grid
@@ -100,12 +99,12 @@ def read_step_times(settings: StudySettings, runs: list[PlannedRun]) -> dict[str
     """How long a step of each of this study's models takes, timed together and once."""
     keys = "\n".join(sorted({speed_key(run, settings) for run in runs}))
     folder = Path(settings.output_dir)
-    path = folder / f"step_times-{hashlib.sha256(keys.encode()).hexdigest()[:8]}.json"
-    with claim(folder, wait=True):
+    path = folder / f"step_times-{digest(keys)[:8]}.json"
+    with locked(folder, wait=True):
         if not path.exists():
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
-            write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds})
+            write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
     return read_json(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import subprocess
 import sys
@@ -59,25 +58,6 @@ def run_child(command: Sequence[str], called: str, lock: TextIO | None = None) -
         raise VerbError(
             f"{called} ended with exit code {code}; what it had saved stays, re-run the same command to resume"
         )
-
-
-@contextmanager
-def claim(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
-    """The lock of a folder that is this process's to work in, at once or after others have left it; else None.
-
-    So several processes on one machine share a study.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield None
-                return
-            print(f"waiting for another process that works on {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 @contextmanager

@@ -14,11 +14,10 @@ from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics, precision_recall
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
-from d_emo.latents import Codec, load_codec, sample_moments
+from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
-from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
-from d_emo.sampling.sampler import latent_shape
+from d_emo.sampling import Sampler
 from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
@@ -41,7 +40,6 @@ class Meter:
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
         self._judge: Judge | None = None
         self._held_out: ClassImages | None = None
-        self._codec: tuple[str, Codec] | None = None
 
     def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
         """FID, share recognised (of Shapes-1000 by part, too, and the share without a shape), precision and recall.
@@ -93,13 +91,10 @@ class Meter:
             for norm in batch_norms(opened.model):
                 norm.reset_running_stats()
         name, _, steps = self.settings.samplers[opened.objective].rpartition(":")
-        model = prepare_denoiser(opened.model.to(self.device))
+        guidance = self.settings.guidance_scale
+        sampler = Sampler.open(opened, scheduler=name, steps=int(steps), guidance=guidance, device=self.device)
         with tqdm(total=len(labels), desc=f"{name}, {steps} steps", unit="image", disable=None, leave=False) as bar:
-            for images in sample_images(
-                model, make_scheduler(name, opened.scheduler_config), self._open_codec(opened.codec), labels,
-                range(len(labels)), num_inference_steps=int(steps), guidance_scale=self.settings.guidance_scale,
-                batch_size=classifier_metrics.BATCH, exact=False,
-            ):  # fmt: skip
+            for images in sampler.images(labels, range(len(labels)), batch_size=classifier_metrics.BATCH, exact=False):
                 bar.update(len(images))
                 yield images
 
@@ -115,11 +110,6 @@ class Meter:
             self._judge = Judge(self._features, batches, device=self.device)
         return self._judge
 
-    def _open_codec(self, name: str) -> Codec:
-        if self._codec is None or self._codec[0] != name:
-            self._codec = name, load_codec(name).to(self.device)
-        return self._codec[1]
-
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
         """Error of the noise in train mode over that in eval mode, by noise level, on held-out images.
@@ -133,7 +123,7 @@ class Meter:
         opened = load_denoiser(snapshot)
         if opened.objective != "eps":
             raise InputError(f"norm_gap measures runs of the eps objective; {snapshot} is of another")
-        codec, model = self._open_codec(opened.codec), opened.model.to(self.device)
+        codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
         held_out = open_dataset(
             dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
         )
@@ -142,7 +132,7 @@ class Meter:
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
             images, labels = zip(*(held_out[index] for index in chosen[start : start + 64]), strict=True)
-            draws = objective.draw(torch.Generator().manual_seed(start), 64, latent_shape(model))
+            draws = objective.draw(torch.Generator().manual_seed(start), 64, model.latent_shape)
             draws = StepNoise(*(part.to(self.device) for part in draws._asdict().values()))
             moments = codec.moments(torch.stack(images).to(self.device))
             noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
@@ -14,6 +13,7 @@ import yaml
 
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError
+from d_emo.files import digest
 from d_emo.io.training_state import step_of
 
 S = TypeVar("S")
@@ -112,7 +112,7 @@ def protocol_of(settings: StudySettings) -> str:
     """A digest of all that decides how snapshots are measured."""
     names = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
     values = json.dumps([getattr(settings, name) for name in names], sort_keys=True)
-    return hashlib.sha256(values.encode()).hexdigest()[:8]
+    return digest(values)[:8]
 
 
 def latents_folder(settings: StudySettings) -> Path:

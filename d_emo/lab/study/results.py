@@ -14,7 +14,7 @@ from scipy.stats import t as student
 
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
-from d_emo.files import write_file
+from d_emo.files import write_file, write_json
 from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
@@ -93,11 +93,11 @@ def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[
 
 def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> None:
     """Keep the metric values of one snapshot."""
-    write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())))
+    write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())), RESUME)
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote.
+    """What was kept.
 
     Raises:
         InputError: The file is damaged.
@@ -112,22 +112,13 @@ def _damaged(path: Path) -> InputError:
     return InputError(f"{path} is damaged; remove it, and the same command makes it again")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value; a kill or a full disk leaves the old file or the new.
-
-    Raises:
-        RunError: The disk is full, say.
-    """
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), RESUME)
-
-
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table; ``pd.read_csv`` reads it.
 
     Raises:
         RunError: The disk is full, say.
     """
-    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(), RESUME)
+    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
 
 
 # ---- all measurements as a table -------------------------------------------------------------------------------------

@@ -10,14 +10,15 @@ from typing import Any, TextIO
 
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
+from d_emo.files import locked, write_json
 from d_emo.io.training_state import step_of
 from d_emo.lab.study.checks import check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.lab.study.conclusion import GAPS, conclude, held_out_file
 from d_emo.lab.study.cost import cost_table
-from d_emo.lab.study.execution import VerbError, claim, run_verb, writing
+from d_emo.lab.study.execution import VerbError, run_verb, writing
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, plan_runs
-from d_emo.lab.study.results import add_measurement, metric_values, read_json, read_measurements, write_json
+from d_emo.lab.study.results import RESUME, add_measurement, metric_values, read_json, read_measurements
 from d_emo.lab.text import plural
 from d_emo.latents.shards import INDEX
 
@@ -76,7 +77,7 @@ class Study:
         failed: dict[Path, str] = {}
         for number, run in enumerate(wanted, 1):
             called = f"{run.name}, seed {run.seed}"
-            with claim(run.folder) as lock:
+            with locked(run.folder) as lock:
                 if lock is None:
                     print(f"[{number}/{len(wanted)}] {called}: another process works on it")
                     continue
@@ -123,14 +124,14 @@ class Study:
 
     def _encode(self, options: dict[str, Any]) -> None:
         output = latents_folder(self.settings)
-        with claim(output, wait=True) as lock:
+        with locked(output, wait=True) as lock:
             check_same_latents(self.settings)
             if not (output / INDEX).exists():
                 self._run("encode", {**options, "output": str(output)}, output, lock)
 
     def _train_classifier(self, config: ClassifierSettings) -> None:
         output = Path(config.output_dir)
-        with claim(output, wait=True) as lock:
+        with locked(output, wait=True) as lock:
             if not (output / "snapshots" / f"step-{config.max_steps}").is_dir():
                 self._run("train-classifier", asdict(config), output, lock)
 
@@ -154,9 +155,9 @@ class Study:
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
         real, gaps = held_out_file(self.settings, self.runs), run.folder / GAPS
         if self.classifier is not None and not real.exists():
-            write_json(real, self.meter.measure_real(snapshots[-1]))
+            write_json(real, self.meter.measure_real(snapshots[-1]), RESUME)
         if run.name in self.settings.norm_gap and not gaps.exists():
-            write_json(gaps, self.meter.norm_gap(snapshots[-1]))
+            write_json(gaps, self.meter.norm_gap(snapshots[-1]), RESUME)
 
     def _fid(self, snapshot: Path, lock: TextIO) -> dict[str, float]:
         """The metric values that ``d-emo fid`` gives a snapshot."""

@@ -1,0 +1,160 @@
+"""From noise to latents, step by step: pure functions of denoiser, scheduler, labels and seeds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from d_emo.errors import InputError
+from d_emo.latents import Codec
+from d_emo.models.contract import DenoiserFrame
+from d_emo.sampling.guidance import Guidance, guided
+from d_emo.sampling.schedulers import set_steps
+
+
+@dataclass
+class Step:
+    """Where the denoising of some images stands after a step.
+
+    Attributes:
+        index: Of the step, from 0.
+        steps: How many there are.
+        timestep: At which the denoiser was asked.
+        latents: Changed in place, they are what the denoising goes on with. Shape: (B, C, h, w) float32.
+        first: Number of the first of these images.
+        images: On the CPU, after the last step of a :class:`Sampler`. Shape: (B, 3, H, W) uint8.
+    """
+
+    index: int
+    steps: int
+    timestep: torch.Tensor
+    latents: torch.Tensor
+    first: int = 0
+    images: torch.Tensor | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether these images are done."""
+        return self.index + 1 == self.steps
+
+
+def sample(
+    denoiser: DenoiserFrame, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *, steps: int,
+    guidance: Guidance, batch_size: int = 64, exact: bool = True,
+) -> Iterator[Step]:
+    """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
+
+    An image depends on its label, its seed and the settings, not on its neighbours, the size of the batch or the
+    number of processes that share the seeds: bitwise on a CPU with one number of threads, and but for rounding
+    elsewhere, where libraries choose kernels by the shape of the batch.
+
+    Args:
+        denoiser: In eval mode.
+        scheduler: From :func:`make_scheduler`.
+        class_labels: One class id per image.
+        seeds: One seed per image.
+        steps: Denoising steps.
+        guidance: How to guide.
+        batch_size: Images denoised at once.
+        exact: Off, a CPU denoises whole batches, which is faster for small networks; the last bits of an image may
+            then depend on its batch.
+
+    Yields:
+        All steps of the first images, then those of the next ones: a batch, on a CPU (unless ``exact`` is off) a part
+        of one.
+
+    Raises:
+        InputError: Labels out of range, labels and seeds of different number, settings that mean nothing.
+    """
+    if len(class_labels) != len(seeds):
+        raise InputError(f"{len(class_labels)} class labels and {len(seeds)} seeds were given; one of each per image")
+    rows = len(denoiser.label_rows())
+    for label in class_labels:
+        if not 0 <= label < rows:
+            raise InputError(f"class label {label} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
+    for start in range(0, len(seeds), batch_size):
+        batch = range(start, min(start + batch_size, len(seeds)))
+        size = (exact and _part_size(denoiser)) or len(batch)
+        for first in range(0, len(batch), size):
+            part = batch[first : first + size]
+            filled = [*part] + [part[-1]] * (size - len(part))
+            generators = [torch.Generator().manual_seed(seeds[index]) for index in filled]
+            noise = torch.stack([torch.randn(denoiser.latent_shape, generator=generator) for generator in generators])
+            labels = torch.tensor([class_labels[index] for index in filled], device=denoiser.device)
+            set_steps(scheduler, steps, denoiser.device)
+            for step in denoise(
+                denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators
+            ):
+                step.latents, step.first = step.latents[: len(part)], part[0]
+                yield step
+
+
+def _part_size(denoiser: DenoiserFrame) -> int | None:
+    """Images that go through the network at once on a CPU; None elsewhere.
+
+    Matrix products and vectorised functions round a row differently when the shape around it changes. Parts of one
+    fixed size, the last one filled up, keep an image's bits. They are small, because a filled-up part costs as much as
+    a full one; beyond 128 tokens only narrow networks gain from larger ones.
+    """
+    if denoiser.device.type != "cpu":
+        return None
+    return max(1, 128 // denoiser.tokens)
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: DenoiserFrame, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Iterator[Step]:
+    """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
+
+    Args:
+        latents: Unit noise.
+        labels: Class ids.
+        guidance: How to guide.
+        generator: For the noise that a scheduler adds; one for each image, or one for all.
+
+    Shape: latents (B, C, h, w), labels (B,).
+
+    Yields:
+        Every step.
+
+    Raises:
+        InputError: The latents end in NaN or infinite values.
+    """
+    channels, longest, steps = latents.shape[1], scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers lack it, and the next
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
+    for index, t in enumerate(scheduler.timesteps):
+        scale = guidance.at(float(t) / longest)
+        output = guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
+        if not learned_variance:
+            output = output[:, :channels]
+        latents = scheduler.step(output, t, latents, **extra).prev_sample
+        if index + 1 == steps and not latents.isfinite().all():
+            raise InputError(
+                f"the denoising (guidance {guidance.scale:g}, {steps} steps) ended in NaN or infinite "
+                "values; the denoiser's weights are damaged, or guidance or precision are more than they bear"
+            )
+        yield Step(index, steps, t, latents)
+
+
+def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1]; on a CPU one by one, so that they do not depend on their batch. Shape: -> (B, 3, H, W).
+
+    Raises:
+        InputError: The codec gave NaN, which a picture cannot show.
+    """
+    parts = latents.split(1) if latents.device.type == "cpu" else [latents]
+    images = torch.cat([codec.decode(part) for part in parts])
+    if images.isnan().any():
+        raise InputError(f"the codec {codec.name} decodes latents to NaN or infinite values; its weights are damaged")
+    return images

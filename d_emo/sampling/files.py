@@ -1,0 +1,81 @@
+"""Files of pictures: where they go, and the settings that each carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from d_emo.errors import InputError
+
+
+def free_path(wanted: str | None, default: str) -> Path:
+    """The path asked for, or the default one, numbered if it is taken.
+
+    Raises:
+        InputError: The path asked for exists already.
+    """
+    if wanted is not None:
+        if Path(wanted).exists():
+            raise InputError(f"{wanted} exists already; choose another `output`")
+        return Path(wanted)
+    path, number = Path(default), 1
+    while path.exists():
+        number += 1
+        path = Path(default).with_stem(f"{Path(default).stem}-{number}")
+    return path
+
+
+def save_png(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    """Write a PNG that carries its settings as text under "d-emo".
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    info = PngInfo()
+    info.add_text("d-emo", json.dumps(settings))
+    _write(path, lambda: picture.save(path, format="PNG", pnginfo=info))
+
+
+def save_pngs(
+    images: torch.Tensor, folder: Path, labels: Sequence[int], seeds: Sequence[int], settings: dict[str, Any]
+) -> list[Path]:
+    """Write one PNG per image, named after its class and seed, with the settings that make it again.
+
+    Shape: images (N, 3, H, W) uint8, with N labels and seeds.
+
+    Raises:
+        InputError: The files cannot be written.
+    """
+    paths = []
+    for image, label, seed in zip(images, labels, seeds, strict=True):
+        paths.append(folder / f"class-{label}_seed-{seed}.png")
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        save_png(picture, paths[-1], {**settings, "classes": [label], "num_images": 1, "seed": seed})
+    return paths
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, settings: dict[str, Any]) -> None:
+    """Write frames as a GIF that repeats, the last one held; its comment carries the settings.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    durations = [120] * (len(frames) - 1) + [1500]  # milliseconds
+    _write(path, lambda: frames[0].save(
+        path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0,
+        comment=json.dumps(settings).encode(),
+    ))
+
+
+def _write(path: Path, write: Callable[[], None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
