@@ -110,7 +110,7 @@ def diagonal_similarity(network: nn.Module, model: EMO, image: Tensor, *, stage:
 
 @contextlib.contextmanager
 def capture(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the outputs of a module."""
+    """Collects the outputs of a module. Shape: as the module's outputs."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
@@ -142,6 +142,8 @@ def explain(
     network: nn.Module, model: EMO, image: Tensor, label: int, title: str, folder: Path, *, stage: int = 4
 ) -> list[Path]:
     """Write the three pictures as PNGs; returns their paths.
+
+    Shape: image (3, H, W).
 
     Args:
         network, model, image, label, stage: see `grad_cam`.
@@ -181,7 +183,7 @@ def figure(columns: int) -> tuple:
 
 
 def draw_heat(path: Path, photo: np.ndarray, heat: Tensor, title: str) -> None:
-    """The photo beside the photo under a heat map."""
+    """The photo beside the photo under a heat map. Shape: heat (H, W)."""
     _, axes, save = figure(2)
     for each in axes:
         each.imshow(photo)

@@ -165,7 +165,11 @@ def write_onnx(network: Portable, path: Path) -> Runner:
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
-    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back."""
+    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back.
+
+    Raises:
+        InputError: Core ML cannot express the network.
+    """
     import coremltools
 
     module = copy.deepcopy(network.module)

@@ -89,7 +89,10 @@ def digest_of_file(file: Path) -> str:
 
 
 def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = "") -> str:
-    """SHA-256, in hexadecimal, of ``start`` and of each name followed by the bytes of its tensor."""
+    """SHA-256, in hexadecimal, of ``start`` and of each name followed by the bytes of its tensor.
+
+    Shape: tensors of any shape.
+    """
     import torch
 
     def parts() -> Iterator[Any]:

@@ -117,7 +117,7 @@ class EpsObjective(Objective):
     Args:
         beta_start: First beta of the linear schedule.
         beta_end: Last beta.
-        options: See :class:`Objective`.
+        options: See `Objective`.
     """
 
     whole_timesteps = True
@@ -209,7 +209,10 @@ def per_image(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def discretised_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log-probability of the 1/127.5-wide bin around x under a Gaussian; end bins reach to infinity (DDPM eq. 13)."""
+    """Log-probability of the 1/127.5-wide bin around x under a Gaussian; end bins reach to infinity (DDPM eq. 13).
+
+    Shape: as ``x``, which the others broadcast to.
+    """
     inverse_std = (-log_std).exp()
     upper = torch.special.ndtr((x - mean + 1 / 255) * inverse_std)
     lower = torch.special.ndtr((x - mean - 1 / 255) * inverse_std)

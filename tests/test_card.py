@@ -184,8 +184,8 @@ def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     arguments = ["--checkpoint", snapshot, "--classifier", classifier, "--num-images", 20, "--steps", 2]
     judge(monkeypatch, *arguments, "--output", tmp_path / "o.png")
     printed, measured = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
-    assert [row["name"] for row in measured["figures"]] == ["FID-20", "floor", "ceiling", "recognised", "real"]
-    assert all(f"{row['value']:.2f}" in printed for row in measured["figures"])
+    assert [row["name"] for row in measured["figures"]] == ["FID-20", "precision-20", "recall-20", "class accuracy"]
+    assert all(f"{row['value']:.1f}"[:-1] in printed and row["remark"] in printed for row in measured["figures"])
     assert measured["step"] == 30 and measured["command"].startswith("python scripts/judge.py --checkpoint")
     assert not (snapshot / "metrics.json").exists()
     judge(monkeypatch, *arguments, "--output", tmp_path / "o.png", "--write-card")
@@ -210,7 +210,7 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
     figures = {row["name"]: row["value"] for row in json.loads((tmp_path / "o.json").read_text())["figures"]}
     asked = classifier_metrics.even_labels(40, 1000)
     parts = {
-        "recognised": asked == 125, "shape": asked // 100 == 1, "colour": asked // 10 % 10 == 2,
+        "class accuracy": asked == 125, "shape": asked // 100 == 1, "colour": asked // 10 % 10 == 2,
         "ground": asked % 10 == 5,
     }
     assert {name: figures[name] for name in parts} == {

@@ -3,6 +3,7 @@ import json
 import runpy
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_built_in_images_are_measured_on_two_of_each_class():
     assert len(task.held_out) == 2000 and {task.held_out.label(index) for index in range(1000)} == set(range(1000))
     asked = []
     task.held_out.label, label = lambda index: asked.append(label(index)) or asked[-1], task.held_out.label
-    task.settings.validate_images = 40
+    task.settings = replace(task.settings, validate_images=40)
     assert task.validate(task.model, rank=0, world_size=1)["count"] == 40
     assert len(set(asked)) > 30
 
@@ -179,7 +180,7 @@ def test_a_teacher_of_any_kind_teaches(tmp_path, photos):
         open_up(task.model)
         draws = task.draw(torch.Generator(), 2)
         losses = task.loss(task.model.eval(), [images, torch.tensor([0, 1])], draws)
-        settings.distill_weight = 0.0
+        task.settings = replace(settings, distill_weight=0.0)
         alone = task.loss(task.model, [images, torch.tensor([0, 1])], draws)["loss"]
         torch.testing.assert_close(losses["loss"], alone + 5 * losses["distillation"])
         inputs = augment(images, draws)

@@ -1,10 +1,23 @@
+import math
 import subprocess
 import sys
+from dataclasses import MISSING, FrozenInstanceError, fields
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
-from d_emo.config import FidSettings, SampleSettings, TrainSettings, parse_settings, run_cli, write_yaml
+from d_emo.config import (
+    ClassifierSettings,
+    FidSettings,
+    SampleSettings,
+    Settings,
+    TrainSettings,
+    parse_settings,
+    run_cli,
+    write_yaml,
+)
+from d_emo.config.base import type_hints
 from d_emo.errors import InputError
 
 
@@ -17,22 +30,21 @@ def test_flags_override_the_yaml_file(tmp_path):
 
 
 def test_the_objective_follows_the_models_name_unless_given():
-    assert TrainSettings().objective == "eps"
-    assert TrainSettings(model="sit-b/4").objective == TrainSettings(model="SiT-XL-2").objective == "flow"
-    assert TrainSettings(model="DiT-S-2", objective="flow").objective == "flow"
+    assert TrainSettings().objective is None and TrainSettings().resolve().objective == "eps"
+    for model in ("sit-b/4", "SiT-XL-2"):
+        assert TrainSettings(model=model).resolve().objective == "flow"
+    assert TrainSettings(model="DiT-S-2", objective="flow").resolve().objective == "flow"
 
 
 def test_without_label_dropout_there_is_no_guidance():
-    settings = TrainSettings(unconditional=True)
+    settings = TrainSettings(unconditional=True).resolve()
     assert (settings.label_dropout, settings.preview_guidance) == (0, 1)
-    settings = SampleSettings()
-    settings.fill_in(objective="flow", label_dropout=0)
+    settings = SampleSettings().resolve(objective="flow", label_dropout=0)
     assert (settings.guidance_scale, settings.scheduler) == ([1], "euler")
-    settings = SampleSettings(scheduler="ddpm")
-    settings.fill_in(objective="eps", label_dropout=0.1)
+    settings = SampleSettings(scheduler="ddpm").resolve(objective="eps", label_dropout=0.1)
     assert (settings.guidance_scale, settings.scheduler) == ([4], "ddpm")
     with pytest.raises(InputError, match="without label dropout"):
-        SampleSettings(guidance_scale=[2.0]).fill_in(objective="eps", label_dropout=0)
+        SampleSettings(guidance_scale=[2.0]).resolve(objective="eps", label_dropout=0)
 
 
 def test_written_settings_read_back_the_same(tmp_path):
@@ -62,6 +74,7 @@ def test_written_settings_read_back_the_same(tmp_path):
         (TrainSettings, ["--dataset", "cifar"], "dataset"),
         (TrainSettings, ["--config", "no-such.yaml"], "--config: File does not exist: "),
         (TrainSettings, ["--model", "SiT-S/2", "--objective", "eps"], "--model DiT-S/2"),
+        (TrainSettings, ["--objective", "flwo"], "--objective must be one of eps, flow, not flwo; did you mean flow?"),
         (TrainSettings, ["--objective", "v"], "--objective"),
         (SampleSettings, ["--class", "1", "--steps", "1001"], "--steps"),
         (SampleSettings, ["--class", "1", "--guidance-scale", "-1"], "--guidance-scale"),
@@ -109,3 +122,68 @@ def test_run_cli_turns_input_errors_into_exit_code_2(capsys):
 def test_config_is_free_of_torch():
     code = "import sys, d_emo, d_emo.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- every number of every settings class ----------------------------------------------------------------------------
+
+
+REQUIRED = {"runs": {"a": {}}, "train": {}, "reference": __file__, "encode": {}}
+
+
+def kinds():
+    """All settings classes that a verb reads."""
+    pending, found = [Settings], []
+    while pending:
+        pending += pending.pop().__subclasses__()
+        found += [each for each in pending if each not in found]
+    return found
+
+
+def numbers(hint):
+    """Ranges within a type."""
+    if get_origin(hint) is Annotated:
+        return list(get_args(hint)[1:])
+    return [each for part in get_args(hint) for each in numbers(part)]
+
+
+def test_every_number_has_its_range_and_a_value_outside_is_refused():
+    seen = 0
+    for kind in kinds():
+        given = {each.name: REQUIRED.get(each.name, "x") for each in fields(kind)
+                 if each.default is MISSING and each.default_factory is MISSING}
+        for name, hint in type_hints(kind).items():
+            bare = get_type_hints(kind)[name]
+            if not {int, float} & {bare, *get_args(bare)}:
+                continue
+            ranges = numbers(hint)
+            assert len(ranges) == 1, f"{kind.__name__}.{name} has no range"
+            limits, seen = ranges[0], seen + 1
+            outside = [limits.low - 1, limits.high * 2 + 1, math.nan, math.inf, 10**30, True, "x"]
+            outside += [limits.low] * limits.open_low + [limits.high] * limits.open_high
+            for value in outside:
+                wrong = [value, value] if get_origin(bare) is list else value
+                with pytest.raises(InputError, match=f"`{name}`"):
+                    kind(**{**given, name: wrong})
+    assert seen > 80
+
+
+def test_settings_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        TrainSettings().batch_size = 3
+
+
+def test_settings_from_a_dictionary_are_those_of_a_file():
+    assert TrainSettings.from_mapping({"model": "SiT-S-2", "max_steps": 3}) == parse_settings(
+        TrainSettings, "", ["--model", "SiT-S-2", "--max-steps", "3"]
+    )
+    with pytest.raises(InputError, match="`max_steps` must be a whole number, not many"):
+        TrainSettings.from_mapping({"max_steps": "many"})
+    with pytest.raises(InputError, match="there is no setting 'modle'"):
+        TrainSettings.from_mapping({"modle": "DiT-S-2"})
+
+
+def test_what_a_resumed_run_may_change():
+    free = TrainSettings.marked("resumable")
+    assert {"max_steps", "data_dir", "latents", "mixed_precision", "preview_guidance", "snapshot_every"} <= free
+    assert not {"seed", "batch_size", "model", "learning_rate", "image_size"} & free
+    assert {"max_steps", "snapshot_every", "validate_dir"} <= ClassifierSettings.marked("resumable")

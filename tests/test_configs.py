@@ -1,6 +1,5 @@
 """Every file in configs/ loads, fits every model it is meant for, and trains a step; accelerate reads its own."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 
 from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
@@ -20,7 +19,6 @@ from d_emo.models.backbone import BACKBONES
 from d_emo.tables import denoisers
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
-from d_emo.training.parallel import _deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {
@@ -49,7 +47,7 @@ def build(settings, **options):
 
 def test_the_configs_that_the_readme_names_are_there():
     assert {"imagenet256", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"} <= RUNS.keys()
-    assert LAUNCHERS == ["ddp", "deepspeed", "fsdp", "multi_node"]
+    assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -123,7 +121,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_accelerate_reads_every_launcher_file(name):
     config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
-    kinds = {"fsdp": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}
+    kinds = {"fsdp": DistributedType.FSDP}
     assert config.distributed_type == kinds.get(name, DistributedType.MULTI_GPU)
     arguments = launch(name, "--num_processes", "4")
     assert arguments.num_processes == 4 and arguments.mixed_precision == "bf16"
@@ -147,21 +145,3 @@ def test_fsdp_makes_every_block_a_unit(environment, model, block):
     with torch.device("meta"):
         plugin.set_auto_wrap_policy(create_model(model, depth=2))
     assert {kind.__name__ for kind in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {block}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_deepspeed_is_told_of_zero_stage_2_and_the_loop_keeps_the_rest(environment):
-    arguments = launch("deepspeed", "--main_process_port", "0")
-    arguments.deepspeed_fields_from_accelerate_config = ""
-    variables = prepare_deepspeed_cmd_env(arguments)[1]
-    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true"
-    environment(variables)
-    config = _deepspeed("bf16")["deepspeed_plugin"].deepspeed_config
-    assert config["zero_optimization"]["stage"] == 2
-    ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    assert [config[name] for name in ours] == ["auto"] * 4
-    arguments = launch("deepspeed", "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1",
-                       "--main_process_port", "29500")
-    arguments.deepspeed_fields_from_accelerate_config = ""
-    prepare_deepspeed_cmd_env(arguments)
-    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "4", 1)

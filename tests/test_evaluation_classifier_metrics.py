@@ -1,4 +1,4 @@
-"""The judge: on a network whose verdicts are known, and ``scripts/judge.py --samplers`` from end to end."""
+"""Metrics by a classifier: on a network whose answers are known, and ``scripts/judge.py --samplers`` end to end."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from d_emo.config import ClassifierSettings, JudgeSettings, TrainSettings
 from d_emo.data import ClassImages, spread
 from d_emo.errors import InputError
 from d_emo.evaluation import (
-    Judge,
+    ClassifierMetrics,
     classifier_metrics,
+    compare_with_real,
     frechet_distance,
-    judge_drawings,
-    judge_sampler,
+    measure_timed,
     open_real,
+    precision_recall,
     sampler_table,
 )
 from d_emo.io.snapshot import save_classifier, save_denoiser
 from d_emo.models import create_model
-from d_emo.tables import OBJECTIVES, load
+from d_emo.tables import DATASETS, OBJECTIVES, DatasetRow, load, metric_values
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red", "green", "blue"]
@@ -39,6 +40,9 @@ class Brightest:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.double().mean(dim=(2, 3))
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pooled": self(images)}
 
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
         return pooled
@@ -65,34 +69,77 @@ def pixels(count: int, seed: int) -> torch.Tensor:
     return as_batch(make_pixels(count, seed=seed, cell=2))
 
 
-def test_a_judge_measures_in_its_features_and_names_the_likeliest_class() -> None:
+class Pictures(ClassImages):
+    """Images that are there; of class 0, all."""
+
+    name, class_names, image_size = "pictures", NAMES, 8
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, index: int) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index] / 127.5 - 1, 0
+
+
+def test_distances_are_those_of_the_classifiers_features() -> None:
     real, drawn = pixels(40, 0), pixels(30, 1)
-    judge = Judge(Brightest(), real.split(7))
-    verdict = judge.look(drawn.split(11))
+    metrics = ClassifierMetrics(Brightest(), Pictures(real))
+    labels = drawn.double().mean(dim=(2, 3)).argmax(dim=1)
+    measured = metrics.measure(drawn.split(11), labels)
     ours, theirs = gather(Brightest()(drawn)), gather(Brightest()(real))
     expected = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
-    assert judge.fid(verdict) == pytest.approx(expected, rel=1e-9) and expected > 1
-    assert torch.equal(verdict.classes, drawn.double().mean(dim=(2, 3)).argmax(dim=1))
-    assert judge.fid(judge.look([real])) < 1e-9
+    assert measured["fid"] == pytest.approx(expected, rel=1e-9) and expected > 1
+    near = precision_recall(Brightest()(drawn).float(), Brightest()(real).float())
+    assert {name: measured[name] for name in near} == near and 0 < near["recall"] < 1
+    assert measured["class_accuracy"] == 100 and list(measured) == [value.name for value in metrics.values]
+    assert metrics.measure_real(Pictures(real))["fid"] < 1e-9
+    few = metrics.measure([drawn[:3]], labels[:3])  # precision and recall need four
+    assert list(few) == ["fid", "class_accuracy"]
+    for wrong in (labels[:29], torch.cat([labels, labels])):
+        with pytest.raises(ValueError, match="30 images came with .* labels"):
+            metrics.measure(drawn.split(11), wrong)
     with pytest.raises(InputError, match="brightest gives all real images the same features"):
-        Judge(Brightest(), [real[:1].expand(9, -1, -1, -1)])
+        ClassifierMetrics(Brightest(), Pictures(real[:1].expand(9, -1, -1, -1)))
 
 
-def test_figures_of_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_and_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier_metrics, "HELD_OUT_IMAGES", 12)
-    judge = Judge(Brightest(), classifier_metrics.batches_of(Coloured(), 100))
-    drawn = judge.look(torch.cat(list(classifier_metrics.batches_of(Coloured(), 9))).split(4))
-    assert drawn.classes.tolist() == [index % 3 for index in spread(24, 9)]
-    asked = drawn.classes.clone()
+    row = DatasetRow(
+        name="toy", title="toy", images=Coloured, num_classes=3, label_parts={"tens": 10, "ones": 1},
+        is_empty=lambda images: images.amax(dim=(1, 2, 3)) < 192,  # the first of the classes' pictures are darker
+    )  # fmt: skip
+    monkeypatch.setitem(DATASETS._rows, "toy", row)
+    metrics = ClassifierMetrics(Brightest(), Coloured(), data="toy")
+    drawn = torch.cat(list(classifier_metrics.batches_of(Coloured(), 9)))
+    asked = torch.tensor([index % 3 for index in spread(24, 9)])
     asked[0], asked[1] = (asked[0] + 1) % 3, asked[1] + 10  # the last digit is wrong, and the first
-    figures = judge_drawings(judge, drawn, asked, held_out=Coloured(), image_size=8, parts={"tens": 10, "ones": 1})
-    assert [each.name for each in figures] == ["FID-9", "floor", "ceiling", "recognised", "real", "tens", "ones"]
-    value = {each.name: each.value for each in figures}
-    expected = {"recognised": 700 / 9, "tens": 800 / 9, "ones": 800 / 9, "real": 100}
-    assert {name: value[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert value["floor"] < value["ceiling"] and figures[1].remark.startswith("FID-12 of real")
-    alone = judge_drawings(judge, drawn, asked, held_out=None, image_size=8)
-    assert [each.name for each in alone] == ["FID-9", "ceiling", "recognised"]
+    measured = metrics.measure(drawn.split(4), asked)
+    empty = 100 * np.mean([0.5 + index / 100 < 192 / 127.5 - 1 for index in spread(24, 9)])
+    expected = {"class_accuracy": 700 / 9, "tens": 800 / 9, "ones": 800 / 9, "empty": empty}
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-5) and 0 < empty < 100
+    assert list(metric_values())[-4:] == ["ground", "empty", "tens", "ones"]
+
+
+def test_values_stand_beside_those_of_real_images_and_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier_metrics, "HELD_OUT_IMAGES", 12)
+    metrics = ClassifierMetrics(Brightest(), Coloured())
+    drawn = metrics.measure(classifier_metrics.batches_of(Coloured(), 9), torch.zeros(9, dtype=torch.long))
+    compared = compare_with_real(metrics, drawn, 9, Coloured(), (8, 8))
+    assert [each.name for each in compared] == ["FID-9", "precision-9", "recall-9", "class accuracy"]
+    remarks = {each.name: each.remark for each in compared}
+    real, noise = metrics.measure_real(Coloured(), 12)["fid"], metrics.measure_noise(12, (8, 8))["fid"]
+    assert remarks["FID-9"] == f"{real:.2f} of 12 real held-out images, {noise:.2f} of 12 images of noise"
+    assert real < noise
+    assert remarks["class accuracy"] == "100.00 % of 12 real held-out images"
+    assert compared[-1].shown == f"{drawn['class_accuracy']:.2f} %"
+    alone = compare_with_real(metrics, drawn, 9, None, (8, 8))
+    assert alone[0].remark.endswith(" of 9 images of noise") and alone[-1].remark == ""
 
 
 def test_a_limit_takes_images_from_all_over_the_set() -> None:
@@ -103,7 +150,7 @@ def test_a_limit_takes_images_from_all_over_the_set() -> None:
     assert [index // 6 for index in indices] == [0, 1, 2, 3]
 
 
-def test_a_sampler_is_timed_without_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_is_timed_without_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(classifier_metrics.time, "perf_counter", lambda: clock[0])
 
@@ -118,22 +165,21 @@ def test_a_sampler_is_timed_without_the_judge(monkeypatch: pytest.MonkeyPatch) -
             yield batch
 
     images = pixels(30, 3)
-    judge = Judge(Slow(), pixels(40, 0).split(40))
-    row = judge_sampler(judge, draw(images), torch.zeros(30, dtype=torch.long))
-    assert (row["seconds"], row["images_per_second"]) == (6, 5)
-    verdict = judge.look([images])
-    assert row["fid"] == pytest.approx(judge.fid(verdict)) and row["fid"] > 0
-    assert row["recognised"] == pytest.approx(100 * (verdict.classes == 0).double().mean().item())
+    metrics, labels = ClassifierMetrics(Slow(), Pictures(pixels(40, 0))), torch.zeros(30, dtype=torch.long)
+    row = measure_timed(metrics, draw(images), labels)
+    assert (row.pop("seconds"), row.pop("images_per_second")) == (6, 5)
+    assert row == pytest.approx(metrics.measure([images], labels)) and row["fid"] > 0
 
 
 def test_table() -> None:
-    row = {"scheduler": "ddpm", "steps": 250, "fid": 3.14159, "recognised": 54.94, "seconds": 99.7,
+    row = {"scheduler": "ddpm", "steps": 250, "fid": 3.14159, "class_accuracy": 54.94, "seconds": 99.7,
            "images_per_second": 10.031}  # fmt: skip
-    assert sampler_table([row, {**row, "steps": 50}], 1000).splitlines() == [
-        "| sampler | steps | FID-1000 | recognised | time | images/s |",
+    values = [metric_values()[name] for name in ("fid", "recall", "class_accuracy")]
+    assert sampler_table(values, [row, {**row, "steps": 50}], 1000).splitlines() == [
+        "| sampler | steps | FID-1000 | class accuracy | time | images/s |",
         "|---|---:|---:|---:|---:|---:|",
-        "| ddpm | 250 | 3.14 | 54.9 % | 100 s | 10.03 |",
-        "| ddpm | 50 | 3.14 | 54.9 % | 100 s | 10.03 |",
+        "| ddpm | 250 | 3.14 | 54.94 % | 100 s | 10.03 |",
+        "| ddpm | 50 | 3.14 | 54.94 % | 100 s | 10.03 |",
     ]
 
 
@@ -158,7 +204,7 @@ def test_real_images_of_a_folder(tmp_path: Path) -> None:
         open_real("folder", 8, names, data_dir=train, validate_dir=wrong)
     with pytest.raises(InputError, match="`validate_dir` .*b belongs to a `data_dir`"):
         open_real("digits", 8, names, validate_dir=held_out)
-    with pytest.raises(InputError, match="unknown data set 'folder'.*`data_dir`"):
+    with pytest.raises(InputError, match="no built-in data; name the folder of its images .`data_dir`"):
         open_real("folder", 8, names)
 
 
@@ -174,13 +220,13 @@ def test_real_images_of_built_in_data_have_all_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"samplers": ["ddpm"]}, "--samplers takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
+        ({"samplers": ["ddpm"]}, "`samplers` takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
         ({"samplers": ["ddpm:"]}, "not ddpm:$"),
         ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
         ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),
         ({"num_images": 1}, "1 images were asked for"),
-        ({"steps": 0}, "--steps must lie between 1 and 1000, not 0"),
-        ({"guidance_scale": -1.0}, "--guidance-scale must be finite"),
+        ({"steps": 0}, "`steps` must lie between 1 and 1000, not 0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be finite"),
     ],
 )
 def test_bad_settings(options: dict, sentence: str) -> None:

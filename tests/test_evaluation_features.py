@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from d_emo.errors import InputError
-from d_emo.evaluation import ClassifierFeatures, InceptionFeatures, class_accuracy, create_extractor
+from d_emo.evaluation import ClassifierFeatures, InceptionFeatures, create_extractor, features
 
 # ---- classifier features ---------------------------------------------------------------------------------------------
 
@@ -44,7 +43,7 @@ def classifier(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     snapshot = SimpleNamespace(
         path=Path("snap"), model=BrightestChannel().eval(), class_names=["red", "green", "blue"], image_size=4
     )
-    monkeypatch.setitem(sys.modules, "d_emo.io.snapshot", SimpleNamespace(load_classifier=lambda path: snapshot))
+    monkeypatch.setattr(features, "load_classifier", lambda path: snapshot)
     return snapshot
 
 
@@ -54,9 +53,9 @@ def flat_colours(*colours: tuple[int, int, int], size: int = 8) -> torch.Tensor:
 
 def test_classifier_sees_its_own_size_and_range(classifier: SimpleNamespace) -> None:
     extractor = create_extractor("emov2:snap")
-    features = extractor(flat_colours((0, 255, 51)))
-    assert extractor.dim == 3 and features.shape == (1, 3) and not features.requires_grad
-    torch.testing.assert_close(features, torch.tensor([[-1.0, 1.0, -0.6]]))
+    found = extractor(flat_colours((0, 255, 51)))
+    assert extractor.dim == 3 and found.shape == (1, 3) and not found.requires_grad
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0, -0.6]]))
     assert classifier.model.seen[-1].shape == (1, 3, 4, 4)
 
 
@@ -75,27 +74,6 @@ def test_name_tells_weights_apart(classifier: SimpleNamespace) -> None:
     assert ClassifierFeatures("snap").name != before
 
 
-def test_class_accuracy(classifier: SimpleNamespace) -> None:
-    images = flat_colours((200, 10, 10), (10, 200, 10), (10, 10, 200), (10, 10, 200))
-    labels = [0, 1, 2, 1]
-    assert class_accuracy(classifier, images, labels) == 0.75
-    assert class_accuracy(classifier, images, torch.tensor(labels), batch_size=3) == 0.75
-    assert class_accuracy(classifier, iter(images.split(1)), labels) == 0.75
-
-
-@pytest.mark.parametrize(
-    ("labels", "sentence"),
-    [
-        ([0, 1], "more images than the 2 labels"),
-        ([0, 1, 2, 1, 0], "4 images came with 5"),
-        ([0, 1, 2, 3], "labels 0 to 3"),
-    ],
-)
-def test_class_accuracy_refuses(classifier: SimpleNamespace, labels: list[int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        class_accuracy(classifier, flat_colours(*[(1, 2, 3)] * 4), labels)
-
-
 # ---- Inception -------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +90,7 @@ def test_missing_inception_weights_are_explained(tmp_path: Path, monkeypatch: py
     sentence = str(raised.value)
     for expected in [URL_INCEPTION_V3, URL_INCEPTION_V3.split("/")[-1], str(tmp_path / "hub"), "no network"]:
         assert expected in sentence
-    assert "--inception-weights FILE" in sentence and "--features emov2:SNAPSHOT" in sentence
+    assert "`inception_weights`" in sentence and "`features`, emov2:SNAPSHOT" in sentence
 
 
 def test_inception_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

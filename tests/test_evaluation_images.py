@@ -12,7 +12,7 @@ import torch
 from evaluation_sets import ColourFeatures, assert_close, make_pixels, read_all, write_folder
 from PIL import Image
 
-from d_emo.evaluation import compute_statistics, open_images
+from d_emo.evaluation import FeatureStatistics, open_images
 from d_emo.evaluation.npz import choose_evenly
 
 
@@ -85,43 +85,27 @@ def test_a_part_of_a_set_is_spread_over_it(tmp_path: Path) -> None:
     assert len(set(open_images(folder, num_images=9).files)) == 9
 
 
+def statistics_of(path: Path, batch_size: int) -> FeatureStatistics:
+    statistics = FeatureStatistics(12)
+    for batch in open_images(path).batches(batch_size):
+        statistics.update(ColourFeatures()(batch))
+    return statistics
+
+
 def test_npz_is_never_whole_in_memory(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", make_pixels(500, size=64))  # 6.1 MB
     tracemalloc.start()
-    statistics = compute_statistics(tmp_path / "set.npz", ColourFeatures(), batch_size=16, progress=False)
+    statistics = statistics_of(tmp_path / "set.npz", 16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert statistics.count == 500
     assert peak < 2e6
 
 
-def test_batches_made_on_the_spot() -> None:
-    pixels = torch.from_numpy(make_pixels(10)).permute(0, 3, 1, 2)
-    whole = compute_statistics(pixels.split(4), ColourFeatures(), progress=False)
-    features = ColourFeatures()(pixels)
-    assert_close(whole, features)
-    part = compute_statistics((batch for batch in pixels.split(4)), ColourFeatures(), num_images=6, progress=False)
-    assert_close(part, features[:6])
-
-
-@pytest.mark.parametrize(
-    ("batches", "sentence"),
-    [
-        ([torch.zeros(2, 3, 8, 8)], "must be uint8"),
-        ([torch.zeros(2, 1, 8, 8, dtype=torch.uint8)], r"\(2, 1, 8, 8\)"),
-        ([torch.zeros(2, 3, side, side, dtype=torch.uint8) for side in (8, 9)], r"\(8, 8\) and of \(9, 9\) px"),
-        ([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], "5 images were asked for, but only 2 came"),
-    ],
-)
-def test_batches_refused(batches: list[torch.Tensor], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        compute_statistics(batches, ColourFeatures(), num_images=5, progress=False)
-
-
 def test_statistics_do_not_depend_on_file_names_or_batches(tmp_path: Path) -> None:
     pixels = make_pixels(11)
-    one = compute_statistics(write_folder(tmp_path / "a", pixels), ColourFeatures(), batch_size=3, progress=False)
-    two = compute_statistics(write_folder(tmp_path / "b", pixels[::-1]), ColourFeatures(), batch_size=4, progress=False)
+    one = statistics_of(write_folder(tmp_path / "a", pixels), 3)
+    two = statistics_of(write_folder(tmp_path / "b", pixels[::-1]), 4)
     features = ColourFeatures()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert_close(one, features)
     assert_close(two, features)

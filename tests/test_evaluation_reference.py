@@ -87,14 +87,14 @@ def test_statistics_name_their_features(tmp_path: Path, colours: ColourFeatures)
 def test_what_a_reference_lacks(tmp_path: Path, colours: ColourFeatures) -> None:
     samples = write_folder(tmp_path / "s", make_pixels(12))
     np.savez(tmp_path / "r.npz", mu=np.zeros(12), sigma=np.eye(12), arr_0=make_pixels(5))
-    with pytest.raises(InputError, match="not mu_s and sigma_s, which sFID needs"):
+    with pytest.raises(InputError, match="not mu_s and sigma_s, which sfid needs; leave it out"):
         measure(samples, tmp_path / "r.npz", metrics=["sfid"], progress=False)
     np.savez(tmp_path / "r.npz", mu=np.zeros(12), sigma=np.eye(12), mu_s=np.zeros(5), sigma_s=np.eye(5))
     with pytest.raises(InputError, match=r"mu_s of shape \(5,\) .* have 4 dimensions"):
         measure(samples, tmp_path / "r.npz", metrics=["sfid"], progress=False)
-    with pytest.raises(InputError, match="sFID is measured in Inception's spatial features, not in emov2:x"):
+    with pytest.raises(InputError, match="FID of spatial features .sfid. cannot be had of emov2:x; leave sfid out"):
         measure(samples, samples, metrics=["sfid"], features="emov2:x", progress=False)
-    with pytest.raises(InputError, match="`metrics` fid isc compares with real images; give `reference`"):
+    with pytest.raises(InputError, match="fid of `metrics` compares with real images; name a `reference`"):
         measure(samples, None, metrics=("isc", "fid"), progress=False)
     assert measure(samples, None, metrics=["isc"], progress=False).inception_score > 1
 

@@ -272,9 +272,9 @@ def test_stored_statistics_are_no_samples(main: Callable, good: Path, tmp_path: 
     [
         (["--num-images", "5"], "5 images were asked for .*good holds 4"),
         (["--num-images", "1"], "1 images were asked for .* at least two"),
-        (["--num-images", "0"], "0 images were asked for"),
+        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
         (["--num-images", "many"], "num.images"),
-        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--output", "{tmp}/none/o.json"], "the folder .*none does not exist"),
         (["--output", "{tmp}/good"], "exists and is not overwritten"),
     ],

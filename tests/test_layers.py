@@ -11,7 +11,7 @@ LAYERS = [
     "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
-    "config": ["base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
         "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
     ],

@@ -54,7 +54,7 @@ def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
     ({"reference": "x.npz"}, "either a judge .* or a reference"),
     ({"seeds": [1, 1]}, "must be different"),
     ({"runs": {}}, "at least one run"),
-    ({"num_images": 1}, "at least two"),
+    ({"num_images": 1}, "at least 2"),
     ({"only": ["D-EMU"]}, "'D-EMU' that it does not have; it has 'D-EMO', 'DiT, flow', 'no buffers'"),
     ({"tables": {"Main": ["nobody"]}}, "'nobody'"),
     ({"tables": {"Main": []}}, "names no runs"),
@@ -279,7 +279,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert len(read_table(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
     assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
-    assert "20 real held-out images measure: FID 0.0" in report and "class % 10." in report
+    assert "20 real held-out images measure: FID 0.0" in report and "class accuracy % 10." in report
     assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are over other timesteps", report)
     assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d_emo.data import open_dataset, to_uint8
-from d_emo.lab.study.measuring import is_empty
+from d_emo.data.shapes import is_empty
 from d_emo.lab.study.report import course_table, findings, gap_table, main_table
 from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step, paired
 
@@ -60,14 +60,14 @@ def test_fid_at_equal_time_lies_on_the_line_between_measured_steps():
 
 def test_findings_say_first_where_the_first_run_loses():
     rows = rows_of(
-        us={"fid": [9.0, 9.1, 9.2], "recognised": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
-        them={"fid": [8.0, 8.0, 8.1], "recognised": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
+        us={"fid": [9.0, 9.1, 9.2], "class_accuracy": [50.0, 51.0, 52.0], "recall": [0.5, 0.6, 0.4]},
+        them={"fid": [8.0, 8.0, 8.1], "class_accuracy": [40.0, 41.1, 42.0], "recall": [0.4, 0.6, 0.5]},
     )
     rows = with_row(rows, seed=3, fid=1000.0)  # a seed that the other does not have
     text = findings(rows, "Test", ["us", "them", "nobody"])
     assert text.count("\n") == 0 and "step 10, 3 seeds" in text
     loses, undecided = text.index("**us loses** in FID 9.10 against 8.03 (+1.07"), text.index("Not decided: recall")
-    assert loses < undecided < text.index("It wins in class % 51.0 against 41.0 (+10.0")
+    assert loses < undecided < text.index("It wins in class accuracy % 51.0 against 41.0 (+10.0")
     alone = findings(rows_of(a={"fid": [1.0]}, b={"fid": [2.0]}), "One seed", ["a", "b"])
     assert "nothing." in alone and "losses" not in alone
 

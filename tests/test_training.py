@@ -186,7 +186,7 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(tmp_path, number,
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert "the same command goes on" in output and "Traceback" not in output
+    assert "re-run the same command to resume" in output and "Traceback" not in output
     state = find_state(tmp_path / "run" / "states")
     assert state is not None
     step = step_of(state)

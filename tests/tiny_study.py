@@ -34,7 +34,7 @@ def settings_of(folder: Path, **changes) -> StudySettings:
         "judge": str(folder / "judge.yaml"), "num_images": 20, "samplers": {"eps": "dpm++:2", "flow": "euler:2"},
     }  # fmt: skip
     (folder / "judge.yaml").write_text(yaml.safe_dump({**JUDGE, "output_dir": str(folder / "judge")}))
-    return StudySettings(**{**values, **changes})
+    return StudySettings(**{**values, **changes}).resolve()
 
 
 def open_study(folder: Path, **changes) -> Study:

@@ -132,7 +132,7 @@ def build_page(studio: Studio, folder: Path) -> Any:
 
 
 def _fields(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
-    """The controls, by the names and in the order of :meth:`Studio.read`."""
+    """The controls, by the names and in the order of `Studio.read`."""
     names, first = studio.snapshot.class_names, request.settings
     fields = {"classes": gr.Dropdown(
         [(f"{label}: {name}", label) for label, name in enumerate(names)], value=[0], multiselect=True, label="Class",

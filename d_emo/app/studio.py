@@ -129,7 +129,7 @@ class Studio:
         not wait for it.
 
         Args:
-            request: From :meth:`read`.
+            request: From `read`.
 
         Yields:
             Views; the last one has all pictures finished.

@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 
 from d_emo.cli import command_line
-from d_emo.config import DEFAULT_SCHEDULERS, JudgeSettings, check_guidance
+from d_emo.config import JudgeSettings, check_guidance
+from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics
+from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics, compare_with_real
 from d_emo.io.snapshot import load_denoiser
 from d_emo.latents import load_codec
 from d_emo.sampling import make_scheduler, prepare_denoiser, set_steps
+from d_emo.tables import OBJECTIVES
 
 
 def run(settings: JudgeSettings) -> None:
     """Do it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     snapshot = load_denoiser(settings.checkpoint)
     check_guidance(settings.guidance_scale, label_dropout=snapshot.label_dropout)
     features, names = ClassifierFeatures(settings.classifier, device=device), snapshot.class_names
@@ -30,15 +32,15 @@ def run(settings: JudgeSettings) -> None:
             f"{settings.classifier} knows other classes than {snapshot.path}; name a classifier of the same data"
         )
     if settings.write_card and not os.access(snapshot.path, os.W_OK):
-        raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and judge the copy")
-    runs = settings.sampler_steps() or [(DEFAULT_SCHEDULERS[snapshot.objective], settings.steps)]
+        raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and measure the copy")
+    runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
     for name, steps in runs:
         set_steps(make_scheduler(name, snapshot.scheduler_config), steps)  # refuses before anything is drawn
     data = snapshot.meta.get("data")
     real, held_out = classifier_metrics.open_real(
         data, snapshot.image_size, names, data_dir=settings.data_dir, validate_dir=settings.validate_dir
     )
-    judge = Judge(features, classifier_metrics.batches_of(real, classifier_metrics.REAL_IMAGES), device=device)
+    metrics = ClassifierMetrics(features, real, data=data, device=device)
     model, codec = prepare_denoiser(snapshot.model.to(device)), load_codec(snapshot.codec).to(device)
     draw = partial(drawings, model, codec, snapshot.scheduler_config, settings.guidance_scale)
     measurement = {
@@ -47,12 +49,12 @@ def run(settings: JudgeSettings) -> None:
     labels = classifier_metrics.even_labels(settings.num_images, len(names))
     Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
     if settings.samplers:
-        return compare(judge, draw, runs, labels, measurement, Path(settings.output), device)
-    figures = classifier_metrics.judge_drawings(
-        judge, judge.look(draw(labels.tolist(), *runs[0])), labels, held_out=held_out, image_size=snapshot.image_size,
-        parts=classifier_metrics.SHAPES_PARTS if data == "shapes" else None,
-    )
-    show(settings, snapshot, figures, partial(draw, scheduler=runs[0][0], steps=runs[0][1]), measurement)
+        return compare(metrics, draw, runs, labels, measurement, Path(settings.output), device)
+    drawn = metrics.measure(draw(labels.tolist(), *runs[0]), labels)
+    size = (snapshot.image_size, snapshot.image_size)
+    compared = compare_with_real(metrics, drawn, len(labels), held_out, size)
+    measurement["features"] = features.name
+    show(settings, snapshot, compared, partial(draw, scheduler=runs[0][0], steps=runs[0][1]), measurement)
 
 
 def drawings(model, codec, schedule, guidance_scale, labels, scheduler, steps):
@@ -72,26 +74,25 @@ def drawings(model, codec, schedule, guidance_scale, labels, scheduler, steps):
             yield images
 
 
-def compare(judge, draw, runs, labels, measurement, output, device) -> None:
-    """Judge each sampler in turn; the table so far is written after every one."""
-    from d_emo.evaluation import judge_sampler, sampler_table
+def compare(metrics, draw, runs, labels, measurement, output, device) -> None:
+    """Measure each sampler in turn; the table so far is written after every one."""
+    from d_emo.evaluation import measure_timed, sampler_table
     from d_emo.io.card import describe_hardware
 
     rows: list[dict] = []
-    measurement |= {"features": judge.extractor.name, "hardware": describe_hardware(device), "rows": rows}
+    measurement |= {"features": metrics.extractor.name, "hardware": describe_hardware(device), "rows": rows}
     for scheduler, steps in runs:
         rows.append({"scheduler": scheduler, "steps": steps,
-                     **judge_sampler(judge, draw(labels.tolist(), scheduler, steps), labels)})  # fmt: skip
-        table = sampler_table(rows, len(labels))
+                     **measure_timed(metrics, draw(labels.tolist(), scheduler, steps), labels)})  # fmt: skip
+        table = sampler_table(metrics.values, rows, len(labels))
         print(table if len(rows) == 1 else table.rpartition("\n")[2], flush=True)
         output.with_suffix(".md").write_text(table + "\n")
         output.with_suffix(".json").write_text(json.dumps(measurement, indent=1) + "\n")
     print(f"\nwritten to {output.with_suffix('.md')}, with all settings to {output.with_suffix('.json')}")
 
 
-def show(settings, snapshot, figures, draw, measurement) -> None:
-    """Draw the picture of ten classes; write and print the figures."""
-    import torch
+def show(settings, snapshot, compared, draw, measurement) -> None:
+    """Draw the picture of ten classes; write and print the metric values."""
 
     from d_emo.io import card
     from d_emo.sampling import draw_grid, save_png
@@ -100,18 +101,18 @@ def show(settings, snapshot, figures, draw, measurement) -> None:
     shown = [index * len(names) // 10 for index in range(10)]
     images = torch.cat(list(draw([label for label in shown for _ in range(10)])))
     save_png(draw_grid(images, [f"{label}: {names[label]}" for label in shown], 10), output, vars(settings))
-    how = f"{settings.steps} steps of {DEFAULT_SCHEDULERS[snapshot.objective]}, images {settings.num_images}"
+    how = f"{settings.steps} steps of {OBJECTIVES[snapshot.objective].scheduler}, images {settings.num_images}"
     measurement |= {
         "conditions": f"guidance {settings.guidance_scale:g}, {how}",
-        "figures": [{**figure._asdict(), "value": round(figure.value, 2)} for figure in figures],
+        "figures": [each.to_dict() for each in compared],
     }
     output.with_suffix(".json").write_text(json.dumps(measurement, indent=1) + "\n")
-    print(f"picture      {output}  (seeds 0 to 99; the figures beside it as JSON)")
-    print(f"settings     {measurement['conditions']}")
-    for name, value, remark in figures:
-        indent = "" if name == "recognised" or name.startswith("FID") else "  "
-        print(f"{indent + name:<12} {value:<7.2f} {remark}")
+    print(f"picture         {output}  (seeds 0 to 99; the values beside it as JSON)")
+    print(f"settings        {measurement['conditions']}")
+    print(f"features        {measurement['features']}")
+    for each in compared:
+        print(f"{each.name:<15} {each.shown:<8} {each.remark}")
     if settings.write_card:
         shutil.copy(output, snapshot.path / card.PICTURE)
-        print(f"card         {card.add_measurement(snapshot.path, measurement)}")
+        print(f"card            {card.add_measurement(snapshot.path, measurement)}")
 

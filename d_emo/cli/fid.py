@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from accelerate import PartialState  # after parsing, so that --help and typing errors need no torch
 
 from d_emo.config import FidSettings, check_guidance
 from d_emo.evaluation import Measurement
+from d_emo.tables import OBJECTIVES
 from d_emo.threads import use_threads
 
 
@@ -43,7 +45,7 @@ def draw_and_measure(settings: FidSettings, measurement, state):
 
     snapshot = load_denoiser(settings.checkpoint)
     check_guidance(settings.guidance_scale, label_dropout=snapshot.label_dropout)
-    settings.scheduler = settings.scheduler or ("ddpm" if snapshot.objective == "eps" else "euler")
+    settings = replace(settings, scheduler=settings.scheduler or OBJECTIVES[snapshot.objective].table_scheduler)
     model, codec = snapshot.model.to(state.device), load_codec(snapshot.codec).to(state.device)
     scheduler, classes = make_scheduler(settings.scheduler, snapshot.scheduler_config), len(snapshot.class_names)
     set_steps(scheduler, settings.steps)  # refuses before a network is loaded

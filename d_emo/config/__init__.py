@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import in_flags, parse_settings, run_cli, setting, write_yaml
+from d_emo.config.base import Settings, in_flags, parse_settings, run_cli, setting, write_yaml
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
@@ -11,7 +11,6 @@ from d_emo.config.benchmarking import (
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.measuring import (
-    METRICS,
     PUBLISHED_COUNT,
     EvaluateClassifierSettings,
     ExplainSettings,
@@ -20,11 +19,9 @@ from d_emo.config.measuring import (
     ModelsSettings,
     PlotSettings,
     ReferenceSettings,
-    parse_metrics,
 )
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
-    DEFAULT_SCHEDULERS,
     DEFAULT_STEPS,
     AppSettings,
     SampleSettings,
@@ -49,7 +46,6 @@ __all__ = [
     "ClassifierSettings",
     "ConvertSettings",
     "DEFAULT_GUIDANCE",
-    "DEFAULT_SCHEDULERS",
     "DEFAULT_STEPS",
     "DataSettings",
     "DenoiserBenchmarkSettings",
@@ -59,20 +55,19 @@ __all__ = [
     "ExportSettings",
     "FidSettings",
     "JudgeSettings",
-    "METRICS",
     "ModelsSettings",
     "PUBLISHED_COUNT",
     "PlotSettings",
     "ReferenceSettings",
     "RunSettings",
     "SampleSettings",
+    "Settings",
     "StudySettings",
     "TrainSettings",
     "VAESettings",
     "check_guidance",
     "in_flags",
     "is_folder",
-    "parse_metrics",
     "parse_settings",
     "run_cli",
     "setting",

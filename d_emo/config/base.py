@@ -1,80 +1,135 @@
-"""What every script needs of its settings: declaring, reading, writing them, and ending on a bad one."""
+"""What every verb needs of its settings: declaring, checking, reading, writing them, and ending on a bad one."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from d_emo.config.ranges import Range
 from d_emo.errors import InputError, RunError, fields_as
 from d_emo.files import write_file
 
-S = TypeVar("S")
+S = TypeVar("S", bound="Settings")
 
 
-def setting(default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None) -> Any:
-    """A field of a settings class: its default and the sentence that ``--help`` shows."""
-    metadata = {"help": help, "flag": flag, "nargs": nargs}
+def setting(
+    default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None, *,
+    group: str | None = None, choices: Mapping[str, Any] | None = None, resumable: bool = False,
+    decisive: bool | None = None,
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: Its default; without one it is required.
+        help: The sentence that ``--help`` shows.
+        flag: What it is called on the command line, where that is not ``--`` and its name; capitals: positional.
+        nargs: How many values it takes.
+        group: Heading in ``--help``, also of the fields after it.
+        choices: A table whose names it takes.
+        resumable: Whether a run that is resumed may have another value.
+        decisive: Whether it may change a run's result. Default: unless it is resumable.
+    """
+    metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices,
+                "resumable": resumable, "decisive": not resumable if decisive is None else decisive}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def parse_settings(settings_class: type[S], description: str, argv: Sequence[str] | None = None) -> S:
-    """Read settings from the command line; ``--config FILE`` reads YAML first, later flags override it.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings: they do not change, and every value is checked when they are made.
 
     Raises:
-        InputError: An unknown key or flag, or a value of a wrong type.
+        InputError: A value of a wrong type or outside of its range; settings that do not go together.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
-    hints = get_type_hints(settings_class)
-    for each in fields(settings_class):
-        options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
-        if each.default is not MISSING:
-            options["default"] = each.default
-        elif each.default_factory is not MISSING:
-            options["default"] = each.default_factory()
-            options["nargs"] = "+"
-            options["type"] = options["type"].__args__[0]
-        elif each.metadata.get("flag") == each.name:  # without dashes: positional
-            parser.add_argument(each.name, nargs="+", type=options["type"].__args__[0], help=options["help"])
-            continue
-        else:
-            options["required"] = True
-        if options["type"] is bool:
-            options |= {"nargs": "?", "const": True}  # --compile means --compile true
-        if each.metadata.get("nargs"):
-            options["nargs"], options["type"] = each.metadata["nargs"], str
-        flag = _flag(each)
-        if flag.isupper():  # the word for a positional argument in --help
-            options.pop("required", None)
-            parser.add_argument(each.name, metavar=flag, **options)
-        else:
-            parser.add_argument(flag, dest=each.name, **options)
-    try:
-        values = parser.parse_args(argv)
-    except ArgumentError as error:
-        flags = {each.name: _flag(each) for each in fields(settings_class)}
-        raise InputError(f"{_sentence(str(error), flags, hints)} (--help lists what is accepted)") from None
+    def __post_init__(self) -> None:
+        for name, hint in type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        for each in fields(self):
+            value, table = getattr(self, each.name), each.metadata.get("choices")
+            if table is not None and value is not None and value not in table:
+                raise InputError(_one_of(each.name, table, value))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that do not go together."""
+
+    def resolve(self: S, **facts: Any) -> S:
+        """Settings in which nothing is left open that the others and ``facts`` decide."""
+        return self
+
+    @classmethod
+    def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
+        """Resolved settings from a dictionary, as a YAML file would hold it.
+
+        Raises:
+            InputError: An unknown key, or a value that cannot be used; names fields.
+        """
+        return _read(cls, "", lambda parser: parser.parse_object(dict(mapping)), lambda name: f"`{name}`")
+
+    @classmethod
+    def marked(cls, mark: str) -> set[str]:
+        """Names of the fields with a mark of `setting`: "resumable", "decisive"."""
+        return {each.name for each in fields(cls) if each.metadata.get(mark)}
+
+
+@cache
+def type_hints(settings_class: type[Any]) -> dict[str, Any]:
+    """Types of the fields by name, with their ranges."""
+    return get_type_hints(settings_class, include_extras=True)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    arguments, origin = get_args(hint), get_origin(hint)
+    if origin is Annotated:
+        for limits in arguments[1:]:
+            if isinstance(limits, Range):
+                limits.check(name, value, arguments[0])
+    elif origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return
+        for kind in arguments:
+            if kind is not NoneType:
+                _check_type(name, value, kind)
+    elif origin is list and isinstance(value, list | tuple):
+        for each in value:
+            _check_type(name, each, arguments[0])
+    elif origin is Literal and value not in arguments:
+        raise InputError(_one_of(name, [str(each) for each in arguments], value))
+
+
+def _one_of(name: str, known: Any, value: Any) -> str:
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"`{name}` must be one of {', '.join(known)}, not {value}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def parse_settings(settings_class: type[S], description: str, argv: Sequence[str] | None = None) -> S:
+    """Read resolved settings from the command line; ``--config FILE`` reads YAML first, later flags override it.
+
+    Raises:
+        InputError: An unknown key or flag, or a value that cannot be used; names flags.
+    """
+    flags = {each.name: flag_of(each) for each in fields(settings_class)}
     with in_flags(settings_class):
-        return settings_class(**{each.name: values[each.name] for each in fields(settings_class)})
+        return _read(settings_class, description, lambda parser: parser.parse_args(argv), flags.__getitem__)
 
 
 @contextmanager
 def in_flags(settings_class: type[Any]) -> Iterator[None]:
     """Errors that name settings name their flags instead, as a user of the command line knows them."""
-    flags = {each.name: _flag(each) for each in fields(settings_class)}
+    flags = {each.name: flag_of(each) for each in fields(settings_class)}
     try:
         yield
     except (InputError, RunError) as error:
@@ -82,9 +137,60 @@ def in_flags(settings_class: type[Any]) -> Iterator[None]:
         raise
 
 
-def _flag(one: Field) -> str:
+def flag_of(one: Field) -> str:
     """What a setting is called on the command line."""
     return one.metadata.get("flag") or "--" + one.name.replace("_", "-")
+
+
+def make_parser(settings_class: type[Any], description: str) -> Any:
+    """The parser of a settings class."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    hints, group = get_type_hints(settings_class), parser
+    for each in fields(settings_class):
+        if each.metadata.get("group"):
+            group = parser.add_argument_group(each.metadata["group"])
+        options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
+        if each.metadata.get("choices") is not None:
+            options["help"] += f" ({', '.join(each.metadata['choices'])})"
+        if each.default is not MISSING:
+            options["default"] = each.default
+        elif each.default_factory is not MISSING:
+            options["default"] = each.default_factory()
+            options["nargs"] = "+"
+            options["type"] = options["type"].__args__[0]
+        elif each.metadata.get("flag") == each.name:  # without dashes: positional
+            group.add_argument(each.name, nargs="+", type=options["type"].__args__[0], help=options["help"])
+            continue
+        else:
+            options["required"] = True
+        if options["type"] is bool:
+            options |= {"nargs": "?", "const": True}  # --compile means --compile true
+        if each.metadata.get("nargs"):
+            options["nargs"], options["type"] = each.metadata["nargs"], str
+        flag = flag_of(each)
+        if flag.isupper():  # the word for a positional argument in --help
+            options.pop("required", None)
+            group.add_argument(each.name, metavar=flag, **options)
+        else:
+            group.add_argument(flag, dest=each.name, **options)
+    return parser
+
+
+def _read(
+    settings_class: type[S], description: str, read: Callable[[Any], Any], called: Callable[[str], str]
+) -> S:
+    from jsonargparse import ArgumentError
+
+    parser = make_parser(settings_class, description)
+    try:
+        values = read(parser)
+    except ArgumentError as error:
+        names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
+        raise InputError(f"{_sentence(str(error), names, hints)} (--help lists what is accepted)") from None
+    return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
 
 
 def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
@@ -112,19 +218,13 @@ def in_words(kind: Any) -> str:
     return words.get(get_origin(kind) or kind, "text")
 
 
-def check_image_side(image_size: int | None) -> None:
-    """Refuse a size below the stride of a classifier's last map."""
-    if image_size is not None and image_size < 32:
-        raise InputError(f"`image_size` must be at least 32 px, as classifiers halve it five times, not {image_size}")
-
-
 def write_yaml(settings: Any, path: Path) -> None:
     """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
     write_file(path, yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an :class:`InputError` becomes one sentence on stderr and exit code 2."""
+    """Run a script's ``main``; an `InputError` becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except InputError as error:

@@ -5,51 +5,45 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from d_emo.config.base import setting
+from d_emo.config.base import Settings, setting
+from d_emo.config.ranges import ClassifierSide, Count, Depth, ImageSide, Threads
 from d_emo.errors import InputError
+from d_emo.tables.models import SIZES
 
 
-@dataclass(kw_only=True)
-class BenchmarkSettings:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(Settings):
     """What both benchmarks share."""
 
-    batch_size: int = setting(8, "images or latents per step")
-    rounds: int = setting(7, "measured rounds; in a round every case runs once, after one round to warm up")
+    batch_size: Count = setting(8, "images or latents per step")
+    rounds: Count = setting(7, "measured rounds; in a round every case runs once, after one round to warm up")
     clock: Literal["wall", "cpu"] = setting("wall", "cpu: this process's own time, for a machine shared with others")
-    threads: int | None = setting(None, "CPU threads. Default: PyTorch's choice")
+    threads: Threads | None = setting(None, "CPU threads. Default: PyTorch's choice")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
     profile: bool = setting(False, "also where the time goes, by operator, in as many rounds more")
     output: str | None = setting(None, "folder for table.md, results.json and plot.png. Default: print the table only")
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"`{name}` must be at least 1, got {value}")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DenoiserBenchmarkSettings(BenchmarkSettings):
     """Settings of ``scripts/benchmark.py denoisers``."""
 
     sizes: list[str] = setting(["S"], "of Ti, S, B, L and XL")
-    pixels: list[int] = setting([256], "image sizes; the latents are an eighth of them")
+    pixels: list[ImageSide] = setting([256], "image sizes; the latents are an eighth of them")
     work: Literal["both", "training", "inference"] = setting("both", "what is measured")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
     compile: bool = setting(False, "measure each network compiled too")
-    depth: int | None = setting(None, "blocks of every network, to try things out. Default: the size's own")
+    depth: Depth | None = setting(None, "blocks of every network, to try things out. Default: the size's own")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = ("Ti", "S", "B", "L", "XL")
+    def check(self) -> None:
+        known = SIZES
         for size in self.sizes:
             if size not in known:
                 raise InputError(f"`sizes` {size!r} is none of {', '.join(known)}")
         for pixels in self.pixels:
             if pixels < 64 or pixels % 16:
                 raise InputError(f"`pixels` {pixels} must be at least 64 and a multiple of 16, for whole patches")
-        if self.depth is not None and self.depth < 1:
-            raise InputError(f"`depth` must be at least 1, got {self.depth}")
 
 
 PEERS = [
@@ -58,20 +52,15 @@ PEERS = [
 ]  # fmt: skip
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifierBenchmarkSettings(BenchmarkSettings):
     """Settings of ``scripts/benchmark.py classifiers``."""
 
     models: list[str] = setting(["emov2_1m", "emov2_2m", "emov2_5m"], "ours, each beside its plain transcription")
     peers: list[str] = setting(PEERS, "of timm, fused where they have a fused form")
-    image_size: int = setting(224, "side of the square images in pixels")
-    batch_size: int = setting(16, "images per step")
+    image_size: ClassifierSide = setting(224, "side of the square images in pixels")
+    batch_size: Count = setting(16, "images per step")
     compile: bool = setting(False, "measure each network compiled too")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_size < 32:
-            raise InputError(f"`image_size` must be at least 32, got {self.image_size}")
 
 
 BENCHMARKS: dict[str, type[Any]] = {"denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings}

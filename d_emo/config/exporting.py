@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from d_emo.config.base import check_image_side, setting
+from d_emo.config.base import Settings, setting
+from d_emo.config.ranges import ClassifierSide, Positive
 
 
-@dataclass(kw_only=True)
-class ExportSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
     """Settings of ``scripts/export.py``."""
 
     model: str = setting(
@@ -16,15 +17,14 @@ class ExportSettings:
         "convert_weights.py, or a name of list_models() with random weights", flag="MODEL"
     )
     output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
-    image_size: int | None = setting(None, "side of a classifier's images in pixels. Default: the classifier's")
-    tolerance: float = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+    image_size: ClassifierSide | None = setting(
+        None, "side of a classifier's images in pixels. Default: the classifier's"
+    )
+    tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
 
-    def __post_init__(self):
-        check_image_side(self.image_size)
 
-
-@dataclass(kw_only=True)
-class ConvertSettings:
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Settings):
     """Settings of ``scripts/convert_weights.py``."""
 
     source: str = setting(help="a released .pth file, or a snapshot folder of a classifier", flag="IN")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d_emo.config.base import setting
+from d_emo.config.base import Settings, setting
+from d_emo.config.ranges import Images, NotNegative, Seed
+from d_emo.config.sampling import DEFAULT_STEPS
 from d_emo.errors import InputError
+from d_emo.tables import OBJECTIVES
 
 
-@dataclass(kw_only=True)
-class StudySettings:
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Settings):
     """Settings of ``scripts/compare.py``; ``configs/study/`` has some."""
 
     title: str = setting(help="heading of the report")
@@ -26,7 +29,7 @@ class StudySettings:
         "the shared ones. {of: NAME, norm_buffers: initial} measures another run's weights with the batch norms' "
         "averages as they were before training"
     )
-    seeds: list[int] = setting([0, 1, 2], "every run is trained once with each")
+    seeds: list[Seed] = setting([0, 1, 2], "every run is trained once with each")
     tables: dict[str, list[str]] | None = setting(
         None, "tables of the report: heading, then names of runs; the first is what the others are compared with. "
         "Default: one table of all runs"
@@ -44,8 +47,8 @@ class StudySettings:
     )
     fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
     measure: Literal["all", "last"] = setting("all", "every snapshot of a run, or the last one only")
-    num_images: int = setting(1000, "images to draw for each measurement")
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    num_images: Images = setting(1000, "images to draw for each measurement")
+    guidance_scale: NotNegative = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
     samplers: dict[str, str] | None = setting(
         None, "sampler and steps by objective, for --judge and for pictures. Default: {eps: 'dpm++:30', flow: "
         "'euler:30'}"
@@ -58,7 +61,7 @@ class StudySettings:
     report_only: bool = setting(False, "train nothing and measure no snapshot, write the report of what is complete")
     plan: bool = setting(False, "train nothing: measure each model's speed here, print what the study will cost")
 
-    def __post_init__(self):
+    def check(self) -> None:
         if (self.judge is None) == (self.reference is None):
             raise InputError("give a study either a judge (a classifier) or a reference (for scripts/fid.py)")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
@@ -66,23 +69,28 @@ class StudySettings:
         if self.data_dir is not None:
             if self.encode is None:
                 raise InputError(f"`data_dir` {self.data_dir} is for studies that encode their data; this one does not")
-            self.encode = self.encode | {"data_dir": self.data_dir}
         if not self.runs:
             raise InputError("a study needs at least one run")
-        if self.num_images < 2:
-            raise InputError(f"{self.num_images} images were asked for (`num_images`); a covariance needs at least two")
-        self.samplers = {"eps": "dpm++:30", "flow": "euler:30"} | (self.samplers or {})
-        for each in self.samplers.values():
+        for each in (self.samplers or {}).values():
             name, _, steps = each.rpartition(":")
             if not name or not steps.isdecimal():
                 raise InputError(f"`samplers` takes NAME:STEPS, e.g. dpm++:20, not {each}")
-        self.tables = self.tables or {"All runs": list(self.runs)}
-        named = [name for names in (*self.tables.values(), self.norm_gap, self.only) for name in names]
+        tables = self.tables or {}
+        named = [name for names in (*tables.values(), self.norm_gap, self.only) for name in names]
         named += [run["of"] for run in self.runs.values() if "of" in run]
         known = ", ".join(map(repr, self.runs))
         for name in named:
             if name not in self.runs:
                 raise InputError(f"the study names a run {name!r} that it does not have; it has {known}")
-        for heading, names in self.tables.items():
+        for heading, names in tables.items():
             if not names:
                 raise InputError(f"the table {heading!r} of the study names no runs")
+
+    def resolve(self, **facts: Any) -> StudySettings:
+        """The images to encode, a sampler for every objective, and tables of all runs where none are named."""
+        samplers = {name: f"{row.scheduler}:{DEFAULT_STEPS}" for name, row in OBJECTIVES.items()}
+        encode = self.encode if self.data_dir is None else {**self.encode, "data_dir": self.data_dir}
+        return replace(
+            self, encode=encode, samplers=samplers | (self.samplers or {}),
+            tables=self.tables or {"All runs": list(self.runs)},
+        )

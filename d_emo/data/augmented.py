@@ -106,6 +106,7 @@ class CentreCroppedFolder(ImageFolder):
         return load_image(self.files[index], self.image_size, crop=self.crop)
 
     def crop(self, image: Image.Image, image_size: int) -> Image.Image:
+        """The square in the middle of an image, as classifiers are measured."""
         scale = self.shorter / min(image.size)
         width, height = (max(image_size, round(n * scale)) for n in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -68,7 +68,7 @@ def load_image(
 class StoredImages(ClassImages):
     """Labelled images that are read from somewhere, some of which may be unreadable or too small.
 
-    A kind of storage gives :meth:`load` and :meth:`origin`.
+    A kind of storage gives `load` and `origin`.
 
     Args:
         labels: Class id of each image.
@@ -88,7 +88,7 @@ class StoredImages(ClassImages):
 
     @abstractmethod
     def load(self, index: int) -> torch.Tensor:
-        """Image ``index``, or an :class:`InputError` that names it. Shape: (3, image_size, image_size)."""
+        """Image ``index``, or an `InputError` that names it. Shape: (3, image_size, image_size)."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -64,7 +64,10 @@ class HubStream(StoredImages):
     Args:
         length: Number of images, where the data set does not tell.
 
-    The others as for :class:`HubImages`; the label column must carry its class names.
+    The others as for `HubImages`; the label column must carry its class names.
+
+    Raises:
+        InputError: The data set does not say what a stream needs: columns, class names, its length.
     """
 
     name = "hf"

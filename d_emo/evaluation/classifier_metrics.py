@@ -1,4 +1,4 @@
-"""A classifier as the judge of drawings of its own classes: FID in its features, and whether it sees what was asked."""
+"""Metrics of images by a classifier of their classes: distances in its features, and whether it sees their class."""
 
 from __future__ import annotations
 
@@ -11,73 +11,147 @@ import torch
 from d_emo.data import ClassImages, open_dataset, spread, to_uint8
 from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
-from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
+from d_emo.evaluation.metrics import Gathered
+from d_emo.evaluation.statistics import is_constant
+from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, METRICS, MetricValue, class_values, load
 
 REAL_IMAGES, HELD_OUT_IMAGES = 5000, 1000  # at most, of training and of held-out data
 BATCH = 100
-SHAPES_PARTS = {"shape": 100, "colour": 10, "ground": 1}  # class id = 100 shape + 10 colour + ground, each 0 to 9
 
 
-class Figure(NamedTuple):
-    """One number of a measurement, and what it says."""
+class ClassifierMetrics:
+    """A classifier that measures sets of images against real ones of its classes, a batch of pixels at a time.
 
-    name: str
-    value: float
-    remark: str
-
-
-class Verdict(NamedTuple):
-    """What a judge saw in a set of images.
-
-    Attributes:
-        statistics: Of their features.
-        features: Of each image, for precision and recall. Shape: (N, dim) float32.
-        classes: The likeliest class of each. Shape: (N,) int64.
-    """
-
-    statistics: FeatureStatistics
-    features: torch.Tensor
-    classes: torch.Tensor
-
-
-class Judge:
-    """A classifier that measures images against real ones of its classes, a batch in memory at a time.
+    It measures the rows of ``d_emo.tables.METRICS`` that are marked ``by_classifier``, in its features, and
+    ``class_values``, by its answers.
 
     Args:
         extractor: Its features and logits.
-        real: Batches of real images. Shape: (B, 3, H, W) uint8.
+        real: Real images, of which at most 5000 are looked at.
+        data: Name of the data set, whose row says what the classes and their parts are; any name, or None.
         device: Where the classifier is.
 
     Attributes:
-        real: What it saw in the real images.
+        values: What it measures, in the order of tables.
 
     Raises:
         InputError: Fewer than two real images, or features that are not finite or all the same.
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, real: Iterable[torch.Tensor], *, device: torch.device | str = "cpu"
-    ):
+        self, extractor: FeatureExtractor, real: ClassImages, *, data: str | None = None,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         self.extractor, self._device = extractor, device
-        self.real = self.look(real)
-        if is_constant(self.real.statistics):
+        self._rows = [row for row in METRICS.values() if row.by_classifier]
+        in_features = [value for row in self._rows for value in row.values]
+        self.values: tuple[MetricValue, ...] = (*in_features, *class_values(data))
+        self._data = DATASETS[data] if data in DATASETS else None
+        self._real = self._gather(batches_of(real, REAL_IMAGES), min(len(real), REAL_IMAGES))
+        if is_constant(self._real.pooled):
             raise InputError(f"{extractor.name} gives all real images the same features; name a trained classifier")
 
-    def look(self, batches: Iterable[torch.Tensor]) -> Verdict:
-        """See a set of images. Shape of a batch: (B, 3, H, W) uint8."""
-        dim, classes = self.extractor.dim, [torch.zeros(0, dtype=torch.long)]
-        statistics, features = FeatureStatistics(dim), [torch.zeros(0, dim)]
-        for images in batches:
-            pooled = self.extractor(images.to(self._device))
-            statistics.update(pooled)
-            features.append(pooled.float().cpu())
-            classes.append(self.extractor.logits(pooled).argmax(dim=1).cpu())
-        return Verdict(statistics, torch.cat(features), torch.cat(classes))
+    def measure(self, batches: Iterable[torch.Tensor], labels: torch.Tensor) -> dict[str, float]:
+        """Measure a set of images: numbers by the names of ``values``, those of classes in percent.
 
-    def fid(self, verdict: Verdict) -> float:
-        """Distance of a set of images from the real ones."""
-        ours, real = verdict.statistics, self.real.statistics
-        return frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+        A metric that needs more images than these is left out.
+
+        Args:
+            batches: The images. Shape: (B, 3, H, W) uint8.
+            labels: Their classes, or those that were asked for. Shape: (N,) int64.
+
+        Raises:
+            ValueError: There are more images than labels, or fewer.
+        """
+        answers: list[torch.Tensor] = []
+        empty: list[torch.Tensor] = []
+        gathered = self._gather(batches, len(labels), answers, empty)
+        classes = torch.cat(answers) if answers else labels[:0]
+        if len(classes) != len(labels):
+            raise ValueError(f"{len(classes)} images came with {len(labels)} labels; give one label per image")
+        measured: dict[str, float] = {}
+        for row in self._rows:
+            if row.least <= len(labels):
+                measured |= load(row.compute)(gathered, self._real, "cpu")
+        right = {CLASS_ACCURACY.name: classes == labels}
+        for part, place in (self._data.label_parts if self._data else {}).items():
+            right[part] = classes // place % 10 == labels // place % 10
+        if empty:
+            right[EMPTY.name] = torch.cat(empty)
+        return measured | {name: 100 * each.float().mean().item() for name, each in right.items()}
+
+    def measure_real(self, images: ClassImages, limit: int | None = None) -> dict[str, float]:
+        """The same of real images, at most ``limit`` of them (default: 1000): what drawn ones could reach."""
+        limit = limit or HELD_OUT_IMAGES
+        labels = torch.tensor([images.label(index) for index in spread(len(images), limit)])
+        return self.measure(batches_of(images, limit), labels)
+
+    def measure_noise(self, count: int, image_size: tuple[int, int]) -> dict[str, float]:
+        """What is measured in features, of noise: what images of nothing get.
+
+        Args:
+            count: Of images.
+            image_size: (height, width) in pixels.
+        """
+        generator = torch.Generator().manual_seed(0)
+        sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+        noise = (torch.randint(256, (size, 3, *image_size), generator=generator, dtype=torch.uint8) for size in sizes)
+        measured = self.measure(noise, torch.zeros(count, dtype=torch.long))
+        by_classes = {value.name for value in class_values(self._data and self._data.name)}
+        return {name: value for name, value in measured.items() if name not in by_classes}
+
+    def _gather(
+        self, batches: Iterable[torch.Tensor], count: int, answers: list | None = None, empty: list | None = None
+    ) -> Gathered:
+        """Features of all images; the likeliest class of each goes to ``answers``, whether it is empty to ``empty``."""
+        gathered = Gathered(self.extractor, {"pooled"}.union(*(row.needs for row in self._rows)), count)
+        is_empty = load(self._data.is_empty) if self._data and self._data.is_empty else None
+        for images in batches:
+            features = self.extractor.extract(images.to(self._device))
+            gathered.update(features)
+            if answers is not None:
+                answers.append(self.extractor.logits(features["pooled"]).argmax(dim=1).cpu())
+            if empty is not None and is_empty is not None:
+                empty.append(is_empty(images))
+        return gathered
+
+
+class ComparedValue(NamedTuple):
+    """A metric value of drawn images, as a number and as text, and what real images and noise get, in words."""
+
+    name: str
+    value: float
+    shown: str
+    remark: str
+
+    def to_dict(self) -> dict[str, str | float]:
+        """As snapshots' cards take it."""
+        return {"name": self.name, "value": float(f"{self.value:.5g}"), "remark": self.remark}
+
+
+def compare_with_real(
+    metrics: ClassifierMetrics, drawn: Mapping[str, float], count: int, held_out: ClassImages | None,
+    image_size: tuple[int, int],
+) -> list[ComparedValue]:
+    """What was measured of drawn images, each value between those of real held-out images and of noise.
+
+    Args:
+        metrics: By which it was measured.
+        drawn: What `ClassifierMetrics.measure` gave.
+        count: How many images were drawn.
+        held_out: Real images that the denoiser has not seen; may be None.
+        image_size: (height, width) of the noise in pixels.
+    """
+    real = {} if held_out is None else metrics.measure_real(held_out)
+    others = count if held_out is None else min(len(held_out), HELD_OUT_IMAGES)
+    noise = metrics.measure_noise(others, image_size)
+    compared = []
+    for value in metrics.values:
+        if value.name in drawn:
+            found = {f"{others} real held-out images": real, f"{others} images of noise": noise}
+            remark = ", ".join(f"{value.show(each)} of {what}" for what, each in found.items() if value.name in each)
+            compared.append(ComparedValue(value.title_for(count), drawn[value.name], value.show(drawn), remark))
+    return compared
 
 
 def open_real(
@@ -104,6 +178,8 @@ def open_real(
 
     if data_dir is None and validate_dir is not None:
         raise InputError(f"`validate_dir` {validate_dir} belongs to a `data_dir`; give both or neither")
+    if data_dir is None and data not in DATASETS:
+        raise InputError("the snapshot was trained on no built-in data; name the folder of its images (`data_dir`)")
     real = opened(data_dir, "train", REAL_IMAGES)
     if data_dir is not None and validate_dir is None:
         return real, None
@@ -111,7 +187,10 @@ def open_real(
 
 
 def batches_of(images: ClassImages, limit: int) -> Iterator[torch.Tensor]:
-    """At most ``limit`` images, spread evenly over the set. Shape of a batch: (B, 3, H, W) uint8."""
+    """At most ``limit`` images, spread evenly over the set. Shape of a batch: (B, 3, H, W) uint8.
+
+    Shape: -> batches (B, 3, H, W) uint8.
+    """
     chosen = spread(len(images), limit)
     for start in range(0, len(chosen), BATCH):
         yield to_uint8(torch.stack([images[index][0] for index in chosen[start : start + BATCH]]))
@@ -122,47 +201,12 @@ def even_labels(count: int, classes: int) -> torch.Tensor:
     return torch.tensor(spread(classes, count)) if count < classes else torch.arange(count) * classes // count
 
 
-def judge_drawings(
-    judge: Judge, drawn: Verdict, labels: torch.Tensor, *, held_out: ClassImages | None, image_size: int,
-    parts: Mapping[str, int] | None = None,
-) -> list[Figure]:
-    """All figures of a set of drawings: its FID between those of real images and of noise, and what was recognised.
+def measure_timed(metrics: ClassifierMetrics, batches: Iterable[torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
+    """Measure images while they are drawn; beside the values, "seconds" and "images_per_second" of the drawing alone.
 
     Args:
-        judge: The judge.
-        drawn: What it saw in the drawings.
-        labels: Classes that were asked for. Shape: (N,).
-        held_out: Real images that the denoiser has not seen, for the floor; may be None.
-        image_size: Side of the noise in pixels, for the ceiling.
-        parts: Places of the decimal digits of a class id, by name, where they mean something.
-    """
-    count = len(drawn.classes)
-    figures = [Figure(f"FID-{count}", judge.fid(drawn), f"of drawn images, in the features of {judge.extractor.name}")]
-    shares = [("recognised", drawn.classes == labels, "of the drawn images are the class asked for, to the classifier")]
-    if held_out is not None:
-        real = judge.look(batches_of(held_out, HELD_OUT_IMAGES))
-        real_count = len(real.classes)
-        figures.append(Figure("floor", judge.fid(real), f"FID-{real_count} of real held-out images"))
-        asked = torch.tensor([held_out.label(index) for index in spread(len(held_out), HELD_OUT_IMAGES)])
-        shares.append(("real", real.classes == asked, "of real held-out images are their class, to it"))
-        count = real_count
-    generator = torch.Generator().manual_seed(0)
-    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    noise = (torch.randint(256, (size, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
-             for size in sizes)  # fmt: skip
-    figures.append(Figure("ceiling", judge.fid(judge.look(noise)), f"FID-{count} of noise"))
-    for name, place in (parts or {}).items():
-        right = drawn.classes // place % 10 == labels // place % 10
-        shares.append((name, right, f"of the drawn images have the {name}"))
-    return figures + [Figure(name, 100 * right.float().mean().item(), f"% {words}") for name, right, words in shares]
-
-
-def judge_sampler(judge: Judge, batches: Iterable[torch.Tensor], labels: torch.Tensor) -> dict[str, float]:
-    """Judge drawings while they are made: their FID, the share recognised, and the time of the drawing alone.
-
-    Args:
-        judge: The judge.
-        batches: StepNoise. Shape: (B, 3, H, W) uint8, on the CPU.
+        metrics: What measures.
+        batches: The images. Shape: (B, 3, H, W) uint8, on the CPU.
         labels: Classes that were asked for. Shape: (N,).
     """
     seconds = 0.0
@@ -175,16 +219,23 @@ def judge_sampler(judge: Judge, batches: Iterable[torch.Tensor], labels: torch.T
             yield images
             started = time.perf_counter()
 
-    verdict = judge.look(timed())
-    recognised = 100 * (verdict.classes == labels).float().mean().item()
-    return {"fid": judge.fid(verdict), "recognised": recognised, "seconds": seconds,
-            "images_per_second": len(labels) / seconds}  # fmt: skip
+    measured = metrics.measure(timed(), labels)
+    return measured | {"seconds": seconds, "images_per_second": len(labels) / seconds}
 
 
-def sampler_table(rows: Sequence[Mapping[str, Any]], num_images: int) -> str:
-    """The rows of :func:`judge_sampler`, each with its ``scheduler`` and ``steps``, as a Markdown table."""
-    head = f"| sampler | steps | FID-{num_images} | recognised | time | images/s |\n|---|---:|---:|---:|---:|---:|"
-    return "\n".join([head, *(
-        "| {scheduler} | {steps} | {fid:.2f} | {recognised:.1f} % | {seconds:.0f} s | {images_per_second:.2f} |"
-        .format_map(row) for row in rows
-    )])  # fmt: skip
+def sampler_table(values: Sequence[MetricValue], rows: Sequence[Mapping[str, Any]], count: int) -> str:
+    """Rows of `measure_timed`, each with its ``scheduler`` and ``steps``, as a Markdown table.
+
+    Args:
+        values: Of the classifier's metrics.
+        rows: What was measured so far.
+        count: How many images each sampler drew.
+    """
+    shown = [value for value in values if all(value.name in row for row in rows)]
+    titles = ["sampler", "steps", *(value.title_for(count) for value in shown), "time", "images/s"]
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    for row in rows:
+        cells = [row["scheduler"], row["steps"], *(value.show(row) for value in shown), f"{row['seconds']:.0f} s",
+                 f"{row['images_per_second']:.2f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

@@ -56,6 +56,9 @@ def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> li
         indices: Images.
         seed: Seed of the whole set.
         num_classes: How many classes there are.
+
+    Raises:
+        InputError: There are no classes, or no such way to draw them.
     """
     if num_classes < 1:
         raise InputError("the snapshot names no classes; labels cannot be drawn")
@@ -119,7 +122,7 @@ class FeatureShards:
         num_images: How many images the set has.
         layers: Length of each kind of features, by name.
         png_folder: Where to write images as PNG too; not at all by default.
-        keep_pixels: Whether to keep the images for :meth:`write_npz`.
+        keep_pixels: Whether to keep the images for `write_npz`.
     """
 
     def __init__(

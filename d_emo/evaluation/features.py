@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from d_emo.errors import InputError
-
-if TYPE_CHECKING:
-    from d_emo.io.snapshot import ClassifierSnapshot
+from d_emo.files import digest_of_file
+from d_emo.io.snapshot import load_classifier
+from d_emo.tables import load, parse_features
 
 DOWNLOAD_TIMEOUT_S = 30
 SPATIAL_CHANNELS = 7
@@ -42,7 +41,10 @@ class FeatureExtractor(Protocol):
         ...
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All features: ``pooled`` (B, dim), and ``spatial`` (B, spatial_dim) where there are such."""
+        """All features: ``pooled`` (B, dim), and ``spatial`` (B, spatial_dim) where there are such.
+
+        Shape: (B, 3, H, W) uint8 -> each (B, its dim) float.
+        """
         ...
 
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class InceptionFeatures:
         self._network = network.to(device)
         self._spatial: torch.Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        digest = _sha256(path)
+        digest = digest_of_file(path)
         self.published = digest.startswith(_published_digest())
         self.name = f"inception-v3-compat@{digest[:8]}"
 
@@ -128,8 +130,6 @@ class ClassifierFeatures:
     published = True  # nothing to compare with: the name says which snapshot it is
 
     def __init__(self, snapshot: str | Path, *, device: torch.device | str = "cpu"):
-        from d_emo.io.snapshot import load_classifier
-
         classifier = load_classifier(snapshot)
         self._model = classifier.model.to(device)
         self._image_size, self.class_names = classifier.image_size, classifier.class_names
@@ -157,56 +157,21 @@ class ClassifierFeatures:
 def create_extractor(
     features: str, *, inception_weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Make the extractor that ``features`` names: ``inception`` or ``emov2:SNAPSHOT``.
-
-    Raises:
-        InputError: Another name, or see the classes.
-    """
-    if features == "inception":
-        return InceptionFeatures(inception_weights, device=device)
-    kind, _, snapshot = features.partition(":")
-    if kind != "emov2" or not snapshot:
-        raise InputError(f"unknown `features` {features!r}; use inception or emov2:SNAPSHOT")
-    if inception_weights is not None:
-        raise InputError(f"`inception_weights` has no use with `features` {features}; leave one of them out")
-    return ClassifierFeatures(snapshot, device=device)
-
-
-@torch.no_grad()
-def class_accuracy(
-    classifier: ClassifierSnapshot,
-    images: torch.Tensor | Iterable[torch.Tensor],
-    labels: torch.Tensor | Sequence[int],
-    *,
-    batch_size: int = 64,
-) -> float:
-    """Share of images that the classifier assigns to the class that was asked for.
+    """Make an extractor of ``d_emo.tables.EXTRACTORS``.
 
     Args:
-        classifier: What ``load_classifier`` returns.
-        images: All images at once or batches of them. Shape: (N, 3, H, W) uint8.
-        labels: Class id asked for, one per image. Shape: (N,).
-        batch_size: How ``images`` are split if they come at once.
+        features: Its name, or NAME:WHAT for one that takes something: ``inception``, ``emov2:SNAPSHOT``.
+        inception_weights: Weights file, for one that has such.
+        device: Where it runs.
 
     Raises:
-        ValueError: No images, another number of labels than of images, or a label that the classifier does not know.
+        InputError: There is no such extractor, or see the classes.
     """
-    labels = torch.as_tensor(labels)
-    num_classes = len(classifier.class_names)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"labels {labels.min()} to {labels.max()} do not fit a classifier of {num_classes} classes")
-    device = next(classifier.model.parameters()).device
-    count = correct = 0
-    for batch in images.split(batch_size) if isinstance(images, torch.Tensor) else images:
-        asked = labels[count : count + len(batch)]
-        if len(asked) != len(batch):
-            raise ValueError(f"there are more images than the {len(labels)} labels")
-        logits = classifier.model(scale_for_classifier(batch.to(device), classifier.image_size))
-        correct += int((logits.argmax(dim=1).cpu() == asked.cpu()).sum())
-        count += len(batch)
-    if count == 0 or count != len(labels):
-        raise ValueError(f"{count} images came with {len(labels)} labels; give one label per image")
-    return correct / count
+    row, what = parse_features(features)
+    options = {"weights": inception_weights} if row.weights_file else {}
+    if inception_weights is not None and not options:
+        raise InputError(f"`inception_weights` has no use with the features {features}; leave one of them out")
+    return load(row.open)(*([what] if row.takes else []), device=device, **options)
 
 
 def scale_for_classifier(images: torch.Tensor, image_size: int) -> torch.Tensor:
@@ -238,8 +203,8 @@ def locate_inception_weights(weights: str | Path | None = None) -> Path:
         except (OSError, RuntimeError, HTTPException) as error:
             raise InputError(
                 f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
-                f"({error}); put the file there, or give `inception_weights` FILE, or measure with other features: "
-                "`features` emov2:SNAPSHOT"
+                f"({error}); put the file there, or name it (`inception_weights`), or measure with other `features`, "
+                "emov2:SNAPSHOT"
             ) from error
     return path
 
@@ -273,10 +238,6 @@ def _check_tensors_only(path: Path) -> None:
         raise InputError(f"{path} is not an intact weights file of tensors") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fingerprint(model: torch.nn.Module, digits: int = 8) -> str:

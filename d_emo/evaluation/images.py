@@ -1,11 +1,11 @@
-"""Where the images to be measured come from: folders, zips, ``.npz`` files, or batches made on the spot."""
+"""Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
 from __future__ import annotations
 
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
@@ -28,14 +28,14 @@ class ImageSource(Protocol):
 
     Attributes:
         name: Path or description, for messages.
-        image_size: (width, height) in pixels, or None if not known before reading.
-        num_images: How many there are, or None if not known before reading.
+        image_size: (width, height) in pixels.
+        num_images: How many there are.
         num_jpegs: How many of them are stored as JPEG.
     """
 
     name: str
-    num_images: int | None
-    image_size: tuple[int, int] | None
+    num_images: int
+    image_size: tuple[int, int]
     num_jpegs: int
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
@@ -151,56 +151,12 @@ class ZipImages(FolderImages):
         return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
 
 
-class IterableImages:
-    """Batches that something else makes, for instance a sampler.
-
-    Args:
-        images: Yields batches. Shape: (B, 3, H, W) uint8.
-        num_images: Stop after so many; by default, all that come.
-    """
-
-    name = "batches"
-    image_size = None
-    num_jpegs = 0
-
-    def __init__(self, images: Iterable[torch.Tensor], *, num_images: int | None = None):
-        if num_images is not None and num_images < 2:
-            raise InputError(f"{num_images} images were asked for; a covariance needs at least two")
-        self._images = images
-        self.num_images = num_images
-
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield the batches as they come (``batch_size`` is the maker's business), the last one cut to fit.
-
-        Raises:
-            ValueError: A batch is not uint8 of shape (B, 3, H, W), or its size differs from the first one's.
-            InputError: Fewer images came than were asked for.
-        """
-        count, size = 0, None
-        for batch in self._images:
-            if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
-                raise ValueError(f"batches must be uint8 (B, 3, H, W), not {batch.dtype} {tuple(batch.shape)}")
-            size = size or batch.shape[2:]
-            if batch.shape[2:] != size:
-                raise ValueError(f"batches of {tuple(size)} and of {tuple(batch.shape[2:])} px cannot be measured")
-            if self.num_images is not None:
-                batch = batch[: self.num_images - count]
-            count += len(batch)
-            yield batch
-            if count == self.num_images:
-                return
-        if self.num_images is not None:
-            raise InputError(f"{self.num_images} images were asked for, but only {count} came")
-
-
-def open_images(source: str | Path | Iterable[torch.Tensor], *, num_images: int | None = None) -> ImageSource:
-    """Open a folder, a zip, an ``.npz`` file or an iterable of batches.
+def open_images(source: str | Path, *, num_images: int | None = None) -> ImageSource:
+    """Open a folder, a zip or an ``.npz`` file.
 
     Raises:
         InputError: None of these, or see the classes of this module.
     """
-    if not isinstance(source, str | Path):
-        return IterableImages(source, num_images=num_images)
     path = Path(source)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return NpzImages(path, num_images=num_images)

@@ -4,60 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from d_emo.config import PUBLISHED_COUNT, FidSettings, parse_metrics
+from d_emo.config import PUBLISHED_COUNT, FidSettings
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation.feature_shards import ALONE, FeatureShards, Generate, Ranks, claim_folder, digest, read_provenance
-from d_emo.evaluation.features import FeatureExtractor, create_extractor
+from d_emo.evaluation.features import create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
-from d_emo.evaluation.metrics import Gathered, check_count, kernel_distance, precision_recall
+from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance, is_constant
-
-
-def compute_statistics(
-    source: str | Path | Iterable[torch.Tensor],
-    extractor: FeatureExtractor,
-    *,
-    num_images: int | None = None,
-    batch_size: int = FidSettings.batch_size,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> FeatureStatistics:
-    """Mean and covariance of the features of a set of images, one batch in memory at a time.
-
-    Args:
-        source: Folder, zip, ``.npz`` file, or batches. Shape of a batch: (B, 3, H, W) uint8.
-        extractor: Feature network.
-        num_images: How many images to take; from stored sets, spread evenly over their order.
-        batch_size: Images per call of the network, for folders and files.
-        device: Where the extractor runs; batches are moved there.
-        progress: Show a progress bar on a terminal.
-
-    Raises:
-        InputError: The images cannot be used, see ``open_images``, or a feature is not finite.
-    """
-    check_batch_size(batch_size)
-    statistics = FeatureStatistics(extractor.dim)
-    for batch in _show(open_images(source, num_images=num_images), batch_size, progress):
-        statistics.update(extractor(batch.to(device)))
-    return statistics
+from d_emo.evaluation.statistics import is_constant
+from d_emo.tables import METRICS, check_compared, load, parse_features, parse_metrics
 
 
 class Measurement:
     """A measurement whose arguments have been checked as far as can be done before a network runs.
 
     Args:
-        reference: Folder, zip, or ``.npz`` (images, or statistics of the same features); may be None for ``isc`` alone.
-        metrics: Of fid, sfid, isc, prc, kid.
-        features: ``inception`` or ``emov2:SNAPSHOT``.
+        reference: Folder, zip, or ``.npz`` (images, or statistics of the same features); may be None where no metric
+            compares with one.
+        metrics: Names in ``d_emo.tables.METRICS``.
+        features: As ``create_extractor`` takes them.
         inception_weights: Weights file of the Inception network; torch-fidelity's own by default.
         batch_size: Images per call of the network.
         output: JSON file to write; never overwritten.
@@ -77,15 +51,15 @@ class Measurement:
         check_batch_size(batch_size)
         if output is not None:
             check_output(Path(output))
-        if reference is None and self._metrics != ["isc"]:
-            raise InputError(f"`metrics` {' '.join(self._metrics)} compares with real images; give `reference`")
-        if "sfid" in self._metrics and features != "inception":
-            raise InputError(f"sFID is measured in Inception's spatial features, not in {features}; leave sfid out")
-        unused = reference is None or self._metrics == ["isc"]
-        self._reference = None if unused else Reference(reference, self._metrics, features)
+        check_compared(self._metrics, reference)
+        for name in self._metrics:
+            if "spatial" in METRICS[name].needs and not parse_features(features)[0].spatial:
+                raise InputError(f"{METRICS[name].title} ({name}) cannot be had of {features}; leave {name} out")
+        compares = any(METRICS[name].compares for name in self._metrics)
+        self._reference = Reference(reference, self._metrics, features) if compares else None
         self._features, self._inception_weights = features, inception_weights
         self._batch_size, self._output, self._progress = batch_size, output, progress
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = best_device(device)
 
     def of_images(self, samples: str | Path, *, num_images: int | None = None) -> Result:
         """Measure stored images; ``num_images`` of them, spread evenly over their order, or all.
@@ -165,9 +139,8 @@ class Measurement:
             self._reference.read(self.extractor)
 
     def _gathered(self, count: int, folder: Path) -> Gathered:
-        what = {"fid": "pooled", "sfid": "spatial", "isc": "score", "prc": "rows", "kid": "rows"}
-        needed = {what[name] for name in self._metrics} | {"pooled"}  # pooled: tells whether the images differ
-        return Gathered(self.extractor, needed, count, folder=folder)
+        needs = set().union({"pooled"}, *(METRICS[name].needs for name in self._metrics))  # pooled: do images differ?
+        return Gathered(self.extractor, needs, count, folder=folder)
 
     def _run(self, images: ImageSource) -> Iterator[dict[str, torch.Tensor]]:
         for batch in _show(images, self._batch_size, self._progress):
@@ -187,7 +160,10 @@ class Measurement:
             (folder / "reference").mkdir()
             reference.gather(self.extractor, self._run, folder / "reference")
         result = Result(
-            values=self._values(sampled),
+            values={
+                name: value for metric in self._metrics
+                for name, value in load(METRICS[metric].compute)(sampled, reference, self._device).items()
+            },
             num_samples=sampled.pooled.count,
             num_reference=reference and reference.num_images,
             num_compared=len(reference.rows) if reference and reference.rows is not None else None,
@@ -201,22 +177,6 @@ class Measurement:
         if self._output is not None:
             write_new(Path(self._output), result.to_json())
         return result
-
-    def _values(self, sampled: Gathered) -> dict[str, float]:
-        reference, values = self._reference, {}
-        for metric in self._metrics:
-            if metric in ("fid", "sfid"):
-                ours, theirs = (
-                    (sampled.pooled, reference.pooled) if metric == "fid" else (sampled.spatial, reference.spatial)
-                )
-                values[metric] = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
-            elif metric == "isc":
-                values |= sampled.score.result()
-            elif metric == "prc":
-                values |= precision_recall(sampled.rows.tensor().to(self._device), reference.rows.to(self._device))
-            else:
-                values |= kernel_distance(sampled.rows.tensor(), reference.rows)
-        return values
 
     def _warnings(self, samples: ImageSource, count: int) -> Iterator[str]:
         reference = self._reference and self._reference.images
@@ -240,7 +200,7 @@ class Measurement:
 
 
 def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:
-    """Measure stored images against a reference; ``options`` are those of :class:`Measurement`."""
+    """Measure stored images against a reference; ``options`` are those of `Measurement`."""
     return Measurement(reference, **options).of_images(samples, num_images=num_images)
 
 
@@ -263,13 +223,21 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch that holds nothing."""
+    """Refuse a batch that holds nothing.
+
+    Raises:
+        InputError: It is below 1.
+    """
     if batch_size < 1:
         raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that exists or cannot be written."""
+    """Refuse a file that exists or cannot be written.
+
+    Raises:
+        InputError: The file exists, or its folder does not, or cannot be written to.
+    """
     if path.exists():
         raise InputError(f"the output {path} exists and is not overwritten; remove it or name another")
     if not path.parent.is_dir():
@@ -279,7 +247,11 @@ def check_output(path: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet."""
+    """Write a file that does not exist yet.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
         with path.open("x") as stream:
             stream.write(text)

@@ -1,16 +1,18 @@
-"""What is summed or stored of a set of images, batch by batch, and the metrics that come out of it."""
+"""What is summed or stored of a set of images, and the computation of the rows of ``d_emo.tables.METRICS``."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
-from d_emo.evaluation.statistics import FeatureStatistics
+from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
+from d_emo.tables import METRICS
 
 SPLITS, SPLIT_SEED = 10, 2020  # of the Inception Score: torch-fidelity's
 NEIGHBOURS = 3  # whose distance is the radius around an image in precision and recall: ADM's and torch-fidelity's
@@ -59,21 +61,18 @@ class InceptionScore:
 
 
 class FeatureRows:
-    """Feature vectors of single images, in a file of float32 that is mapped into memory.
+    """Feature vectors of single images.
 
     Args:
-        path: File to make; 4 dim bytes an image.
         dim: Length of a feature vector.
         kept: Which of the images that come are stored, ascending.
+        path: File of float32 to make, which is mapped into memory; without one they are in memory.
     """
 
-    def __init__(self, path: Path, dim: int, kept: Sequence[int]):
-        self._kept = np.asarray(kept)
-        self._seen = 0
-        self._rows = np.memmap(path, dtype=np.float32, mode="w+", shape=(len(kept), dim))
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    def __init__(self, dim: int, kept: Sequence[int], path: Path | None = None):
+        self._kept, self._seen = np.asarray(kept), 0
+        shape = (len(kept), dim)
+        self._rows = np.empty(shape, np.float32) if path is None else np.memmap(path, np.float32, "w+", shape=shape)
 
     def update(self, features: torch.Tensor) -> None:
         """Add a batch of images, in order. Shape: (B, dim)."""
@@ -82,35 +81,53 @@ class FeatureRows:
         self._seen += len(features)
 
     def tensor(self) -> torch.Tensor:
-        """All rows, on disk until they are read. Shape: (images, dim) float32."""
+        """All rows; those of a file are on disk until they are read. Shape: (images, dim) float32."""
         return torch.from_numpy(self._rows)
 
 
+class ImageSet(Protocol):
+    """What metrics compare: `Gathered` of samples, and of a reference that or what its file holds.
+
+    Attributes:
+        pooled, spatial: Statistics of features, where a metric needs them.
+        rows: Feature vectors of single images, where a metric needs them. Shape: (N, dim) float32.
+    """
+
+    pooled: FeatureStatistics | StoredStatistics | None
+    spatial: FeatureStatistics | StoredStatistics | None
+    rows: torch.Tensor | None
+
+
 class Gathered:
-    """What metrics need of one set of images. Only the rows grow with the set, and they are on disk.
+    """What metrics need of one set of images. Only the rows grow with the set; in a folder, they are on disk.
 
     Args:
         extractor: Whose features will come.
-        what: Of ``pooled``, ``spatial`` (statistics), ``score`` and ``rows``.
+        needs: Of ``pooled``, ``spatial`` (statistics), ``score`` and ``rows``.
         count: How many images will come.
-        folder: Where rows go.
+        folder: Where rows go; memory by default.
         kept: Which images' rows are stored; all by default.
 
     Attributes:
         pooled, spatial: Statistics, or None.
         score: Inception Score, or None.
-        rows: Feature vectors of single images, or None.
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, what: Collection[str], count: int, *, folder: Path | None = None,
+        self, extractor: FeatureExtractor, needs: Collection[str], count: int, *, folder: Path | None = None,
         kept: Sequence[int] | None = None,
     ):  # fmt: skip
         self._extractor = extractor
-        self.pooled = FeatureStatistics(extractor.dim) if "pooled" in what else None
-        self.spatial = FeatureStatistics(extractor.spatial_dim) if "spatial" in what else None
-        self.score = InceptionScore(count) if "score" in what else None
-        self.rows = FeatureRows(folder / "rows.f32", extractor.dim, kept or range(count)) if "rows" in what else None
+        self.pooled = FeatureStatistics(extractor.dim) if "pooled" in needs else None
+        self.spatial = FeatureStatistics(extractor.spatial_dim) if "spatial" in needs else None
+        self.score = InceptionScore(count) if "score" in needs else None
+        file = folder and folder / "rows.f32"
+        self._rows = FeatureRows(extractor.dim, kept or range(count), file) if "rows" in needs else None
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """Feature vectors of single images, or None. Shape: (N, dim) float32."""
+        return self._rows and self._rows.tensor()
 
     def update(self, features: dict[str, torch.Tensor]) -> None:
         """Add a batch: what ``extractor.extract`` returned.
@@ -125,8 +142,8 @@ class Gathered:
             self.spatial.update(features["spatial"])
         if self.score is not None:
             self.score.update(self._extractor.logits(pooled))
-        if self.rows is not None:
-            self.rows.update(pooled)
+        if self._rows is not None:
+            self._rows.update(pooled)
 
     def update_all(self, batches: Iterable[dict[str, torch.Tensor]]) -> Gathered:
         """Add all batches; return itself."""
@@ -141,10 +158,38 @@ def check_count(metrics: Collection[str], count: int) -> None:
     Raises:
         InputError: Says which metric, and how many images it needs.
     """
-    if "isc" in metrics and count < SPLITS:
-        raise InputError(f"the Inception Score of {count} images was asked for; it needs at least {SPLITS}")
-    if "prc" in metrics and count <= NEIGHBOURS:
-        raise InputError(f"precision and recall need more than {NEIGHBOURS} images on both sides, not {count}")
+    for row in map(METRICS.__getitem__, metrics):
+        if count < row.least:
+            raise InputError(f"{count} images are too few for {row.title} ({row.name}); it needs at least {row.least}")
+
+
+def fid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+    """Frechet Inception Distance (Heusel et al. 2017)."""
+    return {"fid": _distance(samples.pooled, reference.pooled)}
+
+
+def sfid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+    """The same over spatial features (Nash et al. 2021)."""
+    return {"sfid": _distance(samples.spatial, reference.spatial)}
+
+
+def isc(samples: Gathered, reference: None, device: torch.device | str) -> dict[str, float]:
+    """Inception Score."""
+    return samples.score.result()
+
+
+def prc(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+    """Precision and recall."""
+    return precision_recall(samples.rows.to(device), reference.rows.to(device))
+
+
+def kid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+    """Kernel Inception Distance."""
+    return kernel_distance(samples.rows, reference.rows)
+
+
+def _distance(ours: FeatureStatistics | StoredStatistics, theirs: FeatureStatistics | StoredStatistics) -> float:
+    return frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
 
 
 def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:

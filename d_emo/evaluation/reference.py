@@ -26,7 +26,9 @@ from d_emo.evaluation.npz import (
     read_text,
 )
 from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, is_constant
+from d_emo.tables import METRICS
 
+ADM_FEATURES = "inception"  # what a file's statistics are of where it does not say so, as ADM's do not
 COMPARED = 10_000  # reference images in precision, recall and KID, as in ADM's files; their features are stored
 
 
@@ -45,26 +47,31 @@ class Reference:
     Attributes:
         name: The path.
         images: Images to run through the network, or None if stored statistics are all that is needed.
-        pooled, spatial: Statistics, after :meth:`gather`; None where no metric needs them.
-        rows: Features of at most 10,000 single images, after :meth:`gather`; None where no metric needs them.
+        pooled, spatial: Statistics, after `gather`; None where no metric needs them.
+        rows: Features of at most 10,000 single images, after `gather`; None where no metric needs them.
 
     Raises:
         InputError: It cannot be used, or lacks what a metric needs.
     """
 
     def __init__(self, path: str | Path, metrics: Sequence[str], features: str):
-        self.name = str(path)
-        self._path, needs = Path(path), {"fid": "pooled", "sfid": "spatial", "prc": "rows", "kid": "rows"}
-        self._needs = {needs[name] for name in metrics if name in needs}
+        self.name, self._path = str(path), Path(path)
+        metrics = [name for name in metrics if METRICS[name].compares]
+
+        def needing(*what: str) -> list[str]:
+            return [name for name in metrics if METRICS[name].needs & {*what}]
+
+        self._needs = {what for name in metrics for what in METRICS[name].needs}
         is_npz = self._path.suffix.lower() == ".npz" and not self._path.is_dir()
         keys = archive_keys(self._path) if is_npz else set()
-        self._stored = set(POOLED_KEYS) <= keys and (features == "inception" or FEATURES_KEY in keys)
-        if self._stored and "sfid" in metrics and not set(SPATIAL_KEYS) <= keys:
-            raise InputError(f"{path} holds mu and sigma but not mu_s and sigma_s, which sFID needs; leave sfid out")
-        if self._stored and "rows" in self._needs and IMAGES_KEY not in keys:
+        self._stored = set(POOLED_KEYS) <= keys and (features == ADM_FEATURES or FEATURES_KEY in keys)
+        if self._stored and needing("spatial") and not set(SPATIAL_KEYS) <= keys:
+            names = ", ".join(needing("spatial"))
+            raise InputError(f"{path} holds mu and sigma but not mu_s and sigma_s, which {names} needs; leave it out")
+        if self._stored and needing("rows") and IMAGES_KEY not in keys:
             raise InputError(
-                f"{path} holds statistics but no images ({IMAGES_KEY}), which precision, recall and KID need; "
-                "leave prc and kid out, or write another with scripts/make_reference.py"
+                f"{path} holds statistics but no images ({IMAGES_KEY}), which {' and '.join(needing('rows'))} need; "
+                "leave them out, or write another with scripts/make_reference.py"
             )
         if not self._stored and set(POOLED_KEYS) <= keys and IMAGES_KEY not in keys:
             raise InputError(
@@ -75,8 +82,8 @@ class Reference:
         self.images: ImageSource | None = open_images(path) if from_images else None
         if from_images == {"rows"} and self.images.num_images > COMPARED:
             self.images = open_images(path, num_images=COMPARED)
-        if "rows" in from_images:
-            check_count({"prc"} & set(metrics), self.images.num_images)
+        if from_images:
+            check_count(needing(*from_images), self.images.num_images)
         self._from_images = from_images
         self.pooled: FeatureStatistics | StoredStatistics | None = None
         self.spatial: FeatureStatistics | StoredStatistics | None = None
@@ -119,7 +126,7 @@ class Reference:
         gathered = Gathered(extractor, self._from_images, count, folder=folder, kept=kept)
         gathered.update_all(run(self.images))
         self.pooled, self.spatial = self.pooled or gathered.pooled, self.spatial or gathered.spatial
-        self.rows = None if gathered.rows is None else gathered.rows.tensor()
+        self.rows = gathered.rows
         self._check_spread()
 
     def _check_spread(self) -> None:
@@ -155,8 +162,7 @@ def write_reference(
     Raises:
         InputError: A feature is not finite.
     """
-    what = {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}
-    gathered = Gathered(extractor, what, num_images)
+    gathered = Gathered(extractor, {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}, num_images)
     kept = set(spread(num_images, kept_images)) if kept_images else set()
     with NpzWriter(path, kept_images, image_size) as writer:
         seen = 0

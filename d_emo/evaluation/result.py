@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from d_emo.tables import METRICS
+
 NOT_RECORDED = "not recorded"
 
 
@@ -14,7 +16,7 @@ class Result:
     """Distances and scores, and how they were measured.
 
     Attributes:
-        values: Number by name: fid, sfid, inception_score, precision, recall, kid, and deviations (``_std``).
+        values: Number by name, as the rows of ``d_emo.tables.METRICS`` call them, and deviations (``_std``).
         num_samples: How many samples were measured.
         num_reference: How many reference images the statistics are over; None if their file does not say.
         num_compared: How many reference images precision, recall and KID were measured against, if they were.
@@ -71,15 +73,10 @@ class Result:
         return self._numbers() + where + self._sampling()
 
     def _numbers(self) -> list[tuple[str, str]]:
-        values, count = self.values, self.num_samples
-        rows = [(f"{title}-{count}", _short(values[name])) for name, title in _DISTANCES.items() if name in values]
-        if "inception_score" in values:
-            score = f"{values['inception_score']:.2f} +- {values['inception_score_std']:.2f}"
-            rows.append((f"IS-{count}", score))
-        rows += [(f"{name}-{count}", f"{values[name]:.4f}") for name in ("precision", "recall") if name in values]
-        if "kid" in values:
-            rows.append((f"KID-{count}", f"{_short(values['kid'])} +- {_short(values['kid_std'])}"))
-        return rows
+        return [
+            (value.title_for(self.num_samples), value.show(self.values))
+            for row in METRICS.values() for value in row.values if value.name in self.values
+        ]  # fmt: skip
 
     def _sampling(self) -> list[tuple[str, str]]:
         how = {key: str(self.sampling.get(key, NOT_RECORDED)) for key in _SAMPLING}
@@ -100,17 +97,16 @@ class Result:
         if self.reference is None:
             return "none"
         count = "stored statistics" if self.num_reference is None else f"{self.num_reference:,} images"
-        compared = self.num_compared not in (None, self.num_reference)
-        note = f", precision, recall and KID: {self.num_compared:,} images" if compared else ""
+        note = ""
+        if self.num_compared not in (None, self.num_reference):
+            by_image = [each.title for row in METRICS.values() if "rows" in row.needs for each in row.values
+                        if each.name in self.values]  # fmt: skip
+            names = " and ".join(filter(None, [", ".join(by_image[:-1]), by_image[-1]]))
+            note = f", {names}: {self.num_compared:,} images"
         return f"{self.reference} ({count}{note})"
 
 
-_DISTANCES = {"fid": "FID", "sfid": "sFID"}
 _SAMPLING = {
     "scheduler": "sampler", "steps": "steps", "guidance_scale": "guidance", "seed": "seed", "labels": "labels",
     "weights": "weights",
 }  # fmt: skip
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

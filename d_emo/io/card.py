@@ -2,7 +2,7 @@
 
 A card is a function of its folder: ``snapshot.json`` (what was trained), ``config.yaml`` (every setting of the run)
 and, once something was measured, ``metrics.json``. So it can be written anew at any time, and figures enter it through
-:func:`add_measurement`, with the command that made them, never by hand.
+`add_measurement`, with the command that made them, never by hand.
 """
 
 from __future__ import annotations
@@ -21,39 +21,8 @@ from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
 
 METRICS, PICTURE = "metrics.json", "samples.png"
 
-CITATIONS = {
-    "EMOv2": """@article{zhang2025emov2,
-  title   = {EMOv2: Pushing 5M Vision Model Frontier},
-  author  = {Zhang, Jiangning and Hu, Teng and He, Haoyang and Xue, Zhucun and Wang, Yabiao and Wang, Chengjie and
-             Liu, Yong and Li, Xiangtai and Tao, Dacheng},
-  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-  year    = {2025},
-  note    = {arXiv:2412.06674}
-}""",
-    "EMO": """@inproceedings{zhang2023rethinking,
-  title     = {Rethinking Mobile Block for Efficient Attention-based Models},
-  author    = {Zhang, Jiangning and Li, Xiangtai and Li, Jian and Liu, Liang and Xue, Zhucun and Zhang, Boshen and
-               Jiang, Zhengkai and Huang, Tianxin and Wang, Yabiao and Wang, Chengjie},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2023},
-  note      = {arXiv:2301.01146}
-}""",
-    "DiT": """@inproceedings{peebles2023scalable,
-  title     = {Scalable Diffusion Models with Transformers},
-  author    = {Peebles, William and Xie, Saining},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2023},
-  note      = {arXiv:2212.09748}
-}""",
-    "SiT": """@inproceedings{ma2024sit,
-  title     = {SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers},
-  author    = {Ma, Nanye and Goldstein, Mark and Albergo, Michael S. and Boffi, Nicholas M. and Vanden-Eijnden, Eric and
-               Xie, Saining},
-  booktitle = {European Conference on Computer Vision (ECCV)},
-  year      = {2024},
-  note      = {arXiv:2401.08740}
-}""",
-}
+PAPERS = Path(__file__).with_name("papers.bib").read_text().split("% ")[1:]
+CITATIONS = {key: entry.strip() for key, _, entry in (paper.partition("\n") for paper in PAPERS)}
 """The papers that a card cites, by the keys that rows of models and objectives name; CITATION.cff names the same."""
 
 _OWN_TERMS = "See to it that the licence named at the top of this card agrees with them before you share the weights."

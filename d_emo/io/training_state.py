@@ -55,7 +55,7 @@ def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 @torch.no_grad()
 def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put back what :func:`gather_training` gave, sharded as the model is now.
+    """Put back what `gather_training` gave, sharded as the model is now.
 
     Raises:
         KeyError, RuntimeError, ValueError: The state is that of another model.

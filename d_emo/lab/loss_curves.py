@@ -44,6 +44,7 @@ class Run:
 
     @property
     def model(self) -> str:
+        """Name of the model."""
         return self.settings["model"].replace("/", "-")
 
 

@@ -21,7 +21,7 @@ class Codec(Protocol):
     """What maps images in [-1, 1] to latents of about unit variance, and back.
 
     Attributes:
-        name: The name that :func:`load_codec` takes to open the same codec again.
+        name: The name that `load_codec` takes to open the same codec again.
         downsample: Pixels per latent position along a side.
         channels: Latent channels.
         scaling: Factor of the latents, after ``shift`` was subtracted.

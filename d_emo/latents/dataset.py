@@ -14,7 +14,7 @@ from d_emo.latents.shards import REPEAT, ShardError, read_index, read_shard
 
 
 class LatentDataset(Dataset):
-    """What :func:`encode` wrote: item i is (moments, label) of image i, always the same.
+    """What `encode` wrote: item i is (moments, label) of image i, always the same.
 
     The shards are mapped into memory, so the folder may be larger than it, and processes share what is read.
 

@@ -51,6 +51,7 @@ class Origin:
 
     @classmethod
     def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
+        """That of images encoded by a codec."""
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
             classes=digest(json.dumps(images.class_names))[:16], codec=codec.name,
@@ -60,6 +61,7 @@ class Origin:
 
     @property
     def num_shards(self) -> int:
+        """How many shards the images make."""
         return -(-self.images // self.shard_size)
 
     def rows(self, shard: int) -> range:
@@ -67,7 +69,11 @@ class Origin:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
-        """Refuse latents that were made from something else; a codec's name may change, its encoder may not."""
+        """Refuse latents that were made from something else; a codec's name may change, its encoder may not.
+
+        Raises:
+            InputError: Images, size, codec or precision are others; says which.
+        """
         changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
                    if key != "codec" and other.get(key) != value]
         if changed:
@@ -78,11 +84,14 @@ class Origin:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard, counted from 0."""
     return folder / f"shard-{shard:05}.safetensors"
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin: Origin) -> None:
     """Write one shard, all or nothing.
+
+    Shape: moments (n, C, h, w), labels (n,).
 
     Raises:
         RunError: The disk is full, say; what was finished before stays.

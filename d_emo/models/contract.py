@@ -1,7 +1,9 @@
 """What the rest of D-EMO asks of a denoiser, whatever its frame: DiT's, a U-shaped one, one of video.
 
+Called as the denoisers of diffusers are (`DiTTransformer2DModel`).
+
 Whoever trains, samples, saves, measures or exports a denoiser uses what is here and nothing else of it. A frame is a
-subclass of :class:`DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
+subclass of `DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
 """
 
 from __future__ import annotations

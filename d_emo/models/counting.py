@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates, counted as in the published tables."""
+"""Parameters and multiply-accumulates, counted as in the papers' tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the networks, and how a name becomes a network."""
+"""Names of the networks, as in the papers' tables, and how a name becomes a network."""
 
 from __future__ import annotations
 

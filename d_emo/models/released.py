@@ -109,7 +109,11 @@ def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file on the CPU; no code from the file is run."""
+    """The content of a checkpoint file on the CPU; no code from the file is run.
+
+    Raises:
+        InputError: There is no such file, or it is no checkpoint of tensors.
+    """
     if not path.is_file():
         raise InputError(f"There is no checkpoint file {path}.")
     try:
@@ -126,7 +130,11 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes."""
+    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes.
+
+    Raises:
+        InputError: There are no named tensors inside.
+    """
     while not holds_tensors(content):
         wrapped = content if isinstance(content, Mapping) else {}
         inner = (wrapped[key] for key in WRAPPINGS if isinstance(wrapped.get(key), Mapping) and wrapped[key])
@@ -144,7 +152,11 @@ def holds_tensors(content: Any) -> bool:
 
 
 def released_names(model: nn.Module) -> dict[str, str]:
-    """Our state-dict names, each with the name it has in the release."""
+    """Our state-dict names, each with the name it has in the release.
+
+    Raises:
+        InputError: The model was never released.
+    """
     if isinstance(model, EMO):
         rules = RELEASED_NAMES[model.block]
     elif isinstance(model, Denoiser) and model.config.block == "dit":

@@ -27,7 +27,7 @@ class Step:
         timestep: At which the denoiser was asked.
         latents: Changed in place, they are what the denoising goes on with. Shape: (B, C, h, w) float32.
         first: Number of the first of these images.
-        images: On the CPU, after the last step of a :class:`Sampler`. Shape: (B, 3, H, W) uint8.
+        images: On the CPU, after the last step of a `Sampler`. Shape: (B, 3, H, W) uint8.
     """
 
     index: int
@@ -55,7 +55,7 @@ def sample(
 
     Args:
         denoiser: In eval mode.
-        scheduler: From :func:`make_scheduler`.
+        scheduler: From `make_scheduler`.
         class_labels: One class id per image.
         seeds: One seed per image.
         steps: Denoising steps.

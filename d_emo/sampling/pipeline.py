@@ -29,7 +29,7 @@ class DEMOPipeline(DiffusionPipeline):
 
     Args:
         transformer: The denoiser.
-        scheduler: From :func:`make_scheduler`, or any of diffusers' that fits the denoiser's objective.
+        scheduler: From `make_scheduler`, or any of diffusers' that fits the denoiser's objective.
         vae: None where the latents are pixels.
         id2label: Class names by id (a string, as JSON has it).
         label_dropout: Of the training; without any there is no guidance.
@@ -93,7 +93,7 @@ class DEMOPipeline(DiffusionPipeline):
             guidance_scale: 1 is none and costs one forward pass. Default: 4, or 1 without label dropout.
             num_inference_steps: Denoising steps.
             generator: One for all pictures, or a list of one for each, which frees a picture from its neighbours.
-            guidance_channels, guidance_interval: See :class:`Guidance`.
+            guidance_channels, guidance_interval: See `Guidance`.
             latents: Unit noise to start from in place of the generator's. Shape: (B, C, h, w).
             output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) in [0, 1], or ``latent``.
             callback_on_step_end: Called with (pipeline, index, timestep, {"latents": latents}) after every step; the

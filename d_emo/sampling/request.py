@@ -25,7 +25,7 @@ class SampleRequest:
 
     Args:
         settings: Completed with what depends on the snapshot.
-        snapshot: With ``interpolate``, its model gets labels between the two classes; open a :class:`Sampler` after
+        snapshot: With ``interpolate``, its model gets labels between the two classes; open a `Sampler` after
             this.
 
     Attributes:
@@ -38,7 +38,7 @@ class SampleRequest:
     """
 
     def __init__(self, settings: SampleSettings, snapshot: DenoiserSnapshot):
-        settings.fill_in(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
+        settings = settings.resolve(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
         self.settings, self.snapshot = settings, snapshot
         self.classes = find_classes(settings.interpolate or settings.classes, snapshot.class_names)
         self.captions = [f"{label}: {snapshot.class_names[label]}" for label in self.classes]
@@ -51,7 +51,7 @@ class SampleRequest:
 
     @property
     def how(self) -> dict[str, Any]:
-        """The arguments of :class:`Sampler`; of several guidance scales the first."""
+        """The arguments of `Sampler`; of several guidance scales the first."""
         settings = self.settings
         guidance = Guidance(settings.guidance_scale[0], settings.guidance_channels, tuple(settings.guidance_interval))
         return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": guidance}

@@ -25,7 +25,7 @@ from d_emo.sampling.schedulers import make_scheduler, set_steps
 class Sampler:
     """A denoiser with all that turns labels and seeds into images.
 
-    :meth:`open` makes one of a snapshot; the constructor takes a model as it is, such as one in training.
+    `open` makes one of a snapshot; the constructor takes a model as it is, such as one in training.
 
     Args:
         model: In eval mode, on its device.
@@ -40,7 +40,7 @@ class Sampler:
     Attributes:
         model, codec, steps, class_names, snapshot: As given.
         scheduler: A scheduler of diffusers, with its timesteps laid out.
-        guidance: A :class:`Guidance`.
+        guidance: A `Guidance`.
 
     Raises:
         InputError: Scheduler, steps or guidance mean nothing to this model.
@@ -67,7 +67,7 @@ class Sampler:
         Args:
             snapshot: Its folder or that of its run, or the snapshot itself, whose model is changed in place and can be
                 saved no more; None: the newest one under ``results``, else the one that ships with the package.
-            scheduler, steps, guidance: See :class:`Sampler`.
+            scheduler, steps, guidance: See `Sampler`.
             device: None: the best one that is there.
             dtype: Of the denoiser.
             compile: Compile the denoiser; pays for itself after some hundred images.
@@ -121,14 +121,14 @@ class Sampler:
         self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
         every_step: bool = False,
     ) -> Iterator[torch.Tensor] | Iterator[Step]:
-        """Draw an image for each label and seed. It depends on these alone, see :func:`~d_emo.sampling.sample`.
+        """Draw an image for each label and seed. It depends on these alone, see `sample`.
 
         Args:
             labels: One class id per image.
             seeds: One seed per image.
             batch_size: Images denoised at once.
-            exact: See :func:`~d_emo.sampling.sample`.
-            every_step: Yield every :class:`Step` of the denoising; the last ones have the images.
+            exact: See `sample`.
+            every_step: Yield every `Step` of the denoising; the last ones have the images.
 
         Yields:
             Images, on the CPU. Shape: (batch, 3, H, W) uint8. Closing the iterator ends the drawing.
@@ -195,7 +195,7 @@ def sample_images(
     num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: str = "all",
     guidance_interval: Sequence[float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
 ) -> Iterator[torch.Tensor]:
-    """For callers that do not open a :class:`Sampler` yet."""
+    """For callers that do not open a `Sampler` yet."""
     sampler = object.__new__(Sampler)
     sampler.model, sampler.codec, sampler.scheduler, sampler.steps = denoiser, codec, scheduler, num_inference_steps
     sampler.guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))

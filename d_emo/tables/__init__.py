@@ -4,9 +4,20 @@ Nobody else lists the kinds: settings, help, training, sampling, measuring and r
 """
 
 from d_emo.tables.datasets import DATASETS, DatasetRow
-from d_emo.tables.metrics import METRICS, MetricRow, MetricValue, parse_metrics
-from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
-from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow
+from d_emo.tables.metrics import (
+    CLASS_ACCURACY,
+    EMPTY,
+    METRICS,
+    MetricRow,
+    MetricValue,
+    check_compared,
+    class_values,
+    metric_values,
+    parse_metrics,
+    with_present_names,
+)
+from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, SIZES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
+from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow, parse_features
 from d_emo.tables.objectives import (
     OBJECTIVES,
     SCHEDULERS,
@@ -18,8 +29,9 @@ from d_emo.tables.objectives import (
 from d_emo.tables.table import Reference, Table, load
 
 __all__ = [
-    "BLOCKS", "CODECS", "DATASETS", "EXTRACTORS", "FAMILIES", "FRAMES", "METRICS", "OBJECTIVES", "SCHEDULERS",
-    "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow", "FrameRow", "MetricRow", "MetricValue",
-    "ObjectiveRow", "Reference", "SchedulerRow", "Table", "denoisers", "family_of", "load", "objective_of",
-    "parse_metrics", "schedulers_of",
+    "BLOCKS", "CLASS_ACCURACY", "CODECS", "DATASETS", "EMPTY", "EXTRACTORS", "FAMILIES", "FRAMES", "METRICS",
+    "OBJECTIVES", "SCHEDULERS", "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow",
+    "FrameRow", "MetricRow", "MetricValue", "ObjectiveRow", "Reference", "SchedulerRow", "Table", "check_compared",
+    "class_values", "denoisers", "family_of", "load", "metric_values", "objective_of", "parse_features",
+    "parse_metrics", "schedulers_of", "with_present_names",
 ]  # fmt: skip

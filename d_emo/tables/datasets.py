@@ -21,6 +21,8 @@ class DatasetRow:
         drawn: Whether its images are drawn on the fly, as many as are asked for.
         held_out: How many images to measure on; None: all that it holds out.
         label_parts: Places of the decimal digits of a class id, by name, where they mean something.
+        is_empty: Called with images (B, 3, H, W) uint8; says of which there is nothing in them, (B,) bool. None where
+            that cannot be told.
         licence: A sentence for model cards.
     """
 
@@ -31,6 +33,7 @@ class DatasetRow:
     drawn: bool = False
     held_out: int | None = None
     label_parts: Mapping[str, int] = field(default_factory=dict)
+    is_empty: Reference | None = None
     licence: str = ""
 
 
@@ -40,6 +43,7 @@ DATASETS: Table[DatasetRow] = Table(
         DatasetRow(
             name="shapes", title="Shapes-1000", images="d_emo.data.shapes:Shapes1000", num_classes=1000, drawn=True,
             held_out=2000, label_parts={"shape": 100, "colour": 10, "ground": 1},
+            is_empty="d_emo.data.shapes:is_empty",
             licence="Shapes-1000 is drawn by D-EMO's own code and brings none.",
         ),
         DatasetRow(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from d_emo.errors import InputError
 from d_emo.tables.table import Reference, Table
 
 
@@ -32,6 +33,7 @@ class ExtractorRow:
             ``weights``; gives a ``d_emo.evaluation.FeatureExtractor``.
         takes: What stands behind the colon, in capitals; None where nothing does.
         weights_file: Whether ``inception_weights`` is for it.
+        spatial: Whether it has spatial features too.
         help: What it is, in a few words.
     """
 
@@ -39,6 +41,7 @@ class ExtractorRow:
     open: Reference
     takes: str | None = None
     weights_file: bool = False
+    spatial: bool = False
     help: str = ""
 
 
@@ -55,6 +58,7 @@ EXTRACTORS: Table[ExtractorRow] = Table(
     [
         ExtractorRow(
             name="inception", open="d_emo.evaluation.features:InceptionFeatures", weights_file=True,
+            spatial=True,
             help="torch-fidelity's Inception, of published tables",
         ),
         ExtractorRow(
@@ -63,3 +67,17 @@ EXTRACTORS: Table[ExtractorRow] = Table(
         ),
     ],
 )  # fmt: skip
+
+
+def parse_features(features: str) -> tuple[ExtractorRow, str]:
+    """The extractor that ``features`` names, NAME or NAME:WHAT, and what stands behind the colon.
+
+    Raises:
+        InputError: There is no such extractor, or something is missing behind the colon or too much.
+    """
+    name, colon, what = features.partition(":")
+    row = EXTRACTORS[name] if name in EXTRACTORS else None
+    if row is None or bool(row.takes) != bool(what) or (colon and not what):
+        known = " or ".join(f"{each.name}:{each.takes}" if each.takes else each.name for each in EXTRACTORS.values())
+        raise InputError(f"unknown `features` {features!r}; use {known}")
+    return row, what

@@ -1,4 +1,4 @@
-"""Training: one loop (:func:`fit`), and a task for each kind of model."""
+"""Training: one loop (`fit`), and a task for each kind of model."""
 
 from d_emo.training.loop import fit
 

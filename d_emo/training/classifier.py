@@ -54,12 +54,11 @@ class ClassifierTask:
     def __init__(self, settings: ClassifierSettings):
         if resolve_name(settings.model) not in BACKBONES:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
-        self.settings = settings
+        self.facts: dict[str, Any] = {"validate_dir": _own_held_out(settings.data_dir)}
+        settings = settings.resolve(**self.facts)
         self.dataset, self.held_out = open_both(settings)
-        if settings.epochs is not None:
-            per_epoch = len(self.dataset) / settings.batch_size
-            settings.max_steps = max(1, round(settings.epochs * per_epoch))
-            settings.warmup_steps = round(min(settings.warmup_epochs, settings.epochs / 10) * per_epoch)
+        self.facts["images"] = len(self.dataset)
+        self.settings = settings = settings.resolve(**self.facts)
         torch.manual_seed(settings.seed)
         options = settings.model_options or {}
         for name in {"num_classes", "in_channels"} & options.keys():
@@ -144,6 +143,13 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def _own_held_out(data_dir: str | None) -> str | None:
+    """The folder val of a folder that has both train and val."""
+    if data_dir is None or not all((Path(data_dir) / part).is_dir() for part in ("train", "val")):
+        return None
+    return str(Path(data_dir) / "val")
+
+
 def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
     """The images to train on, and those to measure accuracy on: None where a data set of one's own comes without.
 
@@ -153,8 +159,7 @@ def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | 
         InputError: Data that cannot be opened, have one class only, or do not belong together.
     """
     data_dir, size = settings.data_dir, settings.image_size
-    if data_dir is not None and (Path(data_dir) / "train").is_dir() and (Path(data_dir) / "val").is_dir():
-        settings.validate_dir = settings.validate_dir or str(Path(data_dir) / "val")
+    if _own_held_out(data_dir) is not None:
         data_dir = str(Path(data_dir) / "train")
     images: ClassImages
     if data_dir is not None and is_folder(data_dir):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +40,9 @@ class DenoiserTask:
         frame = frame_of(settings.model)
         if frame is None:
             raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
-        self.settings = settings
-        self.dataset, self.codec = _open_data(settings)
+        settings = settings.resolve()
+        self.dataset, self.codec, self.facts = _open_data(settings)
+        self.settings = settings = settings.resolve(**self.facts)
         self.images = self.dataset
         self.held_out = None
         if settings.validate_every:
@@ -169,19 +171,18 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 
 
-def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec]:
-    """Images or latents, and their codec; settles what the settings leave to them."""
+def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec, dict[str, Any]]:
+    """Images or latents, their codec, and what the settings leave to them."""
     if settings.latents is None:
-        settings.vae = settings.vae or default_codec(settings.data_dir)
+        facts = {"vae": settings.vae or default_codec(settings.data_dir)}
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
             sequential=settings.cache_latents,
         )
-        return images, load_codec(settings.vae)
+        return images, load_codec(facts["vae"]), facts
     latents = LatentDataset(settings.latents)
-    settings.vae = settings.vae or latents.codec
-    settings.image_size = settings.image_size or latents.image_size
-    codec = load_codec(settings.vae)
-    latents.check(codec, settings.image_size)
-    return OneClass(latents) if settings.unconditional else latents, codec
+    codec = load_codec(settings.vae or latents.codec)
+    latents.check(codec, settings.image_size or latents.image_size)
+    facts = {"vae": latents.codec, "image_size": latents.image_size}
+    return OneClass(latents) if settings.unconditional else latents, codec, facts

@@ -18,6 +18,8 @@ _MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; fr
 class NonFiniteGuard:
     """Judges each step before its update; a refused step leaves the model as it was, running statistics included.
 
+    Shape: buffers of any shape.
+
     Args:
         buffers: Running statistics, which a forward pass changes before anybody can judge it.
         policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.
@@ -82,8 +84,8 @@ class NonFiniteGuard:
         """Raise RunError if the policy, or the number of refused steps in a row, does not let the run go on."""
         if self.policy == "stop":
             raise RunError(
-                "stopped, because a loss or gradient is not finite. The state before this step is saved: the same "
-                "command with `nan` skip passes over the step; a lower `learning_rate`, `grad_clip` 1 or "
+                "stopped, because a loss or gradient is not finite. The state before this step is saved: re-run "
+                "the same command with `nan` skip to pass over the step; a lower `learning_rate`, `grad_clip` 1 or "
                 "`mixed_precision` no may help a new run"
             )
         if self.in_a_row >= _MOST_IN_A_ROW:

@@ -27,16 +27,9 @@ from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import make_updates, micro_batch_of, open_accelerator, precision_of
+from d_emo.training.parallel import Updates, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
-
-# Settings that a resumed run may change without becoming another run.
-_FREE_ON_RESUME = {
-    "output_dir", "max_steps", "max_minutes", "resume", "nan", "compile", "num_workers", "log_every", "tracker",
-    "snapshot_every", "state_every", "validate_every", "validate_images", "mixed_precision", "micro_batch_size",
-    "preview_guidance", "gradient_checkpointing", "data_dir", "validate_dir", "latents", "skip_corrupt", "push_to_hub",
-}
 
 
 class Task(Protocol):
@@ -44,6 +37,8 @@ class Task(Protocol):
 
     model: nn.Module
     dataset: Dataset
+    settings: RunSettings  # resolved
+    facts: dict[str, Any]  # what its settings are resolved with
     smaller: str  # a configuration to try where this one would take too long
     lr_scales: dict[str, float]  # by parameter name, where the learning rate is not that of the rest
 
@@ -69,11 +64,11 @@ class Task(Protocol):
 def fit(
     task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None
 ) -> Path | None:
-    """Train until ``settings.max_steps``, a signal or the time limit; the same command goes on from there.
+    """Train until ``settings.max_steps``, a signal or the time limit; a resumed run goes on from there.
 
     Args:
         task: Model, data and loss.
-        settings: Resolved settings; written to ``config.yaml`` in the run folder.
+        settings: The task's; resolved, they are written to ``config.yaml`` in the run folder.
         preview: Called with (png path, averaged model) at every snapshot.
 
     Returns:
@@ -91,7 +86,8 @@ class _Run:
     """One run on one process."""
 
     def __init__(self, task: Task, settings: RunSettings, preview: Callable[[Path, nn.Module], None] | None):
-        self.task, self.settings, self.preview = task, settings, preview
+        self.task, self.settings, self.preview = task, settings.resolve(**task.facts), preview
+        settings = self.settings
         self.folder = Path(settings.output_dir)
         device = best_device()
         self.precision = precision_of(settings, device)
@@ -123,9 +119,9 @@ class _Run:
         state = self._open_run_folder()
         task, accelerator, settings = self.task, self.accelerator, self.settings
         set_seed(settings.seed)
-        self.watch = Progress(accelerator, settings)
+        self.progress = Progress(accelerator, settings)
         for line in task.introduction():
-            self.watch.say(line)
+            self.progress.say(line)
         with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
@@ -135,20 +131,20 @@ class _Run:
         optimizer = make_optimizer(model, settings, task.lr_scales, accelerator.device)
         if settings.compile:
             model.compile()
-        self.updates = make_updates(accelerator, model, optimizer, settings, self.precision)
+        self.updates = Updates(accelerator, model, optimizer, settings, self.precision)
         self.guard = NonFiniteGuard(norm_buffers(self.updates.bare_model), settings.nan)
         if state is not None:
             self._restore(state)
-            self.watch.say(f"resuming at step {self.step} of {settings.max_steps}")
+            self.progress.say(f"resuming at step {self.step} of {settings.max_steps}")
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
         accelerator.wait_for_everyone()
-        with StopSignal(settings.max_minutes) as stop_watch, self.watch.following(self.step, task.smaller):
-            stop = self._loop(stop_watch)
+        with StopSignal(settings.max_minutes) as stop_signal, self.progress.following(self.step, task.smaller):
+            stop = self._loop(stop_signal)
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
-            self.watch.say(
-                f"stopped by {stop.reason} at step {self.step}; the state is saved, the same command goes on"
+            self.progress.say(
+                f"stopped by {stop.reason} at step {self.step}; the state is saved; re-run the same command to resume"
             )
             sys.exit(stop.exit_code)
         return self._snapshot_folder() if accelerator.is_main_process else None
@@ -178,13 +174,13 @@ class _Run:
     def _check_same_run(self, config: Path) -> None:
         if not config.exists():
             return
-        old, new = yaml.safe_load(config.read_text()), vars(self.settings)
+        old, new, free = yaml.safe_load(config.read_text()), vars(self.settings), self.settings.marked("resumable")
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
-                   if key in new and key not in _FREE_ON_RESUME and old[key] != new[key]]
+                   if key in new and key not in free and old[key] != new[key]]
         if changed:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
-                "repeat the same command to go on, or choose another `output_dir`"
+                "re-run the same command to resume, or choose another `output_dir`"
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -198,22 +194,22 @@ class _Run:
 
     # -- the loop --
 
-    def _loop(self, stop_watch: StopSignal) -> Stop:
+    def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
         while self.step < settings.max_steps and not stop:
             try:
-                figures, stop = self._train_step(batches, stop_watch)
+                figures, stop = self._train_step(batches, stop_signal)
             except Exception as error:
-                wish = stop_watch.received  # a signal, which reaches the compiler's processes too
+                wish = stop_signal.received  # a signal, which reaches the compiler's processes too
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
             self.step += 1
             last = self.step == settings.max_steps
             with self._saving("curves"):
-                self.watch.step_done(self.step, figures)
+                self.progress.step_done(self.step, figures)
             if settings.validate_every and (last or self.step % settings.validate_every == 0):
                 self._validate()
             if last or self.step % settings.snapshot_every == 0:
@@ -224,7 +220,7 @@ class _Run:
             self._save_snapshot()  # a run resumed after its last step, its snapshot removed
         return stop
 
-    def _train_step(self, batches: Iterator, stop_watch: StopSignal) -> tuple[dict[str, float], Stop]:
+    def _train_step(self, batches: Iterator, stop_signal: StopSignal) -> tuple[dict[str, float], Stop]:
         """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
         task, accelerator, settings, rank = self.task, self.accelerator, self.settings, self.accelerator.process_index
         began, waited, parts = time.perf_counter(), 0.0, []
@@ -245,8 +241,8 @@ class _Run:
                 losses = task.loss(model, batch, draws[row : row + self.micro])  # autocast inside the model
                 self.updates.backward(losses["loss"])
             parts.append({name: value.detach().float() for name, value in losses.items()})
-            self.watch.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
-        means, stop = self._agree(parts, self.updates.gradient_norm(), stop_watch.wish)
+            self.progress.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
+        means, stop = self._agree(parts, self.updates.gradient_norm(), stop_signal.wish)
         self._update(means, rate)
         took = time.perf_counter() - began
         return {
@@ -274,7 +270,7 @@ class _Run:
                 if self.updates.step():
                     self.ema.update(self.updates.bare_model)
             else:
-                self.watch.say(self.guard.record(
+                self.progress.say(self.guard.record(
                     self.folder, self.step, rate, means, self._sampler().indices(self.step),
                     write=accelerator.is_main_process,
                 ))
@@ -311,7 +307,7 @@ class _Run:
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
         totals = dict(zip(sums, totals, strict=True))
         count = totals.pop("count")
-        self.watch.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
+        self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
 
     # -- what is saved --
 
@@ -329,7 +325,7 @@ class _Run:
                     picture.parent.mkdir(exist_ok=True)
                     self.preview(picture, self.ema.model)
                     if picture.exists():
-                        self.watch.picture(self.step, picture)
+                        self.progress.picture(self.step, picture)
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:

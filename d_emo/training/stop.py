@@ -19,10 +19,12 @@ class Stop(enum.IntEnum):
 
     @property
     def exit_code(self) -> int:
+        """0, or 143 after SIGTERM."""
         return 143 if self is Stop.TERMINATED else 0
 
     @property
     def reason(self) -> str:
+        """What stopped the run, in words."""
         return {Stop.TIME_UP: "the time limit", Stop.INTERRUPTED: "Ctrl-C", Stop.TERMINATED: "SIGTERM"}[self]
 
 

@@ -51,7 +51,11 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
 
 
 def peer(name: str, image_size: int) -> nn.Module:
-    """A network of timm with random weights, fused where it has a fused form."""
+    """A network of timm with random weights, fused where it has a fused form.
+
+    Raises:
+        InputError: timm has no such model.
+    """
     if not timm.is_model(name):
         raise InputError(f"`peers` {name!r} is no model of timm; timm.list_models() has them")
     try:
@@ -62,7 +66,10 @@ def peer(name: str, image_size: int) -> nn.Module:
 
 
 def classify(network: nn.Module, images: Tensor, *, both: bool) -> Callable[[], Tensor]:
-    """A function that classifies the images; with ``both``, in the faster of the two memory layouts."""
+    """A function that classifies the images; with ``both``, in the faster of the two memory layouts.
+
+    Shape: images (B, 3, H, W) -> (B, classes).
+    """
 
     @torch.no_grad()
     def run(batch: Tensor = images) -> Tensor:

@@ -37,6 +37,7 @@ class Case:
 
     @property
     def median(self) -> float:
+        """Median time of a run, in seconds."""
         return median(self.seconds)
 
     @property
@@ -64,6 +65,8 @@ def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: 
 
 def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] = ()) -> int:
     """Bytes of the tensors that a forward pass keeps for its backward pass, each memory counted once.
+
+    Shape: tensors of any shape.
 
     Args:
         forward: runs the pass.

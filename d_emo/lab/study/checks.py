@@ -145,7 +145,11 @@ def read_encode(options: dict[str, Any]) -> EncodeSettings:
 
 
 def read_fid(settings: StudySettings) -> FidSettings:
-    """The settings of fid, checked as it checks them."""
+    """The settings of fid, checked as it checks them.
+
+    Raises:
+        InputError: A setting that the study itself gives, or that fid refuses.
+    """
     for name in ("samples", "checkpoint", "reference", "output"):
         if name in (settings.fid or {}):
             raise InputError(f"the study's fid must not have {name}, which the study itself gives fid")

@@ -12,7 +12,7 @@ from d_emo.config import StudySettings
 from d_emo.data import ClassImages, open_dataset, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.evaluation import ClassifierFeatures, Judge, classifier_metrics, precision_recall
+from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
@@ -38,47 +38,23 @@ class Meter:
         self.settings = settings
         self.device = best_device()
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
-        self._judge: Judge | None = None
+        self._metrics: ClassifierMetrics | None = None
         self._held_out: ClassImages | None = None
 
     def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
-        """FID, share recognised (of Shapes-1000 by part, too, and the share without a shape), precision and recall.
-
-        Shares in percent, precision and recall between 0 and 1.
-        """
+        """Metric values of drawn images, see `ClassifierMetrics.measure`."""
         opened = load_denoiser(snapshot)
-        judge = self._open_judge(opened)
+        metrics = self._open_metrics(opened)
         labels = classifier_metrics.even_labels(self.settings.num_images, len(opened.class_names))
-        return self._figures(self.draw(opened, labels.tolist(), norm_buffers), judge, labels, opened)
+        return metrics.measure(self.draw(opened, labels.tolist(), norm_buffers), labels)
 
     def measure_real(self, snapshot: Path) -> dict[str, float] | None:
-        """The same figures of as many held-out images, or all, and how many; None where there are none."""
-        opened = load_denoiser(snapshot)
-        judge = self._open_judge(opened)
+        """The same of as many held-out images, or all, and how many; None where there are none."""
+        metrics = self._open_metrics(load_denoiser(snapshot))
         if self._held_out is None:
             return None
-        chosen = spread(len(self._held_out), self.settings.num_images)
-        labels = torch.tensor([self._held_out.label(index) for index in chosen])
-        figures = self._figures(classifier_metrics.batches_of(self._held_out, len(chosen)), judge, labels, opened)
-        return {"images": len(chosen), **figures}
-
-    def _figures(
-        self, batches: Iterator[torch.Tensor], judge: Judge, labels: torch.Tensor, opened: DenoiserSnapshot
-    ) -> dict[str, float]:
-        empty: list[torch.Tensor] = []
-
-        def noted() -> Iterator[torch.Tensor]:
-            for images in batches:
-                empty.append(is_empty(images))
-                yield images
-
-        verdict = judge.look(noted())
-        figures = {"fid": judge.fid(verdict), "recognised": share(verdict.classes == labels)}
-        if opened.meta["data"] == "shapes":
-            figures["empty"] = share(torch.cat(empty))
-            for name, place in classifier_metrics.SHAPES_PARTS.items():
-                figures[name] = share(verdict.classes // place % 10 == labels // place % 10)
-        return {**figures, **precision_recall(verdict.features, judge.real.features)}
+        count = min(len(self._held_out), self.settings.num_images)
+        return {"images": count, **metrics.measure_real(self._held_out, count)}
 
     def draw(
         self, opened: DenoiserSnapshot, labels: list[int], norm_buffers: str = "trained"
@@ -98,17 +74,16 @@ class Meter:
                 bar.update(len(images))
                 yield images
 
-    def _open_judge(self, opened: DenoiserSnapshot) -> Judge:
-        if self._judge is None:
+    def _open_metrics(self, opened: DenoiserSnapshot) -> ClassifierMetrics:
+        if self._metrics is None:
             if opened.class_names != self._features.class_names:
-                raise InputError(f"the judge {self._features.name} knows other classes than {opened.path}")
-            training = self.settings.train
+                raise InputError(f"the classifier {self._features.name} knows other classes than {opened.path}")
+            data, training = opened.meta["data"], self.settings.train
             real, self._held_out = classifier_metrics.open_real(
-                opened.meta["data"], opened.image_size, opened.class_names, data_dir=training.get("data_dir")
+                data, opened.image_size, opened.class_names, data_dir=training.get("data_dir")
             )
-            batches = classifier_metrics.batches_of(real, classifier_metrics.REAL_IMAGES)
-            self._judge = Judge(self._features, batches, device=self.device)
-        return self._judge
+            self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
+        return self._metrics
 
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
@@ -150,20 +125,3 @@ class Meter:
             {"timestep": (i + 0.5) * width, **{mode: values[i] for mode, values in means.items()}}
             for i in range(LEVELS)
         ]
-
-
-def is_empty(images: torch.Tensor) -> torch.Tensor:
-    """Whether there is nothing but a ground: of 200 pixels not one is further than 40 from the median in a channel.
-
-    The smallest shape of Shapes-1000 covers 3 of 100 pixels, and differs by 51 from its ground.
-
-    Shape: images (B, 3, H, W) uint8 -> (B,) bool.
-    """
-    pixels = images.flatten(2).float()
-    away = (pixels - pixels.median(dim=2, keepdim=True).values).abs().amax(dim=1)  # (B, H W)
-    return (away > 40).float().mean(dim=1) < 1 / 200
-
-
-def share(right: torch.Tensor) -> float:
-    """In percent."""
-    return 100 * right.float().mean().item()

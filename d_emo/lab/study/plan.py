@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from d_emo.config import StudySettings, TrainSettings, parse_settings
+from d_emo.config import Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.io.training_state import step_of
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,11 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights."""
+    """A run that measures another one's weights.
+
+    Raises:
+        InputError: It names no trained run, or another variant.
+    """
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]
@@ -99,13 +100,10 @@ def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
     Raises:
         InputError: It would not take them; names ``what`` they are.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values, file)
-        file.flush()
-        try:
-            return parse_settings(kind, "", ["--config", file.name])
-        except InputError as error:
-            raise InputError(f"{what}: {error}") from None
+    try:
+        return kind.from_mapping(values)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def protocol_of(settings: StudySettings) -> str:

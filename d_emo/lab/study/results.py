@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +20,17 @@ from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
-from d_emo.tables import DATASETS, METRICS, MetricValue
+from d_emo.tables import MetricValue, with_present_names
+from d_emo.tables import metric_values as all_metric_values
 
 RESUME = "nothing that was measured before is lost; re-run the same command to resume"
 
 
 def metric_values() -> dict[str, MetricValue]:
-    """What the tables of a report show, in their order: the loss, FID, class accuracy, then the other metrics."""
-    percent = {"recognised": "class %"} | {part: f"{part} %" for row in DATASETS.values() for part in row.label_parts}
-    values = [
-        MetricValue(name="loss", title="loss", digits=5, better=-1),
-        *METRICS["fid"].values,
-        *(MetricValue(name=name, title=title, digits=2) for name, title in percent.items()),
-        MetricValue(name="empty", title="empty %", digits=2, better=-1),
-        *(value for name, row in METRICS.items() if name != "fid" for value in row.values),
-    ]
-    return {value.name: value for value in values}
+    """What the tables of a report show, in their order: the loss, then what is measured of drawn images."""
+    loss = MetricValue(name="loss", title="loss", digits=5, better=-1)
+    measured = [replace(value, title=f"{value.title} {value.unit}".strip()) for value in all_metric_values().values()]
+    return {value.name: value for value in (loss, *measured)}
 
 
 def digits_of(value: MetricValue) -> int:
@@ -85,7 +81,7 @@ def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[
     if not run.results.exists():
         return {}
     try:
-        measured = {int(step): dict(values) for step, values in read_json(run.results).items()}
+        measured = {int(step): with_present_names(values) for step, values in read_json(run.results).items()}
     except (AttributeError, TypeError, ValueError):
         raise _damaged(run.results) from None
     return {step: values for step, values in measured.items() if not last or step == run.training.max_steps}
