@@ -5,6 +5,16 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 READY := .venv/.ready
 DEV := .venv/.dev
 
+# Without a config of its own `accelerate launch` warns of values that are not set; where there is one it stays as it is.
+define DEFAULTS
+from pathlib import Path
+from accelerate.commands.config.config_args import default_json_config_file as file
+from accelerate.utils import write_basic_config
+if not Path(file).exists() and write_basic_config():
+    Path(file).write_text(Path(file).read_text().replace('"use_cpu": true', '"use_cpu": false'))  # else one more warning
+endef
+export DEFAULTS
+
 .PHONY: demo test lint clean
 
 demo: $(READY)
@@ -24,6 +34,7 @@ clean:
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -c "$$DEFAULTS"
 	touch $@
 
 $(DEV): $(READY)

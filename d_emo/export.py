@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
 import logging
 import math
@@ -14,14 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.io.snapshot import kind_of, load_denoiser
-from d_emo.kernels.activation import activate
 from d_emo.models import create_model
-from d_emo.models.attention import WindowAttention
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.tables import denoisers
@@ -172,12 +167,8 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
     """
     import coremltools
 
-    module = copy.deepcopy(network.module)
-    for attention in module.modules():
-        if isinstance(attention, WindowAttention):
-            attention.attend = functools.partial(attend_in_low_rank, attention)
     with torch.no_grad():
-        graph = torch.export.export(module, network.example(1)).run_decompositions({})
+        graph = torch.export.export(network.module, network.example(1)).run_decompositions({})
     try:
         converted = coremltools.convert(
             graph, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17,
@@ -189,40 +180,6 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
     converted.save(str(path))
     coremltools.models.MLModel(str(path), skip_model_load=True)
     return None
-
-
-def gather(x: Tensor, groups: tuple[int, int]) -> Tensor:
-    """Reorder a map so that the tokens of a strided window lie side by side; with the other strides it is undone.
-
-    Shape: (B, H, W, C) -> same.
-    """
-    (h, w), (batch, height, width, dim) = groups, x.shape
-    x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
-    return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
-
-
-def attend_in_low_rank(
-    attention: WindowAttention, qk: Tensor, z: Tensor, act: kernels.Activation = "none"
-) -> Tensor:
-    """`WindowAttention.attend` with tensors of at most four axes, as Core ML wants them; the same result.
-
-    Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
-    """
-    value = activate(z, act)
-    (h, w), (batch, height, width, _) = attention.window, z.shape
-    n, m = height // h, width // w
-    total = torch.zeros_like(value)
-    for partition in kernels.PARTITIONS[attention.mode]:
-        far = partition is kernels.FarPartition
-        heads = []
-        for x in (*qk.chunk(2, dim=-1), value):
-            x = gather(x, (h, w)) if far else x
-            x = x.reshape(batch * n, h, m, -1).transpose(1, 2)  # (B n, m, h, w C)
-            heads.append(x.reshape(batch * n * m, h * w, attention.num_heads, -1).transpose(1, 2))
-        mixed = functional.scaled_dot_product_attention(*heads).transpose(1, 2)  # (B n m, h w, heads, head width)
-        mixed = mixed.reshape(batch * n, m, h, -1).transpose(1, 2).reshape(batch, height, width, -1)
-        total = total + (gather(mixed, (n, m)) if far else mixed)
-    return total
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A process's share of the machine's cores, and the memory that it works with."""
+"""A process's fraction of the machine's CPUs, and the memory that it works with."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def thread_count() -> int:
-    """Cores that this process may run on; fewer than the machine's where it has been bound to some."""
+    """CPUs that this process may run on; fewer than the machine's where it has been bound to some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(device: torch.device, processes: int) -> None:
-    """On a CPU, let torch use this process's share of the cores: `accelerate launch` sets one thread, unasked.
+    """On a CPU, let torch use this process's fraction of the CPUs: `accelerate launch` sets one thread, unasked.
 
     There the process also keeps its freed memory, see `keep_freed_memory`.
     """

@@ -3,8 +3,8 @@ import reference_block as reference
 import torch
 from torch import nn
 
+from d_emo import kernels
 from d_emo.errors import InputError
-from d_emo.kernels import depthwise_conv2d
 from d_emo.models.blocks import ARRANGEMENTS, AdaLNMobileBlock, DiTBlock, MetaMobileBlock, MobileOperator, mobile_block
 from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm, sincos_position_embedding
 
@@ -227,8 +227,13 @@ def test_impossible_blocks_are_named(options, words):
 def test_depthwise_convolution_equals_the_library_with_its_gradients(kernel_size, size):
     x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(6, 1, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
+    conv = nn.Conv2d(6, 6, kernel_size, padding=kernel_size // 2, groups=6, bias=False, dtype=torch.float64)
+    conv.weight = nn.Parameter(weight.detach())
+    weight = conv.weight
+    with kernels.record() as calls:
+        got = kernels.local_conv(conv, nn.Identity(), nn.Identity(), x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert [call.form for call in calls] == ["CPU's own gradients"]
     expected = torch.nn.functional.conv2d(x, weight, padding=kernel_size // 2, groups=6)
-    got = depthwise_conv2d(x, weight)
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(expected)
     ours, theirs = (torch.autograd.grad(y, (x, weight), grad) for y in (got, expected))

@@ -107,6 +107,8 @@ def test_tensors_have_shapes(file):
 def test_errors_are_named(file):
     wrong = []
     for name, node, text, around in definitions(file):
+        if not text and name.rpartition(".")[2] in DESCRIBED:
+            continue  # said where it is described
         said = sections(text)[""] + sections(text).get("Raises", "") + sections(around).get("Raises", "")
         wrong += [f"{name}: {error}" for error in raised(node) - set(re.findall(r"\w+", said))]
     assert not wrong, f"not among Raises: {', '.join(wrong)}"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from d_emo.kernels import dispatch, plain, window_attention
+from d_emo.kernels import dispatch, plain
+from d_emo.kernels.attention import attend as window_attention
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
 
@@ -24,7 +25,8 @@ def interpreted(monkeypatch, triton_interpreter):
     launches, launch = [], gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
     monkeypatch.setattr(gpu, "uses_tf32", lambda: True)
-    monkeypatch.setattr("d_emo.kernels.attention.uses_triton", lambda *tensors: not dispatch._plain)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(dispatch, "triton_works", lambda index: True)
     return launches
 
 
@@ -143,7 +145,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_other_form(interpreted, monkey
 
     assert launched(operands((2, 2), (8, 8)))
     assert not launched(operands((9, 9), (8, 8), batch=1), (9, 9))  # 81 tokens
-    assert not gpu.fits(*operands((2, 2), (8, 8), batch=0), (2, 2))
+    assert gpu.refuses(*operands((2, 2), (8, 8), batch=0), (2, 2)) == "an empty batch"
     monkeypatch.setattr(gpu, "uses_tf32", lambda: False)
     assert not launched(operands((2, 2), (8, 8)))
     assert launched(operands((2, 2), (8, 8), dtype=torch.bfloat16))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from d_emo import kernels
-from d_emo.kernels import dispatch
+from d_emo.kernels import attention, dispatch
 from d_emo.models.blocks import AdaLNMobileBlock, MobileOperator
 from d_emo.models.layers import LocalConv, fold_batch_norms, synchronise_batch_norms
 
@@ -38,12 +38,9 @@ def interpreted(monkeypatch, triton_interpreter):
 def routed(interpreted, monkeypatch):
     """Let the networks take the GPU's form on the CPU."""
 
-    def uses_triton(*tensors):
-        return not dispatch._plain and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
-
-    for module in ("local", "depthwise"):
-        monkeypatch.setattr(f"d_emo.kernels.{module}.uses_triton", uses_triton)
-    monkeypatch.setattr("d_emo.kernels.depthwise.fuses_inference", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "triton_works", lambda index: True)
+    monkeypatch.setattr(attention, "WINDOW_ATTENTION", attention.WINDOW_ATTENTION[1:])  # has tests of its own
     return interpreted
 
 
@@ -69,6 +66,17 @@ def plain_branch(a, kernel, gamma, beta, projection, running_mean, running_var, 
     c = plain_conv(a, kernel).permute(0, 3, 1, 2)
     n = F.batch_norm(c, running_mean, running_var, gamma, beta, True, momentum, eps)
     return F.linear(a + F.silu(n.permute(0, 2, 3, 1)), projection)
+
+
+def branch(a, kernel, gamma, beta, projection, running_mean, running_var):
+    """`kernels.local_branch` of modules with these parameters and buffers."""
+    local = LocalConv(a.shape[-1], kernel_size=kernel.shape[-1])
+    proj = nn.Linear(*projection.shape[::-1], bias=False)
+    local.conv._parameters["weight"], proj._parameters["weight"] = kernel, projection
+    local.norm.bn._parameters.update(weight=gamma, bias=beta)
+    local.norm.bn._buffers.update(running_mean=running_mean, running_var=running_var)
+    local.norm.bn.momentum = 0.3
+    return kernels.local_branch(local, proj, a, skip=True)
 
 
 def branch_inputs(shape, size, mean=0.0, device="cpu"):
@@ -97,8 +105,8 @@ def compare_branch(inputs, dtype, tolerance):
     """In the norm of each result, against float64."""
 
     def ours(*tensors):
-        *inputs, mean, var = tensors
-        return kernels.local_projection(*inputs, running_mean=mean, running_var=var, momentum=0.3, eps=1e-6)
+        a, *parameters, mean, var = tensors
+        return branch(a, *parameters, mean, var)
 
     got, expected = all_results(ours, inputs, dtype), all_results(plain_branch, inputs, torch.float64)
     for name, value in expected.items():
@@ -239,15 +247,18 @@ def test_a_block_in_training_under_autocast_takes_it_with_a_map_of_16_bits(ran, 
 
 
 def test_under_autocast_a_map_of_32_bits_becomes_one_of_16(routed):
-    inputs, x = branch_inputs((2, 3, 4, 5), 3), torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
-    running = {"running_mean": torch.zeros(5), "running_var": torch.ones(5), "momentum": 0.1, "eps": 1e-6}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert kernels.local_projection(*inputs, **running).dtype == torch.bfloat16
-        assert kernels.depthwise_conv2d(x, inputs[1]).dtype == torch.bfloat16
+    inputs, running = branch_inputs((2, 3, 4, 5), 3), (torch.zeros(5), torch.ones(5))
+    conv, operator = LocalConv(5, kernel_size=3, norm="none"), MobileOperator(5, attention=False, expand_ratio=1).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16), kernels.record() as calls:
+        assert branch(*inputs, *running).dtype == torch.bfloat16
+        assert conv(inputs[0]).dtype == torch.bfloat16
         with torch.no_grad():
-            assert kernels.local_skip(inputs[0], inputs[1], None).dtype == torch.bfloat16
-            sizes = [(1, 1)] * 3
-            assert kernels.depthwise_silu(x, inputs[1], None, *sizes).dtype == torch.bfloat16
+            assert conv(inputs[0]).dtype == torch.bfloat16
+            assert kernels.local_branch(operator.local, nn.Identity(), inputs[0], skip=True).dtype == torch.bfloat16
+    assert [call.form for call in calls if call.operator.startswith("local")] == [
+        "Triton, one step of training", "Triton's convolution", "Triton, one pass",
+        "Triton, one pass and the projection",
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -422,8 +433,9 @@ def test_a_kernel_compiles_for_a_gpu_and_its_registers_suffice(sources, tmp_path
                                          ((4, 28, 28, 96), 3)])  # fmt: skip
 def test_on_the_gpu_one_step_equals_the_plain_steps(dtype, tolerance, shape, size):
     inputs = branch_inputs(shape, size, device="cuda")
-    assert kernels.fuses_training(inputs[0].to(dtype), *inputs[1:])
-    compare_branch(inputs, dtype, tolerance)
+    with kernels.record() as calls:
+        compare_branch(inputs, dtype, tolerance)
+    assert calls[0].form == "Triton, one step of training"
 
 
 @needs_gpu

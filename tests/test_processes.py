@@ -100,14 +100,14 @@ def test_two_processes_resume_bitwise(tmp_path):
     def killed(rank):
         from d_emo.training import loop
 
-        done = loop.Watch.step_done
+        done = loop.Progress.step_done
 
         def die(self, step, figures):
             done(self, step, figures)
             if step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        loop.Watch.step_done = die
+        loop.Progress.step_done = die
         train(tmp_path / "parts", **options)
 
     assert in_processes(2, killed) == [-signal.SIGKILL] * 2

@@ -73,14 +73,14 @@ def test_five_steps_and_a_kill_and_seven_equal_twelve(tmp_path, variant):
     if child == 0:  # dies of SIGKILL after its seventh step, two steps after its last state
         from d_emo.training import loop
 
-        finish = loop.Watch.step_done
+        finish = loop.Progress.step_done
 
         def die(self, step, figures):
             finish(self, step, figures)
             if step == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        loop.Watch.step_done = die
+        loop.Progress.step_done = die
         train(tmp_path / "parts", **changes)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

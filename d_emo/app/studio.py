@@ -125,8 +125,8 @@ class Studio:
     def draw(self, request: SampleRequest) -> Iterator[View]:
         """Draw, and show the pictures on the way; whoever closes the iterator ends the drawing.
 
-        Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, so the finished ones do
-        not wait for it.
+        Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, the time that the caller
+        takes for views included, so the finished ones do not wait for it.
 
         Args:
             request: From `read`.
@@ -143,16 +143,18 @@ class Studio:
             for step in request.draw(self.sampler.replace(**request.how)):
                 now, width = time.perf_counter(), len(step.latents)
                 part, due = slice(step.first, step.first + width), now - shown > _PAUSE
+                preview = due and not step.is_last and previews < self.settings.preview_share * (now - started)
                 if step.is_last:
                     images[part] = step.images
-                elif due and previews < self.settings.preview_share * (now - started):
+                elif preview:
                     images[part] = to_uint8(decode(self.sampler.codec, step.latents)).cpu()
-                    previews += time.perf_counter() - now
                 finished, made = (part.stop, 0) if step.is_last else (part.start, step.index + 1)
                 if due or finished == len(images):
                     shown = time.perf_counter()
                     fraction = (finished + width * made / step.steps) / len(images)
                     yield View(list(images), finished, made, step.steps, fraction, shown - started)
+                    if preview:  # what is done with it takes its time from the drawing, too
+                        previews += time.perf_counter() - now
         except torch.cuda.OutOfMemoryError:
             raise InputError("the GPU has too little memory left for so many pictures at once; choose fewer") from None
 

@@ -22,7 +22,11 @@ from d_emo.tables import OBJECTIVES
 
 
 def run(settings: JudgeSettings) -> None:
-    """Do it."""
+    """Do it.
+
+    Raises:
+        InputError: The classifier knows other classes, or the card cannot be written.
+    """
     device = best_device()
     snapshot = load_denoiser(settings.checkpoint)
     check_guidance(settings.guidance_scale, label_dropout=snapshot.label_dropout)

@@ -14,7 +14,11 @@ from d_emo.training.accuracy import open_classifier
 
 
 def run(settings: ExplainSettings) -> None:
-    """Do it."""
+    """Do it.
+
+    Raises:
+        InputError: The classifier has no such label.
+    """
     classifier = open_classifier(settings.model)
     network = classifier.model
     image = load_image(Path(settings.image), settings.image_size or classifier.image_size)

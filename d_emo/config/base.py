@@ -35,7 +35,7 @@ def setting(
         flag: What it is called on the command line, where that is not ``--`` and its name; capitals: positional.
         nargs: How many values it takes.
         group: Heading in ``--help``, also of the fields after it.
-        choices: A table whose names it takes.
+        choices: A table whose names it takes; of a list, the settings check them.
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
     """
@@ -59,7 +59,7 @@ class Settings:
             _check_type(name, getattr(self, name), hint)
         for each in fields(self):
             value, table = getattr(self, each.name), each.metadata.get("choices")
-            if table is not None and value is not None and value not in table:
+            if table is not None and isinstance(value, str) and value not in table:
                 raise InputError(_one_of(each.name, table, value))
         self.check()
 
@@ -154,7 +154,7 @@ def make_parser(settings_class: type[Any], description: str) -> Any:
             group = parser.add_argument_group(each.metadata["group"])
         options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
         if each.metadata.get("choices") is not None:
-            options["help"] += f" ({', '.join(each.metadata['choices'])})"
+            options["help"] += f" ({', '.join(map(_choice, each.metadata['choices'].values()))})"
         if each.default is not MISSING:
             options["default"] = each.default
         elif each.default_factory is not MISSING:
@@ -191,6 +191,11 @@ def _read(
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
         raise InputError(f"{_sentence(str(error), names, hints)} (--help lists what is accepted)") from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
+
+
+def _choice(row: Any) -> str:
+    """A row of a table as help shows it: its name, and its title where it has one."""
+    return f"{row.name}: {row.title}" if hasattr(row, "title") else row.name
 
 
 def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> str:

@@ -84,7 +84,11 @@ class JudgeSettings(Settings):
         self.sampler_steps()
 
     def sampler_steps(self) -> list[tuple[str, int]]:
-        """Name and steps of each sampler to compare."""
+        """Name and steps of each sampler to compare.
+
+        Raises:
+            InputError: One is not NAME:STEPS.
+        """
         pairs = [each.rpartition(":")[::2] for each in self.samplers]
         for each, (name, steps) in zip(self.samplers, pairs, strict=True):
             if not name or not steps.isdecimal():
@@ -123,9 +127,7 @@ class FidSettings(Settings):
     reference: str | None = setting(
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )
-    metrics: list[str] = setting(
-        ["fid"], "any of " + ", ".join(f"{name} ({row.title})" for name, row in METRICS.items())
-    )
+    metrics: list[str] = setting(["fid"], "metrics to compute", choices=METRICS)
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
     num_images: Count | None = setting(

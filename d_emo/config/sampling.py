@@ -24,6 +24,9 @@ def check_guidance(
         scale: Guidance scale.
         interval: Ranks of the noise path on which to guide.
         label_dropout: Of the denoiser's training, once that is known.
+
+    Raises:
+        InputError: It means nothing, or the denoiser cannot give it.
     """
     NON_NEGATIVE.check("guidance_scale", scale, float)
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:

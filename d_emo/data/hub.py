@@ -114,7 +114,9 @@ class HubStream(StoredImages):
                     f"length={self._next} after ?"
                 ) from None
             except OSError as error:
-                raise RunError(f"the stream {self.source} broke off ({error}); the same command goes on") from None
+                raise RunError(
+                    f"the stream {self.source} broke off ({error}); re-run the same command to resume"
+                ) from None
             self._next += 1
         return self._row
 

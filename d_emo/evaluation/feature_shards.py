@@ -8,7 +8,6 @@ A folder serves one command at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from d_emo import files
 from d_emo.errors import InputError, RunError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.npz import NpzWriter, read_text
@@ -72,7 +72,7 @@ def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> li
 
 def digest(settings: dict[str, Any]) -> str:
     """Twelve digits that change with any setting."""
-    return hashlib.sha256(_as_json(settings).encode()).hexdigest()[:12]
+    return files.digest(_as_json(settings))[:12]
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:

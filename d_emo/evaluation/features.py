@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from http.client import HTTPException
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_file
+from d_emo.files import digest_of_file, digest_of_tensors
 from d_emo.io.snapshot import load_classifier
 from d_emo.tables import load, parse_features
 
@@ -242,8 +241,4 @@ def _check_tensors_only(path: Path) -> None:
 
 def fingerprint(model: torch.nn.Module, digits: int = 8) -> str:
     """Digits that change with any weight of a model, so that a report says which one it was."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:digits]
+    return digest_of_tensors(sorted(model.state_dict().items()))[:digits]

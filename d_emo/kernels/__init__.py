@@ -1,38 +1,36 @@
-"""Fast forms of the steps that take the time: one function each, chosen by device, equal to the plain form.
+"""The operators of a block. Each has a table of forms, equal to its plain one, of which the first that can runs.
 
-What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md``.
+What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md``. `explain` says what runs here.
 """
 
-from d_emo.kernels.activation import Activation, add_to
+from d_emo.kernels.activation import add
 from d_emo.kernels.attention import window_attention
-from d_emo.kernels.depthwise import depthwise_conv2d, depthwise_silu, fuses_activation
-from d_emo.kernels.dispatch import fuses_inference, plain
+from d_emo.kernels.depthwise import folded, local_conv
+from d_emo.kernels.dispatch import known, opaque, plain, record
+from d_emo.kernels.explaining import Explanation, explain
 from d_emo.kernels.linear import linear
-from d_emo.kernels.local import fuses_skip, fuses_training, local_projection, local_skip
-from d_emo.kernels.modulation import fuses_modulation, modulated_norm
-from d_emo.kernels.partitions import PARTITIONS, AttentionMode, FarPartition, NearPartition, Partition
+from d_emo.kernels.local import local_branch
+from d_emo.kernels.modulation import modulated_norm
+from d_emo.kernels.partitions import PARTITIONS, AttentionMode, FarPartition, NearPartition
 from d_emo.kernels.slices import in_slices
 
 __all__ = [
     "PARTITIONS",
-    "Activation",
     "AttentionMode",
+    "Explanation",
     "FarPartition",
     "NearPartition",
-    "Partition",
-    "add_to",
-    "depthwise_conv2d",
-    "depthwise_silu",
-    "fuses_activation",
-    "fuses_inference",
-    "fuses_modulation",
-    "fuses_skip",
-    "fuses_training",
+    "add",
+    "explain",
+    "folded",
     "in_slices",
+    "known",
     "linear",
-    "local_projection",
-    "local_skip",
+    "local_branch",
+    "local_conv",
     "modulated_norm",
+    "opaque",
     "plain",
+    "record",
     "window_attention",
 ]

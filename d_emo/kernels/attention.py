@@ -16,18 +16,18 @@ compiler calls as it is: what the compiler makes of the single steps, or of the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from d_emo.kernels.activation import Activation, activate, activate_backward
-from d_emo.kernels.dispatch import lowered, uses_triton, wants_standard
-from d_emo.kernels.partitions import PARTITIONS, AttentionMode
+from d_emo.kernels.dispatch import Form, lowered, run, triton_refuses
+from d_emo.kernels.linear import linear, unactivated
+from d_emo.kernels.partitions import PARTITIONS, AttentionMode, FarPartition, gather
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -37,31 +37,57 @@ FROZEN_CHUNK = 2**18
 
 
 def window_attention(
-    qk: Tensor, z: Tensor, *, act: Activation, heads: int, window: tuple[int, int], mode: AttentionMode,
-    repeat: int = 1,
+    qk: nn.Module, u: Tensor, x: Tensor, value: nn.Module | None = None, act: nn.Module | None = None, *, heads: int,
+    window: tuple[int, int], mode: AttentionMode, repeat: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Attention within the windows of every partition of a mode, their sum multiplied by ``repeat``.
+    """The attention maps of ``u`` weigh ``act(value(x))`` in every window of a mode's partitions.
 
     Args:
-        qk: queries and, after them, keys.
-        z: the value before its activation.
-        act: of the value.
-        heads: that the channels of each are divided among.
+        qk: makes queries and, after them, keys of ``u``.
+        u: the map that is compared with itself.
+        x: the map that is weighed.
+        value, act: what is made of ``x`` first; without them it is weighed as it is.
+        heads: that the channels of queries, keys and value are divided among.
         window: height and width of a window; divides the map.
         mode: near, far, or both summed.
         repeat: factor of the result, for equal partitions that are computed once.
 
+    Shape: u (B, H, W, C), x (B, H, W, K) -> (B, H, W, M), M the width of the value.
+    """
+    z, kind = unactivated(value, x, act)  # (B, H, W, M)
+    return attend(linear(qk, u), z, act=kind, heads=heads, window=window, mode=mode, repeat=repeat)
+
+
+def attend(
+    qk: Tensor, z: Tensor, *, act: Activation = "none", heads: int, window: tuple[int, int], mode: AttentionMode,
+    repeat: int = 1,
+) -> Tensor:  # fmt: skip
+    """`window_attention` of given queries with keys, and of a value before its activation.
+
     Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
-    options = act, heads, list(window), mode, repeat
-    if uses_triton(qk, z):
-        from d_emo.kernels.gpu import attention as gpu
+    return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, list(window), mode, repeat)
 
-        operands = lowered(qk, z)
-        if gpu.fits(*operands, window):
-            return gpu.attend(*operands, *options)
-    if wants_standard() or z.device.type != "cpu":
-        return plain_window_attention(qk, activate(z, act), heads, window, mode, repeat)
+
+def _triton_refuses(z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], *_: Any) -> str | None:
+    if why := triton_refuses(z, qk):
+        return why
+    from d_emo.kernels.gpu import attention as gpu
+
+    return gpu.refuses(*lowered(qk, z), window)
+
+
+def _triton(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
+    from d_emo.kernels.gpu import attention as gpu
+
+    return gpu.attend(*lowered(qk, z), *options)
+
+
+def _cpu_refuses(z: Tensor, qk: Tensor, *_: Any) -> str | None:
+    return None if z.device.type == "cpu" else "not on a CPU"
+
+
+def _cpu(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
     qk, z = lowered(qk, z)
     keep = torch.is_grad_enabled() and (qk.requires_grad or z.requires_grad)
     if torch.compiler.is_compiling():
@@ -72,20 +98,32 @@ def window_attention(
         return forward(qk, z, Layout(*options))
 
 
-def plain_window_attention(
-    qk: Tensor, value: Tensor, heads: int, window: tuple[int, int], mode: AttentionMode, repeat: int
+def _library(
+    z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, repeat: int
 ) -> Tensor:
-    """The plain form of `window_attention`, after the activation."""
-    partitions, value = PARTITIONS[mode], repeat * value if repeat != 1 else value
-    windows = [torch.stack([p.split(x, window) for p in partitions]) for x in (*qk.chunk(2, dim=-1), value)]
-    parts, batch, n, m, h, w, _ = windows[0].shape  # each (P, B, n, m, h, w, C or M)
-    operands = [
-        x.reshape(parts * batch * n * m, h * w, heads, -1).transpose(1, 2) for x in windows
-    ]  # each (P B n m, heads, h w, head width)
-    mixed = F.scaled_dot_product_attention(*operands)  # scale is (query head width)^-1/2
-    mixed = mixed.transpose(1, 2).reshape(parts, batch, n, m, h, w, -1)  # (P, B, n, m, h, w, M)
-    merged = [p.merge(x) for p, x in zip(partitions, mixed.unbind(), strict=True)]  # P x (B, H, W, M)
-    return functools.reduce(torch.add, merged)  # (B, H, W, M)
+    """In tensors of at most four axes, as Core ML wants them."""
+    value = activate(z, act)
+    (h, w), (batch, height, width, _), total = window, z.shape, None
+    n, m = height // h, width // w
+    for partition in PARTITIONS[mode]:
+        far, operands = partition is FarPartition, []
+        for x in (*qk.chunk(2, dim=-1), value):
+            dim = x.shape[-1]
+            x = gather(x, (h, w)) if far else x  # (B, n h, m w, C or M), a window's tokens side by side
+            x = x.reshape(batch * n, h, m, w * dim).transpose(1, 2)  # (B n, m, h, w C)
+            operands.append(x.reshape(batch * n * m, h * w, heads, dim // heads).transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(*operands).transpose(1, 2)  # (B n m, h w, heads, M / heads)
+        mixed = mixed.reshape(batch * n, m, h, w * dim).transpose(1, 2).reshape(batch, height, width, dim)
+        mixed = gather(mixed, (n, m)) if far else mixed  # (B, H, W, M)
+        total = mixed if total is None else total + mixed
+    return repeat * total if repeat != 1 else total
+
+
+WINDOW_ATTENTION = (
+    Form("Triton", _triton, _triton_refuses),
+    Form("CPU, in chunks", _cpu, _cpu_refuses),
+    Form("the library's attention", _library),
+)
 
 
 @dataclass(frozen=True)

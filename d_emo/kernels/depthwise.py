@@ -1,4 +1,7 @@
-"""Depthwise convolution: its gradients, and its form for inference."""
+"""The local convolution of a block, ``SiLU(BN(DWConv(x)))``: the convolution's gradients, and one pass in inference.
+
+Its norm is duck-typed: what has a ``bn`` and is `known` is a batch norm over the last axis, with an ``affine()`` form.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from d_emo.kernels.dispatch import fuses_inference, lowered, uses_triton, wants_standard
+from d_emo.kernels.dispatch import Form, lowered, onednn_refuses, opaque, run, triton_refuses
 
 TRITON_SIZES = (3, 5, 7)
 """The sizes of a kernel that Triton's form is written for."""
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
-    """Depthwise convolution of stride 1 that keeps the size; see `depthwise_conv2d`."""
+    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs.
+
+    The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
+    convolution; see `_kernel_gradient` for what replaces it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -95,47 +102,130 @@ def _kernel_gradient_of_small_maps(x: Tensor, grad: Tensor, size: int) -> Tensor
     return (pairs @ offsets).view(channels, 1, size, size)
 
 
-def convolves_on_gpu(x: Tensor, size: int) -> bool:
-    """Whether Triton's depthwise convolution takes this map and a kernel of ``size`` x ``size``."""
-    return size in TRITON_SIZES and uses_triton(x)
+def local_conv(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """``act(norm(conv(x)))`` with a depthwise convolution of channels-last maps.
 
+    Args:
+        conv: takes channels-first maps, as an ``nn.Conv2d``.
+        norm: takes channels-last maps.
+        act: activation.
+        x: the map.
 
-def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution of stride 1 that keeps the size, with a backward pass made for CPUs, and one for GPUs.
-
-    The library's gradient of a depthwise kernel on a CPU takes several times as long as all the rest of the
-    convolution; see `_kernel_gradient` for what replaces it.
-
-    Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k) -> (B, C, H, W).
+    Shape: x (B, H, W, M) -> (B, ceil(H / stride), ceil(W / stride), M).
     """
-    if convolves_on_gpu(x, weight.shape[-1]):
-        from d_emo.kernels.gpu import local
-
-        return local.depthwise_conv2d(lowered(x)[0].permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-    if x.device.type != "cpu" or wants_standard() or not torch.is_grad_enabled():
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return _DepthwiseConv2d.apply(*lowered(x, weight))
+    return run("local_conv", LOCAL_CONV, x, conv, norm, act)
 
 
-def fuses_activation(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """Whether `depthwise_silu` takes this map and this convolution; otherwise the plain steps are wanted."""
+def geometry_refuses(conv: nn.Module, *, strided: bool = False) -> str | None:
+    """Why this is no depthwise convolution as operators know it, or None; ``strided``: with any stride and dilation."""
+    if why := opaque(conv):
+        return why
+    if type(conv) is not nn.Conv2d or not conv.groups == conv.in_channels == conv.out_channels:
+        return "no depthwise convolution"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "no padding with a number of zeros"
+    size = conv.kernel_size[0]
+    if strided or (conv.stride == conv.dilation == (1, 1) and conv.kernel_size == (size, size) and size % 2
+                   and conv.padding == (size // 2, size // 2)):  # fmt: skip
+        return None
+    return "strided, dilated, or of another size than its map"
+
+
+def affine_refuses(norm: nn.Module, act: nn.Module) -> str | None:
+    """Why there is more than an affine map between convolution and SiLU, or None: a batch norm in eval mode, or no
+    norm."""
+    bn = getattr(norm, "bn", None)
+    if why := opaque(norm, act) or (bn is not None and opaque(bn)):
+        return why
+    if type(act) is not nn.SiLU:
+        return f"{type(act).__name__} is no SiLU"
+    if bn is None:
+        return None if type(norm) is nn.Identity else f"{type(norm).__name__} is no batch norm"
+    frozen = type(bn) is nn.BatchNorm2d and not bn.training and bn.affine and bn.track_running_stats
+    return None if frozen else "batch norm takes the batch's statistics"
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Kernel and bias of a convolution with the batch norm's running statistics in them, where it has one.
+
+    Shape: -> (M, 1, k, k), (M,) or None.
+    """
+    if not hasattr(norm, "bn"):
+        return conv.weight, conv.bias
+    factor, offset = norm.affine()
+    return conv.weight * factor[:, None, None, None], offset if conv.bias is None else conv.bias * factor + offset
+
+
+def one_pass_refuses(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
+    """Why Triton does not do convolution, norm and SiLU in one pass, without a gradient, or None."""
     if torch.is_grad_enabled():
-        return False
-    return fuses_inference(x) or (stride == dilation == (1, 1) and convolves_on_gpu(x, weight.shape[-1]))
+        return "gradients are on"
+    return triton_refuses(x) or triton_size_refuses(conv) or affine_refuses(norm, act)
 
 
-def depthwise_silu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """``SiLU(DWConv(x) + b)`` in one pass over the map, without a gradient; only where `fuses_activation`.
+def triton_size_refuses(conv: nn.Module) -> str | None:
+    """Why Triton's kernels do not do this convolution, or None."""
+    if why := geometry_refuses(conv):
+        return why
+    return None if conv.kernel_size[0] in TRITON_SIZES else f"kernels are for sizes {TRITON_SIZES} only"
 
-    Shape: x (B, C, H, W), channels last in memory, weight (C, 1, k, k), bias (C,) -> (B, C, H', W').
-    """
-    if convolves_on_gpu(x, weight.shape[-1]):
-        from d_emo.kernels.gpu import local
 
-        return local.depthwise_silu(lowered(x)[0].permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, dilation, weight.shape[0], "swish", [], ""
+def _one_pass(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
+    from d_emo.kernels.gpu import local
+
+    return local.depthwise_silu(lowered(x)[0], *folded(conv, norm))
+
+
+def _onednn_refuses(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if torch.compiler.is_compiling():
+        return "the compiler joins small steps itself"
+    return geometry_refuses(conv, strided=True) or affine_refuses(norm, act) or onednn_refuses(x, conv.weight)
+
+
+def _onednn(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
+    weight, bias = folded(conv, norm)
+    y = torch.ops.mkldnn._convolution_pointwise(
+        x.permute(0, 3, 1, 2), weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, "swish", [], ""
     )
+    return y.permute(0, 2, 3, 1)
+
+
+def _triton_refuses(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
+    if why := triton_refuses(x) or triton_size_refuses(conv):
+        return why
+    return None if conv.bias is None else "the convolution has a bias"
+
+
+def _triton(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
+    from d_emo.kernels.gpu import local
+
+    return act(norm(local.depthwise_conv2d(lowered(x)[0], conv.weight)))
+
+
+def _cpu_refuses(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
+    if not torch.is_grad_enabled():
+        return "gradients are off"
+    if x.device.type != "cpu":
+        return "not on a CPU"
+    if why := geometry_refuses(conv):
+        return why
+    return None if conv.bias is None else "the convolution has a bias"
+
+
+def _cpu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
+    return act(norm(_DepthwiseConv2d.apply(*lowered(x.permute(0, 3, 1, 2), conv.weight)).permute(0, 2, 3, 1)))
+
+
+def _modules(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> Tensor:
+    return act(norm(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))  # the permutations are views
+
+
+LOCAL_CONV = (
+    Form("Triton, one pass", _one_pass, one_pass_refuses),
+    Form("oneDNN, one pass", _onednn, _onednn_refuses),
+    Form("Triton's convolution", _triton, _triton_refuses),
+    Form("CPU's own gradients", _cpu, _cpu_refuses),
+    Form("the modules", _modules),
+)

@@ -1,14 +1,20 @@
-"""Which form of a kernel runs: the one place that decides it."""
+"""Which form of an operator runs: the one place that decides it, and can say why.
+
+An operator has a table of forms, fastest first. Each is asked for what it has against its inputs, in one sentence, and
+the first that has nothing runs. The last form takes everything: it calls the layers as modules, in standard operators.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from d_emo.errors import RunError
 
@@ -17,8 +23,6 @@ try:
 except ImportError:  # before PyTorch 2.8
     from torch.fx._symbolic_trace import is_fx_tracing
 
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has none
-
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -26,12 +30,78 @@ HAS_ONEDNN = (
 )
 """Whether this build of the library has oneDNN's product and this CPU AVX-512."""
 
+
+class Form(NamedTuple):
+    """One way to compute an operator.
+
+    Attributes:
+        name: what explanations call it.
+        run: takes the operator's inputs, the map first.
+        refuses: takes the same; says why this form does not take them, or None. The last form of a table has none.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    refuses: Callable[..., str | None] | None = None
+
+
+class Call(NamedTuple):
+    """What `record` keeps of one call of an operator: the map's shape, the form that ran, and (form, why not) above."""
+
+    operator: str
+    shape: tuple[int, ...]
+    form: str
+    refused: tuple[tuple[str, str], ...]
+
+
 _plain = os.environ.get("D_EMO_KERNELS") == "plain"
+_calls: list[Call] | None = None
+
+
+def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tensor:
+    """The operator's result, by the first of its forms that takes the inputs.
+
+    Raises:
+        RunError: A form broke the GPU; see `passes_trial`.
+    """
+    standard = why_standard()
+    chosen = forms[-1]
+    if standard is None:
+        for form in forms:
+            if form.refuses is None or form.refuses(x, *inputs) is None:
+                chosen = form
+                break
+    if _calls is not None:
+        refused = []
+        for form in forms:
+            if form is chosen:
+                break
+            refused.append((form.name, standard or form.refuses(x, *inputs)))
+        note(operator, tuple(x.shape), chosen.name, tuple(refused))
+    return chosen.run(x, *inputs)
+
+
+@torch.compiler.assume_constant_result
+def note(*call: Any) -> None:
+    """Keep a call for `record`; of a compiled network as it is traced."""
+    if _calls is not None:
+        _calls.append(Call(*call))
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Call]]:
+    """Within this context every call of an operator is noted in the list; of compiled networks, when it is traced."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within this context every kernel takes its plain form, in standard operators: for counting and comparing.
+    """Within this context every operator takes its plain form, in standard operators: for counting and comparing.
 
     The environment variable D_EMO_KERNELS=plain does the same for a whole process.
     """
@@ -43,29 +113,74 @@ def plain() -> Iterator[None]:
         _plain = before
 
 
-def is_plain() -> bool:
-    """Whether the plain form of small steps is wanted: inside `plain`, and in a network compiled, exported or traced.
+def why_standard() -> str | None:
+    """Why every operator takes its plain form, or None: it was asked for, the network is exported or traced, or a hook
+    is to see all modules."""
+    if _plain:
+        return "the plain form was asked for"
+    if is_fx_tracing() or (torch.compiler.is_compiling() and is_exporting()):
+        return "the network is exported or traced"
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks or (
+        modules._global_backward_hooks or modules._global_backward_pre_hooks
+    ):  # fmt: skip
+        return "a hook of all modules is there"
+    return None
 
-    The compiler joins small steps itself, and other programs know standard operators only.
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export is at work. Asked outside of traced code: PyTorch 2.8 to 2.11 trace the question as True."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # PyTorch 2.6 has none
+
+
+KNOWN: set[type[nn.Module]] = {
+    nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity,
+}  # fmt: skip
+"""The modules whose work an operator may do itself, without calling them."""
+
+
+def known(kind: type[nn.Module]) -> type[nn.Module]:
+    """Let operators do the work of a class of modules, which its owner writes as they know it; a decorator."""
+    KNOWN.add(kind)
+    return kind
+
+
+def opaque(*layers: nn.Module) -> str | None:
+    """Why one of the layers has to be called as a module, or None.
+
+    It is of another class than those in `KNOWN` (a subclass is another: LoRA, quantised, parametrised or synchronised
+    layers), its weight is not an ordinary tensor, or something is wrapped around its call or hung on it.
     """
-    return torch.compiler.is_compiling() or wants_standard()
+    for layer in layers:
+        own = layer.__dict__
+        if type(layer) not in KNOWN:
+            return f"{type(layer).__name__} has to be called as a module"
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return f"something hangs on the call of {type(layer).__name__}"
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return f"something hangs on the backward pass of {type(layer).__name__}"
+        weight = own["_parameters"].get("weight")
+        if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
+            return f"the weight of {type(layer).__name__} is a {type(weight).__name__}"
+    return None
 
 
-def wants_standard() -> bool:
-    """Whether standard operators are wanted even of a compiled network: inside `plain`, exported or traced."""
-    return _plain or is_fx_tracing() or is_exporting()
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is where Triton's kernels run."""
+    return x.is_cuda
 
 
-def uses_triton(*tensors: Tensor) -> bool:
-    """Whether Triton's kernels run for these: on an NVIDIA GPU that `triton_works` on, in 32 bits or fewer.
+def triton_refuses(*tensors: Tensor) -> str | None:
+    """Why Triton's kernels do not run for these, or None: on an NVIDIA GPU that `triton_works` on, in 32 bits or fewer.
 
-    Compiled networks take them too, as operators that the compiler does not look into; exported and traced ones do not.
+    Compiled networks take them too, as operators that the compiler does not look into.
     """
-    if wants_standard():
-        return False
-    if not all(t.is_cuda and t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
-        return False
-    return triton_works(tensors[0].device.index)
+    for x in tensors:
+        if not on_gpu(x):
+            return "not on an NVIDIA GPU"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"no kernels for {x.dtype}"
+    return None if triton_works(tensors[0].device.index) else "Triton's kernels do not work on this GPU"
 
 
 @torch.compiler.assume_constant_result
@@ -113,16 +228,16 @@ def passes_trial(index: int) -> bool:
     return True
 
 
-def prefers_onednn(*tensors: Tensor | None) -> bool:
-    """Whether oneDNN is the faster library for products of these: float32, on a CPU with AVX-512."""
-    if wants_standard() or torch.is_autocast_enabled("cpu") or not HAS_ONEDNN:
-        return False
-    return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
-
-
-def fuses_inference(*tensors: Tensor | None) -> bool:
-    """Whether steps of inference may be joined into one operator of oneDNN: as `prefers_onednn`, and no gradient."""
-    return not is_plain() and not torch.is_grad_enabled() and prefers_onednn(*tensors)
+def onednn_refuses(*tensors: Tensor | None) -> str | None:
+    """Why oneDNN is not the faster library for products of these, or None: float32, on a CPU with AVX-512."""
+    if not HAS_ONEDNN:
+        return "no oneDNN, or a CPU without AVX-512"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for x in tensors:
+        if x is not None and (x.device.type != "cpu" or x.dtype != torch.float32):
+            return "not in float32 on a CPU"
+    return None
 
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The matrix product of a linear layer."""
+"""A linear layer with the activation after it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,74 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from d_emo.kernels.activation import Activation, activate
-from d_emo.kernels.dispatch import prefers_onednn
+from d_emo.kernels.activation import Activation, activation_of
+from d_emo.kernels.dispatch import Form, onednn_refuses, opaque, run, why_standard
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activation = "none") -> Tensor:
-    """``act(x W^T + b)``; without ``act`` it is ``torch.nn.functional.linear``.
+def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """``act(layer(x))``, for an ``nn.Linear`` by the faster library.
 
-    In float32 on an x86 CPU the library calls MKL, which reaches 40 GMAC/s on one core of a Zen 5; oneDNN, which is in
-    the library too and uses AVX-512, reaches 70 to 110, in both directions.
+    In float32 on an x86 CPU PyTorch calls MKL, which reaches 40 GMAC/s on one core of a Zen 5; oneDNN, which is in
+    PyTorch too and uses AVX-512, reaches 70 to 110, in both directions.
 
-    Shape: x (..., C), weight (D, C), bias (D,) -> (..., D).
+    Args:
+        layer: a linear layer; anything else that maps (..., C) to (..., D) is called as a module.
+        x: the map.
+        act: activation after it, or None.
+
+    Shape: x (..., C) -> (..., D).
     """
-    if not prefers_onednn(x, weight, bias):
-        return activate(F.linear(x, weight, bias), act)
+    return run("linear", LINEAR, x, layer, act)
+
+
+def unactivated(layer: nn.Module | None, x: Tensor, act: nn.Module | None) -> tuple[Tensor, Activation]:
+    """A value before its activation, and the activation still to come; "none" where it costs nothing to apply here.
+
+    Shape: x (..., C) -> (..., D).
+    """
+    if layer is None:
+        return x, "none"
+    kind = activation_of(act)
+    if kind is None or why_standard() or _joined_refuses(x, layer, act) is None:
+        return linear(layer, x, act), "none"
+    return linear(layer, x), kind
+
+
+def _joined_refuses(x: Tensor, layer: nn.Module, act: nn.Module | None) -> str | None:
     if torch.is_grad_enabled():
-        return activate(_Linear.apply(x, weight, bias), act)
-    return product(x, weight, bias, act)
+        return "gradients are on"
+    return _onednn_layer_refuses(x, layer, act) or (activation_of(act) is None and "its activation is another") or None
+
+
+def _onednn_layer_refuses(x: Tensor, layer: nn.Module, act: nn.Module | None) -> str | None:
+    if why := opaque(layer):
+        return why
+    if type(layer) is not nn.Linear:
+        return f"{type(layer).__name__} is no linear layer"
+    return onednn_refuses(x, layer.weight, layer.bias)
+
+
+def _joined(x: Tensor, layer: nn.Linear, act: nn.Module | None) -> Tensor:
+    return product(x, layer.weight, layer.bias, activation_of(act))
+
+
+def _onednn(x: Tensor, layer: nn.Linear, act: nn.Module | None) -> Tensor:
+    multiply = _Linear.apply if torch.is_grad_enabled() else product
+    y = multiply(x, layer.weight, layer.bias)
+    return y if act is None else act(y)
+
+
+def _library(x: Tensor, layer: nn.Module, act: nn.Module | None) -> Tensor:
+    return layer(x) if act is None else act(layer(x))
+
+
+LINEAR = (
+    Form("oneDNN, activation inside", _joined, _joined_refuses),
+    Form("oneDNN", _onednn, _onednn_layer_refuses),
+    Form("the modules", _library),
+)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Activation = "none") -> Tensor:
@@ -51,7 +100,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` by the faster library, without a gradient. Shape: x (..., C), weight (D, C) -> (..., D)."""
-    return product(x, weight) if prefers_onednn(x, weight) else F.linear(x, weight)
+    return product(x, weight) if onednn_refuses(x, weight) is None else F.linear(x, weight)
 
 
 class _Linear(torch.autograd.Function):

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from d_emo.kernels.depthwise import convolves_on_gpu, depthwise_gradients
-from d_emo.kernels.dispatch import lowered, uses_triton, wants_standard
-from d_emo.kernels.linear import multiply
+from d_emo.kernels.activation import add
+from d_emo.kernels.depthwise import depthwise_gradients, folded, geometry_refuses, one_pass_refuses, triton_size_refuses
+from d_emo.kernels.dispatch import Form, lowered, opaque, run, triton_refuses
+from d_emo.kernels.linear import linear, multiply
 
 CHUNK = 2**18
 """Elements of a map that steps follow each other on: 1 MB in float32."""
@@ -28,49 +29,117 @@ PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.
 """The precision of the parameters that goes with that of the map; bfloat16 is autocast's."""
 
 
-def fuses_training(a: Tensor, *parameters: Tensor) -> bool:
-    """Whether `local_projection` takes this map and these parameters, in its order; else the plain steps are wanted."""
-    if not torch.is_grad_enabled() or wants_standard() or a.numel() <= a.shape[-1]:
-        return False  # one value per channel has no variance; the library refuses it in its own words
-    if uses_triton(a, *parameters):
-        return all(convolves_on_gpu(a, kernel.shape[-1]) for kernel in parameters[:1])
-    if any(x.device.type != "cpu" for x in (a, *parameters)):
-        return False
-    precision = PARAMETERS.get(lowered(a)[0].dtype)
-    return precision is not None and all(x.dtype == precision for x in parameters)
-
-
-def local_projection(
-    a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, *, running_mean: Tensor,
-    running_var: Tensor, momentum: float, eps: float,
-) -> Tensor:  # fmt: skip
-    """``Wo (a + SiLU(BN(DWConv(a))))`` with batch norm in training mode; only where `fuses_training`.
+def local_branch(local: nn.Module, proj: nn.Module, a: Tensor, *, skip: bool) -> Tensor:
+    """``proj(a + local(a))``, without ``skip`` ``proj(local(a))``.
 
     Args:
+        local: `d_emo.models.layers.LocalConv`, with ``conv``, ``norm`` and ``act``; anything else is called.
+        proj: the projection Wo.
         a: the map.
-        kernel: of the depthwise convolution, which has stride 1 and keeps the size.
-        gamma, beta: factor and offset of batch norm.
-        projection: the matrix Wo.
-        running_mean, running_var: batch norm's statistics for inference, updated in place.
-        momentum, eps: of batch norm.
+        skip: whether the local convolution's input is added to its output.
 
-    Shape: a (B, H, W, M), kernel (M, 1, k, k), gamma and beta (M,), projection (C, M) -> (B, H, W, C).
+    Shape: a (B, H, W, M) -> (B, ceil(H / stride), ceil(W / stride), C).
     """
-    if uses_triton(a):
-        from d_emo.kernels.gpu import local
+    return run("local_branch", LOCAL_BRANCH, a, local, proj, skip)
 
-        out, mean, var = local.local_projection(lowered(a)[0], kernel, gamma, beta, projection, eps)
-    else:
-        a, kernel, projection = lowered(a, kernel, projection)
-        if not torch.compiler.is_compiling():
-            running = running_mean, running_var, momentum
-            return _LocalProjection.apply(a, kernel, gamma, beta, projection, eps, running)
-        out, _, mean, var = _local_projection(a, kernel, gamma, beta, projection, eps)
-    pixels = a.numel() // a.shape[-1]
-    with torch.no_grad():
-        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-        running_var.lerp_((var.detach() * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
+
+def _training_refuses(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> str | None:
+    """Why the one step of training is not for this branch, or None; whatever the device."""
+    if not torch.is_grad_enabled():
+        return "gradients are off"
+    if not skip:
+        return "no inner skip"
+    if a.numel() <= a.shape[-1]:
+        return "one value per channel has no variance"  # the library refuses it in its own words
+    if why := opaque(local, proj):
+        return why
+    conv, bn = local.conv, getattr(local.norm, "bn", None)
+    if type(bn) is not nn.BatchNorm2d or type(local.act) is not nn.SiLU or type(proj) is not nn.Linear:
+        return "not a batch norm, SiLU and a linear layer"
+    if why := opaque(local.norm, bn, local.act) or geometry_refuses(conv):
+        return why
+    if not (bn.training and bn.affine and bn.track_running_stats) or bn.momentum is None:
+        return "batch norm is not in training mode with running statistics"
+    return None if conv.bias is proj.bias is None else "the convolution or the projection has a bias"
+
+
+def _triton_training_refuses(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> str | None:
+    if why := triton_refuses(a) or _training_refuses(a, local, proj, skip):
+        return why
+    return triton_refuses(*_parameters(local, proj)) or triton_size_refuses(local.conv)
+
+
+def _cpu_training_refuses(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> str | None:
+    if a.device.type != "cpu":
+        return "not on a CPU"
+    if why := _training_refuses(a, local, proj, skip):
+        return why
+    precision = PARAMETERS.get(lowered(a)[0].dtype)
+    for parameter in _parameters(local, proj):
+        if parameter.dtype != precision or parameter.device.type != "cpu":
+            return f"a map in {a.dtype} does not go with parameters in {parameter.dtype}"
+    return None
+
+
+def _inference_refuses(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> str | None:
+    if not skip:
+        return "no inner skip"
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    return triton_refuses(a) or opaque(local) or one_pass_refuses(a, local.conv, local.norm, local.act)
+
+
+def _parameters(local: nn.Module, proj: nn.Module) -> tuple[Tensor, ...]:
+    return local.conv.weight, local.norm.bn.weight, local.norm.bn.bias, proj.weight
+
+
+def _triton_training(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> Tensor:
+    from d_emo.kernels.gpu import local as gpu
+
+    bn = local.norm.bn
+    out, mean, var = gpu.local_projection(lowered(a)[0], *_parameters(local, proj), bn.eps)
+    _update(bn, a, mean, var)
     return out
+
+
+def _cpu_training(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> Tensor:
+    bn, (kernel, gamma, beta, projection) = local.norm.bn, _parameters(local, proj)
+    a, kernel, projection = lowered(a, kernel, projection)
+    operands = a, kernel, gamma, beta, projection, bn.eps
+    if torch.compiler.is_compiling():
+        out, _, mean, var = _local_projection(*operands)
+        _update(bn, a, mean, var)
+        return out
+    bn.num_batches_tracked.add_(1)
+    return _LocalProjection.apply(*operands, (bn.running_mean, bn.running_var, bn.momentum))
+
+
+@torch.no_grad()
+def _update(bn: nn.BatchNorm2d, a: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics as batch norm does, by mean and biased variance over the pixels."""
+    pixels = a.numel() // a.shape[-1]
+    bn.num_batches_tracked.add_(1)
+    bn.running_mean.lerp_(mean.detach().to(bn.running_mean.dtype), bn.momentum)
+    bn.running_var.lerp_((var.detach() * (pixels / (pixels - 1))).to(bn.running_var.dtype), bn.momentum)
+
+
+def _triton_inference(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> Tensor:
+    from d_emo.kernels.gpu import local as gpu
+
+    return linear(proj, gpu.depthwise_silu(lowered(a)[0], *folded(local.conv, local.norm), skip=True))
+
+
+def _steps(a: Tensor, local: nn.Module, proj: nn.Module, skip: bool) -> Tensor:
+    y = local(a)
+    return linear(proj, add(y, a, local, local.conv, local.norm, local.act) if skip else y)
+
+
+LOCAL_BRANCH = (
+    Form("Triton, one step of training", _triton_training, _triton_training_refuses),
+    Form("CPU, one step of training", _cpu_training, _cpu_training_refuses),
+    Form("Triton, one pass and the projection", _triton_inference, _inference_refuses),
+    Form("local convolution, sum, projection", _steps),
+)
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -205,20 +274,3 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor
 
 
 _local_projection.register_autograd(_gradients, setup_context=_keep)
-
-
-def fuses_skip(a: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """Whether `local_skip` takes this map and this convolution; otherwise the plain steps are wanted."""
-    if torch.is_grad_enabled() or (stride, dilation) != ((1, 1), (1, 1)):
-        return False
-    return convolves_on_gpu(a, weight.shape[-1])
-
-
-def local_skip(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``a + SiLU(DWConv(a) + b)`` in one pass over the map, without a gradient; only where `fuses_skip`.
-
-    Shape: a (B, H, W, M), weight (M, 1, k, k), bias (M,) -> (B, H, W, M).
-    """
-    from d_emo.kernels.gpu import local
-
-    return local.depthwise_silu(lowered(a)[0], weight, bias, skip=True)

@@ -11,31 +11,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from d_emo.kernels.dispatch import is_plain
-
-
-def fuses_modulation(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether `modulated_norm` takes this map and these parameters; otherwise the plain steps are wanted."""
-    if is_plain() or not torch.is_grad_enabled() or x.device.type != "cpu":
-        return False
-    if x.dtype not in (torch.float32, torch.float64):
-        return False
-    return all(p is None or (p.dtype == x.dtype and p.device == x.device) for p in parameters)
+from d_emo.kernels.dispatch import Form, opaque, run
 
 
-def modulated_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift``, with one shift and one scale per image; only where `fuses_modulation`.
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``, with one shift and one scale per image and channel: DiT's adaLN.
 
-    Shape: x (B, H, W, C), weight and bias (C,), shift and scale (B, C) -> (B, H, W, C).
+    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
     """
+    return run("modulated_norm", MODULATED_NORM, x, norm, shift, scale)
+
+
+def _two_steps(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor) -> Tensor:
+    return norm(x) * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def _one_step(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    weight, bias = norm.weight, norm.bias
     scale = 1 + scale.to(x.dtype)
     factor = scale if weight is None else scale * weight  # (B, C)
     offset = shift.to(x.dtype) if bias is None else torch.addcmul(shift.to(x.dtype), scale, bias)  # (B, C)
-    return _NormAffine.apply(x, factor, offset, eps)
+    return _NormAffine.apply(x, factor, offset, norm.eps)
+
+
+def _one_step_refuses(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor) -> str | None:
+    if not torch.is_grad_enabled():
+        return "gradients are off"
+    if torch.compiler.is_compiling():
+        return "the compiler joins small steps itself"
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return "not in float32 or float64 on a CPU"
+    if why := opaque(norm):
+        return why
+    if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
+        return f"{type(norm).__name__} is no layer norm over the channels"
+    if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in (norm.weight, norm.bias)):
+        return "the norm's parameters are in another precision"
+    return None
+
+
+MODULATED_NORM = (Form("one step", _one_step, _one_step_refuses), Form("norm, then modulation", _two_steps))
 
 
 class _NormAffine(torch.autograd.Function):

@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 
 class Partition(Protocol):
-    """Cuts a map into windows (``split``, a view) and puts windows back (``merge``)."""
+    """Cuts a map into windows, as a view; what is written into the windows is put back into the map.
+
+    Shape: map (B, H, W, C), window (h, w) -> windows (B, n, m, h, w, C) with n = H / h, m = W / w.
+    """
 
     @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor: ...
-
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor: ...
+    def split(x: Tensor, window: Sequence[int]) -> Tensor: ...
 
 
 class NearPartition:
-    """A window is a rectangle of adjacent tokens.
-
-    Shape: map (B, n * h, m * w, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
-    """
+    """A window is a rectangle of adjacent tokens."""
 
     @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
+    def split(x: Tensor, window: Sequence[int]) -> Tensor:
         (h, w), (batch, height, width, dim) = window, x.shape
         return x.view(batch, height // h, h, width // w, w, dim).permute(0, 1, 3, 2, 4, 5)
 
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor:
-        batch, n, m, h, w, dim = windows.shape
-        return windows.permute(0, 1, 3, 2, 4, 5).reshape(batch, n * h, m * w, dim)
-
 
 class FarPartition:
-    """A window is a grid of tokens that spans the whole map: h x w tokens at strides (H / h, W / w).
-
-    Shape: map (B, h * n, w * m, C) <-> windows (B, n, m, h, w, C); ``split`` returns a view.
-    """
+    """A window is a grid of tokens that spans the whole map: h x w tokens at strides (H / h, W / w)."""
 
     @staticmethod
-    def split(x: Tensor, window: tuple[int, int]) -> Tensor:
+    def split(x: Tensor, window: Sequence[int]) -> Tensor:
         (h, w), (batch, height, width, dim) = window, x.shape
         return x.view(batch, h, height // h, w, width // w, dim).permute(0, 2, 4, 1, 3, 5)
 
-    @staticmethod
-    def merge(windows: Tensor) -> Tensor:
-        batch, n, m, h, w, dim = windows.shape
-        return windows.permute(0, 3, 1, 4, 2, 5).reshape(batch, h * n, w * m, dim)
+
+def gather(x: Tensor, groups: Sequence[int]) -> Tensor:
+    """Reorder a map so that the tokens of a far window lie side by side; with the strides as groups it is undone.
+
+    Shape: (B, H, W, C) -> same, copied, by tensors of at most four axes.
+    """
+    (h, w), (batch, height, width, dim) = groups, x.shape
+    x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
+    return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
 
 
 AttentionMode = Literal["near", "far", "spanning"]

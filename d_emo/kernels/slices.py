@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d_emo.kernels.dispatch import is_plain
+from d_emo.kernels.dispatch import why_standard
 
 SLICE = 2**22
 """Elements of the widest map that are there at a time: 16 MB in float32."""
@@ -26,7 +26,7 @@ def in_slices(network: nn.Module, x: Tensor, size: int) -> Tensor:
 
     Shape: x (B, ...) -> (B, ...).
     """
-    whole = is_plain() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) * size <= SLICE
-    if whole or any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+    whole = why_standard() or torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
+    if whole or len(x) * size <= SLICE or any(m._forward_hooks or m._forward_pre_hooks for m in network.modules()):
         return network(x)
     return torch.cat([network(images) for images in x.split(max(1, SLICE // size))])

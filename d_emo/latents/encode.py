@@ -23,7 +23,7 @@ def encode(
     """Write the posterior moments of every image, and of its mirror image where that keeps its class, into shards.
 
     Shard k is made by process k % ``world_size``; the processes need not know of each other. Shards that are there
-    and match their checksum are kept, a damaged one is named and made anew, so the same call goes on after a stop.
+    and match their checksum are kept, a damaged one is named and made anew, so the same call resumes after a stop.
 
     Args:
         images: The data set; read in its own order.

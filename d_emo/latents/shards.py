@@ -2,7 +2,7 @@
 
 Shard k holds images k S to (k + 1) S in the data set's order, S being the shard size, as ``moments`` (what
 ``Codec.moments`` gives; where images may be mirrored those of the mirror image follow along the channels) of shape
-(n, C', h, w), and ``labels`` (n,). Its header carries what it was made from and a checksum, so a shard can be judged
+(n, C', h, w), and ``labels`` (n,). Its header carries what it was made from and a checksum, so a shard can be checked
 alone, and whoever finishes last can write the index.
 """
 

@@ -1,4 +1,4 @@
-"""Every network by name: D-EMO and DiT denoisers, EMOv1 and EMOv2 classifiers."""
+"""Every network of the papers by name: D-EMO and DiT denoisers, EMOv1 and EMOv2 classifiers."""
 
 from d_emo.models.backbone import EMO
 from d_emo.models.counting import count_macs, count_parameters

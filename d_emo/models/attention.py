@@ -5,6 +5,7 @@ Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (stri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, AttentionMode
-from d_emo.models.layers import ACTIVATIONS, Linear, linear_act, pair
+from d_emo.models.layers import pair
 
 AttentionOrder = Literal["post", "pre"]
 
@@ -76,48 +77,39 @@ class WindowAttention(nn.Module):
         self.num_heads, self.mode, self.order = num_heads, mode, order
         self.window = pair(window_size, "window_size")
         self.merge_equal_partitions = True
-        self.qk = Linear(dim, 2 * dim)
-        self.v = Linear(dim, value_dim)
+        self.qk = nn.Linear(dim, 2 * dim)
+        self.v = nn.Linear(dim, value_dim)
         self.act = act()
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, refine: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Eq. 2-4; ``refine`` is done to the value before it is mixed."""
         height, width = u.shape[1:3]
         u = pad_to_multiple(u, self.window)  # (B, H', W', C)
         if self.order == "pre":
             mixed = self.mix(u, u)  # (B, H', W', C)
-        elif kernels.fuses_inference(u):
-            mixed = self.mix(u, self.value(u))  # (B, H', W', M)
+        elif refine is None:
+            mixed = self.mix(u, u, self.v, self.act)  # (B, H', W', M)
         else:
-            mixed = self.mix(u, self.v(u), self.act)  # (B, H', W', M)
+            mixed = self.mix(u, refine(self.value(u)))  # (B, H', W', M)
         if mixed.shape[1:3] != (height, width):
             mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:
         """The expanded value ``act(Wv u)``. Shape: (B, H, W, C) -> (B, H, W, M)."""
-        return linear_act(u, self.v, self.act)
+        return kernels.linear(self.v, u, self.act)
 
-    def mix(self, u: Tensor, z: Tensor, act: nn.Module | None = None) -> Tensor:
-        """``act(z)`` weighed by the map of ``u``, whose size the window divides.
+    def mix(self, u: Tensor, x: Tensor, *value: nn.Module) -> Tensor:
+        """``softmax(q k^T / sqrt(d))`` of ``u`` weighs ``x``, or what layer and activation make of it, in each window.
 
-        Shape: u (B, H, W, C), z (B, H, W, M) -> (B, H, W, M).
-        """
-        qk = self.qk(u)  # (B, H, W, 2C)
-        if type(act) in ACTIVATIONS:  # the attention applies it itself, to keep one map less for the backward pass
-            return self.attend(qk, z, ACTIVATIONS[type(act)])
-        return self.attend(qk, z if act is None else act(z))
-
-    def attend(self, qk: Tensor, z: Tensor, act: kernels.Activation = "none") -> Tensor:
-        """Attention within the windows of every partition of the mode, summed over the partitions.
-
-        Shape: qk (B, H, W, 2C), the value before its activation (B, H, W, M) -> (B, H, W, M).
+        Shape: u (B, H, W, C), x (B, H, W, K), the window divides H and W -> (B, H, W, M).
         """
         mode, repeat = self.mode, 1
-        if self.merge_equal_partitions and tuple(z.shape[1:3]) == self.window:
+        if self.merge_equal_partitions and tuple(u.shape[1:3]) == self.window:
             # A map of one window: near and far are the same tokens, so the sum is one of them times their number.
             mode, repeat = "near", len(PARTITIONS[mode])
         return kernels.window_attention(
-            qk, z, act=act, heads=self.num_heads, window=self.window, mode=mode, repeat=repeat
+            self.qk, u, x, *value, heads=self.num_heads, window=self.window, mode=mode, repeat=repeat
         )
 
 
@@ -131,14 +123,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, u: Tensor) -> Tensor:
         batch, height, width, dim = u.shape
-        qkv = self.qkv(u).view(batch, height * width, 3, self.num_heads, -1)  # (B, N, 3, heads, d)
+        qkv = kernels.linear(self.qkv, u).view(batch, height * width, 3, self.num_heads, -1)  # (B, N, 3, heads, d)
         mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, d)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, dim))
+        return kernels.linear(self.proj, mixed.transpose(1, 2).reshape(batch, height, width, dim))
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -16,7 +16,7 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, Linear, NormKind, checkpoint_block, fold_batch_norms, pair
+from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -203,7 +203,7 @@ class EMO(nn.Module):
             self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
         if num_classes:
             like = self.stem.proj.weight
-            self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
         self.head.train(self.training)
@@ -238,7 +238,7 @@ class EMO(nn.Module):
             return x
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
-        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.proj.in_features)
+        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.mid_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.
@@ -257,10 +257,10 @@ class EMO(nn.Module):
         """
         if self.global_pool == "":
             x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-            x = x if pre_logits else self.head(functional.dropout(x, self.drop_rate, self.training))
+            x = x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
             return x.permute(0, 3, 1, 2)  # (B, C or num_classes, H, W)
         x = x.mean(dim=(2, 3))  # (B, C)
-        return x if pre_logits else self.head(functional.dropout(x, self.drop_rate, self.training))
+        return x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -6,7 +6,6 @@ section III-C3 and table XVI (D-EMO); EMOv1 paper (iRMB); DiT paper, section 3.2
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,24 +15,25 @@ from torch import Tensor, nn
 
 from d_emo import kernels
 from d_emo.errors import InputError
-from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, pad_to_multiple
+from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention
 from d_emo.models.layers import (
     NORM_EPS,
     ChannelsLastBatchNorm,
+    Layers,
     LayerScale,
-    Linear,
     LinearAct,
     LocalConv,
     NormKind,
-    is_bare,
     make_norm,
-    modulated,
 )
+
+kernels.known(DropPath)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
 
 
+@kernels.known
 class MobileOperator(nn.Module):
     """The inside of a Meta Mobile Block's residual: expand C -> M, attention and / or local convolution, shrink.
 
@@ -87,47 +87,22 @@ class MobileOperator(nn.Module):
             )  # fmt: skip
         else:
             self.expand = LinearAct(dim, mid_dim, act())
-        self.inner_skip = inner_skip
+        self.mid_dim, self.inner_skip = mid_dim, inner_skip
         self.local = (
             LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
             if local_conv
             else None
         )
-        self.proj = Linear(mid_dim, out_dim or dim, bias=False)
+        self.proj = nn.Linear(mid_dim, out_dim or dim, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
         a = self.expand(u)  # (B, H, W, M)  eq. 2-4
-        if self.local is not None:
-            if (out := self.in_one_step(a)) is not None:
-                return out  # (B, H, W, C_out)
-            a = self.local.added_to(a) if self.inner_skip else self.local(a)  # (B, H', W', M)  eq. 5
-        return self.proj(a)  # (B, H', W', C_out)
-
-    def in_one_step(self, a: Tensor) -> Tensor | None:
-        """Eq. 5 and the projection where `kernels.local_projection` does them, in training; elsewhere None.
-
-        Shape: (B, H, W, M) -> (B, H, W, C_out).
-        """
-        if not self.inner_skip or not kernels.fuses_training(a):
-            return None
-        local, proj = self.local, self.proj
-        conv, bn = local.conv, getattr(local.norm, "bn", None)
-        ordinary = type(bn) is nn.BatchNorm2d and type(local.act) is nn.SiLU and type(proj) is Linear
-        if not ordinary or not is_bare(local, conv, local.norm, bn, local.act, proj):
-            return None
-        known = bn.training and bn.affine and bn.track_running_stats and bn.momentum is not None
-        if not known or conv.dilation != (1, 1) or not (conv.bias is proj.bias is None):
-            return None
-        parameters = conv.weight, bn.weight, bn.bias, proj.weight
-        if not kernels.fuses_training(a, *parameters):
-            return None
-        bn.num_batches_tracked.add_(1)
-        return kernels.local_projection(
-            a, *parameters, running_mean=bn.running_mean, running_var=bn.running_var, momentum=bn.momentum, eps=bn.eps
-        )
+        if self.local is None:
+            return kernels.linear(self.proj, a)  # (B, H, W, C_out)
+        return kernels.local_branch(self.local, self.proj, a, skip=self.inner_skip)  # (B, H', W', C_out)  eq. 5
 
 
-class ReorderedOperator(MobileOperator, ABC):
+class ReorderedOperator(MobileOperator):
     """A `MobileOperator` whose attention and convolution meet in another way, for ablations; the weights are the same.
 
     Both parts are needed, and the value has to be expanded before it is mixed (the post order).
@@ -143,28 +118,24 @@ class ReorderedOperator(MobileOperator, ABC):
                 "convolution and its skip; use 'attention-conv'."
             )
 
-    def forward(self, u: Tensor) -> Tensor:
-        height, width = u.shape[1:3]
-        u = pad_to_multiple(u, self.expand.window)  # (B, H', W', C)
-        return self.proj(self.operate(u, self.expand.value(u))[:, :height, :width])  # (B, H, W, C_out)
 
-    @abstractmethod
-    def operate(self, u: Tensor, value: Tensor) -> Tensor:
-        """Shape: u (B, H, W, C), value (B, H, W, M) -> (B, H, W, M)."""
-
-
+@kernels.known
 class ConvFirstOperator(ReorderedOperator):
     """F = Attention(DWConv(.)): the convolution refines the value before the map mixes it."""
 
-    def operate(self, u: Tensor, value: Tensor) -> Tensor:
-        return self.expand.mix(u, value + self.local(value))
+    def forward(self, u: Tensor) -> Tensor:
+        return kernels.linear(self.proj, self.expand(u, lambda value: value + self.local(value)))  # (B, H, W, C_out)
 
 
+@kernels.known
 class ParallelOperator(ReorderedOperator):
     """F = Attention(.) + DWConv(.), side by side on the same value."""
 
-    def operate(self, u: Tensor, value: Tensor) -> Tensor:
-        return self.expand.mix(u, value) + self.local(value)
+    def forward(self, u: Tensor) -> Tensor:
+        values: list[Tensor] = []
+        mixed = self.expand(u, lambda value: values.append(value) or value)  # (B, H, W, M)
+        beside = self.local(values[0])[:, : u.shape[1], : u.shape[2]]  # (B, H, W, M), of the padded map
+        return kernels.linear(self.proj, mixed + beside)  # (B, H, W, C_out)
 
 
 Arrangement = Literal["attention-conv", "conv-attention", "parallel"]
@@ -225,19 +196,26 @@ class MetaMobileBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_scale(self.operator(self.norm(x)))  # (B, H', W', C_out)
-        return kernels.add_to(self.drop_path(y), x) if self.residual else y
+        if not self.residual:
+            return y
+        operator, scale, drop_path = self.operator, self.layer_scale, self.drop_path
+        return kernels.add(drop_path(y), x, operator, operator.proj, scale, drop_path)
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it."""
-        expand, proj = self.operator.expand, self.operator.proj
+        """Absorb a batch norm into the expansion after it, and LayerScale into the projection before it.
+
+        Either only where nothing is wrapped around the two or hung on them.
+        """
+        operator, expand, proj = self.operator, self.operator.expand, self.operator.proj
         # Attention pads with zeros between norm and expansion, so a norm before attention has to stay.
-        if isinstance(self.norm, ChannelsLastBatchNorm) and isinstance(expand, nn.Sequential):
-            factor, offset = self.norm.affine()
-            expand[0].bias.add_(expand[0].weight @ offset)
-            expand[0].weight.mul_(factor)
+        norm, linear = self.norm, expand[0] if isinstance(expand, nn.Sequential) else None
+        if isinstance(norm, ChannelsLastBatchNorm) and linear and not kernels.opaque(norm, norm.bn, operator, linear):
+            factor, offset = norm.affine()
+            linear.bias.add_(linear.weight @ offset)
+            linear.weight.mul_(factor)
             self.norm = nn.Identity()
-        if isinstance(self.layer_scale, LayerScale):
+        if isinstance(self.layer_scale, LayerScale) and not kernels.opaque(self.layer_scale, operator, proj):
             proj.weight.mul_(self.layer_scale.gamma[:, None])
             self.layer_scale = nn.Identity()
 
@@ -262,7 +240,7 @@ def mobile_block(kind: BlockKind, dim: int, out_dim: int | None = None, **option
 
 def adaln_projection(dim: int, chunks: int) -> nn.Sequential:
     """SiLU and one linear layer from the condition to ``chunks`` vectors of ``dim`` channels."""
-    return nn.Sequential(nn.SiLU(), Linear(dim, chunks * dim))
+    return Layers(nn.SiLU(), nn.Linear(dim, chunks * dim))
 
 
 def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callable[[Tensor], Tensor]) -> Tensor:
@@ -271,7 +249,7 @@ def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callabl
     Shape: x (B, H, W, C), chunks (B, 3C) -> (B, H, W, C).
     """
     shift, scale, gate = chunks.chunk(3, dim=-1)  # 3 x (B, C)
-    return x + gate[:, None, None] * operator(modulated(norm, x, shift, scale))
+    return x + gate[:, None, None] * operator(kernels.modulated_norm(norm, x, shift, scale))
 
 
 class AdaLNMobileBlock(nn.Module):
@@ -304,12 +282,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return kernels.linear(self.fc2, kernels.linear(self.fc1, x, self.act))
 
 
 class DiTBlock(nn.Module):

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
 from d_emo.models.blocks import adaln_projection
@@ -21,12 +22,10 @@ from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import (
     NORM_EPS,
     LabelEmbedder,
-    Linear,
     NormKind,
     PatchEmbed,
     TimestepEmbedder,
     checkpoint_block,
-    modulated,
     pair,
     sincos_position_embedding,
 )
@@ -42,12 +41,12 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_dim: int, *, affine: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=affine)
-        self.linear = Linear(dim, out_dim)
+        self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = adaln_projection(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, C)
-        return self.linear(modulated(self.norm, x, shift, scale))
+        return kernels.linear(self.linear, kernels.modulated_norm(self.norm, x, shift, scale))
 
 
 class Denoiser(DenoiserFrame):

@@ -32,48 +32,32 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
     return sizes
 
 
-class Linear(nn.Linear):
-    """``torch.nn.Linear``, computed by `d_emo.kernels.linear`.
-
-    Shape: (..., C) -> (..., D).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
-
-
-def is_bare(*modules: nn.Module) -> bool:
-    """Whether nobody has hung anything on the modules' calls: what a kernel passes by must not be missed."""
-    return not any(
-        "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-
-
-ACTIVATIONS: dict[type[nn.Module], kernels.Activation] = {nn.GELU: "gelu", nn.SiLU: "silu", nn.Identity: "none"}
-"""Activations that kernels can apply themselves; every GELU of the mobile blocks is the exact one."""
-
-
-def linear_act(x: Tensor, layer: nn.Linear, act: nn.Module) -> Tensor:
-    """A linear layer and the activation after it. Shape: (..., C) -> (..., D)."""
-    if type(act) in ACTIVATIONS:
-        return kernels.linear(x, layer.weight, layer.bias, ACTIVATIONS[type(act)])
-    return act(layer(x))
-
-
 class LinearAct(nn.Sequential):
-    """A linear layer and an activation, in one step where that is faster.
+    """A linear layer and an activation.
 
     Shape: (..., C) -> (..., D).
     """
 
     def __init__(self, dim: int, out_dim: int, act: nn.Module) -> None:
-        super().__init__(Linear(dim, out_dim), act)
+        super().__init__(nn.Linear(dim, out_dim), act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_act(x, *self)
+        return kernels.linear(self[0], x, self[1])
 
 
+class Layers(nn.Sequential):
+    """One layer after the other, linear ones by `d_emo.kernels.linear`.
+
+    Shape: (..., C) -> (..., D).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = kernels.linear(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
+@kernels.known
 class ChannelsLastBatchNorm(nn.Module):
     """BatchNorm over the last axis.
 
@@ -107,25 +91,7 @@ def make_norm(kind: NormKind, dim: int) -> nn.Module:
     raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply one shift and one scale per image and channel, as in DiT's adaLN.
-
-    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
-    """
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
-def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``modulate(norm(x), shift, scale)``; on a CPU, training keeps no map between the two.
-
-    Shape: x (B, H, W, C), shift and scale (B, C) -> (B, H, W, C).
-    """
-    fuses = kernels.fuses_modulation(x) and type(norm) is nn.LayerNorm and is_bare(norm)
-    if fuses and kernels.fuses_modulation(x, norm.weight, norm.bias):
-        return kernels.modulated_norm(x, norm.weight, norm.bias, shift, scale, norm.eps)
-    return modulate(norm(x), shift, scale)
-
-
+@kernels.known
 class LayerScale(nn.Module):
     """One learned factor per channel, close to zero at the start (CaiT, eq. 4).
 
@@ -140,6 +106,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+@kernels.known
 class LocalConv(nn.Module):
     """Depthwise k x k convolution without bias, then norm, then SiLU.
 
@@ -167,42 +134,14 @@ class LocalConv(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2)  # (B, C, H, W); this and the permutation back are views
-        conv = self.conv
-        simple = conv.stride == conv.dilation == (1, 1) and conv.bias is None
-        if self.is_affine() and kernels.fuses_activation(x, conv.weight, conv.stride, conv.dilation):
-            x = kernels.depthwise_silu(x, *self.folded(), conv.stride, conv.padding, conv.dilation)
-            return x.permute(0, 2, 3, 1)  # (B, H', W', C)
-        x = kernels.depthwise_conv2d(x, conv.weight) if simple else conv(x)
-        return self.act(self.norm(x.permute(0, 2, 3, 1)))  # (B, H', W', C)
-
-    def added_to(self, x: Tensor) -> Tensor:
-        """``x`` plus what `forward` makes of it; in inference on a GPU in one pass over the map.
-
-        Shape: (B, H, W, C) -> (B, H, W, C).
-        """
-        conv = self.conv
-        if self.is_affine() and kernels.fuses_skip(x, conv.weight, conv.stride, conv.dilation) and is_bare(self):
-            return kernels.local_skip(x, *self.folded())
-        return kernels.add_to(self(x), x)
-
-    def is_affine(self) -> bool:
-        """Whether all but the activation is affine: the norm is in eval mode, and no layer norm."""
-        return not self.training and not isinstance(self.norm, nn.LayerNorm)
-
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Kernel and bias of the convolution with the batch norm's running statistics in them."""
-        if not isinstance(self.norm, ChannelsLastBatchNorm):
-            return self.conv.weight, self.conv.bias
-        factor, offset = self.norm.affine()
-        return self.conv.weight * factor[:, None, None, None], offset
+        return kernels.local_conv(self.conv, self.norm, self.act, x)  # (B, H', W', C)
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb the batch norm's running statistics into the convolution, if it has one."""
-        if not isinstance(self.norm, ChannelsLastBatchNorm):
+        """Absorb the batch norm's running statistics into the convolution, if it has one and nothing hangs on them."""
+        if not isinstance(self.norm, ChannelsLastBatchNorm) or kernels.opaque(self.conv, self.norm, self.norm.bn):
             return
-        conv, (weight, bias) = self.conv, self.folded()
+        conv, (weight, bias) = self.conv, kernels.folded(self.conv, self.norm)
         folded = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
@@ -216,7 +155,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Fold batch norms into the convolutions and linear layers beside them, in place, for inference.
 
     In eval mode a batch norm is an affine map, so the output is unchanged up to rounding. The model can no longer be
-    trained or saved as before: fold a copy, or fold last.
+    trained or saved as before: fold a copy, or fold last. Beside a layer that is wrapped, or has hooks, it stays.
 
     Raises:
         InputError: if the model is in training mode, where batch norm is not an affine map.
@@ -229,6 +168,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@kernels.known
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose batch is that of all processes together, on any device; equal shares are assumed.
 
@@ -321,7 +261,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int, num_features: int = 256) -> None:
         super().__init__()
         self.num_features = num_features
-        self.mlp = nn.Sequential(Linear(num_features, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = Layers(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         # float32 whatever the model's dtype: bfloat16 can tell only about half of 1000 timesteps apart.
@@ -329,9 +269,10 @@ class TimestepEmbedder(nn.Module):
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)  # quantised: none
         device = "cpu" if t.device.type == "meta" else t.device.type  # without data there is nothing to cast
         with torch.autocast(device, enabled=False):  # a small network that every block depends on
-            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, C)
+            return self.mlp(features.to(dtype))  # (B, C)
 
 
 class LabelEmbedder(nn.Module):

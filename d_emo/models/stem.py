@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d_emo.models.layers import ChannelsLastBatchNorm, Linear, LocalConv
+from d_emo import kernels
+from d_emo.models.layers import ChannelsLastBatchNorm, LocalConv
 
 
 class ConvNorm(nn.Module):
@@ -25,8 +26,8 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def fold_norm(self) -> None:
-        """Absorb the batch norm's running statistics into the convolution."""
-        if isinstance(self.norm, ChannelsLastBatchNorm):
+        """Absorb the batch norm's running statistics into the convolution, if nothing hangs on them."""
+        if isinstance(self.norm, ChannelsLastBatchNorm) and not kernels.opaque(self.conv, self.norm, self.norm.bn):
             factor, offset = self.norm.affine()
             self.conv.weight.mul_(factor[:, None, None, None])
             self.conv.bias.mul_(factor).add_(offset)
@@ -41,13 +42,13 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv_reduce = Linear(dim, dim)
+        self.conv_reduce = nn.Linear(dim, dim)
         self.act = nn.SiLU()
-        self.conv_expand = Linear(dim, dim)
+        self.conv_expand = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
-        return x * self.conv_expand(self.act(self.conv_reduce(mean))).sigmoid()
+        return x * kernels.linear(self.conv_expand, self.act(kernels.linear(self.conv_reduce, mean))).sigmoid()
 
 
 class Stem(nn.Module):
@@ -62,8 +63,8 @@ class Stem(nn.Module):
         self.act = first_act
         self.local = LocalConv(dim, kernel_size=3)
         self.gate = gate
-        self.proj = Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)
-        return self.proj(self.gate(self.local(x)))  # (B, H', W', C)
+        return kernels.linear(self.proj, self.gate(self.local(x)))  # (B, H', W', C)

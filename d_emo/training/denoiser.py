@@ -20,12 +20,12 @@ from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import frame_of
 from d_emo.objective import StepNoise
-from d_emo.tables import OBJECTIVES, load
+from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from
 
 
 class DenoiserTask:
-    """Class-conditional diffusion in the latents of a codec, by the eps or the flow objective.
+    """Class-conditional diffusion in the latents of a codec, by one of ``OBJECTIVES``.
 
     Args:
         settings: Resolved settings; ``vae`` and ``image_size`` are filled in if they were left open.
@@ -82,10 +82,11 @@ class DenoiserTask:
     def introduction(self) -> list[str]:
         settings, millions = self.settings, trained_parameters(self.model) / 1e6
         lines = []
-        if settings.data_dir is settings.latents is None and settings.dataset == "shapes":
+        built_in = DATASETS[settings.dataset]
+        if settings.data_dir is settings.latents is None and built_in.drawn:
             lines.append(
-                "No data named: training on the built-in Shapes-1000, drawn on the fly. For ImageNet: `d-emo train "
-                "--data-dir /path/to/imagenet/train`"
+                f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
+                "`d-emo train --data-dir /path/to/imagenet/train`"
             )
         shape = " x ".join(map(str, self.model.latent_shape))
         return lines + [

@@ -70,15 +70,16 @@ class Updates:
         self.bare_model = accelerator.unwrap_model(self.model)
 
     def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next update, times the scale of each group of parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a micro-batch's mean loss."""
+        """Add the gradients of a micro-batch's mean loss. Shape: loss ()."""
         self.accelerator.backward(loss)
 
     def gradient_norm(self) -> torch.Tensor:
-        """Norm of the whole gradient, which is clipped."""
+        """Norm of the whole gradient, which is clipped. Shape: -> ()."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

@@ -194,10 +194,13 @@ def uses_tf32() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def fits(qk: Tensor, z: Tensor, window: Sequence[int]) -> bool:
-    """Whether the kernels take these: one precision (float32 only as TF32), and windows that are small enough."""
-    same = qk.dtype == z.dtype and (z.dtype != torch.float32 or uses_tf32())
-    return same and z.numel() > 0 and window[0] * window[1] <= MOST_TOKENS
+def refuses(qk: Tensor, z: Tensor, window: Sequence[int]) -> str | None:
+    """Why the kernels do not take these, or None: one precision (float32 as TF32), windows that are small enough."""
+    if qk.dtype != z.dtype or (z.dtype == torch.float32 and not uses_tf32()):
+        return "float32 without TF32, or two precisions"
+    if window[0] * window[1] > MOST_TOKENS:
+        return f"a window of more than {MOST_TOKENS} tokens"
+    return None if z.numel() else "an empty batch"
 
 
 def chunk_of(width: int, most: int) -> int:
@@ -248,7 +251,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     "d_emo::window_attention", mutates_args=(), schema=f"(Tensor qk, Tensor z, {OPTIONS}) -> Tensor"
 )
 def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
-    """`d_emo.kernels.window_attention`, only where it `fits`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
+    """`d_emo.kernels.attention.attend`, unless it `refuses`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
     qk, z = qk.contiguous(), z.contiguous()
     out = torch.empty_like(z)
     launch(forward_kernel, (qk, z, out), qk, z, options, columns=128 // z.element_size())

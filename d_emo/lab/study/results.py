@@ -20,17 +20,19 @@ from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
-from d_emo.tables import MetricValue, with_present_names
+from d_emo.tables import DATASETS, MetricValue, class_values, with_present_names
 from d_emo.tables import metric_values as all_metric_values
 
 RESUME = "nothing that was measured before is lost; re-run the same command to resume"
 
 
 def metric_values() -> dict[str, MetricValue]:
-    """What the tables of a report show, in their order: the loss, then what is measured of drawn images."""
+    """What the tables of a report show, in their order: the loss, FID, class accuracy, then the other metrics."""
+    by_classes = {value.name for data in DATASETS for value in class_values(data)}
+    measured = sorted(all_metric_values().values(), key=lambda each: (each.name != "fid", each.name not in by_classes))
     loss = MetricValue(name="loss", title="loss", digits=5, better=-1)
-    measured = [replace(value, title=f"{value.title} {value.unit}".strip()) for value in all_metric_values().values()]
-    return {value.name: value for value in (loss, *measured)}
+    titled = (replace(value, title=f"{value.title} {value.unit}".strip()) for value in measured)
+    return {value.name: value for value in (loss, *titled)}
 
 
 def digits_of(value: MetricValue) -> int:
@@ -105,7 +107,7 @@ def read_json(path: Path) -> Any:
 
 
 def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged; remove it, and the same command makes it again")
+    return InputError(f"{path} is damaged; remove it and re-run the same command to make it again")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
