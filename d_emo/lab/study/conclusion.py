@@ -36,6 +36,7 @@ from d_emo.lab.study.results import (
 )
 from d_emo.lab.text import plural
 from d_emo.sampling import draw_grid
+from d_emo.tables import with_present_names
 
 GAPS, COLUMNS = "norm_gap.json", 10
 LABEL_PARTS = (
@@ -146,7 +147,7 @@ def introduction(
     ) + (LABEL_PARTS if "empty" in rows else WHOLE)
     path, values = held_out_file(settings, runs), metric_values()
     if real := read_json(path) if path.exists() else None:
-        count = real.pop("images")
+        count, real = real.pop("images"), with_present_names(real)
         shown = (f"{values[name].title} {value:.{digits_of(values[name])}f}" for name, value in real.items())
         measured += f" {count:,} real held-out images measure: {', '.join(shown)}."
     return [done, measured]
