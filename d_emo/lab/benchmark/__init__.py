@@ -7,15 +7,17 @@ import sys
 import torch
 
 from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.lab.benchmark.classifiers import classifier_cases
 from d_emo.lab.benchmark.denoisers import BASELINE, denoiser_cases
+from d_emo.lab.benchmark.forms import forms_table
 from d_emo.lab.benchmark.profile import profile_table
 from d_emo.lab.benchmark.report import Report, Result, table, write_report
 from d_emo.lab.benchmark.timing import measure
 from d_emo.lab.benchmark.transcription import transcribe
 
-__all__ = ["run_benchmark", "table", "transcribe", "write_report"]
+__all__ = ["forms_table", "run_benchmark", "table", "transcribe", "write_report"]
 
 
 def run_benchmark(settings: BenchmarkSettings) -> Report:
@@ -26,7 +28,7 @@ def run_benchmark(settings: BenchmarkSettings) -> Report:
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("`device` cuda: PyTorch finds no GPU here; leave it out")
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = best_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if isinstance(settings, DenoiserBenchmarkSettings):
