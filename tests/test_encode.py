@@ -316,6 +316,7 @@ def test_training_takes_what_the_index_says(tmp_path):
     encode(shapes(30), PixelCodec(), tmp_path / "p", **SMALL)
     settings = TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "p")})
     task = DenoiserTask(settings)
+    settings = task.settings
     assert (settings.vae, settings.image_size, settings.output_dir) == ("pixels", 8, "results/D-EMOv2-Ti-2-p")
     assert task.model.latent_shape == (3, 8, 8) and len(task.images.class_names) == 1000
     assert not any("No data named" in line for line in task.introduction())

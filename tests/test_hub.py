@@ -9,7 +9,6 @@ from d_emo.cli import main
 from d_emo.config import TrainSettings, parse_settings, run_cli
 from d_emo.errors import InputError, RunError
 from d_emo.io import hub
-from d_emo.training.loop import _FREE_ON_RESUME
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -138,4 +137,4 @@ def test_a_training_run_asks_first_and_pushes_last(api, tmp_path, monkeypatch, c
 def test_a_run_may_be_asked_to_push_when_it_goes_on():
     settings = parse_settings(TrainSettings, "", ["--push-to-hub", "someone/my-model"])
     assert settings.push_to_hub == "someone/my-model" and TrainSettings().push_to_hub is None
-    assert "push_to_hub" in _FREE_ON_RESUME
+    assert "push_to_hub" in TrainSettings.marked("resumable")
