@@ -32,7 +32,7 @@ INSIDE = {
     ],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
-        "classifier_metrics",
+        "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
     "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,18 +104,6 @@ class Sampler:
         """Height and width of an image, in pixels."""
         _, height, width = self.model.latent_shape
         return height * self.codec.downsample, width * self.codec.downsample
-
-    @overload
-    def images(
-        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
-        every_step: Literal[False] = False,
-    ) -> Iterator[torch.Tensor]: ...
-
-    @overload
-    def images(
-        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
-        every_step: Literal[True],
-    ) -> Iterator[Step]: ...
 
     def images(
         self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
