@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings, run_cli
+from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings
 from d_emo.errors import InputError
 from d_emo.lab.benchmark import run_benchmark, transcribe, write_report
 from d_emo.lab.benchmark.profile import operator_times, profile_table
@@ -128,8 +128,8 @@ def test_classifiers_are_measured_beside_a_fused_peer():
         ("denoisers", ["--depth", "0"], "--depth"),
         ("denoisers", ["--dtype", "int8"], "--dtype"),
         ("denoisers", ["--rounds", "0"], "--rounds"),
-        ("classifiers", ["--models", "emov1_1m"], "--models 'emov1_1m'"),
-        ("classifiers", ["--peers", "resnet1"], "--peers 'resnet1'"),
+        ("classifiers", ["--models", "emov1_1m"], "`models` 'emov1_1m'"),
+        ("classifiers", ["--peers", "resnet1"], "`peers` 'resnet1'"),
         ("classifiers", ["--image-size", "16"], "--image-size"),
     ],
 )
@@ -150,5 +150,5 @@ def test_the_script_wants_to_know_what_to_measure(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "samplers"])
     with pytest.raises(SystemExit) as stop:
-        run_cli(benchmark.main)
-    assert stop.value.code == 2 and "benchmark.py denoisers" in capsys.readouterr().err
+        benchmark.main("benchmark")
+    assert stop.value.code == 2 and "benchmark denoisers" in capsys.readouterr().err

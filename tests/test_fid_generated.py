@@ -184,7 +184,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--seed", "-1"], "--seed must lie between 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--guidance-interval", "0.7", "0.2"], "--guidance-interval must be two rising numbers"),
         (["--guidance-interval", "0.7"], "--guidance-interval must be two rising numbers"),
         (["--scheduler", "unipc", "--steps", "1000"], "at most 999 steps"),
@@ -193,7 +193,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
         (["--num-images", "9"], "9 images are too few for Inception Score .* at least 10"),
         (["--steps", "0"], "--steps must lie between 1 and 1000, not 0"),
         (["--steps", "1001"], "--steps must lie between 1 and 1000, not 1001"),
-        (["--guidance-scale", "-1"], "--guidance-scale must be finite and not negative, not -1"),
+        (["--guidance-scale", "-1"], "--guidance-scale must be at least 0, not -1"),
         (["--guidance-scale", "nan"], "--guidance-scale must be a number, not nan"),
         (["--num-images", "3", "--metrics", "prc"], "3 images are too few for precision and recall .* at least 4"),
         (["--metrics", "fid", "clip"], "unknown metric 'clip'; known are fid, sfid, isc, prc, kid"),

@@ -30,14 +30,17 @@ class Range:
         below = value < self.high if self.open_high else value <= self.high
         if not (above and below and math.isfinite(value)):
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise InputError(f"`{name}` must be {self.in_words(huge=not below)}, not {shown}")
+            raise InputError(f"`{name}` must {self.in_words(huge=not below)}, not {shown}")
 
     def in_words(self, huge: bool) -> str:
         """The range; a high end that no sensible value comes near only if one did."""
-        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        if self.high >= LARGE and not huge:
+            return f"be {'above' if self.open_low else 'at least'} {self.low:g}"
         high = "2^62" if self.high == LARGEST_SEED else f"{self.high:g}"
-        high = f"{'below' if self.open_high else 'at most'} {high}"
-        return low if self.high >= LARGE and not huge else f"{low} and {high}"
+        if self.open_low or self.open_high:
+            return f"lie in {'(' if self.open_low else '['}{self.low:g}, {high}{')' if self.open_high else ']'}"
+        return f"lie between {self.low:g} and {high}"
+
 
 
 LARGE, LARGEST_SEED = 10**9, 2**62
@@ -54,8 +57,7 @@ ClassifierSide = Annotated[int, Range(32, 2**16)]
 """Classifiers halve an image five times."""
 Real = Annotated[float, Range(-LARGE, LARGE)]
 Positive = Annotated[float, Range(0, LARGE, open_low=True)]
-NON_NEGATIVE = Range(0, LARGE)
-NotNegative = Annotated[float, NON_NEGATIVE]
+NotNegative = Annotated[float, Range(0, LARGE)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(0, 1, open_low=True)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]

@@ -12,8 +12,8 @@ from d_emo.lab.benchmark.timing import Case, saved_bytes
 from d_emo.lab.benchmark.transcription import transcribe
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs
-from d_emo.models.denoiser import SIZES
 from d_emo.models.layers import fold_batch_norms
+from d_emo.tables.models import SIZES
 
 BASELINE = "diffusers DiT"
 
