@@ -14,6 +14,7 @@ INSIDE = {
     "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
         "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
+        "explaining",
     ],
     "models": [
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
@@ -31,11 +32,11 @@ INSIDE = {
     ],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
-        "classifier_metrics",
+        "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
     "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "denoisers", "classifiers", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "denoisers", "classifiers", "profile", "report"],
     "lab/study": [
         "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
     ],

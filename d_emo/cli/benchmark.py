@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from d_emo.config import BenchmarkSettings
-from d_emo.lab.benchmark import run_benchmark, table, write_report
+from d_emo.config import BenchmarkSettings, FormsSettings
+from d_emo.lab.benchmark import forms_table, run_benchmark, table, write_report
 
 
-def run(settings: BenchmarkSettings) -> None:
+def run(settings: BenchmarkSettings | FormsSettings) -> None:
     """Measure, print the table and, where a folder is named, write it."""
+    if isinstance(settings, FormsSettings):
+        print(forms_table(settings))
+        return
     report = run_benchmark(settings)
     print("\n\n".join([table(report), *report.profiles]))
     if settings.output:

@@ -131,6 +131,6 @@ nobody works on.""",
             "classifiers": "d_emo.config:ClassifierBenchmarkSettings",
         },
         run="d_emo.cli.benchmark:run",
-        help="Measure speed: `benchmark denoisers` beside DiT, `benchmark classifiers` beside peers of timm.",
+        help="Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run.",
     ),
 ])  # fmt: skip

@@ -8,6 +8,7 @@ from d_emo.config.benchmarking import (
     BenchmarkSettings,
     ClassifierBenchmarkSettings,
     DenoiserBenchmarkSettings,
+    FormsSettings,
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.measuring import (
@@ -54,6 +55,7 @@ __all__ = [
     "ExplainSettings",
     "ExportSettings",
     "FidSettings",
+    "FormsSettings",
     "JudgeSettings",
     "ModelsSettings",
     "PUBLISHED_COUNT",

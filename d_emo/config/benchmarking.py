@@ -63,4 +63,18 @@ class ClassifierBenchmarkSettings(BenchmarkSettings):
     compile: bool = setting(False, "measure each network compiled too")
 
 
-BENCHMARKS: dict[str, type[Any]] = {"denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings}
+@dataclass(frozen=True, kw_only=True)
+class FormsSettings(Settings):
+    """Settings of ``d-emo benchmark forms``: which form every operator of a network takes here, and why not others."""
+
+    model: str = setting("D-EMOv2-S-2", "name of a denoiser or a classifier")
+    image_size: ClassifierSide = setting(256, "side of the square images in pixels; a denoiser's latents are an eighth")
+    batch_size: Count = setting(2, "images or latents")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
+    compile: bool = setting(True, "of the compiled network too")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one")
+
+
+BENCHMARKS: dict[str, type[Any]] = {
+    "denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings, "forms": FormsSettings,
+}  # fmt: skip

@@ -7,6 +7,7 @@ from d_emo.kernels.activation import add
 from d_emo.kernels.attention import window_attention
 from d_emo.kernels.depthwise import folded, local_conv
 from d_emo.kernels.dispatch import known, opaque, plain, record
+from d_emo.kernels.explaining import Explanation, explain
 from d_emo.kernels.linear import linear
 from d_emo.kernels.local import local_branch
 from d_emo.kernels.modulation import modulated_norm
@@ -16,9 +17,11 @@ from d_emo.kernels.slices import in_slices
 __all__ = [
     "PARTITIONS",
     "AttentionMode",
+    "Explanation",
     "FarPartition",
     "NearPartition",
     "add",
+    "explain",
     "folded",
     "in_slices",
     "known",
