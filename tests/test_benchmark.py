@@ -1,10 +1,10 @@
 import json
-import sys
 import time
 
 import pytest
 import torch
 
+from d_emo.cli import run_verb
 from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings
 from d_emo.errors import InputError
 from d_emo.lab.benchmark import run_benchmark, transcribe, write_report
@@ -144,11 +144,6 @@ def test_a_gpu_that_is_not_there_is_named():
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
 
 
-def test_the_script_wants_to_know_what_to_measure(monkeypatch, capsys):
-    sys.path.insert(0, "scripts")
-    import benchmark
-
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "samplers"])
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main("benchmark")
-    assert stop.value.code == 2 and "benchmark denoisers" in capsys.readouterr().err
+def test_the_verb_wants_to_know_what_to_measure():
+    with pytest.raises(InputError, match="benchmark denoisers or benchmark classifiers"):
+        run_verb("benchmark", ["samplers"])
