@@ -93,7 +93,7 @@ def export(network: Portable, path: Path) -> float | None:
         path: ends in .onnx, .pt2 or .mlpackage.
 
     Returns:
-        The largest difference from PyTorch's outputs over several batch sizes, as a share of the largest output,
+        The largest difference from PyTorch's outputs over several batch sizes, as a fraction of the largest output,
         infinite if one is not finite; None where the file cannot be run here (Core ML, outside of macOS).
 
     Raises:
