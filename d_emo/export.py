@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
+from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.tables import denoisers
-from d_emo.training.accuracy import open_classifier
 
 OPSET = 18
 BATCHES = (1, 3)
@@ -93,7 +93,7 @@ def export(network: Portable, path: Path) -> float | None:
         path: ends in .onnx, .pt2 or .mlpackage.
 
     Returns:
-        The largest difference from PyTorch's outputs over several batch sizes, as a share of the largest output,
+        The largest difference from PyTorch's outputs over several batch sizes, as a fraction of the largest output,
         infinite if one is not finite; None where the file cannot be run here (Core ML, outside of macOS).
 
     Raises:

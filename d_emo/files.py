@@ -19,22 +19,24 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place when all went well, and goes when not.
 
     Whatever was made there, a file or a folder, is on the disk before it is renamed, so that readers, other processes
-    and a power cut meet the old or the new. Each use has a name of its own.
+    and a power cut meet the old or the new. Each use has a name of its own. Many small files that can be made again
+    need not wait for the disk (``flush``).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
-        for file in (*temporary.rglob("*"), temporary):
+        for file in (*temporary.rglob("*"), temporary) if flush else ():
             _flush(file)
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
-        _flush(path.parent)
+        if flush:
+            _flush(path.parent)
     except BaseException:
         _remove(temporary)
         raise

@@ -10,7 +10,7 @@ same features only. For published tables use `d-emo fid`, which takes Inception'
 import argparse
 
 from d_emo.device import best_device
-from d_emo.evaluation import ClassifierFeatures, compute_statistics, frechet_distance
+from d_emo.evaluation import ClassifierFeatures, FeatureStatistics, frechet_distance, open_images
 from d_emo.sampling import Sampler
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -25,14 +25,22 @@ args = parser.parse_args()
 
 device = best_device()
 features = ClassifierFeatures(args.classifier, device=device)
-real = compute_statistics(args.real, features, device=device)
 
-samples = args.images
-if args.snapshot:
+
+def statistics(batches):
+    """Mean and covariance of the features. Shape of a batch: (B, 3, H, W) uint8; never all in memory."""
+    seen = FeatureStatistics(features.dim)
+    for batch in batches:
+        seen.update(features(batch.to(device)))
+    return seen
+
+
+real = statistics(open_images(args.real).batches(64))
+if args.images:
+    drawn = statistics(open_images(args.images).batches(64))
+else:
     sampler = Sampler.open(args.snapshot, steps=args.steps, guidance=1.0)
     labels = [index % len(sampler.class_names) for index in range(args.count)]
-    samples = sampler.images(labels, range(args.count))  # measured batch by batch, never all in memory
-
-drawn = compute_statistics(samples, features, device=device)
+    drawn = statistics(sampler.images(labels, range(args.count)))
 distance = frechet_distance(drawn.mean, drawn.covariance, real.mean, real.covariance)
 print(f"FID-{drawn.count} {distance:.3f} in the features of {features.name}")

@@ -1,11 +1,11 @@
 import json
-import sys
 import time
 
 import pytest
 import torch
 
-from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings, run_cli
+from d_emo.cli import run_verb
+from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings
 from d_emo.errors import InputError
 from d_emo.lab.benchmark import run_benchmark, transcribe, write_report
 from d_emo.lab.benchmark.profile import operator_times, profile_table
@@ -128,8 +128,8 @@ def test_classifiers_are_measured_beside_a_fused_peer():
         ("denoisers", ["--depth", "0"], "--depth"),
         ("denoisers", ["--dtype", "int8"], "--dtype"),
         ("denoisers", ["--rounds", "0"], "--rounds"),
-        ("classifiers", ["--models", "emov1_1m"], "--models 'emov1_1m'"),
-        ("classifiers", ["--peers", "resnet1"], "--peers 'resnet1'"),
+        ("classifiers", ["--models", "emov1_1m"], "`models` 'emov1_1m'"),
+        ("classifiers", ["--peers", "resnet1"], "`peers` 'resnet1'"),
         ("classifiers", ["--image-size", "16"], "--image-size"),
     ],
 )
@@ -144,11 +144,6 @@ def test_a_gpu_that_is_not_there_is_named():
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
 
 
-def test_the_script_wants_to_know_what_to_measure(monkeypatch, capsys):
-    sys.path.insert(0, "scripts")
-    import benchmark
-
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "samplers"])
-    with pytest.raises(SystemExit) as stop:
-        run_cli(benchmark.main)
-    assert stop.value.code == 2 and "benchmark.py denoisers" in capsys.readouterr().err
+def test_the_verb_wants_to_know_what_to_measure():
+    with pytest.raises(InputError, match="benchmark denoisers or benchmark classifiers"):
+        run_verb("benchmark", ["samplers"])

@@ -16,7 +16,8 @@ from d_emo.io.snapshot import (
     save_denoiser,
 )
 from d_emo.io.training_state import find_state, load_state, save_state
-from d_emo.models import create_model
+from d_emo.models import Denoiser, create_model
+from d_emo.tables import FRAMES, FrameRow
 
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("0123456789")}
 
@@ -134,3 +135,16 @@ def test_an_interrupted_write_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError):
         write_folder(folder, fail)
     assert (folder / "a").read_text() == "old"
+
+
+def test_a_snapshot_is_opened_by_the_class_that_its_config_names(tmp_path, tiny_denoiser, monkeypatch):
+    class Framed(Denoiser):
+        """Another frame."""
+
+    model = Framed.from_config(tiny_denoiser.config)
+    save_denoiser(tmp_path / "s", model, scheduler=DDPMScheduler(), meta=META, settings=TrainSettings())
+    with pytest.raises(InputError, match="unknown denoiser 'Framed'; known are Denoiser"):
+        load_denoiser(tmp_path / "s")
+    monkeypatch.setattr(FRAMES, "_rows", dict(FRAMES._rows))
+    FRAMES.register(FrameRow(name="Framed", denoiser=Framed))
+    assert type(load_denoiser(tmp_path / "s").model) is Framed

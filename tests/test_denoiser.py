@@ -276,3 +276,14 @@ def test_autocast_leaves_the_timestep_embedding_in_float32(tiny_denoiser):
         embedded = tiny_denoiser.t_embedder(t)
     assert embedded.dtype == torch.float32 and torch.equal(embedded, expected)
     assert len(embedded.unique(dim=0)) == 1000
+
+
+def test_rows_of_labels_can_be_appended_and_are_obeyed():
+    model = tiny()
+    assert model.latent_shape == (model.config.in_channels, *model.sample_size)
+    assert model.tokens == len(model.pos_embed[0])
+    rows, null = model.label_rows().detach().clone(), model.null_class
+    assert len(rows) == null + 1 and torch.equal(rows, model.get_parameter(model.label_parameter))
+    assert model.append_label_rows(rows[:1]) == [null + 1]
+    assert model.append_label_rows(rows[1:3]) == [null + 2, null + 3]
+    assert torch.equal(model.y_embedder(torch.tensor([null, null + 1, null + 3])), rows[[null, 0, 2]])

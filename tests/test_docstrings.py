@@ -56,7 +56,9 @@ def definitions(file: Path):
 
 
 def handles_tensors(node: ast.FunctionDef) -> bool:
-    """Whether a function takes or gives tensors (and not only mappings of names to them, such as state dicts)."""
+    """Whether a function takes or gives tensors: not only mappings of names to them, and not to answer a question."""
+    if node.returns is not None and ast.unparse(node.returns) in ("bool", "str | None"):
+        return False
     kinds = [each.annotation for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     texts = [ast.unparse(kind) for kind in [*kinds, node.returns] if kind]
     return any(re.search(r"\bTensor\b", re.sub(r"(dict|Mapping|Callable)\[.*\]", "", text)) for text in texts)

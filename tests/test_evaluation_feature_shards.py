@@ -18,7 +18,7 @@ from d_emo.evaluation import Measurement, Ranks, Result, draw_labels, feature_sh
 
 ALL = ("fid", "sfid", "isc", "prc", "kid")
 SAMPLING = {"scheduler": "ddpm", "steps": 9, "guidance_scale": 1.5, "seed": 3, "labels": "random", "weights": "ema"}
-COUNT = 43  # in parts of 8, the last one shorter
+COUNT = 43  # in shards of 8, the last one shorter
 
 
 class Drawer:
@@ -38,8 +38,8 @@ class Drawer:
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch, colours: ColourFeatures) -> None:
-    monkeypatch.setattr(feature_shards, "PART_SIZE", 8)
+def small_shards(monkeypatch: pytest.MonkeyPatch, colours: ColourFeatures) -> None:
+    monkeypatch.setattr(feature_shards, "SHARD_SIZE", 8)
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_processes_share_the_work(tmp_path: Path, reference: Path) -> None:
         waits.append(len(drawers[0].drawn))
         if len(waits) == 2:
             for rank in (2, 1):
-                assert run(reference, tmp_path / "work", drawers[rank], share=Ranks(rank, 3)) is None
+                assert run(reference, tmp_path / "work", drawers[rank], ranks=Ranks(rank, 3)) is None
 
-    result = run(reference, tmp_path / "work", drawers[0], share=Ranks(0, 3, let_the_others_work))
+    result = run(reference, tmp_path / "work", drawers[0], ranks=Ranks(0, 3, let_the_others_work))
     assert result.values == alone.values
     assert [each.drawn[0] for each in drawers] == [0, 8, 16] and waits == [0, len(drawers[0].drawn)]
     assert sorted(sum((drawer.drawn for drawer in drawers), [])) == list(range(COUNT))
@@ -86,12 +86,12 @@ def test_processes_share_the_work(tmp_path: Path, reference: Path) -> None:
 def test_a_stopped_measurement_goes_on(tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture) -> None:
     whole = run(reference, tmp_path / "whole", Drawer())
     with pytest.raises(KeyboardInterrupt):
-        run(reference, tmp_path / "work", Drawer(breaks_at=20), share=Ranks())
+        run(reference, tmp_path / "work", Drawer(breaks_at=20), ranks=Ranks())
     (tmp_path / "work" / ".tmp-1-features-0000016.safetensors").write_bytes(b"left by a kill")
     capsys.readouterr()
     drawer = Drawer()
-    result = run(reference, tmp_path / "work", drawer, share=Ranks(0, 1))
-    assert capsys.readouterr().out == f"going on in {tmp_path / 'work'}: 16 of 43 images are there\n"
+    result = run(reference, tmp_path / "work", drawer, ranks=Ranks(0, 1))
+    assert capsys.readouterr().out == f"resuming in {tmp_path / 'work'}: 16 of 43 images are there\n"
     assert drawer.drawn == list(range(16, COUNT)) and result.values == whole.values
     again = Drawer()
     assert run(reference, tmp_path / "work", again).values == whole.values and again.drawn == []
@@ -100,7 +100,7 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, reference: Path, capsys: 
     assert not list((tmp_path / "work").glob(".tmp-*"))
 
 
-def test_a_damaged_part_is_made_again(tmp_path: Path, reference: Path) -> None:
+def test_a_damaged_shard_is_made_again(tmp_path: Path, reference: Path) -> None:
     whole = run(reference, tmp_path / "work", Drawer())
     part = tmp_path / "work" / "features-0000008.safetensors"
     part.write_bytes(part.read_bytes()[:300])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from evaluation_sets import ColourFeatures, assert_close, make_pixels, read_all, write_folder
 from PIL import Image
 
-from d_emo.evaluation import FeatureStatistics, open_images
+from d_emo.evaluation import FeatureStatistics, compute_statistics, open_images
 from d_emo.evaluation.npz import choose_evenly
 
 
@@ -85,11 +86,8 @@ def test_a_part_of_a_set_is_spread_over_it(tmp_path: Path) -> None:
     assert len(set(open_images(folder, num_images=9).files)) == 9
 
 
-def statistics_of(path: Path, batch_size: int) -> FeatureStatistics:
-    statistics = FeatureStatistics(12)
-    for batch in open_images(path).batches(batch_size):
-        statistics.update(ColourFeatures()(batch))
-    return statistics
+def statistics_of(source: Path | Iterator[torch.Tensor], batch_size: int) -> FeatureStatistics:
+    return compute_statistics(source, ColourFeatures(), batch_size=batch_size)
 
 
 def test_npz_is_never_whole_in_memory(tmp_path: Path) -> None:
@@ -109,3 +107,4 @@ def test_statistics_do_not_depend_on_file_names_or_batches(tmp_path: Path) -> No
     features = ColourFeatures()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert_close(one, features)
     assert_close(two, features)
+    assert_close(statistics_of(iter(torch.from_numpy(pixels).permute(0, 3, 1, 2).split(4)), 1), features)

@@ -22,6 +22,7 @@ from d_emo.errors import InputError
 from d_emo.evaluation import draw_labels
 from d_emo.io.snapshot import load_denoiser, save_classifier, save_denoiser
 from d_emo.models import create_model
+from d_emo.sampling import Sampler
 
 ROOT = Path(__file__).parents[1]
 META = {"step": 5, "weights": "ema", "codec": "pixels", "image_size": 8, "class_names": list("abcdefghij")}
@@ -153,16 +154,14 @@ def test_settings_are_never_mixed(made: dict[str, Path], tmp_path: Path, capsys:
 
 
 def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from d_emo import sampling
-
     seen = []
 
-    def sample_images(denoiser, *args, **kwargs):
-        seen.extend(isinstance(module, torch.nn.BatchNorm2d) for module in denoiser.modules())
-        return original(denoiser, *args, **kwargs)
+    def images(sampler, *args, **kwargs):
+        seen.extend(isinstance(module, torch.nn.BatchNorm2d) for module in sampler.model.modules())
+        return original(sampler, *args, **kwargs)
 
-    original = sampling.sample_images
-    monkeypatch.setattr(sampling, "sample_images", sample_images)
+    original = Sampler.images
+    monkeypatch.setattr(Sampler, "images", images)
     run_verb("fid", arguments(made, tmp_path / "o.json", "--num-images", 12))
     assert seen and not any(seen)
 
@@ -184,25 +183,25 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--seed", "-1"], "--seed must lie between 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--guidance-interval", "0.7", "0.2"], "--guidance-interval must be two rising numbers"),
         (["--guidance-interval", "0.7"], "--guidance-interval must be two rising numbers"),
         (["--scheduler", "unipc", "--steps", "1000"], "at most 999 steps"),
         (["--samples", "x"], "give either --samples .* or --checkpoint"),
-        (["--num-images", "1"], "1 images were asked for .* at least two"),
+        (["--num-images", "1"], "1 images are too few for Frechet Inception Distance .* at least 2"),
         (["--num-images", "9"], "9 images are too few for Inception Score .* at least 10"),
-        (["--steps", "0"], "--steps must lie between 1 and 1000, not 0"),
-        (["--steps", "1001"], "--steps must lie between 1 and 1000, not 1001"),
-        (["--guidance-scale", "-1"], "--guidance-scale must be finite and not negative, not -1"),
+        (["--steps", "0"], "--steps must be at least 1 and at most 1000, not 0"),
+        (["--steps", "1001"], "--steps must be at least 1 and at most 1000, not 1001"),
+        (["--guidance-scale", "-1"], "--guidance-scale must be at least 0, not -1"),
         (["--guidance-scale", "nan"], "--guidance-scale must be a number, not nan"),
         (["--num-images", "3", "--metrics", "prc"], "3 images are too few for precision and recall .* at least 4"),
         (["--metrics", "fid", "clip"], "unknown metric 'clip'; known are fid, sfid, isc, prc, kid"),
         (["--metrics", ","], "--metrics names nothing"),
         (["--labels", "uniform"], "labels"),
-        (["--scheduler", "karras"], "unknown scheduler 'karras'"),
+        (["--scheduler", "karras"], "--scheduler must be one of .* not karras"),
         (["--metrics", "sfid"], "cannot be had of emov2"),
         (["--checkpoint", "none"], "there is no snapshot folder none"),
-        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
     ],
 )
 def test_bad_arguments(made: dict[str, Path], tmp_path: Path, more: list[str], sentence: str) -> None:
@@ -224,14 +223,14 @@ def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path)
     ("arguments", "sentence"),
     [
         (["--data-dir", "{tmp}/none"], "the data folder .*none does not exist"),
-        (["--image-size", "4"], "--image-size 4 is too small"),
+        (["--image-size", "4"], "--image-size must be at least 8"),
         (["--num-images", "1"], "at least two"),
         (["--dataset", "digits", "--num-images", "5000"], "5000 images were asked for .* holds 1438"),
         (["--output", "{tmp}"], "exists and is not overwritten"),
         (["--output", "{tmp}/none/r.npz"], "the folder .*none does not exist"),
         (["--output", "{tmp}/r.txt"], "r.txt must end in .npz"),
-        (["--kept-images", "-1"], "--kept-images must not be negative"),
-        (["--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--kept-images", "-1"], "--kept-images must be at least 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--features", "clip"], "unknown --features 'clip'"),
     ],
 )

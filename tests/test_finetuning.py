@@ -189,3 +189,8 @@ def test_a_flat_folder_without_unconditional_is_told_so(tmp_path):
     data = image_folder(tmp_path / "data", ".")
     with pytest.raises(InputError, match="no sub-folders.*`unconditional`"):
         task(tmp_path / "run", data_dir=data)
+
+
+def test_what_the_data_decide_is_no_option_of_the_model(tmp_path):
+    with pytest.raises(InputError, match="`model_options` names num_classes, which the data and the codec decide"):
+        task(tmp_path, model_options={**TINY["model_options"], "num_classes": 20})

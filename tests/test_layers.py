@@ -22,7 +22,7 @@ INSIDE = {
     ],
     "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "card", "snapshot", "hub"],
+    "io": ["training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",
@@ -32,7 +32,7 @@ INSIDE = {
     ],
     "evaluation": [
         "statistics", "npz", "images", "features", "metrics", "reference", "feature_shards", "result", "measurement",
-        "classifier_metrics",
+        "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
     "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],

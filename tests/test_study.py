@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ from tiny_study import ROOT, RUNS, TINY, TRAIN, open_study, settings_of
 from d_emo.cli import run_verb
 from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError, RunError
-from d_emo.files import locked
+from d_emo.files import locked, write_json
 from d_emo.io.snapshot import save_denoiser
 from d_emo.lab.study import Study, conclusion, study
 from d_emo.lab.study.conclusion import read_step_times
@@ -25,7 +26,7 @@ from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_
 from d_emo.lab.study.execution import VerbError
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.results import add_measurement, read_measurements, write_csv, write_json
+from d_emo.lab.study.results import RESUME, add_measurement, read_measurements, write_csv
 from d_emo.models import create_model
 from d_emo.tables import OBJECTIVES, load
 
@@ -53,15 +54,15 @@ def test_a_plan_has_every_run_with_every_seed_and_what_they_share(tmp_path):
     ({"reference": "x.npz"}, "either a judge .* or a reference"),
     ({"seeds": [1, 1]}, "must be different"),
     ({"runs": {}}, "at least one run"),
-    ({"num_images": 1}, "at least two"),
+    ({"num_images": 1}, "at least 2"),
     ({"only": ["D-EMU"]}, "'D-EMU' that it does not have; it has 'D-EMO', 'DiT, flow', 'no buffers'"),
     ({"tables": {"Main": ["nobody"]}}, "'nobody'"),
     ({"tables": {"Main": []}}, "names no runs"),
     ({"samplers": {"eps": "dpm++"}}, "NAME:STEPS"),
-    ({"encode": None, "data_dir": "photos"}, "--data-dir photos"),
+    ({"encode": None, "data_dir": "photos"}, "`data_dir` photos"),
     ({"runs": {"a": {"of": "b"}, "b": {"model": "DiT-S-2"}}}, "'a' must be"),
     ({"runs": {"a": {"modle": "DiT-S-2"}}}, "the run 'a' of the study: .*modle"),
-    ({"runs": {"a": {"max_steps": -1}}}, "the run 'a' of the study: --max-steps"),
+    ({"runs": {"a": {"max_steps": -1}}}, "the run 'a' of the study: .*max.steps"),
     ({"runs": {"D-EMO, x": {}, "other": {}, "D-EMO x": {}}}, "'D-EMO, x' and 'D-EMO x' would share a folder"),
 ])  # fmt: skip
 def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sentence):
@@ -142,7 +143,7 @@ def test_without_latents_or_a_classifier_nothing_is_trained(tmp_path, monkeypatc
 
 def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for write, value in ((write_json, {"a": 1}), (write_csv, pd.DataFrame({"a": [1]}))):
+    for write, value in ((partial(write_json, remedy=RESUME), {"a": 1}), (write_csv, pd.DataFrame({"a": [1]}))):
         with pytest.raises(RunError, match=r"file/x \((Not a directory|File exists)\); nothing that was"):
             write(tmp_path / "file" / "x", value)
     with pytest.raises(RunError, match=r"folder cannot be written \(.*file/study/latents: Not a directory\); nothing"):

@@ -10,9 +10,9 @@ from tiny_study import ROOT, TINY, TRAIN, open_study, settings_of
 
 from d_emo.config import StudySettings, parse_settings, write_yaml
 from d_emo.errors import InputError
+from d_emo.files import write_json
 from d_emo.lab.study import Study
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.results import write_json
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [

@@ -5,10 +5,15 @@ import math
 import pandas as pd
 import pytest
 import torch
+from tiny_study import ROOT, settings_of
 
+from d_emo.config import StudySettings, parse_settings
 from d_emo.data import open_dataset, to_uint8
 from d_emo.data.shapes import is_empty
-from d_emo.lab.study.report import course_table, findings, gap_table, main_table
+from d_emo.files import write_json
+from d_emo.lab.study.conclusion import held_out_file, introduction
+from d_emo.lab.study.plan import plan_runs
+from d_emo.lab.study.report import course_table, findings, gap_table, main_table, write_report
 from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step, paired
 
 
@@ -103,3 +108,31 @@ def test_a_ground_without_a_shape_is_empty():
     assert not is_empty(real).any() and is_empty(grounds).all()
     grounds[0, :, 5, 0] = 255
     assert not is_empty(grounds)[0]
+
+
+@pytest.mark.parametrize("name", ["shapes64", "digits64"])
+def test_a_report_that_was_made_before_comes_out_the_same_from_its_tables(tmp_path, name):
+    folder = ROOT / "sample_outputs" / "study" / name
+    configs = [part for each in dict.fromkeys(("shapes64", name))
+               for part in ("--config", str(ROOT / "configs" / "study" / f"{each}.yaml"))]  # fmt: skip
+    settings = parse_settings(StudySettings, "", configs)
+    rows, losses = (pd.read_csv(folder / f"{table}.csv") for table in ("results", "losses"))
+    made = write_report(
+        tmp_path, title=settings.title, introduction=[], tables=settings.tables, losses=losses,
+        rows=rows.rename(columns={"recognised": "class_accuracy"}), gaps=pd.DataFrame(), plots={},
+    ).read_text()  # fmt: skip
+    assert (tmp_path / "losses.csv").read_bytes() == (folder / "losses.csv").read_bytes()
+    before = (folder / "report.md").read_text().replace("class %", "class accuracy %")
+    said, made_again = (
+        [line for line in text.splitlines() if line.startswith(("|", "#", "Step ", "- "))] for text in (before, made)
+    )
+    assert said == made_again
+
+
+
+def test_held_out_images_measured_by_an_older_version_are_told_under_the_present_names(tmp_path):
+    settings = settings_of(tmp_path)
+    runs = plan_runs(settings)
+    write_json(held_out_file(settings, runs), {"images": 20, "fid": 0.46, "recognised": 99.96, "precision": 0.9301})
+    _, measured = introduction(settings, runs, rows_of(**{"D-EMO": {"fid": [1.0]}}), "1 CPU thread", "`judge.yaml`")
+    assert measured.endswith("20 real held-out images measure: FID 0.46, class accuracy % 100.0, precision 0.930.")

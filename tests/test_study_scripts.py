@@ -44,8 +44,8 @@ def test_a_verb_is_a_child_of_this_python_with_its_settings_as_yaml(tmp_path, mo
 def start_parent(script: Path, folder: Path | None = None) -> subprocess.Popen:
     """A process that runs a script as a study runs a verb, with the lock of a folder; it imports no torch."""
     code = (
-        f"import runpy, sys; from pathlib import Path; own = runpy.run_path({execution.__file__!r})\n"
-        "from d_emo.files import locked\n"
+        f"import runpy, sys; from pathlib import Path; from d_emo.files import locked\n"
+        f"own = runpy.run_path({execution.__file__!r})\n"
         f"with locked(Path({str(folder or script.parent / 'any')!r})) as lock:\n"
         f"    own['run_child']([sys.executable, {str(script)!r}], 'it', lock)"
     )

@@ -65,18 +65,18 @@ class JudgeSettings(Settings):
     classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
     data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
     validate_dir: str | None = setting(None, "folder of held-out images of the same classes, with --data-dir")
-    num_images: Images = setting(500, "images to draw and judge, spread evenly over the classes")
+    num_images: Images = setting(500, "images to draw and measure, spread evenly over the classes")
     guidance_scale: NotNegative = setting(1.5, "classifier-free guidance; 1 is none")
     steps: Steps = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
     samplers: list[str] = setting(
         [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20; a table of FID, "
-        "images recognised, time and images/s"
+        "precision, recall, class accuracy, time and images/s"
     )
     output: str = setting(
-        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the figures as JSON (with --samplers: "
+        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the values as JSON (with --samplers: "
         "the table as .md, beside it .json); written anew every time"
     )
-    write_card: bool = setting(False, "put picture and figures into the snapshot's card too")
+    write_card: bool = setting(False, "put picture and values into the snapshot's card too")
 
     def check(self) -> None:
         if self.samplers and self.write_card:
@@ -122,8 +122,8 @@ DRAWING = {
 class FidSettings(Settings):
     """Settings of ``scripts/fid.py``."""
 
-    samples: str | None = setting(None, "images to judge: folder, zip, or .npz in ADM's layout")
-    checkpoint: str | None = setting(None, "snapshot or run folder to sample from and judge, instead of --samples")
+    samples: str | None = setting(None, "images to measure: folder, zip, or .npz in ADM's layout")
+    checkpoint: str | None = setting(None, "snapshot or run folder to sample from and measure, instead of --samples")
     reference: str | None = setting(
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
     )

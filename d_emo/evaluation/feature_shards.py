@@ -1,15 +1,13 @@
-"""Features of images drawn on the spot, part by part, in files: many processes share the work and any can be stopped.
+"""Features of images drawn on the spot, in shards: many processes share the work and any can be stopped.
 
-A part is 256 consecutive images. Its features are one file that is written under a temporary name and renamed, so that
-a file that is there is complete; the same call again makes only what is missing. Part k is the business of process
-k % world_size, but nothing of its content depends on that: the numbers are the same for any number of processes.
-A folder serves one command at a time.
+A shard is 256 consecutive images. Its features are one file that is written whole, so that a file that is there is
+complete; the same call again makes only what is missing. Shard k is drawn by process k % world_size, but nothing of its
+content depends on that: the numbers are the same for any number of processes. A folder serves one command at a time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from d_emo import files
 from d_emo.errors import InputError, RunError
 from d_emo.evaluation.features import FeatureExtractor
-from d_emo.evaluation.npz import NpzWriter, read_text
+from d_emo.evaluation.npz import read_text, write_npz
+from d_emo.files import digest, replacing, write_file
 
-PART_SIZE = 256
+SHARD_SIZE = 256
 SAMPLING_KEY = "sampling"
 SETTINGS_FILE = "settings.json"
 
@@ -37,7 +35,7 @@ Generate = Callable[[int, int], Iterator[torch.Tensor]]
 
 
 class Ranks(NamedTuple):
-    """Which part of the work is this process's, and how it waits for the others."""
+    """Which of the processes that share the work this one is, and how it waits for the others."""
 
     rank: int = 0
     world_size: int = 1
@@ -70,9 +68,9 @@ def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> li
     return [int(draw.integers(num_classes)) for draw in draws]
 
 
-def digest(settings: dict[str, Any]) -> str:
+def digest_of_settings(settings: dict[str, Any]) -> str:
     """Twelve digits that change with any setting."""
-    return files.digest(_as_json(settings))[:12]
+    return digest(_as_json(settings))[:12]
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
@@ -108,7 +106,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
         raise InputError(f"{folder} exists and is not overwritten; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, lambda temporary: temporary.write_text(text))
+        write_file(file, text)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
     return False
@@ -131,111 +129,104 @@ class FeatureShards:
     ):  # fmt: skip
         self.folder, self.num_images, self.layers = folder, num_images, layers
         self._png_folder, self._keep_pixels = png_folder, keep_pixels
-        starts = range(0, num_images, PART_SIZE)
-        self._parts = [range(first, min(first + PART_SIZE, num_images)) for first in starts]
+        starts = range(0, num_images, SHARD_SIZE)
+        self._shards = [range(first, min(first + SHARD_SIZE, num_images)) for first in starts]
 
-    def missing(self) -> list[range]:
-        """Parts that are not there yet."""
-        return [part for part in self._parts if not self._is_complete(part)]
+    def missing(self, ranks: Ranks = ALONE) -> list[range]:
+        """The shards of a process that are not there yet; of all processes by default."""
+        return [shard for shard in self._shards[ranks.rank :: ranks.world_size] if not self._is_complete(shard)]
 
     def write(
-        self, generate: Generate, extractor: FeatureExtractor, share: Ranks, *, device: torch.device | str,
+        self, generate: Generate, extractor: FeatureExtractor, ranks: Ranks, *, device: torch.device | str,
         progress: bool = True,
     ) -> float | None:
-        """Draw this process's share of what is missing, and wait for the others.
+        """Draw what is missing of this process's shards, and wait for the others.
 
         Returns:
             Images per second of all processes together, or None if there was nothing to do.
         """
-        mine = [part for part in self._parts[share.rank :: share.world_size] if not self._is_complete(part)]
+        mine = self.missing(ranks)
         count, started = sum(map(len, mine)), time.perf_counter()
-        hidden = None if progress and share.rank == 0 else True  # None: shown on a terminal only
-        with tqdm(total=count * share.world_size, desc="drawing", unit="image", disable=hidden, leave=False) as bar:
-            for part in mine:
+        hidden = None if progress and ranks.rank == 0 else True  # None: shown on a terminal only
+        with tqdm(total=count * ranks.world_size, desc="drawing", unit="image", disable=hidden, leave=False) as bar:
+            for shard in mine:
                 features, pixels = [], []
-                for images in generate(part.start, part.stop):
-                    features.append({name: layer.float().cpu() for name, layer in
-                                     extractor.extract(images.to(device)).items()})  # fmt: skip
+                for images in generate(shard.start, shard.stop):
+                    extracted = extractor.extract(images.to(device))
+                    features.append({name: layer.float().cpu() for name, layer in extracted.items()})
                     pixels.append(images.cpu() if self._png_folder or self._keep_pixels else images[:, :, :0])
-                    bar.update(len(images) * share.world_size)
-                self._write_part(part, features, torch.cat(pixels))
+                    bar.update(len(images) * ranks.world_size)
+                self._write_shard(shard, features, torch.cat(pixels))
         seconds = time.perf_counter() - started
-        share.wait()
-        return count * share.world_size / seconds if count else None
+        ranks.wait()
+        return count * ranks.world_size / seconds if count else None
 
     def read(self, device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
-        """All features in the order of their images, a part at a time. Shape of a layer: (B, dim) float32."""
-        for part in self._parts:
-            yield load_file(self._file(part), device=str(device))
+        """All features in the order of their images, a shard at a time. Shape of a layer: (B, dim) float32."""
+        for shard in self._shards:
+            yield load_file(self._file(shard), device=str(device))
 
     def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any]) -> None:
-        """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their parts."""
-        with NpzWriter(path, self.num_images, image_size) as writer:
-            for part in self._parts:
-                writer.append(torch.from_numpy(np.load(self._pixel_file(part))))
+        """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their shards."""
+        with write_npz(path, self.num_images, image_size) as writer:
+            for shard in self._shards:
+                writer.append(torch.from_numpy(np.load(self._pixel_file(shard))))
             writer.add(**{SAMPLING_KEY: json.dumps(sampling)})
-        for part in self._parts:
-            self._pixel_file(part).unlink()
+        for shard in self._shards:
+            self._pixel_file(shard).unlink()
 
-    def _write_part(self, part: range, features: list[dict[str, torch.Tensor]], pixels: torch.Tensor) -> None:
-        """Features last: their file says that the part is complete."""
+    def _write_shard(self, shard: range, features: list[dict[str, torch.Tensor]], pixels: torch.Tensor) -> None:
+        """Features last: their file says that the shard is complete."""
         joined = {name: torch.cat([each[name] for each in features]).contiguous() for name in self.layers}
-        if any(len(layer) != len(part) for layer in joined.values()):
-            raise ValueError(f"images {part.start} to {part.stop - 1} were to be drawn, but {len(pixels)} came")
+        if any(len(layer) != len(shard) for layer in joined.values()):
+            raise ValueError(f"images {shard.start} to {shard.stop - 1} were to be drawn, but {len(pixels)} came")
         if not all(layer.isfinite().all() for layer in joined.values()):
             raise InputError(
-                f"the features of images {part.start} to {part.stop - 1} hold NaN or infinite values; the weights of "
+                f"the features of images {shard.start} to {shard.stop - 1} hold NaN or infinite values; the weights of "
                 "the feature network are damaged"
             )
         if self._png_folder:
-            for index, image in zip(part, pixels, strict=True):
+            for index, image in zip(shard, pixels, strict=True):
                 picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-                _write_whole(self._png(index), lambda file, picture=picture: picture.save(file, format="PNG"))
+                _write(self._png(index), lambda file, picture=picture: picture.save(file, format="PNG"), flush=False)
         if self._keep_pixels:
-            _write_whole(self._pixel_file(part), lambda file: _save_array(file, pixels))
-        _write_whole(self._file(part), lambda file: save_file(joined, file))
+            _write(self._pixel_file(shard), lambda file: np.save(file, pixels.numpy()))
+        _write(self._file(shard), lambda file: save_file(joined, file))
 
-    def _is_complete(self, part: range) -> bool:
-        if self._png_folder and not all(self._png(index).is_file() for index in part):
+    def _is_complete(self, shard: range) -> bool:
+        if self._png_folder and not all(self._png(index).is_file() for index in shard):
             return False
-        if self._keep_pixels and not self._pixel_file(part).is_file():
+        if self._keep_pixels and not self._pixel_file(shard).is_file():
             return False
         try:
-            with safe_open(self._file(part), framework="pt") as file:
+            with safe_open(self._file(shard), framework="pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return False
-        return shapes == {name: [len(part), dim] for name, dim in self.layers.items()}
+        return shapes == {name: [len(shard), dim] for name, dim in self.layers.items()}
 
-    def _file(self, part: range) -> Path:
-        return self.folder / f"features-{part.start:07d}.safetensors"
+    def _file(self, shard: range) -> Path:
+        return self.folder / f"features-{shard.start:07d}.safetensors"
 
-    def _pixel_file(self, part: range) -> Path:
-        return self.folder / f"pixels-{part.start:07d}.npy"
+    def _pixel_file(self, shard: range) -> Path:
+        return self.folder / f"pixels-{shard.start:07d}.npy"
 
     def _png(self, index: int) -> Path:
         return self._png_folder / f"{index:06d}.png"
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a name of this process, then rename it, so that readers see all of it or nothing.
+def _write(path: Path, write: Callable[[Path], Any], *, flush: bool = True) -> None:
+    """Write a file, all or nothing.
 
     Raises:
         RunError: It cannot be written, for instance because the disk is full.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        write(temporary)
-        temporary.replace(path)
+        with replacing(path, flush=flush) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
-        raise RunError(f"cannot write {path}: {reason}; what is there stays, the same command goes on") from error
-
-
-def _save_array(path: Path, array: torch.Tensor) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, array.numpy())
+        raise RunError(f"cannot write {path}: {reason}; re-run the same command to resume") from error
 
 
 def _as_json(settings: dict[str, Any]) -> str:

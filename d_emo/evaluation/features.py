@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.files import digest_of_file, digest_of_tensors
 from d_emo.io.snapshot import load_classifier
@@ -150,7 +151,7 @@ class ClassifierFeatures:
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """Shape: (B, dim) -> (B, classes) float."""
         head = self._model.get_classifier()
-        return head(pooled.to(next(head.parameters())))
+        return kernels.linear(head, pooled.to(next(head.parameters())))
 
 
 def create_extractor(

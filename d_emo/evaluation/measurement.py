@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,46 @@ from tqdm import tqdm
 from d_emo.config import PUBLISHED_COUNT, FidSettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.evaluation.feature_shards import ALONE, FeatureShards, Generate, Ranks, claim_folder, digest, read_provenance
-from d_emo.evaluation.features import create_extractor
+from d_emo.evaluation.feature_shards import (
+    ALONE,
+    FeatureShards,
+    Generate,
+    Ranks,
+    claim_folder,
+    digest_of_settings,
+    read_provenance,
+)
+from d_emo.evaluation.features import FeatureExtractor, create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import is_constant
+from d_emo.evaluation.statistics import FeatureStatistics, is_constant
+from d_emo.files import write_file
 from d_emo.tables import METRICS, check_compared, load, parse_features, parse_metrics
+
+
+def compute_statistics(
+    source: str | Path | Iterable[torch.Tensor], extractor: FeatureExtractor, *,
+    batch_size: int = FidSettings.batch_size, device: torch.device | str = "cpu",
+) -> FeatureStatistics:  # fmt: skip
+    """Mean and covariance of the features of a set of images, one batch in memory at a time.
+
+    Args:
+        source: Folder, zip, ``.npz`` file, or batches that something else makes.
+        extractor: Feature network.
+        batch_size: Images per call of the network, for folders and files.
+        device: Where the extractor runs.
+
+    Shape: of a batch (B, 3, H, W) uint8.
+
+    Raises:
+        InputError: The images cannot be used, see ``open_images``, or a feature is not finite.
+    """
+    statistics = FeatureStatistics(extractor.dim)
+    for batch in open_images(source).batches(batch_size) if isinstance(source, str | Path) else source:
+        statistics.update(extractor(batch.to(device)))
+    return statistics
 
 
 class Measurement:
@@ -77,12 +109,12 @@ class Measurement:
     def of_generated(
         self, generate: Generate, num_images: int, *, image_size: tuple[int, int], name: str, sampling: dict[str, Any],
         identity: dict[str, Any], work_dir: str | Path | None = None, save_npz: str | Path | None = None,
-        save_png: str | Path | None = None, share: Ranks = ALONE,
+        save_png: str | Path | None = None, ranks: Ranks = ALONE,
     ) -> Result | None:  # fmt: skip
-        """Draw images and measure them in one go; the same call goes on where an earlier one stopped.
+        """Draw images and measure them in one go; the same call again resumes where an earlier one stopped.
 
         Args:
-            generate: StepNoise images by their indices; an image must depend on nothing but its index.
+            generate: Draws images by their indices; an image must depend on nothing but its index.
             num_images: How many.
             image_size: (width, height) in pixels.
             name: Where the samples come from, for the report.
@@ -91,7 +123,7 @@ class Measurement:
             work_dir: Where features are kept, 4 bytes a number: 16 kB an image with Inception.
             save_npz: File to write the images to, in ADM's layout.
             save_png: Folder to write the images to.
-            share: This process's share of the work.
+            ranks: Which of the processes that share the work this one is.
 
         Returns:
             The result in process 0, None in others.
@@ -103,30 +135,30 @@ class Measurement:
             check_output(Path(save_npz))
         self._prepare(num_images)
         identity = {**identity, "sampling": sampling, "features": self.extractor.name}
-        folder = Path(work_dir or Path("results", "fid", digest(identity)))
-        if share.rank == 0:
+        folder = Path(work_dir or Path("results", "fid", digest_of_settings(identity)))
+        if ranks.rank == 0:
             claim_folder(folder, identity)
             if save_png is not None:
                 claim_folder(Path(save_png), {**identity, "features": None})
-        share.wait()
+        ranks.wait()
         layers = {"pooled": self.extractor.dim, "spatial": self.extractor.spatial_dim}
-        parts = FeatureShards(
+        shards = FeatureShards(
             folder, num_images, {layer: dim for layer, dim in layers.items() if dim},
             png_folder=save_png and Path(save_png), keep_pixels=save_npz is not None,
         )  # fmt: skip
-        if share.rank == 0:
-            left = sum(map(len, parts.missing()))
+        if ranks.rank == 0:
+            left = sum(map(len, shards.missing()))
             if left < num_images:
-                print(f"going on in {folder}: {num_images - left:,} of {num_images:,} images are there", flush=True)
+                print(f"resuming in {folder}: {num_images - left:,} of {num_images:,} images are there", flush=True)
             else:
-                print(f"features of {num_images:,} images go to {folder}; the same command goes on there", flush=True)
-        speed = parts.write(generate, self.extractor, share, device=self._device, progress=self._progress)
-        if share.rank != 0:
+                print(f"features of {num_images:,} images go to {folder}; re-run the command to resume", flush=True)
+        speed = shards.write(generate, self.extractor, ranks, device=self._device, progress=self._progress)
+        if ranks.rank != 0:
             return None
         if save_npz is not None:
-            parts.write_npz(Path(save_npz), image_size, sampling)
+            shards.write_npz(Path(save_npz), image_size, sampling)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as rows:
-            sampled = self._gathered(num_images, Path(rows)).update_all(parts.read(self._device))
+            sampled = self._gathered(num_images, Path(rows)).update_all(shards.read(self._device))
             return self._finish(sampled, _Drawn(name, image_size), name, sampling, Path(rows), speed)
 
     def _prepare(self, num_images: int) -> None:
@@ -175,7 +207,7 @@ class Measurement:
             warnings=tuple(self._warnings(images, sampled.pooled.count)),
         )
         if self._output is not None:
-            write_new(Path(self._output), result.to_json())
+            write_file(Path(self._output), result.to_json())
         return result
 
     def _warnings(self, samples: ImageSource, count: int) -> Iterator[str]:
@@ -244,16 +276,3 @@ def check_output(path: Path) -> None:
         raise InputError(f"the output {path} cannot be written: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"the output {path} cannot be written: no permission to write into {path.parent}")
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    try:
-        with path.open("x") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise InputError(f"the output {path} cannot be written: {error.strerror}") from error

@@ -6,7 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -17,6 +17,7 @@ import torch
 from d_emo.data import spread
 from d_emo.errors import InputError, RunError
 from d_emo.evaluation.statistics import StoredStatistics
+from d_emo.files import replacing
 
 IMAGES_KEY = "arr_0"
 COUNT_KEY, FEATURES_KEY = "num_images", "features"  # ours beside ADM's: what the statistics are over and of
@@ -175,55 +176,59 @@ def read_array(path: Path, key: str) -> np.ndarray:
 
 
 class NpzWriter:
-    """Writes an ``.npz`` file under a temporary name and renames it when all is in; images are streamed.
-
-    Use as a context manager. Images must be complete before other arrays are written.
+    """What ``write_npz`` gives: streams images into an archive, then other arrays.
 
     Args:
-        path: File to write.
+        archive: Open for writing.
         num_images: How many images ``arr_0`` will hold.
         image_size: (width, height) in pixels.
     """
 
-    def __init__(self, path: Path, num_images: int, image_size: tuple[int, int]):
-        self.path, self._temporary = path, path.with_name(f".tmp-{path.name}")
-        self._left, self._shape = num_images, (num_images, image_size[1], image_size[0], 3)
-
-    def __enter__(self) -> NpzWriter:
-        self._archive = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED)
-        if self._left:
-            self._stream = self._archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True)
-            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-            np.lib.format.write_array_header_1_0(self._stream, header)
-        return self
+    def __init__(self, archive: zipfile.ZipFile, num_images: int, image_size: tuple[int, int]):
+        self._archive, self.left = archive, num_images
+        self._stream: IO[bytes] | None = None
+        self._shape = (num_images, image_size[1], image_size[0], 3)
 
     def append(self, images: torch.Tensor) -> None:
         """Add images to ``arr_0``. Shape: (B, 3, H, W) uint8."""
-        self._left -= len(images)
-        assert self._left >= 0 and images.shape[2:] == self._shape[1:3]
+        if self._stream is None:
+            self._stream = self._archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True)
+            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(self._stream, header)
+        self.left -= len(images)
+        assert self.left >= 0 and images.shape[2:] == self._shape[1:3]
         self._stream.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        if self._left == 0:
-            self._stream.close()
 
     def add(self, **arrays: np.ndarray | str | int) -> None:
-        """Write arrays beside the images."""
+        """Write arrays after the images."""
+        self.close()
         for key, value in arrays.items():
             with self._archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, np.asarray(value), allow_pickle=False)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            if self._left:
-                self._stream.close()
-            with suppress(OSError):  # a full disk has no room for the archive's table either
-                self._archive.close()
-            self._temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise RunError(f"cannot write {self.path}: {error.strerror or error}") from error
-            return
-        self._archive.close()
-        assert self._left == 0
-        self._temporary.rename(self.path)
+    def close(self) -> None:
+        """End ``arr_0``."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+@contextmanager
+def write_npz(path: Path, num_images: int, image_size: tuple[int, int]) -> Iterator[NpzWriter]:
+    """Write an ``.npz`` file, all or nothing, with ``num_images`` images as ``arr_0``, or without.
+
+    Raises:
+        RunError: The disk is full, say.
+    """
+    try:
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            writer = NpzWriter(archive, num_images, image_size)
+            try:
+                yield writer
+            finally:
+                writer.close()
+            assert writer.left == 0
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager

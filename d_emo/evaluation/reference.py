@@ -19,11 +19,11 @@ from d_emo.evaluation.npz import (
     IMAGES_KEY,
     POOLED_KEYS,
     SPATIAL_KEYS,
-    NpzWriter,
     archive_keys,
     choose_evenly,
     read_statistics,
     read_text,
+    write_npz,
 )
 from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, is_constant
 from d_emo.tables import METRICS
@@ -164,7 +164,7 @@ def write_reference(
     """
     gathered = Gathered(extractor, {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}, num_images)
     kept = set(spread(num_images, kept_images)) if kept_images else set()
-    with NpzWriter(path, kept_images, image_size) as writer:
+    with write_npz(path, kept_images, image_size) as writer:
         seen = 0
         for images in batches:
             gathered.update(extractor.extract(images))

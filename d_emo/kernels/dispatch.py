@@ -61,6 +61,8 @@ _calls: list[Call] | None = None
 def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tensor:
     """The operator's result, by the first of its forms that takes the inputs.
 
+    Shape: x (B, H, W, C); what else goes in and what comes out is the operator's.
+
     Raises:
         RunError: A form broke the GPU; see `passes_trial`.
     """
@@ -241,7 +243,10 @@ def onednn_refuses(*tensors: Tensor | None) -> str | None:
 
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast on their device wants a product's operands; as they are where it is off."""
+    """The tensors as autocast on their device wants a product's operands; as they are where it is off.
+
+    Shape: any -> same.
+    """
     device = "cuda" if tensors[0].is_cuda else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -169,7 +169,10 @@ def forward(
     a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float,
     running: tuple[Tensor, Tensor, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, c, and mean and variance of c; the running statistics are updated."""
+    """The result, c, and mean and variance of c; the running statistics are updated.
+
+    Shape: a (B, H, W, M), projection (C, M) -> (B, H, W, C), c (B, H, W, M), (M,), (M,).
+    """
     with torch.autocast("cpu", enabled=False):
         c = F.conv2d(_channels_first(a), kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
         mean, var = torch.batch_norm_update_stats(c, *running)
@@ -184,7 +187,7 @@ def backward(
     grad: Tensor, a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, c: Tensor, mean: Tensor,
     var: Tensor, eps: float, needs_kernel: bool, needs_projection: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of the first five arguments of `forward`."""
+    """The gradients of the first five arguments of `forward`. Shape: grad (B, H, W, C); gradients as their tensors."""
     grad_y = multiply(grad, projection.t())  # (B, H, W, M)
     y, inner = torch.empty_like(a), torch.empty_like(a)
     for some, convolved, outer, out, grad_out in _rows(a, c, grad_y, y, inner):

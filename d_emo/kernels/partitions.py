@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class Partition(Protocol):
-    """Cuts a map into windows, as a view; what is written into the windows is put back into the map.
-
-    Shape: map (B, H, W, C), window (h, w) -> windows (B, n, m, h, w, C) with n = H / h, m = W / w.
-    """
+    """Cuts a map into windows, as a view; what is written into the windows is put back into the map."""
 
     @staticmethod
-    def split(x: Tensor, window: Sequence[int]) -> Tensor: ...
+    def split(x: Tensor, window: Sequence[int]) -> Tensor:
+        """Shape: map (B, H, W, C), window (h, w) -> windows (B, n, m, h, w, C) with n = H / h, m = W / w."""
+        ...
 
 
 class NearPartition:

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from d_emo.errors import InputError
+from d_emo.lab.drawing import new_figure
 
 PANELS = ("loss", "mse", "vb")
 """What is drawn, where a run has it: the loss and, for the eps objective, its two parts."""
@@ -74,11 +75,10 @@ def read_run(folder: str | Path) -> Run:
 
 def published_curves() -> dict[str, Curve]:
     """The published training losses on ImageNet 256 x 256 by model name; the source stands in the file."""
-    file = resources.files("d_emo").joinpath("lab", "published_loss.csv")
-    text = file.read_text(encoding="utf-8")
-    header, *rows = csv.reader(line for line in text.splitlines() if not line.startswith("#"))
-    table = np.array(rows, dtype=np.float64)
-    return {name: Curve(table[:, 0].astype(np.int64), table[:, i]) for i, name in enumerate(header) if i}
+    text = resources.files("d_emo.lab").joinpath("published_loss.csv").read_text(encoding="utf-8")
+    (_, *names), *rows = csv.reader(line for line in text.splitlines() if not line.startswith("#"))
+    steps, *losses = np.array(rows, dtype=np.float64).T
+    return {name: Curve(steps.astype(np.int64), values) for name, values in zip(names, losses, strict=True)}
 
 
 def choose_published(runs: list[Run], wanted: str = "auto") -> dict[str, Curve]:
@@ -115,13 +115,9 @@ def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, s
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
     panels = [name for name in PANELS if any(name in run.curves for run in runs)]
     heights = [3] + [1.4] * (len(panels) - 1)
-    figure = Figure(figsize=(9, 1.5 * sum(heights)), layout="constrained")
+    figure = new_figure(9, 1.5 * sum(heights))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, ax in zip(panels, axes, strict=True):
         for number, run in enumerate(runs):

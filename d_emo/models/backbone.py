@@ -80,7 +80,11 @@ def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
     drop_paths: Sequence[float], **options: Any,
 ) -> nn.Sequential:  # fmt: skip
-    """A down-sampling block and ``depth - 1`` blocks that keep the map; stages count from 0."""
+    """A down-sampling block and ``depth - 1`` blocks that keep the map; stages count from 0.
+
+    Raises:
+        InputError: The width is no multiple of the head width.
+    """
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
     return nn.Sequential(
@@ -274,7 +278,10 @@ class EMO(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after chosen stages, in timm's form; ``norm`` applies the final norm to the last stage's map."""
+        """The maps after chosen stages, in timm's form; ``norm`` applies the final norm to the last stage's map.
+
+        Shape: x (B, 3, H, W) -> maps (B, C, h, w).
+        """
         if output_fmt != "NCHW":
             raise InputError(f"EMO returns feature maps as NCHW, not {output_fmt!r}.")
         wanted = self.stage_indices(indices)

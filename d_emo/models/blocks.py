@@ -53,6 +53,9 @@ class MobileOperator(nn.Module):
         act: activation class of the expansion.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+
+    Raises:
+        InputError: Channels or ratios that no operator has; down-sampling with an inner skip.
     """
 
     def __init__(
@@ -108,6 +111,9 @@ class ReorderedOperator(MobileOperator):
     Both parts are needed, and the value has to be expanded before it is mixed (the post order).
 
     Shape: (B, H, W, C) -> (B, H, W, out_dim).
+
+    Raises:
+        InputError: There is nothing to reorder.
     """
 
     def __init__(self, dim: int, out_dim: int | None = None, **options: Any) -> None:
@@ -160,6 +166,9 @@ class MetaMobileBlock(nn.Module):
         expand_ratio, attention, options: see `MobileOperator`.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+
+    Raises:
+        InputError: An unknown arrangement.
     """
 
     def __init__(
@@ -232,7 +241,11 @@ BlockKind = Literal["irb", "irmb", "i2rmb"]
 
 
 def mobile_block(kind: BlockKind, dim: int, out_dim: int | None = None, **options: Any) -> MetaMobileBlock:
-    """A `MetaMobileBlock` with the settings of one row of `MOBILE_BLOCKS`; ``options`` override the row."""
+    """A `MetaMobileBlock` with the settings of one row of `MOBILE_BLOCKS`; ``options`` override the row.
+
+    Raises:
+        InputError: There is no such row.
+    """
     if kind not in MOBILE_BLOCKS:
         raise InputError(f"Unknown block {kind!r}; choose one of {', '.join(map(repr, MOBILE_BLOCKS))}.")
     return MetaMobileBlock(dim, out_dim, **{**MOBILE_BLOCKS[kind], **options})

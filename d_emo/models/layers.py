@@ -1,6 +1,7 @@
 """Small parts shared by denoisers and classifiers: norms, modulation, LayerScale, local convolution, embeddings.
 
-Feature maps are channels-last, ``(B, H, W, C)``, everywhere in ``d_emo.models`` except at the two ends of a network.
+They are those of the DiT and EMOv2 papers. Feature maps are channels-last, ``(B, H, W, C)``, everywhere in
+``d_emo.models`` except at the two ends of a network.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ NormKind = Literal["batch", "layer", "none"]
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """Read a size given as one integer or as (height, width); both must be positive integers."""
+    """Read a size given as one integer or as (height, width); both must be positive integers.
+
+    Raises:
+        InputError: The size is neither.
+    """
     sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
@@ -81,7 +86,11 @@ class ChannelsLastBatchNorm(nn.Module):
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm called ``kind`` for channels-last maps of ``dim`` channels."""
+    """The norm called ``kind`` for channels-last maps of ``dim`` channels.
+
+    Raises:
+        InputError: There is no such norm.
+    """
     if kind == "batch":
         return ChannelsLastBatchNorm(dim)
     if kind == "layer":
@@ -118,6 +127,9 @@ class LocalConv(nn.Module):
         norm: norm after the convolution; the papers use batch norm.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C).
+
+    Raises:
+        InputError: A kernel without a centre, or a dilation below 1.
     """
 
     def __init__(
@@ -209,7 +221,10 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def norm_buffers(model: nn.Module) -> list[Tensor]:
-    """The running statistics of all batch norms, which every forward pass in training mode changes."""
+    """The running statistics of all batch norms, which every forward pass in training mode changes.
+
+    Shape: -> (C,) each.
+    """
     return [buffer for norm in batch_norms(model) for buffer in norm.buffers()]
 
 
@@ -232,6 +247,8 @@ def checkpoint_block(block: nn.Module, *inputs: Tensor) -> Tensor:
 
     The block runs a second time in the backward pass. Plain checkpointing would let that second run update the running
     statistics of batch norm again; here it does not.
+
+    Shape: as the block's.
     """
     return checkpoint(
         block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), scratch_statistics(block))

@@ -1,4 +1,4 @@
-"""The stems of EMOv1 and EMOv2: from an image to the first feature map."""
+"""The stems of EMOv1 and EMOv2, as the papers have them: from an image to the first feature map."""
 
 from __future__ import annotations
 

@@ -215,6 +215,8 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     head, in all partitions. Elsewhere the windows are shared out, and a partition needs the other to be complete:
     there is a launch for each.
 
+    Shape: qk (B, H, W, 2 C), z (B, H, W, M).
+
     Args:
         kernel: the forward or the backward one.
         maps: its tensors.
@@ -263,7 +265,7 @@ def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
     schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The gradients of qk and z."""
+    """The gradients of qk and z. Shape: grad as z; gradients as their tensors."""
     qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
     grads = torch.empty_like(qk), torch.empty_like(z)
     launch(backward_kernel, (grad, qk, z, *grads), qk, z, options, columns=64 // z.element_size())
@@ -281,11 +283,13 @@ def _(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tenso
 
 
 def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What the backward pass needs. Shape: as `attend`'s."""
     qk, z, *ctx.options = inputs
     ctx.save_for_backward(qk, z)
 
 
 def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs, None for options. Shape: as `attend`'s."""
     return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
 
 
@@ -333,7 +337,10 @@ def check(device: torch.device) -> None:
 
 
 def compare(ours: Sequence[Tensor], exact: Sequence[Tensor], bound: float) -> None:
-    """Raise RuntimeError unless the result and its gradients are as near to the exact ones as allowed."""
+    """Raise RuntimeError unless the result and its gradients are as near to the exact ones as allowed.
+
+    Shape: each of ours as its exact one.
+    """
     names = "result", "gradient of queries and keys", "gradient of the value"
     for name, x, y in zip(names, ours, exact, strict=True):
         error = ((x - y).norm() / y.norm()).item()

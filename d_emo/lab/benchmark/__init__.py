@@ -7,6 +7,7 @@ import sys
 import torch
 
 from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.lab.benchmark.classifiers import classifier_cases
 from d_emo.lab.benchmark.denoisers import BASELINE, denoiser_cases
@@ -27,7 +28,7 @@ def run_benchmark(settings: BenchmarkSettings) -> Report:
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("`device` cuda: PyTorch finds no GPU here; leave it out")
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = best_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if isinstance(settings, DenoiserBenchmarkSettings):

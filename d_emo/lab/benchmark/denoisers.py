@@ -13,7 +13,7 @@ from d_emo.lab.benchmark.transcription import transcribe
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs
 from d_emo.models.layers import fold_batch_norms
-from d_emo.tables.models import SIZES
+from d_emo.tables import FAMILIES
 
 BASELINE = "diffusers DiT"
 
@@ -53,7 +53,7 @@ def cases_of(
 
 def contenders(size: str, latent: int, depth: int | None) -> dict[str, Callable[[], tuple[nn.Module, int]]]:
     """Functions that build each network and count its multiply-accumulates for one latent."""
-    row = SIZES[size] | ({"depth": depth} if depth else {})
+    row = {**FAMILIES["DiT"].sizes[size]} | ({"depth": depth} if depth else {})
     options = {"sample_size": latent, "depth": row["depth"]}
 
     def ours(name: str) -> nn.Module:

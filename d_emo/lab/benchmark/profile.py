@@ -9,7 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from d_emo.device import synchronize
 from d_emo.lab.benchmark.timing import Case
+from d_emo.lab.text import markdown_table
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
 
@@ -24,8 +26,7 @@ def operator_times(case: Case, rounds: int, device: torch.device) -> dict[str, f
     with profile(activities=activities) as profiler:
         for _ in range(rounds):
             case.run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(device)
     events = profiler.key_averages()
     if on_gpu:  # the operators' own entries and the names given to spans would count the same kernels again
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
@@ -40,13 +41,9 @@ def profile_table(cases: Sequence[Case], *, rounds: int, device: torch.device) -
     times = [operator_times(case, rounds, device) for case in cases]
     together = {name: sum(column.get(name, 0) for column in times) for column in times for name in column}
     names = sorted(together, key=together.__getitem__, reverse=True)[:SHOWN]
-    lines = [
-        f"| {cases[0].group}, ms | {' | '.join(case.name for case in cases)} |",
-        f"|---|{'---:|' * len(cases)}",
-        *(f"| `{name}` | {' | '.join(f'{column.get(name, 0):,.1f}' for column in times)} |" for name in names),
-    ]
     totals = [sum(column.values()) for column in times]
-    others = [total - sum(column.get(name, 0) for name in names) for total, column in zip(totals, times, strict=True)]
-    for title, row in (("all others", others), ("all", totals)):
-        lines.append(f"| {title} | {' | '.join(f'{value:,.1f}' for value in row)} |")
-    return "\n".join(lines)
+    rows = {f"`{name}`": [column.get(name, 0) for column in times] for name in names}
+    rows["all others"] = [total - sum(shown) for total, *shown in zip(totals, *rows.values(), strict=True)]
+    rows["all"] = totals
+    head = [f"{cases[0].group}, ms", *(case.name for case in cases)]
+    return markdown_table(head, ([title, *(f"{value:,.1f}" for value in row)] for title, row in rows.items()))

@@ -14,6 +14,8 @@ import torch
 
 from d_emo.errors import InputError
 from d_emo.lab.benchmark.timing import Case
+from d_emo.lab.drawing import new_figure
+from d_emo.lab.text import markdown_table
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations per second of GPUs, from their data sheets, for the utilisation."""
@@ -67,21 +69,18 @@ class Report:
 
 def table(report: Report) -> str:
     """A markdown table."""
-    lines = [
-        f"| what | network | ms per step (quartiles) | images/s | time over {report.baseline} | GMAC/s "
-        "| kept for backward | peak memory | MFU |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in report.results:
-        low, high = r.quartiles
-        speed = f"{r.gmacs_per_second:.0f}" if r.gmacs_per_second else "-"
-        kept, peak = (f"{x:,.0f} MB" if x is not None else "-" for x in (r.saved_megabytes, r.peak_megabytes))
-        share = f"{r.utilisation:.0%}" if r.utilisation else "-"
-        lines.append(
-            f"| {r.group} | {r.name} | {r.milliseconds:,.1f} ({low:,.1f} to {high:,.1f}) | {r.per_second:,.1f} "
-            f"| {r.ratio:.2f} | {speed} | {kept} | {peak} | {share} |"
-        )
-    return "\n".join(lines)
+    head = ["what", "network", "ms per step (quartiles)", "images/s", f"time over {report.baseline}", "GMAC/s",
+            "kept for backward", "peak memory", "MFU"]  # fmt: skip
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    return markdown_table(head, words=2, rows=(
+        [r.group, r.name, "{:,.1f} ({:,.1f} to {:,.1f})".format(r.milliseconds, *r.quartiles), f"{r.per_second:,.1f}",
+         f"{r.ratio:.2f}", shown(r.gmacs_per_second or None, "{:.0f}"), shown(r.saved_megabytes, "{:,.0f} MB"),
+         shown(r.peak_megabytes, "{:,.0f} MB"), shown(r.utilisation, "{:.0%}")]
+        for r in report.results
+    ))  # fmt: skip
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -108,10 +107,7 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
     Raises:
         InputError: if the folder cannot be made, or matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
+    picture = plot(report.results)  # first, as it needs what may be missing
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,16 +122,14 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
         "results": [asdict(r) for r in report.results],
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(report.results).savefig(folder / "plot.png", dpi=120)
+    picture.savefig(folder / "plot.png", dpi=120)
 
 
 def plot(results: Sequence[Result]) -> Any:
     """Images per second as bars, one panel for each group."""
-    from matplotlib.figure import Figure
-
     groups = [(group, list(rows)) for group, rows in groupby(results, lambda r: r.group)]
     heights = [0.9 + 0.3 * len(rows) for _, rows in groups]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    figure = new_figure(8, sum(heights))
     panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)[:, 0]
     for axes, (group, rows) in zip(panels, groups, strict=True):
         ours = [row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import median
 
+import numpy as np
 import torch
+
+from d_emo.device import synchronize
 
 
 @dataclass
@@ -40,10 +43,7 @@ class Case:
     @property
     def spread(self) -> tuple[float, float]:
         """The quartiles."""
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
+        return tuple(np.quantile(self.seconds, (0.25, 0.75)).tolist())
 
 
 def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:
@@ -51,13 +51,13 @@ def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: 
     now = time.perf_counter if clock == "wall" else time.process_time
     for measured in (False, *[True] * rounds):
         for case in cases:
+            synchronize(device)
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
             start = now()
             case.run()
+            synchronize(device)
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
                 case.peak_bytes = torch.cuda.max_memory_allocated(device)
             if measured:
                 case.seconds.append(now() - start)

@@ -25,12 +25,6 @@ from d_emo.latents.shards import INDEX
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.tables import OBJECTIVES, load, schedulers_of
 
-# Settings of a training run that do not decide what comes out of it.
-_FREE = {
-    "output_dir", "max_minutes", "resume", "nan", "compile", "num_workers", "tracker", "log_every", "snapshot_every",
-    "state_every", "validate_every", "validate_images", "validate_dir", "push_to_hub", "skip_corrupt",
-    "gradient_checkpointing", "preview_guidance",
-}  # fmt: skip
 _PATHS = ("data_dir", "init_from")
 
 
@@ -66,7 +60,8 @@ def check_same_training(run: PlannedRun) -> None:
 
 def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's result; latents as seen from the run's folder, so that a study can be moved."""
-    kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name not in _FREE}
+    decisive = TrainSettings.marked("decisive")
+    kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name in decisive}
     for name in _PATHS:
         kept[name] = kept[name] and os.path.abspath(kept[name])
     kept["latents"] = kept["latents"] and os.path.relpath(kept["latents"], values["output_dir"])

@@ -16,7 +16,7 @@ import torch
 from d_emo.config import StudySettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.files import digest, locked
+from d_emo.files import digest, locked, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import published_curves
@@ -26,16 +26,17 @@ from d_emo.lab.study.plan import PlannedRun, latent_shape_of
 from d_emo.lab.study.plots import draw_curves, draw_gaps
 from d_emo.lab.study.report import write_report
 from d_emo.lab.study.results import (
+    RESUME,
     collect,
     digits_of,
     metric_values,
     read_json,
     read_measurements,
     size_of,
-    write_json,
 )
 from d_emo.lab.text import plural
 from d_emo.sampling import draw_grid
+from d_emo.tables import with_present_names
 
 GAPS, COLUMNS = "norm_gap.json", 10
 LABEL_PARTS = (
@@ -104,7 +105,7 @@ def read_step_times(settings: StudySettings, runs: list[PlannedRun]) -> dict[str
         if not path.exists():
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
-            write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds})
+            write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
     return read_json(path)
 
 
@@ -146,7 +147,7 @@ def introduction(
     ) + (LABEL_PARTS if "empty" in rows else WHOLE)
     path, values = held_out_file(settings, runs), metric_values()
     if real := read_json(path) if path.exists() else None:
-        count = real.pop("images")
+        count, real = real.pop("images"), with_present_names(real)
         shown = (f"{values[name].title} {value:.{digits_of(values[name])}f}" for name, value in real.items())
         measured += f" {count:,} real held-out images measure: {', '.join(shown)}."
     return [done, measured]

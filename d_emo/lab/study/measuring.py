@@ -14,10 +14,10 @@ from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
-from d_emo.latents import Codec, load_codec, sample_moments
+from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
-from d_emo.sampling import make_scheduler, prepare_denoiser, sample_images
+from d_emo.sampling import Sampler
 from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
@@ -40,7 +40,6 @@ class Meter:
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
         self._metrics: ClassifierMetrics | None = None
         self._held_out: ClassImages | None = None
-        self._codec: tuple[str, Codec] | None = None
 
     def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
         """Metric values of drawn images, see `ClassifierMetrics.measure`."""
@@ -68,13 +67,10 @@ class Meter:
             for norm in batch_norms(opened.model):
                 norm.reset_running_stats()
         name, _, steps = self.settings.samplers[opened.objective].rpartition(":")
-        model = prepare_denoiser(opened.model.to(self.device))
+        guidance = self.settings.guidance_scale
+        sampler = Sampler.open(opened, scheduler=name, steps=int(steps), guidance=guidance, device=self.device)
         with tqdm(total=len(labels), desc=f"{name}, {steps} steps", unit="image", disable=None, leave=False) as bar:
-            for images in sample_images(
-                model, make_scheduler(name, opened.scheduler_config), self._open_codec(opened.codec), labels,
-                range(len(labels)), num_inference_steps=int(steps), guidance_scale=self.settings.guidance_scale,
-                batch_size=classifier_metrics.BATCH, exact=False,
-            ):  # fmt: skip
+            for images in sampler.images(labels, range(len(labels)), batch_size=classifier_metrics.BATCH, exact=False):
                 bar.update(len(images))
                 yield images
 
@@ -89,11 +85,6 @@ class Meter:
             self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
         return self._metrics
 
-    def _open_codec(self, name: str) -> Codec:
-        if self._codec is None or self._codec[0] != name:
-            self._codec = name, load_codec(name).to(self.device)
-        return self._codec[1]
-
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
         """Error of the noise in train mode over that in eval mode, by noise level, on held-out images.
@@ -107,7 +98,7 @@ class Meter:
         opened = load_denoiser(snapshot)
         if opened.objective != "eps":
             raise InputError(f"norm_gap measures runs of the eps objective; {snapshot} is of another")
-        codec, model = self._open_codec(opened.codec), opened.model.to(self.device)
+        codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
         held_out = open_dataset(
             dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
         )

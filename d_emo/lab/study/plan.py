@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from d_emo.config import StudySettings, TrainSettings, parse_settings
+from d_emo.config import Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.io.training_state import step_of
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -103,13 +100,10 @@ def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
     Raises:
         InputError: It would not take them; names ``what`` they are.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values, file)
-        file.flush()
-        try:
-            return parse_settings(kind, "", ["--config", file.name])
-        except InputError as error:
-            raise InputError(f"{what}: {error}") from None
+    try:
+        return kind.from_mapping(values)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 def protocol_of(settings: StudySettings) -> str:

@@ -15,22 +15,24 @@ from scipy.stats import t as student
 
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
-from d_emo.files import write_file
+from d_emo.files import write_file, write_json
 from d_emo.lab.loss_curves import Curve, read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
-from d_emo.tables import MetricValue, with_present_names
+from d_emo.tables import DATASETS, MetricValue, class_values, with_present_names
 from d_emo.tables import metric_values as all_metric_values
 
 RESUME = "nothing that was measured before is lost; re-run the same command to resume"
 
 
 def metric_values() -> dict[str, MetricValue]:
-    """What the tables of a report show, in their order: the loss, then what is measured of drawn images."""
+    """What the tables of a report show, in their order: the loss, FID, class accuracy, then the other metrics."""
+    by_classes = {value.name for data in DATASETS for value in class_values(data)}
+    measured = sorted(all_metric_values().values(), key=lambda each: (each.name != "fid", each.name not in by_classes))
     loss = MetricValue(name="loss", title="loss", digits=5, better=-1)
-    measured = [replace(value, title=f"{value.title} {value.unit}".strip()) for value in all_metric_values().values()]
-    return {value.name: value for value in (loss, *measured)}
+    titled = (replace(value, title=f"{value.title} {value.unit}".strip()) for value in measured)
+    return {value.name: value for value in (loss, *titled)}
 
 
 def digits_of(value: MetricValue) -> int:
@@ -89,11 +91,11 @@ def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[
 
 def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> None:
     """Keep the metric values of one snapshot."""
-    write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())))
+    write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())), RESUME)
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """What was kept.
 
     Raises:
         InputError: The file is damaged.
@@ -108,22 +110,13 @@ def _damaged(path: Path) -> InputError:
     return InputError(f"{path} is damaged; remove it and re-run the same command to make it again")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value; a kill or a full disk leaves the old file or the new.
-
-    Raises:
-        RunError: The disk is full, say.
-    """
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), RESUME)
-
-
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table; ``pd.read_csv`` reads it.
 
     Raises:
         RunError: The disk is full, say.
     """
-    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(), RESUME)
+    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
 
 
 # ---- all measurements as a table -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
-from d_emo.files import locked
+from d_emo.files import locked, write_json
 from d_emo.io.training_state import step_of
 from d_emo.lab.study.checks import check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.lab.study.conclusion import GAPS, conclude, held_out_file
@@ -18,7 +18,7 @@ from d_emo.lab.study.cost import cost_table
 from d_emo.lab.study.execution import VerbError, run_verb, writing
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, plan_runs
-from d_emo.lab.study.results import add_measurement, metric_values, read_json, read_measurements, write_json
+from d_emo.lab.study.results import RESUME, add_measurement, metric_values, read_json, read_measurements
 from d_emo.lab.text import plural
 from d_emo.latents.shards import INDEX
 
@@ -155,9 +155,9 @@ class Study:
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
         real, gaps = held_out_file(self.settings, self.runs), run.folder / GAPS
         if self.classifier is not None and not real.exists():
-            write_json(real, self.meter.measure_real(snapshots[-1]))
+            write_json(real, self.meter.measure_real(snapshots[-1]), RESUME)
         if run.name in self.settings.norm_gap and not gaps.exists():
-            write_json(gaps, self.meter.norm_gap(snapshots[-1]))
+            write_json(gaps, self.meter.norm_gap(snapshots[-1]), RESUME)
 
     def _fid(self, snapshot: Path, lock: TextIO) -> dict[str, float]:
         """The metric values that ``d-emo fid`` gives a snapshot."""
