@@ -162,15 +162,6 @@ def test_what_fails_while_drawing_is_told(monkeypatch, no_pause, studio):
         ({"classes": [1, 2], "num_images": 7}, "2 classes of 7 pictures are 14, more than the 12"),
         ({"seed": None}, "the seed must be a number, not empty"),
         ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
-<<<<<<< HEAD
-        ({"seed": -1}, "seed.? must be at least 0"),
-        ({"guidance_scale": "much"}, "the guidance must be a number, not 'much'"),
-        ({"guidance_scale": float("nan")}, "must lie between 0"),
-        ({"steps": 1001}, "steps.? must lie between 1 and 1000"),
-        ({"scheduler": "ddim", "steps": 600}, "ddim cannot lay 600 steps"),
-        ({"scheduler": "euler"}, "euler serves the flow objective"),
-        ({"scheduler": "magic"}, "must be one of .*, not magic"),
-=======
         ({"seed": -1}, "seed. must be at least 0"),
         ({"guidance_scale": "much"}, "the guidance must be a number, not 'much'"),
         ({"guidance_scale": float("nan")}, "must be at least 0"),
@@ -178,7 +169,6 @@ def test_what_fails_while_drawing_is_told(monkeypatch, no_pause, studio):
         ({"scheduler": "ddim", "steps": 600}, "ddim cannot lay 600 steps"),
         ({"scheduler": "euler"}, "euler serves the flow objective"),
         ({"scheduler": "magic"}, "scheduler. must be one of ddpm.*not magic"),
->>>>>>> main
     ],
 )
 def test_what_cannot_be_drawn_is_said(studio, changes, words):
@@ -352,12 +342,7 @@ def test_a_port_in_use_and_other_bad_addresses_are_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-<<<<<<< HEAD
-    [(["--port", "0"], "must lie between 1 and 65535"), (["--max-images", "0"], "at least 1"),
-     (["--preview-share", "1"], r"must lie in \[0, 1\)")],
-=======
     [(["--port", "0"], "at most 65535"), (["--max-images", "0"], "at least 1"), (["--preview-share", "1"], "below 1")],
->>>>>>> main
 )
 def test_settings_that_mean_nothing_are_refused(flags, words):
     with pytest.raises(InputError, match=words):

@@ -224,9 +224,9 @@ def test_real_images_of_built_in_data_have_all_classes() -> None:
         ({"samplers": ["ddpm:"]}, "not ddpm:$"),
         ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
         ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),
-        ({"num_images": 1}, "`num_images` must be at least 2"),
-        ({"steps": 0}, "`steps` must lie between 1 and 1000, not 0"),
-        ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0"),
+        ({"num_images": 1}, "`num_images` must be at least 2, not 1"),
+        ({"steps": 0}, "`steps` must be at least 1 and at most 1000, not 0"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0, not -1"),
     ],
 )
 def test_bad_settings(options: dict, sentence: str) -> None:

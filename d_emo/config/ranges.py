@@ -30,16 +30,14 @@ class Range:
         below = value < self.high if self.open_high else value <= self.high
         if not (above and below and math.isfinite(value)):
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise InputError(f"`{name}` must {self.in_words(huge=not below)}, not {shown}")
+            raise InputError(f"`{name}` must be {self.in_words(huge=not below)}, not {shown}")
 
     def in_words(self, huge: bool) -> str:
         """The range; a high end that no sensible value comes near only if one did."""
-        if self.high >= LARGE and not huge:
-            return f"be {'above' if self.open_low else 'at least'} {self.low:g}"
+        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
         high = "2^62" if self.high == LARGEST_SEED else f"{self.high:g}"
-        if self.open_low or self.open_high:
-            return f"lie in {'(' if self.open_low else '['}{self.low:g}, {high}{')' if self.open_high else ']'}"
-        return f"lie between {self.low:g} and {high}"
+        high = f"{'below' if self.open_high else 'at most'} {high}"
+        return low if self.high >= LARGE and not huge else f"{low} and {high}"
 
 
 

@@ -60,12 +60,8 @@ def check_same_training(run: PlannedRun) -> None:
 
 def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's result; latents as seen from the run's folder, so that a study can be moved."""
-<<<<<<< HEAD
-    kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.metadata["decisive"]}
-=======
     decisive = TrainSettings.marked("decisive")
     kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name in decisive}
->>>>>>> main
     for name in _PATHS:
         kept[name] = kept[name] and os.path.abspath(kept[name])
     kept["latents"] = kept["latents"] and os.path.relpath(kept["latents"], values["output_dir"])
