@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
+from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.tables import denoisers
-from d_emo.training.accuracy import open_classifier
 
 OPSET = 18
 BATCHES = (1, 3)

@@ -15,14 +15,15 @@ import yaml
 from d_emo.config import ClassifierSettings, parse_settings
 from d_emo.data import CentreCroppedFolder, Digits, TarShards, spread
 from d_emo.errors import InputError
+from d_emo.io.classifier import Normalized, open_classifier
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
-from d_emo.training.accuracy import Accuracy, measure_accuracy, open_classifier
+from d_emo.training.accuracy import Accuracy, measure_accuracy
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
-from d_emo.training.teacher import Normalized, distillation_loss, load_teacher
+from d_emo.training.teacher import distillation_loss, load_teacher
 
 ROOT = Path(__file__).parents[1]
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -335,7 +336,7 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
         ((snapshot,), "name one with --data-dir"),
         ((snapshot, *output, "--num-images", 0), "--num-images must be at least 1"),
         ((snapshot, *output, "--batch-size", 0), "--batch-size must be at least 1"),
-        ((snapshot, *output, "--crop-share", 0), "--crop-share must lie in"),
+        ((snapshot, *output, "--crop-share", 0), "--crop-share must be above 0"),
         ((snapshot, *output, "--image-size", 31), "--image-size must be at least 32"),
         ((snapshot, "--output", tmp_path / "none" / "a.json"), "its folder does not exist"),
         ((tmp_path / "released.pth", *options, "--weights", "raw"), "holds one set of weights"),

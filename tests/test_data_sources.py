@@ -264,7 +264,8 @@ def test_run_folders_are_named_after_the_data():
     for source, name in (
         ("/a/pets", "pets"), ("wds:/a/pets/s-{000..001}.tar", "pets"), ("hf:owner/pets?split=train", "pets"),
     ):
-        assert TrainSettings(model="DiT-S-2", data_dir=source, image_size=64).output_dir == f"results/DiT-S-2-{name}-64"
-    assert TrainSettings(model="DiT-S-2").image_size == 256
+        settings = TrainSettings(model="DiT-S-2", data_dir=source, image_size=64).resolve()
+        assert settings.output_dir == f"results/DiT-S-2-{name}-64"
+    assert TrainSettings(model="DiT-S-2").resolve().image_size == 256
     with pytest.raises(InputError, match="`shard_size` must be at least 1"):
         EncodeSettings(output="x", shard_size=0)

@@ -124,7 +124,7 @@ def test_the_script_writes_three_pictures(tmp_path, monkeypatch, capsys):
     for argv, words in (
         ((*options, "--class", 1000), "--class must be from 0 to 999"),
         ((*options, "--class", -1), "--class must be from 0 to 999"),
-        ((*options, "--stage", 5), "--stage must be from 1 to 4"),
+        ((*options, "--stage", 5), "--stage must be at least 1 and at most 4"),
         ((*options, "--image-size", 31), "--image-size must be at least 32"),
         ((tmp_path / "none.png", "--model", "emov2_1m"), "cannot read the image"),
         ((tmp_path / "noise.png", "--model", "DiT-S-2"), "is a denoiser"),

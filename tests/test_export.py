@@ -135,7 +135,7 @@ def test_impossible_exports_are_refused(tmp_path):
     ("argv", "code", "words"),
     [
         (("emov2_1m", "{}/a.pt2", "--image-size", "64"), 0, "differs from PyTorch by at most"),
-        (("emov2_1m", "{}/a.pt2", "--image-size", "64", "--tolerance", "-1"), 1, "more than --tolerance"),
+        (("emov2_1m", "{}/a.pt2", "--image-size", "64", "--tolerance", "1e-12"), 1, "more than --tolerance"),
         (("emov9_1m", "{}/a.pt2"), 2, "emov1_1m"),
         (("D-EMOv2-Ti-2", "{}/a.pt2", "--image-size", "64"), 2, "--image-size is for classifiers"),
         (("emov2_1m", "{}/a.pt2", "--image-size", "31"), 2, "--image-size must be at least 32"),

@@ -22,7 +22,7 @@ INSIDE = {
     ],
     "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "card", "snapshot", "hub"],
+    "io": ["training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",

@@ -6,17 +6,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from d_emo.config import EvaluateClassifierSettings
-from d_emo.training.accuracy import measure_accuracy, open_classifier, open_images
+from d_emo.device import best_device
+from d_emo.io.classifier import open_classifier, open_images
+from d_emo.training.accuracy import measure_accuracy
 
 
 def run(settings: EvaluateClassifierSettings) -> None:
-    """Do it."""
+    """Measure the accuracy, print it and write it where asked."""
     classifier = open_classifier(settings.model, settings.weights)
     images = open_images(settings, classifier)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     accuracy = measure_accuracy(
         classifier.model.to(device), images, batch_size=settings.batch_size, limit=settings.num_images,
         num_workers=settings.num_workers,

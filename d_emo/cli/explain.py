@@ -10,7 +10,7 @@ from d_emo.config import ExplainSettings
 from d_emo.data import load_image
 from d_emo.errors import InputError
 from d_emo.explain import explain
-from d_emo.training.accuracy import open_classifier
+from d_emo.io.classifier import open_classifier
 
 
 def run(settings: ExplainSettings) -> None:

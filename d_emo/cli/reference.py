@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from d_emo.config import PUBLISHED_COUNT, ReferenceSettings
 from d_emo.data import open_dataset, to_uint8
+from d_emo.device import best_device
 from d_emo.evaluation import check_output, create_extractor, write_reference
 from d_emo.evaluation.npz import choose_evenly
 
 
 def run(settings: ReferenceSettings) -> None:
-    """Do it."""
+    """Write a reference of real images, and say what it holds."""
     output = Path(settings.output)
     check_output(output)
     built_in = None if settings.data_dir else settings.num_images or PUBLISHED_COUNT
@@ -24,7 +24,7 @@ def run(settings: ReferenceSettings) -> None:
         num_images=built_in, skip_corrupt=settings.skip_corrupt,
     )  # fmt: skip
     chosen = choose_evenly(len(dataset), settings.num_images, settings.data_dir or f"the data set {settings.dataset}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     extractor = create_extractor(settings.features, inception_weights=settings.inception_weights, device=device)
     loader = DataLoader(Subset(dataset, chosen), settings.batch_size, num_workers=settings.num_workers)
     shown = tqdm(loader, desc="reference", unit="batch", disable=None)

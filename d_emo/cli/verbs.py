@@ -129,6 +129,7 @@ nobody works on.""",
         settings={
             "denoisers": "d_emo.config:DenoiserBenchmarkSettings",
             "classifiers": "d_emo.config:ClassifierBenchmarkSettings",
+            "forms": "d_emo.config:FormsSettings",
         },
         run="d_emo.cli.benchmark:run",
         help="Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run.",

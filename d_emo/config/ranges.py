@@ -40,6 +40,7 @@ class Range:
         return low if self.high >= LARGE and not huge else f"{low} and {high}"
 
 
+
 LARGE, LARGEST_SEED = 10**9, 2**62
 
 Count = Annotated[int, Range(1, 10**12)]
@@ -54,8 +55,7 @@ ClassifierSide = Annotated[int, Range(32, 2**16)]
 """Classifiers halve an image five times."""
 Real = Annotated[float, Range(-LARGE, LARGE)]
 Positive = Annotated[float, Range(0, LARGE, open_low=True)]
-NON_NEGATIVE = Range(0, LARGE)
-NotNegative = Annotated[float, NON_NEGATIVE]
+NotNegative = Annotated[float, Range(0, LARGE)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(0, 1, open_low=True)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]

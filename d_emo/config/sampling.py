@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.ranges import NON_NEGATIVE, BelowOne, Count, Fraction, NotNegative, Port, Seed, Steps
+from d_emo.config.ranges import BelowOne, Count, Fraction, NotNegative, Port, Seed, Steps
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS
 
@@ -28,7 +28,8 @@ def check_guidance(
     Raises:
         InputError: It means nothing, or the denoiser cannot give it.
     """
-    NON_NEGATIVE.check("guidance_scale", scale, float)
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"`guidance_scale` must be finite and not negative, not {scale}")
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise InputError(f"`guidance_interval` must be two rising numbers in [0, 1], not {list(interval)}")
     if label_dropout == 0 and scale != 1:

@@ -43,7 +43,7 @@ class StudySettings(Settings):
         "trained first, where its run is not complete"
     )
     reference: str | None = setting(
-        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a judge"
+        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a classifier"
     )
     fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
     measure: Literal["all", "last"] = setting("all", "every snapshot of a run, or the last one only")
@@ -63,7 +63,7 @@ class StudySettings(Settings):
 
     def check(self) -> None:
         if (self.judge is None) == (self.reference is None):
-            raise InputError("give a study either a judge (a classifier) or a reference (for scripts/fid.py)")
+            raise InputError("give a study either `judge` (a classifier) or `reference` (for scripts/fid.py)")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise InputError(f"`seeds` {self.seeds} must be different numbers, at least one")
         if self.data_dir is not None:

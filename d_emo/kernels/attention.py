@@ -191,7 +191,7 @@ class Layout:
 def forward(qk: Tensor, z: Tensor, layout: Layout, maps: Tensor | None = None) -> Tensor:
     """The result; the attention maps of each chunk are written to ``maps``, one after the other.
 
-    Shape: qk (B, H, W, 2 C), z (B, H, W, C) -> (B, H, W, C).
+    Shape: qk (B, H, W, 2 C), z (B, H, W, M) -> (B, H, W, M).
     """
     q, k = qk.chunk(2, dim=-1)  # 2 x (B, H, W, C)
     out, most, done = torch.empty(z.shape, dtype=z.dtype), FROZEN_CHUNK if maps is None else CHUNK, 0
@@ -207,7 +207,7 @@ def forward(qk: Tensor, z: Tensor, layout: Layout, maps: Tensor | None = None) -
 
 
 def backward(grad: Tensor, qk: Tensor, z: Tensor, maps: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The gradients of ``qk`` and ``z``. Shape: grad as the result (B, H, W, C); gradients as their tensors."""
+    """The gradients of ``qk`` and ``z``. Shape: grad as the result (B, H, W, M); gradients as their tensors."""
     grad_qk, grad_z, done = torch.empty(qk.shape, dtype=qk.dtype), torch.empty(z.shape, dtype=z.dtype), 0
     halves = *qk.chunk(2, dim=-1), *grad_qk.chunk(2, dim=-1)  # 4 x (B, H, W, C)
     scale = (halves[0].shape[-1] // layout.heads) ** -0.5

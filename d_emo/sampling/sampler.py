@@ -176,15 +176,3 @@ def _batches(steps: Iterator[Step], batch_size: int, count: int) -> Iterator[tor
             if done == count or done % batch_size == 0:
                 yield torch.cat(drawn)
                 drawn = []
-
-
-def sample_images(
-    denoiser: DenoiserFrame, scheduler: Any, codec: Codec, labels: Sequence[int], seeds: Sequence[int], *,
-    num_inference_steps: int, guidance_scale: float = 1.0, guidance_channels: str = "all",
-    guidance_interval: Sequence[float] = (0.0, 1.0), batch_size: int = 64, exact: bool = True,
-) -> Iterator[torch.Tensor]:
-    """For callers that do not open a `Sampler` yet. Shape: -> batches (B, 3, H, W) uint8."""
-    sampler = object.__new__(Sampler)
-    sampler.model, sampler.codec, sampler.scheduler, sampler.steps = denoiser, codec, scheduler, num_inference_steps
-    sampler.guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))
-    return sampler.images(labels, seeds, batch_size=batch_size, exact=exact)

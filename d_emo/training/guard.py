@@ -21,7 +21,7 @@ class NonFiniteGuard:
     Shape: buffers of any shape.
 
     Args:
-        buffers: Running statistics, which a forward pass changes before anybody can judge it.
+        buffers: Running statistics, which a forward pass changes before anybody can look at it.
         policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
-from d_emo.training.accuracy import Normalized, normalized, open_classifier
+from d_emo.io.classifier import Normalized, normalized, open_classifier
 
 
 def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> nn.Module:

@@ -215,7 +215,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     head, in all partitions. Elsewhere the windows are shared out, and a partition needs the other to be complete:
     there is a launch for each.
 
-    Shape: qk (B, H, W, 2 C), z (B, H, W, C).
+    Shape: qk (B, H, W, 2 C), z (B, H, W, M).
 
     Args:
         kernel: the forward or the backward one.

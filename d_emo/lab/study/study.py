@@ -53,7 +53,7 @@ class Study:
         if path.is_dir():
             return path
         if not path.is_file():
-            raise InputError(f"the study's judge {judge} is neither a classifier's run folder nor a training config")
+            raise InputError(f"`judge` {judge} is neither a classifier's run folder nor a training config")
         self._classifier_config = parse_settings(ClassifierSettings, "", ["--config", judge])
         return Path(self._classifier_config.output_dir)
 
