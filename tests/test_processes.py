@@ -22,7 +22,7 @@ from d_emo.ema import EMA
 from d_emo.io.training_state import gather_training, restore_training
 from d_emo.models import create_model
 from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
-from d_emo.training.parallel import make_updates, open_accelerator
+from d_emo.training.parallel import Updates, open_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -227,7 +227,7 @@ def test_bf16_in_a_sharded_model_is_autocast_over_float32(tmp_path, monkeypatch)
         return output, {name: parameter.grad for name, parameter in model.named_parameters()}
 
     model, plain = build(), build()
-    make_updates(accelerator, model, torch.optim.AdamW(model.parameters()), settings, "bf16")
+    Updates(accelerator, model, torch.optim.AdamW(model.parameters()), settings, "bf16")
 
     def work(rank):
         distributed.init_process_group("gloo")

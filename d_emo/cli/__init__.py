@@ -21,11 +21,19 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
     if verb is None and (not arguments or arguments[0] in ("-h", "--help", "--version")):
         print(_version() if arguments[:1] == ["--version"] else overview())
         return
-    run_cli(lambda: run_verb(arguments[0] if verb is None else verb, arguments[verb is None :]))
+    if verb is None:
+        run_cli(lambda: run_verb(arguments[0], arguments[1:], prog=f"d-emo {arguments[0]}"))
+    else:
+        run_cli(lambda: run_verb(verb, arguments))
 
 
-def run_verb(name: str, argv: Sequence[str]) -> None:
+def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None:
     """Read a verb's settings and do what it does.
+
+    Args:
+        name: Of the verb.
+        argv: Its arguments.
+        prog: What ``--help`` calls the command. Default: the file that runs.
 
     Raises:
         InputError: There is no such verb, or its settings cannot be used.
@@ -39,7 +47,7 @@ def run_verb(name: str, argv: Sequence[str]) -> None:
             raise InputError(f"say which: {choices} (--help after it)")
         settings = settings[kind]
     settings = load(settings)
-    values = parse_settings(settings, verb.help, arguments)
+    values = parse_settings(settings, verb.help, arguments, prog=prog)
     with in_flags(settings):
         load(verb.run)(values)  # imported after parsing: help and typing errors need no torch
 

@@ -115,15 +115,24 @@ def _one_of(name: str, known: Any, value: Any) -> str:
     return f"`{name}` must be one of {', '.join(known)}, not {value}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def parse_settings(settings_class: type[S], description: str, argv: Sequence[str] | None = None) -> S:
+def parse_settings(
+    settings_class: type[S], description: str, argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> S:
     """Read resolved settings from the command line; ``--config FILE`` reads YAML first, later flags override it.
+
+    Args:
+        settings_class: What to read.
+        description: For ``--help``.
+        argv: The arguments. Default: this process's.
+        prog: What ``--help`` calls the command. Default: the file that runs.
 
     Raises:
         InputError: An unknown key or flag, or a value that cannot be used; names flags.
     """
     flags = {each.name: flag_of(each) for each in fields(settings_class)}
     with in_flags(settings_class):
-        return _read(settings_class, description, lambda parser: parser.parse_args(argv), flags.__getitem__)
+        return _read(settings_class, description, lambda parser: parser.parse_args(argv), flags.__getitem__,
+                     " (--help lists what is accepted)", prog)  # fmt: skip
 
 
 @contextmanager
@@ -142,11 +151,11 @@ def flag_of(one: Field) -> str:
     return one.metadata.get("flag") or "--" + one.name.replace("_", "-")
 
 
-def make_parser(settings_class: type[Any], description: str) -> Any:
-    """The parser of a settings class."""
+def make_parser(settings_class: type[Any], description: str, prog: str | None = None) -> Any:
+    """The parser of a settings class; ``prog`` is what its usage calls the command."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     hints, group = get_type_hints(settings_class), parser
     for each in fields(settings_class):
@@ -180,16 +189,17 @@ def make_parser(settings_class: type[Any], description: str) -> Any:
 
 
 def _read(
-    settings_class: type[S], description: str, read: Callable[[Any], Any], called: Callable[[str], str]
-) -> S:
+    settings_class: type[S], description: str, read: Callable[[Any], Any], called: Callable[[str], str],
+    advice: str = "", prog: str | None = None,
+) -> S:  # fmt: skip
     from jsonargparse import ArgumentError
 
-    parser = make_parser(settings_class, description)
+    parser = make_parser(settings_class, description, prog)
     try:
         values = read(parser)
     except ArgumentError as error:
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
-        raise InputError(f"{_sentence(str(error), names, hints)} (--help lists what is accepted)") from None
+        raise InputError(_sentence(str(error), names, hints) + advice) from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
 
 

@@ -158,7 +158,7 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     if not (path / _META).exists() and (path / "snapshots").is_dir():
         path = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
     if not (path / _META).exists():
-        state = " (a training state, made for --resume)" if (path / MANIFEST).exists() else ""
+        state = " (a training state, made for `resume`)" if (path / MANIFEST).exists() else ""
         raise InputError(f"{path} is not a snapshot{state}: it has no {_META}")
     try:
         meta = json.loads((path / _META).read_text())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from d_emo.config import ClassifierSettings, is_folder
 from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_classifier
@@ -129,7 +130,7 @@ class ClassifierTask:
     def _workers(self, world_size: int) -> int:
         """Data loading processes for the held-out images; built-in ones are quick to make."""
         asked = 0 if self.settings.num_workers is None and self.settings.data_dir is None else self.settings.num_workers
-        return loader_workers(asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"), world_size)
+        return loader_workers(asked, best_device(), world_size)
 
 
 def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:

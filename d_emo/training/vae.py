@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from d_emo.config import VAESettings, write_yaml
 from d_emo.data import ClassImages, Digits, Shapes1000
+from d_emo.device import best_device
 from d_emo.io.card import describe_hardware, write_card_file
 from d_emo.latents import VAECodec
 
@@ -26,7 +27,7 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     """
     from diffusers import AutoencoderKL
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     torch.manual_seed(settings.seed)
     levels = len(settings.block_out_channels)
     vae = AutoencoderKL(

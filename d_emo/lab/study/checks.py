@@ -23,7 +23,7 @@ from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
 from d_emo.sampling.schedulers import make_scheduler, set_steps
-from d_emo.tables import OBJECTIVES, load, schedulers_of
+from d_emo.tables import DATASETS, OBJECTIVES, load, schedulers_of
 
 _PATHS = ("data_dir", "init_from")
 
@@ -82,7 +82,7 @@ def check_same_latents(settings: StudySettings) -> None:
     named = {"vae": "codec", "image_size": "image_size", "dtype": "dtype"}
     if encode.data_dir is not None:
         wanted["dataset"] = "folder" if is_folder(encode.data_dir) else encode.data_dir.partition(":")[0]
-    if index.get("data") == "shapes":
+    if index.get("data") in DATASETS and DATASETS[index["data"]].drawn:
         named["num_images"] = "images"
     named["dataset"] = "data"
     changed = [f"{name} {index.get(key)}, where the study says {wanted[name]}" for name, key in named.items()
