@@ -104,7 +104,7 @@ def test_shards_are_trained_and_measured_on_without_random_crops(tmp_path, photo
         **{**TINY, "data_dir": shards, "validate_dir": shards, "max_steps": 1, "output_dir": str(tmp_path / "run")}
     )
     task = ClassifierTask(settings)
-    assert type(task.dataset) is type(task.held_out) is TarShards and settings.rand_augment == "none"
+    assert type(task.dataset) is type(task.held_out) is TarShards and task.settings.rand_augment == "none"
     assert load_classifier(fit(task, settings)).meta["accuracy"]["raw"]["images"] == 6
     with pytest.raises(InputError, match="`rand_augment` .* needs a folder"):
         ClassifierSettings(**{**TINY, "data_dir": shards, "rand_augment": POLICY})
@@ -263,20 +263,20 @@ def test_shipped_configs_are_the_papers_recipe(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_size": 31}, "--image-size must be at least 32 px"),
+        ({"image_size": 31}, "`image_size` must be at least 32"),
         ({"model_options": {"num_classes": 5}}, "num_classes follows from the data"),
         ({"model_options": {"in_channels": 1}}, "in_channels follows from the data"),
         ({"model_options": {"depths": [1.5, 1, 1, 1]}}, "depths must hold four positive integers"),
-        ({"weight_decay": -1}, "--weight-decay must not be negative"),
-        ({"warmup_steps": -1}, "--warmup-steps must not be negative"),
-        ({"distill_weight": -1}, "--distill-weight must not be negative"),
-        ({"label_smoothing": 1.1}, "--label-smoothing must lie in"),
+        ({"weight_decay": -1}, "`weight_decay` must be at least 0, not -1"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be at least 0, not -1"),
+        ({"distill_weight": -1}, "`distill_weight` must be at least 0, not -1"),
+        ({"label_smoothing": 1.1}, "`label_smoothing` must be at least 0 and at most 1, not 1.1"),
         ({"rand_augment": "randm9"}, "no RandAugment policy 'randm9'"),
         ({"teacher": "no_such_net"}, "cannot load the teacher no_such_net"),
         ({"teacher": "resnet18", "teacher_weights": "none.pth"}, "no file none.pth"),
-        ({"crop_scale": [0.5, 0.1]}, "--crop-scale"),
-        ({"distill_tau": 0}, "--distill-tau"),
-        ({"crop_share": 1.5}, "--crop-share"),
+        ({"crop_scale": [0.5, 0.1]}, "`crop_scale` must be two rising"),
+        ({"distill_tau": 0}, "`distill_tau` must be above 0, not 0"),
+        ({"crop_share": 1.5}, "`crop_share` must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, photos, changes, words):

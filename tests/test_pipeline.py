@@ -115,7 +115,7 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": [10]}, "class 10 is out of range"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
-        ({"class_labels": [1], "guidance_scale": -1.0}, "guidance.scale. must be at least 0"),
+        ({"class_labels": [1], "guidance_scale": -1.0}, "`guidance_scale` must be finite and not negative"),
         ({"class_labels": [1, 2], "generator": seeded(1)}, "1 generators were given for 2 pictures"),
         ({"class_labels": [1], "latents": torch.zeros(2, 4, 8, 8)}, "must have the shape .1, 4, 8, 8"),
     ):

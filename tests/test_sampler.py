@@ -118,8 +118,8 @@ def test_replacing_keeps_the_network_and_the_rest(sampler):
         ({"scheduler": "euler"}, "`scheduler` euler serves the flow objective.*one of ddpm, ddim"),
         ({"scheduler": "ddimm"}, "'ddimm'.*did you mean ddim"),
         ({"steps": 0}, "`steps` must be a positive integer"),
-        ({"guidance": -1.0}, "`guidance_scale` must be at least 0"),
-        ({"guidance": float("nan")}, "`guidance_scale` must be at least 0"),
+        ({"guidance": -1.0}, "`guidance_scale` must be finite and not negative"),
+        ({"guidance": float("nan")}, "`guidance_scale` must be finite and not negative"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_anything_is_drawn(folder, sampler, how, words):

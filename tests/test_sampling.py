@@ -155,7 +155,7 @@ def test_guidance_interval_costs_a_second_pass_only_inside():
         ({"steps": 1001}, "1001 steps are more than the 1000"),
         ({"name": "ddim", "steps": 600}, "ddim cannot lay 600 steps.*use 1000"),
         *(({"name": name, "steps": 1000}, "at most 999 steps") for name in ("dpm++", "unipc", "deis")),
-        ({"scale": float("nan")}, "guidance_scale. must be at least 0"),
+        ({"scale": float("nan")}, "`guidance_scale` must be finite and not negative"),
         ({"channels": "2"}, "all or 3, not '2'"),
         ({"interval": (0.7, 0.2)}, "two rising numbers"),
     ],
