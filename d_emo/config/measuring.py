@@ -122,7 +122,9 @@ DRAWING = {
 class FidSettings(Settings):
     """Settings of ``scripts/fid.py``."""
 
-    samples: str | None = setting(None, "images to measure: folder, zip, or .npz in ADM's layout")
+    samples: str | None = setting(
+        None, "images to measure: folder, zip, or .npz in ADM's layout", group="What to measure"
+    )
     checkpoint: str | None = setting(None, "snapshot or run folder to sample from and measure, instead of --samples")
     reference: str | None = setting(
         None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
@@ -134,7 +136,9 @@ class FidSettings(Settings):
         None, f"how many samples to measure. Default: all of --samples, {PUBLISHED_COUNT:,} of --checkpoint"
     )
     batch_size: Count = setting(64, "images per forward pass, of sampling and of the feature network")
-    labels: Literal["random", "balanced"] = setting("random", "classes to draw: uniformly random, as ADM, or in turn")
+    labels: Literal["random", "balanced"] = setting(
+        "random", "classes to draw: uniformly random, as ADM, or in turn", group="How to draw, with --checkpoint"
+    )
     scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots", choices=SCHEDULERS)
     steps: Steps = setting(250, "denoising steps")
     guidance_scale: NotNegative = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
@@ -145,7 +149,9 @@ class FidSettings(Settings):
     mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; the FID changes a bit")
     compile: bool = setting(False, "torch.compile the denoiser")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
-    save_npz: str | None = setting(None, "write the images that were drawn to this .npz, in ADM's layout")
+    save_npz: str | None = setting(
+        None, "write the images that were drawn to this .npz, in ADM's layout", group="Output"
+    )
     save_png: str | None = setting(None, "write the images that were drawn into this folder")
     work_dir: str | None = setting(
         None, "where features of drawn images are kept, to go on after a stop. Default: results/fid/<settings' digest>"

@@ -44,7 +44,8 @@ class SampleSettings(Settings):
     """Settings of ``scripts/sample.py``."""
 
     classes: list[str] = setting(
-        [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none", flag="--class"
+        [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none",
+        flag="--class", group="What to draw",
     )
     checkpoint: str | None = setting(
         None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
@@ -52,7 +53,7 @@ class SampleSettings(Settings):
     num_images: Count = setting(8, "images per class")
     guidance_scale: list[NotNegative] = setting(
         [], "classifier-free guidance; 1 is none. Several draw a row each, of the same noise. Default: 4, or 1 for a "
-        "snapshot trained without label dropout"
+        "snapshot trained without label dropout", group="How to draw",
     )
     scheduler: str | None = setting(
         None, "sampler, of those that serve the snapshot's objective. Default: dpm++, or euler for flow",
@@ -65,7 +66,9 @@ class SampleSettings(Settings):
     steps: Steps = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
     batch_size: Count = setting(64, "images denoised at once")
-    format: Literal["grid", "png"] = setting("grid", "one picture of all, or one PNG for each image in a folder")
+    format: Literal["grid", "png"] = setting(
+        "grid", "one picture of all, or one PNG for each image in a folder", group="Output"
+    )
     trajectory: Literal["strip", "gif"] | None = setting(
         None, "show the denoising instead: a strip of its steps for each image, or a GIF of the grid"
     )
@@ -73,11 +76,13 @@ class SampleSettings(Settings):
         None, "two classes: draw --num-images pictures on the way from one to the other, all from the same noise",
         nargs=2,
     )
-    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; pictures change a bit")
-    compile: bool = setting(False, "torch.compile the denoiser; pays for itself after some hundred images")
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
     )
+    mixed_precision: Literal["no", "bf16"] = setting(
+        "no", "bf16: cast the denoiser, for speed; pictures change a bit", group="Machine"
+    )
+    compile: bool = setting(False, "torch.compile the denoiser; pays for itself after some hundred images")
 
     def check(self) -> None:
         for scale in self.guidance_scale or [1.0]:
