@@ -76,26 +76,42 @@ def window_for(img_size: int | tuple[int, int]) -> int:
     return next((window for window in (8, 7, 6, 5) if not any(n % window for n in last)), 7)
 
 
+class Stage(nn.Sequential):
+    """A down-sampling block, then blocks that keep the map.
+
+    Attributes:
+        grad_checkpointing: Whether blocks are computed again in the backward pass.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C').
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return super().forward(x)
+        for block in self:
+            x = checkpoint_block(block, x)
+        return x
+
+
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
     drop_paths: Sequence[float], **options: Any,
-) -> nn.Sequential:  # fmt: skip
-    """A down-sampling block and ``depth - 1`` blocks that keep the map; stages count from 0.
+) -> Stage:  # fmt: skip
+    """A stage of ``depth`` blocks; stages count from 0.
 
     Raises:
         InputError: The width is no multiple of the head width.
     """
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
-    return nn.Sequential(
-        *(
-            mobile_block(
-                block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention,
-                num_heads=max(1, dim // head_dim), drop_path=drop_paths[i], **options,
-            )
-            for i in range(depth)
-        )
-    )  # fmt: skip
+    heads = max(1, dim // head_dim)
+    return Stage(*(
+        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention, num_heads=heads,
+                     drop_path=drop_paths[i], **options)
+        for i in range(depth)
+    ))  # fmt: skip
 
 
 class EMO(nn.Module):
@@ -165,7 +181,7 @@ class EMO(nn.Module):
             stem_dim, first_act, gate = 24, nn.Identity(), SqueezeExcite(24)
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (EMOv2) or 'irmb' (EMOv1).")
-        self.block, self.config, self.grad_checkpointing = block, {}, False
+        self.block, self.config = block, {}
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         size = window_for(img_size)
@@ -232,14 +248,11 @@ class EMO(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training; batch-norm statistics are still updated once per step."""
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
-    def run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+    def run_stage(self, stage: Stage, x: Tensor) -> Tensor:
         """Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in stage:
-                x = checkpoint_block(block, x)
-            return x
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
         return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.mid_dim)

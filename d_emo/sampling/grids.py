@@ -65,7 +65,7 @@ def two_lines(text: str, fits: Callable[[str], bool]) -> str:
 
 def preview_grid(
     path: Path, denoiser: DenoiserFrame, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
-    guidance_scale: float,
+    guidance_scale: float, objective: str | None = None,
 ) -> None:
     """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare.
 
@@ -74,7 +74,7 @@ def preview_grid(
     count, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
     classes = [index * len(class_names) // count for index in range(count)]
     labels = [label for label in classes for _ in range(columns)]
-    sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale)
+    sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale, objective=objective)
     try:
         images = torch.cat(list(sampler.images(labels, range(len(labels)))))
     except InputError as error:  # values that are not finite: no reason to stop a training run
