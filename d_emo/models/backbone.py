@@ -16,7 +16,7 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
+from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, is_count, pair
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -27,15 +27,13 @@ def row(
     block: str, depths: str, dims: str, expand_ratios: str, head_dims: str, drop_path_rate: float
 ) -> dict[str, Any]:
     """One line of the papers' tables as constructor arguments."""
+    counts = {"depths": depths, "dims": dims, "head_dims": head_dims}
     return {
-        "block": block,
-        "depths": tuple(map(int, depths.split())),
-        "dims": tuple(map(int, dims.split())),
-        "expand_ratios": tuple(map(float, expand_ratios.split())),
-        "head_dims": tuple(map(int, head_dims.split())),
+        "block": block, "drop_path_rate": drop_path_rate,
         "kernel_sizes": (5, 5, 5, 5) if block == "i2rmb" else (3, 3, 5, 5),
-        "drop_path_rate": drop_path_rate,
-    }
+        "expand_ratios": tuple(map(float, expand_ratios.split())),
+        **{name: tuple(map(int, values.split())) for name, values in counts.items()},
+    }  # fmt: skip
 
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -168,8 +166,7 @@ class EMO(nn.Module):
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
             "kernel_sizes": kernel_sizes, "dilations": dilations,
         }  # fmt: skip
-        check_rows(**rows)
-        check_stages(norms, attention_stages)
+        check_rows(norms, attention_stages, **rows)
         if not is_count(in_channels):
             raise InputError(f"in_channels must be a positive integer, got {in_channels!r}.")
         for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
@@ -185,19 +182,14 @@ class EMO(nn.Module):
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         size = window_for(img_size)
-        options: dict[str, Any] = {
-            "window_size": pair(size if window_size is None else window_size, "window_size"),
-            "arrangement": arrangement,
-        }
-        if attention_mode not in (None, "none"):
-            options["attention_mode"] = attention_mode
-        if attention_order is not None:
-            options["attention_order"] = attention_order
+        window = pair(size if window_size is None else window_size, "window_size")
+        options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
+        options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
         self.stages = nn.ModuleList(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
-                norm=norms[stage], drop_paths=drop_paths[stage].tolist(), **options,
-                **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
+                **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
@@ -272,25 +264,19 @@ class EMO(nn.Module):
 
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
-        if self.global_pool == "":
-            x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-            x = x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-            return x.permute(0, 3, 1, 2)  # (B, C or num_classes, H, W)
-        x = x.mean(dim=(2, 3))  # (B, C)
-        return x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
+        pooled = self.global_pool == "avg"
+        x = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)  # (B, C) or (B, H, W, C)
+        if not pre_logits:
+            x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
+        return x if pooled else x.permute(0, 3, 1, 2)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The maps after chosen stages, in timm's form; ``norm`` applies the final norm to the last stage's map.
 
         Shape: x (B, 3, H, W) -> maps (B, C, h, w).
@@ -331,27 +317,21 @@ class EMO(nn.Module):
         return wanted
 
 
-def is_count(value: Any) -> bool:
-    """True for a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Sequence[float]) -> None:
+    """Raise InputError naming the first row without four positive numbers, whole ones but for the expand ratios."""
 
+    def four(values: Any) -> bool:
+        return isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
 
-def check_rows(**rows: Sequence[float]) -> None:
-    """Raise InputError naming the first row that is not four positive numbers, whole ones but for the expand ratios."""
     for name, values in rows.items():
-        four = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
         if name == "expand_ratios":
-            if not four or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+            if not four(values) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
                 raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
-        elif not four or not all(map(is_count, values)):
+        elif not four(values) or not all(map(is_count, values)):
             raise InputError(f"{name} must hold four positive integers, one per stage, got {values!r}.")
     if rows["dims"][0] < 2:
         raise InputError(f"dims must start with 2 or more, as the stem has half of that, got {rows['dims']!r}.")
-
-
-def check_stages(norms: Sequence[str], attention_stages: Sequence[int]) -> None:
-    """Raise InputError unless there are four norms and the stages with attention lie in 1..4."""
-    if not isinstance(norms, Sequence) or isinstance(norms, str) or len(norms) != 4:
+    if not four(norms):
         raise InputError(f"norms must name four norms, one per stage, got {norms!r}.")
     if not isinstance(attention_stages, Sequence) or not set(attention_stages) <= {1, 2, 3, 4}:
         raise InputError(f"attention_stages must be a list of stages from 1 to 4, got {attention_stages!r}.")

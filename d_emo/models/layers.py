@@ -25,6 +25,11 @@ NORM_EPS = 1e-6
 NormKind = Literal["batch", "layer", "none"]
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
     """Read a size given as one integer or as (height, width); both must be positive integers.
 
@@ -32,7 +37,7 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
         InputError: The size is neither.
     """
     sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+    if len(sizes) != 2 or not all(map(is_count, sizes)):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
     return sizes
 
@@ -91,13 +96,11 @@ def make_norm(kind: NormKind, dim: int) -> nn.Module:
     Raises:
         InputError: There is no such norm.
     """
-    if kind == "batch":
-        return ChannelsLastBatchNorm(dim)
+    if kind not in ("batch", "layer", "none"):
+        raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
     if kind == "layer":
         return nn.LayerNorm(dim, eps=NORM_EPS)
-    if kind == "none":
-        return nn.Identity()
-    raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
+    return ChannelsLastBatchNorm(dim) if kind == "batch" else nn.Identity()
 
 
 @kernels.known
@@ -318,8 +321,5 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)  # (n, dim / 4)
     rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))  # (n, dim / 2)
-    height, width = grid
-    both = torch.cat(
-        [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1
-    )  # (rows, columns, dim)
-    return both.reshape(1, height * width, dim).float()
+    both = [columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)]  # 2 x (rows, columns, dim / 2)
+    return torch.cat(both, dim=-1).reshape(1, -1, dim).float()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d_emo.config import Settings, StudySettings, TrainSettings
+from d_emo.config import FidSettings, Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.io.training_state import step_of
@@ -62,7 +62,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug(name)}; rename one")
-    protocol = protocol_of(settings)
+    measured_by = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
+    protocol = digest(json.dumps([getattr(settings, name) for name in measured_by], sort_keys=True))[:8]
     latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
     planned: list[PlannedRun] = []
     for seed in settings.seeds:
@@ -106,13 +107,6 @@ def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
         raise InputError(f"{what}: {error}") from None
 
 
-def protocol_of(settings: StudySettings) -> str:
-    """A digest of all that decides how snapshots are measured."""
-    names = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
-    values = json.dumps([getattr(settings, name) for name in names], sort_keys=True)
-    return digest(values)[:8]
-
-
 def latents_folder(settings: StudySettings) -> Path:
     """Where the study's encoded data are."""
     return Path(settings.output_dir) / "latents"
@@ -122,6 +116,11 @@ def fid_options(settings: StudySettings) -> dict[str, Any]:
     """What the study says to fid of every snapshot."""
     own = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
     return {"reference": settings.reference, **own}
+
+
+def fid_settings(settings: StudySettings) -> FidSettings:
+    """The settings of fid, but for the snapshot, checked as it checks them."""
+    return read_settings(FidSettings, {**fid_options(settings), "checkpoint": "unused"}, "the study's fid")
 
 
 def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[int, int, int]:

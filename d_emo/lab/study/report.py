@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from d_emo.files import write_file
 from d_emo.lab.study.results import (
+    RESUME,
     Estimate,
     at_time,
     difference,
@@ -17,8 +19,6 @@ from d_emo.lab.study.results import (
     minutes_by_step,
     paired,
     runs_of,
-    same_loss,
-    write_csv,
 )
 from d_emo.lab.text import markdown_table, plural
 
@@ -48,8 +48,11 @@ def findings(rows: pd.DataFrame, heading: str, names: Sequence[str]) -> str:
                 f"{value.title} {ours:.{digits}f} against {theirs:.{digits}f} ({gap.show(digits, sign=True)})"
             )
         said = [f"{title} {'; '.join(those) or 'nothing'}." for title, those in outcomes.items()]
-        if not same_loss(pairs):
-            said.append("Their losses are over other timesteps and are not compared.")
+        over = [set(pairs[column]) for column in ("loss_over", "loss_over_other")]
+        if over[0] != over[1]:
+            kinds = [{each.partition(",")[0] for each in kind} for kind in over]
+            what = "over other timesteps" if kinds[0] == kinds[1] else "those of other objectives"
+            said.append(f"Their losses are {what} and are not compared.")
         seeds = plural(len(pairs), "seed")
         lines.append(f"- {heading}, {first} against {other}, step {step:,}, {seeds}. {' '.join(said)}")
     return "\n".join(lines)
@@ -118,7 +121,7 @@ def write_report(
     """
     files = {"results.csv": rows, "losses.csv": losses} | ({} if gaps.empty else {"norm_gap.csv": gaps})
     for name, table in files.items():
-        write_csv(folder / name, table)
+        write_file(folder / name, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
     some = {head: names for head, names in tables.items() if len(runs_of(rows, names)) >= min(2, len(set(names)))}
     said = [text for heading, names in some.items() if (text := findings(rows, heading, names))]
     parts = [f"# {title}", *introduction, "## What it says", "\n".join(said) or "Nothing to compare yet.", HOW_TO_READ]
