@@ -51,14 +51,11 @@ def open_dataset(
                 "(`d-emo encode --data-dir ... --output DIR`) and train with `latents` DIR"
             )
         return OneClass(images) if one_class and len(images.class_names) > 1 else images
-    if one_class:
-        known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
-        return OneClass(open_dataset(data_dir=None, **known))
     row = DATASETS[dataset]
     drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
-    return load(row.images)(
-        image_size, split=split, **{name: value for name, value in drawn.items() if value is not None}
-    )
+    given = {name: value for name, value in drawn.items() if value is not None}
+    images = load(row.images)(image_size, split=split, **given)
+    return OneClass(images) if one_class else images
 
 
 def open_source(

@@ -9,6 +9,7 @@ alone, and whoever finishes last can write the index.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,8 @@ class Origin:
         """That of images encoded by a codec."""
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
-            classes=digest(json.dumps(images.class_names))[:16], codec=codec.name,
-            encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, mirrored=images.flip,
-            shard_size=shard_size,
+            classes=digest(json.dumps(images.class_names))[:16], mirrored=images.flip, codec=codec.name,
+            encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, shard_size=shard_size,
         )
 
     @property
@@ -103,22 +103,21 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
     write_file(path, content, f"the finished shards stay; {RESUME}")
 
 
-def shard_problem(path: Path, origin: Origin) -> str | None:
-    """What is wrong with a shard, or None; reads all of it.
-
-    Raises:
-        InputError: It is intact, but was made from something else.
-    """
+def is_finished(path: Path, origin: Origin) -> bool:
+    """Whether a shard is there and intact; reads all of it. One that is damaged is named and removed."""
     if not path.exists():
-        return "is missing"
+        return False
     try:
         header, tensors = read_shard(path)
+        problem = "does not match its checksum"
+        if header["sha256"] == _checksum(header["made_from"], tensors):
+            origin.check_same(json.loads(header["made_from"]), path.parent)
+            return True
     except ShardError:
-        return "cannot be read"
-    if header["sha256"] != _checksum(header["made_from"], tensors):
-        return "does not match its checksum"
-    origin.check_same(json.loads(header["made_from"]), path.parent)
-    return None
+        problem = "cannot be read"
+    print(f"the shard {path} {problem}; making it anew", file=sys.stderr, flush=True)
+    path.unlink()
+    return False
 
 
 def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -138,9 +137,8 @@ def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
     """Write ``index.json`` if every shard is there, and say whether."""
-    shards, shape = [], None
-    for shard in range(origin.num_shards):
-        path = shard_path(folder, shard)
+    shards, shape, paths = [], None, [shard_path(folder, shard) for shard in range(origin.num_shards)]
+    for path in paths:
         try:
             header, tensors = read_shard(path)
         except ShardError:  # another process is not done yet

@@ -140,27 +140,16 @@ class EMO(nn.Module):
     """
 
     def __init__(
-        self,
-        block: Literal["irmb", "i2rmb"] = "i2rmb",
-        depths: Sequence[int] = (3, 3, 9, 3),
-        dims: Sequence[int] = (48, 72, 160, 288),
-        expand_ratios: Sequence[float] = (2, 3, 4, 4),
-        head_dims: Sequence[int] = (16, 24, 32, 32),
-        kernel_sizes: Sequence[int] = (5, 5, 5, 5),
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        img_size: int | tuple[int, int] = 224,
-        window_size: int | tuple[int, int] | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
-        dilations: Sequence[int] = (1, 1, 1, 1),
-        norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"),
-        attention_stages: Sequence[int] = (3, 4),
-        attention_mode: AttentionMode | Literal["none"] | None = None,
-        attention_order: AttentionOrder | None = None,
+        self, block: Literal["irmb", "i2rmb"] = "i2rmb", depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (48, 72, 160, 288), expand_ratios: Sequence[float] = (2, 3, 4, 4),
+        head_dims: Sequence[int] = (16, 24, 32, 32), kernel_sizes: Sequence[int] = (5, 5, 5, 5),
+        num_classes: int = 1000, in_channels: int = 3, img_size: int | tuple[int, int] = 224,
+        window_size: int | tuple[int, int] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
+        norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
+        attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
         arrangement: Arrangement = "attention-conv",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,

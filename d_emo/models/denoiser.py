@@ -90,24 +90,12 @@ class Denoiser(DenoiserFrame):
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int | tuple[int, int] = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        out_channels: int | None = None,
-        learn_sigma: bool = True,
-        num_classes: int = 1000,
-        hidden_size: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        block: str = "i2rmb",
-        expand_ratio: float = 4,
-        attention_mode: AttentionMode = "spanning",
-        window_size: int | tuple[int, int] = 8,
-        kernel_size: int = 5,
-        local_norm: NormKind = "batch",
-        position_embedding: Literal["sincos", "none"] = "sincos",
-    ) -> None:
+        self, sample_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+        out_channels: int | None = None, learn_sigma: bool = True, num_classes: int = 1000, hidden_size: int = 384,
+        depth: int = 12, num_heads: int = 6, block: str = "i2rmb", expand_ratio: float = 4,
+        attention_mode: AttentionMode = "spanning", window_size: int | tuple[int, int] = 8, kernel_size: int = 5,
+        local_norm: NormKind = "batch", position_embedding: Literal["sincos", "none"] = "sincos",
+    ) -> None:  # fmt: skip
         super().__init__()
         counts = {"patch_size": patch_size, "in_channels": in_channels, "num_classes": num_classes,
                   "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}  # fmt: skip
@@ -198,13 +186,9 @@ class Denoiser(DenoiserFrame):
         (self.compile_repeated_blocks if self.gradient_checkpointing else super().compile)(*args, **kwargs)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
         """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused."""
         if hidden_states.shape[1:] != self.latent_shape:
             raise InputError(

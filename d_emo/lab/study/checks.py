@@ -20,11 +20,7 @@ from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, scheduler
 
 
 def check_same_training(run: PlannedRun) -> None:
-    """Refuse a run that was trained, or partly trained, with other settings than the study's.
-
-    Raises:
-        InputError: Such a run; or the settings in its folder cannot be read.
-    """
+    """Raise InputError for a run that was trained, or partly trained, with other settings than the study's."""
     path = run.folder / "config.yaml"
     if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
         return
@@ -60,11 +56,7 @@ def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_latents(settings: StudySettings) -> None:
-    """Refuse latents that were encoded with other settings than the study gives.
-
-    Raises:
-        InputError: Such latents; or their index cannot be read.
-    """
+    """Raise InputError for latents that were encoded with other settings than the study gives."""
     folder = latents_folder(settings)
     if settings.encode is None or not (folder / INDEX).exists():
         return
@@ -85,11 +77,8 @@ def check_same_latents(settings: StudySettings) -> None:
 
 
 def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
-    """Refuse what would fail after the training only.
-
-    Raises:
-        InputError: Settings of another verb that it does not take, a sampler that does not serve, a tracker that
-            the report does not read.
+    """Raise InputError for what would fail after the training only: settings that another verb does not take, a sampler
+    that does not serve, a tracker that the report does not read.
     """
     if settings.encode is not None:
         read_encode(settings.encode)
@@ -119,11 +108,7 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
 
 
 def check_inputs(settings: StudySettings) -> None:
-    """Refuse a study that does not say what to encode, or whose reference is not there.
-
-    Raises:
-        InputError: One of these.
-    """
+    """Raise InputError if the study does not say what to encode, or if its reference is not there."""
     if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
         raise InputError("the study does not say which images to encode; give `data_dir` FOLDER")
     if settings.reference is not None and not Path(settings.reference).exists():

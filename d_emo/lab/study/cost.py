@@ -94,18 +94,9 @@ def network_calls(settings: StudySettings, training: TrainSettings) -> int:
 
 
 class Workload:
-    """One model's training and drawing, on one process of so many, on made-up latents.
+    """One model's training and drawing of made-up latents (channels, height, width), on one process of so many."""
 
-    Args:
-        training: Settings of the run.
-        latent_shape: Channels, height and width.
-        device: Where.
-        processes: That share the batch.
-    """
-
-    def __init__(
-        self, training: TrainSettings, latent_shape: tuple[int, int, int], device: torch.device, processes: int
-    ):
+    def __init__(self, training: TrainSettings, latent_shape: tuple[int, ...], device: torch.device, processes: int):
         per_rank = training.batch_size // processes
         micro = micro_batch_of(training, per_rank, device)
         use_threads(device, processes)

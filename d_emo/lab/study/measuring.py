@@ -24,15 +24,7 @@ HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
 
 
 class Meter:
-    """Draws from the snapshots of a study, and measures them by a classifier against the same real images.
-
-    Args:
-        settings: Of the study.
-        classifier: Folder of the classifier's run, for `measure`.
-
-    Raises:
-        InputError: There is no such classifier.
-    """
+    """Draws from a study's snapshots, and measures them by the classifier in a folder against the same real images."""
 
     def __init__(self, settings: StudySettings, classifier: Path | None):
         self.settings = settings

@@ -52,11 +52,7 @@ class PlannedRun:
 
 
 def plan_runs(settings: StudySettings) -> list[PlannedRun]:
-    """All runs, the first seed's of every model before the second's.
-
-    Raises:
-        InputError: A run's settings are none that train takes; two runs would share a folder.
-    """
+    """All runs, the first seed's of every model before the second's; InputError if two would share a folder."""
     folders: dict[str, str] = {}
     for name in (name for name, own in settings.runs.items() if "of" not in own):
         other = folders.setdefault(slug(name), name)
@@ -84,11 +80,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights.
-
-    Raises:
-        InputError: It names no trained run, or another variant.
-    """
+    """A run that measures another one's weights; InputError if it names no trained run, or another variant."""
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]
@@ -96,11 +88,7 @@ def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> P
 
 
 def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
-    """The settings of another verb, checked as it checks them.
-
-    Raises:
-        InputError: It would not take them; names ``what`` they are.
-    """
+    """The settings of another verb, checked as it checks them; an InputError names ``what`` they are."""
     try:
         return kind.from_mapping(values)
     except InputError as error:

@@ -88,7 +88,7 @@ def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     shown = runs_of(rows, names)
     steps = sorted(set().union(*(mine.step for mine in shown.values())))
     time = min(minutes_by_step(mine).max() for mine in shown.values())
-    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {time:.1f} minutes"]
+    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {f'{time:.1f}' if time >= 1 else f'{time:.2g}'} minutes"]
     courses = {name: [mine.fid[mine.step == step] for step in steps] for name, mine in shown.items()}
     return markdown_table(head, (
         [name, *(Estimate.of(values).show() for values in (*courses[name], at_time(mine, time)))]
@@ -111,8 +111,6 @@ def write_report(
     """Write ``report.md``, ``results.csv``, ``losses.csv`` and, with gaps, ``norm_gap.csv``.
 
     Args:
-        folder: Where to.
-        title: Heading.
         introduction: Paragraphs on what was done, and with which command.
         tables: Names of runs by heading.
         rows, losses: Of ``collect``.

@@ -87,11 +87,7 @@ def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> Non
 
 
 def read_json(path: Path, read: Callable[[Any], Any] = lambda kept: kept) -> Any:
-    """What ``read`` makes of what was kept.
-
-    Raises:
-        InputError: The file is damaged.
-    """
+    """What ``read`` makes of what was kept; InputError if the file is damaged."""
     try:
         return read(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError, TypeError):
@@ -112,13 +108,8 @@ def collect(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for every measured snapshot, and one for every logged loss of every trained run.
 
-    The loss of a snapshot is the mean over the last tenth of the steps so far.
-
-    Args:
-        runs: Of the study.
-        sizes: Parameters and multiply-accumulates by name.
-        seconds: Of a training step, by name.
-        last: Only of the snapshots at the end.
+    The loss of a snapshot is the mean over the last tenth of the steps so far. ``sizes`` are parameters and
+    multiply-accumulates by name, ``seconds`` those of a training step; with ``last``, only the snapshots at the end.
     """
     rows, losses = [], []
     for run in runs:

@@ -26,9 +26,6 @@ from d_emo.latents.shards import INDEX
 class Study:
     """What ``d-emo compare`` does.
 
-    Args:
-        settings: Of the study.
-
     Raises:
         InputError: Settings that cannot work, or others than what is there was made with.
     """
