@@ -159,11 +159,7 @@ def write_onnx(network: Portable, path: Path) -> Runner:
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
-    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back.
-
-    Raises:
-        InputError: Core ML cannot express the network.
-    """
+    """A Core ML package for batch 1, which only macOS can run; InputError where Core ML cannot express the network."""
     import coremltools
 
     with torch.no_grad():

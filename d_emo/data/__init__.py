@@ -62,11 +62,7 @@ def open_source(
     data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
-    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
-
-    Raises:
-        InputError: An unknown option, or see the data sets themselves.
-    """
+    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``; else InputError."""
     scheme, _, rest = data_dir.partition(":")
     if is_folder(data_dir) and crop_share is not None:
         return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, skip_corrupt=skip_corrupt)
@@ -91,11 +87,7 @@ def open_source(
 def open_held_out(
     settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
 ) -> ClassImages:
-    """Open the images to validate on.
-
-    Raises:
-        InputError: There are none, or they have other classes.
-    """
+    """Open the images to validate on; InputError if there are none, or they have other classes."""
     own_data = settings.data_dir or getattr(settings, "latents", None)
     if own_data is not None and settings.validate_dir is None:
         raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")

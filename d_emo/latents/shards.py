@@ -69,11 +69,7 @@ class Origin:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
-        """Refuse latents that were made from something else; a codec's name may change, its encoder may not.
-
-        Raises:
-            InputError: Images, size, codec or precision are others; says which.
-        """
+        """Raise InputError for latents of something else; a codec's name may change, its encoder may not."""
         changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
                    if key != "codec" and other.get(key) != value]
         if changed:
@@ -89,12 +85,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin: Origin) -> None:
-    """Write one shard, all or nothing.
+    """Write one shard, all or nothing; RunError if the disk is full, say.
 
     Shape: moments (n, C, h, w), labels (n,).
-
-    Raises:
-        RunError: The disk is full, say; what was finished before stays.
     """
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
     header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
@@ -121,11 +114,7 @@ def is_finished(path: Path, origin: Origin) -> bool:
 
 
 def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Header and tensors of a shard. The tensors are maps of the file: nothing is read until it is looked at.
-
-    Raises:
-        ShardError: The file is missing, or not a shard.
-    """
+    """Header and tensors of a shard, which are maps of the file, not read until they are looked at; or ShardError."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
@@ -152,11 +141,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a finished folder of latents.
-
-    Raises:
-        InputError: There is none, or a shard is missing or not of its size.
-    """
+    """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
         raise InputError(f"there is no folder of latents {folder}; scripts/encode_latents.py makes one")
     try:

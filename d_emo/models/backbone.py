@@ -97,11 +97,7 @@ def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
     drop_paths: Sequence[float], **options: Any,
 ) -> Stage:  # fmt: skip
-    """A stage of ``depth`` blocks; stages count from 0.
-
-    Raises:
-        InputError: The width is no multiple of the head width.
-    """
+    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
     heads = max(1, dim // head_dim)

@@ -31,11 +31,7 @@ def is_count(value: object) -> bool:
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """Read a size given as one integer or as (height, width); both must be positive integers.
-
-    Raises:
-        InputError: The size is neither.
-    """
+    """A size given as one integer or as (height, width); InputError unless both are positive integers."""
     sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(sizes) != 2 or not all(map(is_count, sizes)):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
@@ -91,11 +87,7 @@ class ChannelsLastBatchNorm(nn.Module):
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm called ``kind`` for channels-last maps of ``dim`` channels.
-
-    Raises:
-        InputError: There is no such norm.
-    """
+    """The norm called ``kind`` for channels-last maps of ``dim`` channels; else InputError."""
     if kind not in ("batch", "layer", "none"):
         raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
     if kind == "layer":

@@ -109,11 +109,7 @@ def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file on the CPU; no code from the file is run.
-
-    Raises:
-        InputError: There is no such file, or it is no checkpoint of tensors.
-    """
+    """The content of a checkpoint file on the CPU, else InputError; no code from the file is run."""
     if not path.is_file():
         raise InputError(f"There is no checkpoint file {path}.")
     try:
@@ -130,11 +126,7 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes.
-
-    Raises:
-        InputError: There are no named tensors inside.
-    """
+    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes; else InputError."""
     while not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
         wrapped = content if isinstance(content, Mapping) else {}
         inner = (wrapped[key] for key in WRAPPINGS if isinstance(wrapped.get(key), Mapping) and wrapped[key])

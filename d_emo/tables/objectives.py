@@ -99,11 +99,7 @@ def noise_objectives() -> list[str]:
 
 
 def objective_of(scheduler_config: Mapping[str, Any]) -> str:
-    """The objective that a noise schedule belongs to; diffusers' flow matching names no prediction type.
-
-    Raises:
-        InputError: It belongs to none that is known.
-    """
+    """The objective of a noise schedule, else InputError; diffusers' flow matching names no prediction type."""
     kind = scheduler_config.get("prediction_type", "flow")
     for name, row in OBJECTIVES.items():
         if row.prediction_type == kind:

@@ -97,11 +97,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None:
-    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder.
-
-    Raises:
-        InputError: if the folder cannot be made, or matplotlib is not installed.
-    """
+    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder; else InputError."""
     picture = plot(report.results)  # first, as it needs what may be missing
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,8 @@ def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     shown = runs_of(rows, names)
     steps = sorted(set().union(*(mine.step for mine in shown.values())))
     time = min(minutes_by_step(mine).max() for mine in shown.values())
-    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {f'{time:.1f}' if time >= 1 else f'{time:.2g}'} minutes"]
+    minutes = f"{time:.1f}" if time >= 1 else f"{time:.2g}"
+    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {minutes} minutes"]
     courses = {name: [mine.fid[mine.step == step] for step in steps] for name, mine in shown.items()}
     return markdown_table(head, (
         [name, *(Estimate.of(values).show() for values in (*courses[name], at_time(mine, time)))]
