@@ -62,9 +62,6 @@ class InceptionFeatures:
         weights: Weights file; by default torch-fidelity's own, downloaded into torch's hub folder if it is not there.
         device: Where the network runs.
 
-    Attributes:
-        published: Whether the weights are the published ones; other weights give numbers of their own.
-
     Raises:
         InputError: The weights are missing and cannot be downloaded, or are not those of this network.
     """
@@ -114,10 +111,6 @@ class InceptionFeatures:
 class ClassifierFeatures:
     """The pooled features of an EMOv2 classifier: needs no download, and gives distances of its own scale.
 
-    Args:
-        snapshot: Classifier snapshot.
-        device: Where the network runs.
-
     Attributes:
         class_names: Of its logits.
 
@@ -156,15 +149,10 @@ class ClassifierFeatures:
 def create_extractor(
     features: str, *, inception_weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Make an extractor of ``d_emo.tables.EXTRACTORS``.
-
-    Args:
-        features: Its name, or NAME:WHAT for one that takes something: ``inception``, ``emov2:SNAPSHOT``.
-        inception_weights: Weights file, for one that has such.
-        device: Where it runs.
+    """Make an extractor of ``d_emo.tables.EXTRACTORS``: ``inception``, ``emov2:SNAPSHOT``, ...
 
     Raises:
-        InputError: There is no such extractor, or see the classes.
+        InputError: There is no such extractor, it takes no weights file, or see the classes.
     """
     row, what = parse_features(features)
     options = {"weights": inception_weights} if row.weights_file else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,14 @@ from d_emo.evaluation.feature_shards import (
     digest_of_settings,
     read_provenance,
 )
-from d_emo.evaluation.features import FeatureExtractor, create_extractor
+from d_emo.evaluation.features import create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import FeatureStatistics, is_constant
+from d_emo.evaluation.statistics import is_constant
 from d_emo.files import write_file
 from d_emo.tables import METRICS, check_compared, load, parse_features, parse_metrics
-
-
-def compute_statistics(
-    source: str | Path | Iterable[torch.Tensor], extractor: FeatureExtractor, *,
-    batch_size: int = FidSettings.batch_size, device: torch.device | str = "cpu",
-) -> FeatureStatistics:  # fmt: skip
-    """Mean and covariance of the features of a set of images, one batch in memory at a time.
-
-    Args:
-        source: Folder, zip, ``.npz`` file, or batches that something else makes.
-        extractor: Feature network.
-        batch_size: Images per call of the network, for folders and files.
-        device: Where the extractor runs.
-
-    Shape: of a batch (B, 3, H, W) uint8.
-
-    Raises:
-        InputError: The images cannot be used, see ``open_images``, or a feature is not finite.
-    """
-    statistics = FeatureStatistics(extractor.dim)
-    for batch in open_images(source).batches(batch_size) if isinstance(source, str | Path) else source:
-        statistics.update(extractor(batch.to(device)))
-    return statistics
 
 
 class Measurement:
@@ -80,7 +57,8 @@ class Measurement:
         output: str | Path | None = None, device: torch.device | str | None = None, progress: bool = True,
     ):  # fmt: skip
         self._metrics = parse_metrics(metrics)
-        check_batch_size(batch_size)
+        if batch_size < 1:
+            raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
         if output is not None:
             check_output(Path(output))
         check_compared(self._metrics, reference)
@@ -252,16 +230,6 @@ def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torc
         for batch in images.batches(batch_size):
             yield batch
             bar.update(len(batch))
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch that holds nothing.
-
-    Raises:
-        InputError: It is below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:
