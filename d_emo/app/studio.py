@@ -16,7 +16,7 @@ from d_emo.data import to_uint8
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot
 from d_emo.models.counting import trained_parameters
-from d_emo.sampling import Sampler, SampleRequest, decode
+from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, decode
 from d_emo.tables import schedulers_of
 
 _PAUSE = 0.1
@@ -55,8 +55,7 @@ class Studio:
     def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
         self.snapshot, self.settings = snapshot, settings
         self.parameters = trained_parameters(snapshot.model)  # before norms are folded
-        dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-        self.sampler = Sampler.open(snapshot, dtype=dtype)
+        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision])
 
     @property
     def path(self) -> Path:

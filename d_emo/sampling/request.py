@@ -53,8 +53,7 @@ class SampleRequest:
     def how(self) -> dict[str, Any]:
         """The arguments of `Sampler`; of several guidance scales the first."""
         settings = self.settings
-        guidance = Guidance(settings.guidance_scale[0], settings.guidance_channels, tuple(settings.guidance_interval))
-        return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": guidance}
+        return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": Guidance.of(settings)}
 
     @property
     def default_path(self) -> str:

@@ -21,6 +21,9 @@ from d_emo.sampling.denoising import Step, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+"""Types of the denoiser by ``mixed_precision`` of settings."""
+
 
 class Sampler:
     """A denoiser with all that turns labels and seeds into images.
