@@ -76,12 +76,7 @@ class Studio:
     def read(
         self, classes: Sequence[Any], num_images: Any, seed: Any, guidance_scale: Any, scheduler: str | None, steps: Any
     ) -> SampleRequest:
-        """What a visitor asked for.
-
-        Args:
-            classes: Ids or names; none for an unconditional snapshot.
-            guidance_scale: None takes the snapshot's default.
-            scheduler: None takes the snapshot's default.
+        """What a visitor asked for; None of guidance and scheduler takes the snapshot's default.
 
         Raises:
             InputError: Something of it means nothing, or is too much.
@@ -126,9 +121,6 @@ class Studio:
 
         Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, the time that the caller
         takes for views included, so the finished ones do not wait for it.
-
-        Args:
-            request: From `read`.
 
         Yields:
             Views; the last one has all pictures finished.

@@ -84,7 +84,7 @@ class InceptionFeatures:
         self._spatial: torch.Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         digest = digest_of_file(path)
-        self.published = digest.startswith(_published_digest())
+        self.published = digest.startswith(_published()[1])
         self.name = f"inception-v3-compat@{digest[:8]}"
 
     @torch.no_grad()
@@ -182,39 +182,31 @@ def locate_inception_weights(weights: str | Path | None = None) -> Path:
         if not Path(weights).is_file():
             raise InputError(f"the Inception weights {weights} do not exist")
         return Path(weights)
-    url = _published_url()
+    url, digest = _published()
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if not path.is_file():
-        try:
-            _download(url, path)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise InputError(
-                f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
-                f"({error}); put the file there, or name it (`inception_weights`), or measure with other `features`, "
-                "emov2:SNAPSHOT"
-            ) from error
-    return path
-
-
-def _published_url() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
-
-
-def _published_digest() -> str:
-    """Start of the SHA-256 of the published weights: by torch.hub's custom it ends the file name."""
-    return Path(_published_url()).stem.rpartition("-")[2]
-
-
-def _download(url: str, path: Path) -> None:
+    if path.is_file():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none: behind some firewalls it would hang
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=_published_digest())
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise InputError(
+            f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
+            f"({error}); put the file there, or name it (`inception_weights`), or measure with other `features`, "
+            "emov2:SNAPSHOT"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _published() -> tuple[str, str]:
+    """Address of the published weights, and the start of their SHA-256: by torch.hub's custom it ends the file name."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3, Path(URL_INCEPTION_V3).stem.rpartition("-")[2]
 
 
 def _check_tensors_only(path: Path) -> None:

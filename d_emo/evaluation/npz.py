@@ -44,10 +44,6 @@ def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int
 class NpzImages:
     """The images ``arr_0`` of an ``.npz`` file, read batch by batch.
 
-    Args:
-        path: File with ``arr_0``, uint8. Shape: (N, H, W, 3).
-        num_images: How many to take, spread evenly; all by default.
-
     Raises:
         InputError: No such file, not an archive, no ``arr_0``, another type or shape, or too few images.
     """
@@ -109,12 +105,7 @@ def archive_keys(path: Path) -> set[str]:
 
 
 def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_KEYS) -> StoredStatistics:
-    """Read a mean and a covariance of an ``.npz`` file.
-
-    Args:
-        path: File in ADM's layout.
-        dim: Number of features that the statistics must be over.
-        keys: Their names: ``mu`` and ``sigma``, or ``mu_s`` and ``sigma_s`` for the spatial features.
+    """Read a mean and a covariance, called ``keys``, of an ``.npz`` file in ADM's layout.
 
     Raises:
         InputError: Not an archive, or statistics that are not finite numbers over ``dim`` features.

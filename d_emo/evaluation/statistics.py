@@ -107,12 +107,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     of a rounded zero: in eigenvalues of sigma1 sigma2, zeros come out near +-1e-16 of the largest, and thousands of
     their roots, 1e-8 each, add up for singular covariances, that is for fewer images than features.
 
-    Args:
-        mu1, mu2: Means. Shape: (dim,).
-        sigma1, sigma2: Covariances, singular or not. Shape: (dim, dim).
-
-    Returns:
-        The distance, at least 0.
+    Shape: means (dim,), covariances (dim, dim), singular or not.
 
     Raises:
         InputError: The dimensions differ, a value is not finite, or a sigma has a clearly negative eigenvalue.

@@ -23,12 +23,10 @@ from d_emo.sampling.sampler import Sampler
 class SampleRequest:
     """Settings settled for a snapshot.
 
-    Args:
-        settings: Completed with what depends on the snapshot.
-        snapshot: With ``interpolate``, its model gets labels between the two classes; open a `Sampler` after
-            this.
+    With ``interpolate``, the snapshot's model gets labels between the two classes; open a `Sampler` after this.
 
     Attributes:
+        settings: Completed with what depends on the snapshot.
         classes: Ids of the classes.
         captions: Of the rows of a grid.
         labels, seeds: Of each image.

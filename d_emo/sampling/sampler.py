@@ -115,10 +115,7 @@ class Sampler:
         """Draw an image for each label and seed. It depends on these alone, see `sample`.
 
         Args:
-            labels: One class id per image.
-            seeds: One seed per image.
-            batch_size: Images denoised at once.
-            exact: See `sample`.
+            labels, seeds, batch_size, exact: See `sample`.
             every_step: Yield every `Step` of the denoising; the last ones have the images.
 
         Yields:
