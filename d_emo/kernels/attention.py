@@ -6,7 +6,8 @@ The plain form stacks the windows of all partitions and calls the library's atte
 fused kernel for a value wider than the query, and its general form copies each operand once more, scales two of them,
 looks for rows of minus infinity and, in bfloat16, does all of it in float32.
 
-On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see `d_emo.kernels.gpu.attention`.
+On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see `d_emo.kernels.gpu.attention`,
+and `d_emo.kernels.gpu.spanning` where the map is small enough to go over it once for both partitions.
 
 The CPU form gathers each operand once, in the order that the products want, for a few images or heads at a time, so
 that the gathered windows stay in the cache and their memory is used again. Its gradient keeps the attention maps and
@@ -88,6 +89,22 @@ def _triton(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
     return gpu.attend(*lowered(qk, z), *options)
 
 
+def _spanning_refuses(
+    z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, *_: Any
+) -> str | None:
+    if why := _triton_refuses(z, qk, act, heads, window):
+        return why
+    from d_emo.kernels.gpu import spanning
+
+    return spanning.refuses(*lowered(qk, z), window, mode)
+
+
+def _spanning(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
+    from d_emo.kernels.gpu import spanning
+
+    return spanning.attend(*lowered(qk, z), *options)
+
+
 def _cpu_refuses(z: Tensor, qk: Tensor, *_: Any) -> str | None:
     return None if z.device.type == "cpu" else "not on a CPU"
 
@@ -131,6 +148,7 @@ def _library(
 
 
 WINDOW_ATTENTION = (
+    Form("Triton, both partitions in one pass", _spanning, _spanning_refuses),
     Form("Triton", _triton, _triton_refuses),
     Form("CPU, in chunks", _cpu, _cpu_refuses),
     Form("the library's attention", _library, lambda *_: None),
