@@ -63,15 +63,16 @@ def window_attention(
 @torch.fx.wrap
 def attend(
     qk: Tensor, z: Tensor, *, act: Activation = "none", heads: int, window: tuple[int, int], mode: AttentionMode,
-    merge: bool = True,
+    repeat: int = 1, merge: bool = True,
 ) -> Tensor:  # fmt: skip
-    """`window_attention` of given queries with keys, and of a value before its activation; one node of a `torch.fx` graph.
+    """``repeat`` times `window_attention` of given queries with keys, and of a value before its activation.
+
+    One node of a `torch.fx` graph.
 
     Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
-    repeat = 1
     if merge and tuple(z.shape[1:3]) == tuple(window):  # near and far are the same tokens
-        mode, repeat = "near", len(PARTITIONS[mode])
+        mode, repeat = "near", repeat * len(PARTITIONS[mode])
     return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, list(window), mode, repeat)
 
 
@@ -121,7 +122,7 @@ def _cpu(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
 
 
 def _steps(q: Tensor, k: Tensor, value: Tensor) -> Tensor:
-    """Attention in steps that every counter of operations knows; some pass over the library's. Shape: as the library's."""
+    """Attention in steps that all counters of operations know; some pass over the library's. Shape: as it."""
     return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).softmax(-1), value)
 
 
