@@ -136,7 +136,7 @@ class ZipImages(FolderImages):
         self.name = str(path)
         try:
             self._archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:
             raise InputError(f"{path} is not an intact zip ({error})") from error
         self._names = {
             Path(path, name.lstrip("/")): name
