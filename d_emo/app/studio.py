@@ -1,7 +1,5 @@
 """Drawing that can be looked at on the way; the pictures are those of ``d-emo sample``."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """``d-emo fid``."""
 
-from __future__ import annotations
-
 import sys
 
 from accelerate import PartialState

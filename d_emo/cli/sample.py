@@ -1,7 +1,5 @@
 """``d-emo sample``."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """Metrics of images by a classifier of their classes: distances in its features, and whether it sees their class."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Images of a snapshot, drawn on the spot and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import diffusers

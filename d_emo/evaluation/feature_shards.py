@@ -5,8 +5,6 @@ complete; the same call again makes only what is missing. Shard k is drawn by pr
 content depends on that: the numbers are the same for any number of processes. A folder serves one command at a time.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Networks that turn images into feature vectors: torch-fidelity's Inception, and EMOv2 classifiers for offline use."""
 
-from __future__ import annotations
-
 import socket
 from http.client import HTTPException
 from pathlib import Path

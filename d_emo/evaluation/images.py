@@ -1,7 +1,5 @@
 """Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile

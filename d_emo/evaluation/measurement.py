@@ -1,7 +1,5 @@
 """All of it wired together: two sets of images in, distances and scores out."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """``.npz`` files in ADM's layout: images as ``arr_0``, statistics as ``mu`` and ``sigma``. Nothing is unpickled."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The other side of a measurement: real images, or statistics of them that were stored in ADM's layout."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path

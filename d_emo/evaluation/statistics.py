@@ -1,7 +1,5 @@
 """Mean and covariance of features, gathered batch by batch in float64, and the Frechet distance between two of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -5,8 +5,6 @@ A card is a function of its folder, filled into ``card.md``: ``snapshot.json`` (
 and figures enter it through `add_measurement`, with the command that made them, never by hand.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

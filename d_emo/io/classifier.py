@@ -1,7 +1,5 @@
 """Classifiers of images in [-1, 1], wherever they come from, and the images to measure them on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Sharing snapshots on the Hugging Face hub: asked for and checked when a run starts, done when it is complete."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From noise to latents, step by step: pure functions of denoiser, scheduler, labels and seeds."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a caller of ``d-emo sample`` or a visitor of the app asked for: from settings to labels, seeds and files."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
