@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 from d_emo.errors import RunError
@@ -67,6 +68,8 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
         RunError: A form broke the GPU; see `passes_trial`.
     """
     standard = why_standard()
+    if standard is None and type(x) not in PLAIN_TENSORS:
+        standard = f"the map is a {type(x).__name__}"
     chosen = forms[-1]
     if standard is None:
         for form in forms:
@@ -116,12 +119,21 @@ def plain() -> Iterator[None]:
 
 
 def why_standard() -> str | None:
-    """Why every operator takes its plain form, or None: it was asked for, the network is exported or traced, or a hook
-    is to see all modules."""
+    """Why every operator takes its plain form, or None.
+
+    It was asked for, or a tracer, a dispatch mode, a transform or a hook is to see all modules and operators.
+    """
     if _plain:
         return "the plain form was asked for"
-    if is_fx_tracing() or (torch.compiler.is_compiling() and is_exporting()):
+    if torch.compiler.is_compiling():
+        if is_exporting():
+            return "the network is exported or traced"
+    elif is_fx_tracing() or torch.jit.is_tracing():
         return "the network is exported or traced"
+    elif torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode is to see all operators"
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "a transform of torch.func is to see all operators"
     if modules._global_forward_hooks or modules._global_forward_pre_hooks or (
         modules._global_backward_hooks or modules._global_backward_pre_hooks
     ):  # fmt: skip
@@ -134,6 +146,8 @@ def is_exporting() -> bool:
     """Whether torch.export is at work. Asked outside of traced code: PyTorch 2.8 to 2.11 trace the question as True."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # PyTorch 2.6 has none
 
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 KNOWN: set[type[nn.Module]] = {
     nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity,
@@ -162,7 +176,7 @@ def opaque(*layers: nn.Module) -> str | None:
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return f"something hangs on the backward pass of {type(layer).__name__}"
         weight = own["_parameters"].get("weight")
-        if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if weight is not None and type(weight) not in PLAIN_TENSORS:
             return f"the weight of {type(layer).__name__} is a {type(weight).__name__}"
     return None
 

@@ -143,7 +143,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder of latents {folder}; scripts/encode_latents.py makes one")
+        raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
     try:
         index = json.loads((folder / INDEX).read_text())
         if index["format"] != FORMAT:

@@ -190,7 +190,7 @@ class Denoiser(DenoiserFrame):
         cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
         """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused."""
-        if hidden_states.shape[1:] != self.latent_shape:
+        if not isinstance(hidden_states, torch.fx.Proxy) and hidden_states.shape[1:] != self.latent_shape:
             raise InputError(
                 f"This model denoises latents of shape (batch, {', '.join(map(str, self.latent_shape))}), but got "
                 f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."

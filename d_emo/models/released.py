@@ -111,7 +111,7 @@ def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
 def read_checkpoint(path: Path) -> Any:
     """The content of a checkpoint file on the CPU, else InputError; no code from the file is run."""
     if not path.is_file():
-        raise InputError(f"There is no checkpoint file {path}.")
+        raise InputError(f"the checkpoint file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
