@@ -1,7 +1,5 @@
 """The command line: ``d-emo VERB``, ``python -m d_emo VERB``, and the scripts of the checkout, which are thin shims."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -1,7 +1,5 @@
 """``d-emo class-accuracy``."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

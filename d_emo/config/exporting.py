@@ -1,7 +1,5 @@
 """Settings of what leaves for other programs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from d_emo.config.base import Settings, setting

@@ -33,11 +33,6 @@ def check_guidance(
 ) -> None:
     """Refuse guidance that means nothing, or that a denoiser cannot give because it never saw the null class.
 
-    Args:
-        scale: Guidance scale.
-        interval: Ranks of the noise path on which to guide.
-        label_dropout: Of the denoiser's training, once that is known.
-
     Raises:
         InputError: It means nothing, or the denoiser cannot give it.
     """
@@ -105,10 +100,7 @@ class SampleSettings(Settings):
             raise InputError("several `guidance_scale` make a grid; give one with `format` png or `trajectory`")
 
     def resolve(self, **facts: Any) -> SampleSettings:
-        """Settle what depends on how the snapshot was trained, once that is known.
-
-        Args:
-            facts: "objective" and "label_dropout" of the snapshot.
+        """Settle what depends on "objective" and "label_dropout" of the snapshot, once these facts are known.
 
         Raises:
             InputError: Guidance from a denoiser that never saw the null class.

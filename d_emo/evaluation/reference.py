@@ -1,10 +1,9 @@
 """The other side of a measurement: real images, or statistics of them that were stored in ADM's layout."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,10 +38,9 @@ class Reference:
     images (``arr_0``): FID and sFID are measured against the statistics, precision, recall and KID against the images.
 
     Args:
-        path: Folder, zip, or ``.npz``.
+        path: Folder, zip, or ``.npz``; statistics in a file are of the features that it names, else of Inception's.
         metrics: What is to be measured.
-        features: ``inception`` or ``emov2:SNAPSHOT``. Statistics in a file serve the features that it names, and
-            Inception if it names none.
+        features: In which features.
 
     Attributes:
         name: The path.
@@ -112,13 +110,7 @@ class Reference:
     def gather(
         self, extractor: FeatureExtractor, run: Callable[[ImageSource], Iterable[dict[str, torch.Tensor]]], folder: Path
     ) -> None:
-        """Run the images through the network, if that is needed.
-
-        Args:
-            extractor: The network.
-            run: Yields features of a set of images.
-            folder: Where features of single images go.
-        """
+        """Run the images through the network, if that is needed; features of single images go to ``folder``."""
         if self.images is None:
             return
         count = self.images.num_images
@@ -164,18 +156,21 @@ def write_reference(
     """
     gathered = Gathered(extractor, {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}, num_images)
     kept = set(spread(num_images, kept_images)) if kept_images else set()
-    with write_npz(path, kept_images, image_size) as writer:
-        seen = 0
+
+    def chosen() -> Iterator[torch.Tensor]:
         for images in batches:
+            rows = [row for row in range(len(images)) if gathered.pooled.count + row in kept]
             gathered.update(extractor.extract(images))
-            chosen = [row for row in range(len(images)) if seen + row in kept]
-            if chosen:
-                writer.append(images[chosen].cpu())
-            seen += len(images)
-        writer.add(mu=gathered.pooled.mean, sigma=gathered.pooled.covariance)
-        if gathered.spatial is not None:
-            writer.add(mu_s=gathered.spatial.mean, sigma_s=gathered.spatial.covariance)
-        writer.add(**{COUNT_KEY: seen, FEATURES_KEY: extractor.name})
+            if rows:
+                yield images[rows].cpu()
+
+    def arrays() -> dict[str, Any]:
+        found = {POOLED_KEYS: gathered.pooled, SPATIAL_KEYS: gathered.spatial}
+        moments = {keys: (each.mean, each.covariance) for keys, each in found.items() if each is not None}
+        named = {key: value for keys, pair in moments.items() for key, value in zip(keys, pair, strict=True)}
+        return {**named, COUNT_KEY: gathered.pooled.count, FEATURES_KEY: extractor.name}
+
+    write_npz(path, chosen(), kept_images, image_size, arrays)
 
 
 def _content(features: str) -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """Grids of images."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path

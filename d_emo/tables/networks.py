@@ -1,7 +1,5 @@
 """Networks beside the one that is trained: codecs between images and latents, and feature extractors of metrics."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 

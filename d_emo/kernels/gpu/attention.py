@@ -94,7 +94,7 @@ def activation(z, mask, ACT: tl.constexpr):
         tail = tl.exp2(-1.00000083447 + size * (-1.15108311176 + size * power))
         share = tl.where(z < 0, tail, 1.0 - tail)
         value = z * share
-        slope = share + z * tl.exp2(z * z * (-0.5 * LOG2_E)) * 0.3989422804014327
+        slope = share + z * tl.exp2(z * z * (-0.5 * LOG2_E) - 1.3257480647361595)  # log2 of sqrt(2 pi)
     elif ACT == "silu":
         share = 1.0 / (1.0 + tl.exp2(z * (-1.0 * LOG2_E)))
         value = z * share
@@ -244,12 +244,14 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], inputs: Sequence[Any], **sizes: Any) -> None:
-    """Run a kernel on its tensors' GPU; its loops have three stages, or one where shared memory is scarce."""
+    """Run a kernel on its tensors' GPU; its loops are pipelined in three stages, or as memory allows."""
     with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else contextlib.nullcontext():
-        try:
-            kernel[grid](*inputs, **sizes, num_stages=3, enable_fp_fusion=True)
-        except OutOfResources:  # a GPU with less of it
-            kernel[grid](*inputs, **sizes, num_stages=1, enable_fp_fusion=True)
+        for stages in (3, 2, 1):
+            try:
+                return kernel[grid](*inputs, **sizes, num_stages=stages, enable_fp_fusion=True)
+            except OutOfResources:
+                if stages == 1:
+                    raise
 
 
 @torch.library.custom_op(

@@ -5,7 +5,8 @@
 `d_emo.kernels.gpu.attention` goes over the value once for each partition, and at the sizes that matter the second pass
 finds nothing of it in the cache. Here a program owns a head of an image. It keeps the maps of all windows of both
 partitions in registers (16 x 16 tokens in windows of 8 x 8: eight maps, 64 KB in bfloat16), reads each column of the
-value once, and writes each column of the result once.
+value once, and writes each column of the result once. The backward pass keeps the gradients of the maps too, in
+float32: all registers of a multiprocessor. It reads each column of value and gradient once and writes each once.
 
 Tokens are counted by near window and, inside it, by the far window that they belong to. A near and a far window share
 the same number of tokens, a part. So near windows are (N, parts of a window), and exchanging the first two of (N, N,
@@ -27,7 +28,6 @@ from d_emo.kernels.gpu.attention import (
     LOG2_E,
     OPTIONS,
     activation,
-    attend_backward,
     chunk_of,
     differentiable,
     run_kernel,
@@ -42,14 +42,18 @@ MOST_BYTES = 2**15
 
 
 @triton.jit
-def pixels_of(TALL: tl.constexpr, WIDE: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, FAR: tl.constexpr):
-    """Where the tokens of the windows lie. Shape: (N windows, parts and tokens, 1)."""
+def pixels_of(
+    FIRST: tl.constexpr, NUMBER: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Where the tokens of windows lie, of ``NUMBER`` partitions from ``FIRST`` (0 is near). Shape: (windows, T, 1)."""
+    N: tl.constexpr = DOWN * ACROSS
     PART_WIDE: tl.constexpr = WIDE // ACROSS
     PART: tl.constexpr = (TALL // DOWN) * PART_WIDE
-    window = tl.arange(0, DOWN * ACROSS)[:, None, None]
+    number = FIRST * N + tl.arange(0, NUMBER * N)[:, None, None]
     token = tl.arange(0, TALL * WIDE)[None, :, None]
-    part, inner = token // PART, token % PART
-    near, far = (part, window) if FAR else (window, part)
+    is_far, window, part, inner = number >= N, number % N, token // PART, token % PART
+    near, far = tl.where(is_far, part, window), tl.where(is_far, window, part)
     y = near // ACROSS * TALL + inner // PART_WIDE * DOWN + far // ACROSS
     x = near % ACROSS * WIDE + inner % PART_WIDE * ACROSS + far % ACROSS
     return y * (ACROSS * WIDE) + x
@@ -61,6 +65,36 @@ def turn(x):
     N: tl.constexpr = x.shape[0]
     parts = tl.reshape(x, (N, N, x.shape[1] // N, x.shape[2]))
     return tl.reshape(tl.permute(parts, 1, 0, 2, 3), x.shape)
+
+
+@triton.jit
+def both(x):
+    """The near windows and, after them, the far ones. Shape: (N, T, any) -> (2 N, T, any).
+
+    A select, since after a `tl.join` Triton lays out products for operands of 8 bits.
+    """
+    N: tl.constexpr = x.shape[0]
+    is_far = tl.arange(0, 2)[:, None, None, None] == 1
+    near = tl.broadcast_to(x[None], (2, N, x.shape[1], x.shape[2]))
+    far = tl.broadcast_to(turn(x)[None], (2, N, x.shape[1], x.shape[2]))
+    return tl.reshape(tl.where(is_far, far, near), (2 * N, x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def total(x):
+    """The sum over the partitions, in near windows. Shape: (2 N, T, any) -> (N, T, any)."""
+    N: tl.constexpr = x.shape[0] // 2
+    near, far = tl.split(tl.permute(tl.reshape(x, (2, N, x.shape[1], x.shape[2])), 1, 2, 3, 0))
+    return near + turn(far)
+
+
+@triton.jit
+def once(x):
+    """``x``, computed once: what is cheap, the compiler computes anew for each layout in which it is needed.
+
+    It does not do so with a reduction, and GELU is not as cheap as it takes it for. Shape: (N, T, any) -> same.
+    """
+    return tl.max(x[:, :, :, None], 3)
 
 
 @triton.jit
@@ -79,15 +113,15 @@ def fetch(pointers, mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def attention_maps(q, k, rows, D: tl.constexpr, D_CHUNK: tl.constexpr, SCALE: tl.constexpr):
-    """``softmax(q k^T SCALE)`` of each window. Shape: rows (N, T, 1), where tokens start -> (N, T, T), float32."""
+def attention_maps(q, k, rows, AXIS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr, SCALE: tl.constexpr):
+    """``softmax(q k^T SCALE)`` along an axis. Shape: rows (N, T, 1), where tokens start -> (N, T, T), float32."""
     logits = tl.full((rows.shape[0], rows.shape[1], rows.shape[1]), 0.0, tl.float32)
     for first in range(0, D, D_CHUNK):
         columns, mask = chunk(first, D, D_CHUNK)
         queries, keys = fetch(q + rows + columns, mask, D, D_CHUNK), fetch(k + rows + columns, mask, D, D_CHUNK)
         logits = tl.dot(queries, tl.trans(keys, 0, 2, 1), logits)
-    weights = tl.exp2(logits * (SCALE * LOG2_E) - (tl.max(logits, 2) * (SCALE * LOG2_E))[:, :, None])
-    return weights * (1.0 / tl.sum(weights, 2))[:, :, None]
+    weights = tl.exp2(logits * (SCALE * LOG2_E) - tl.expand_dims(tl.max(logits, AXIS) * (SCALE * LOG2_E), AXIS))
+    return weights * tl.expand_dims(1.0 / tl.sum(weights, AXIS), AXIS)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -97,16 +131,16 @@ def forward_kernel(
     REPEAT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One head of an image. Grid: (images times heads,). All maps are contiguous."""
-    TOKENS: tl.constexpr = DOWN * TALL * ACROSS * WIDE
-    image, head = (tl.program_id(0) // heads).to(tl.int64) * TOKENS, tl.program_id(0) % heads
+    image, head = (tl.program_id(0) // heads).to(tl.int64) * (DOWN * TALL * ACROSS * WIDE), tl.program_id(0) % heads
     q = qk + image * (2 * heads * D) + head * D
     k = q + heads * D
     z += image * (heads * E) + head * E
     out += image * (heads * E) + head * E
-    near = pixels_of(TALL, WIDE, DOWN, ACROSS, False)
-    far = pixels_of(TALL, WIDE, DOWN, ACROSS, True)
-    near_maps = (attention_maps(q, k, near * (2 * heads * D), D, D_CHUNK, SCALE) * REPEAT).to(z.dtype.element_ty)
-    far_maps = (attention_maps(q, k, far * (2 * heads * D), D, D_CHUNK, SCALE) * REPEAT).to(z.dtype.element_ty)
+    near = pixels_of(0, 1, TALL, WIDE, DOWN, ACROSS)
+    far = pixels_of(1, 1, TALL, WIDE, DOWN, ACROSS)
+    near_maps = attention_maps(q, k, near * (2 * heads * D), 2, D, D_CHUNK, SCALE)
+    near_maps = (near_maps * REPEAT).to(z.dtype.element_ty)
+    far_maps = (attention_maps(q, k, far * (2 * heads * D), 2, D, D_CHUNK, SCALE) * REPEAT).to(z.dtype.element_ty)
     rows = near * (heads * E)
     for first in range(0, E, E_CHUNK):
         columns, mask = chunk(first, E, E_CHUNK)
@@ -114,6 +148,52 @@ def forward_kernel(
         value = value.to(z.dtype.element_ty)
         mixed = tl.dot(near_maps, value, turn(tl.dot(far_maps, turn(value))))
         tl.store(out + rows + columns, mixed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def backward_kernel(
+    grad, qk, z, grad_qk, grad_z, heads, TALL: tl.constexpr, WIDE: tl.constexpr, DOWN: tl.constexpr,
+    ACROSS: tl.constexpr, D: tl.constexpr, D_CHUNK: tl.constexpr, E: tl.constexpr, E_CHUNK: tl.constexpr,
+    ACT: tl.constexpr, REPEAT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `forward_kernel`, which has the same arguments.
+
+    The windows of both partitions are one batch of products. The loop keeps the maps with a key in each row, in the
+    value's precision, and the maps' gradients with a query in each, in float32. The maps are made anew for the latter.
+    """
+    image, head = (tl.program_id(0) // heads).to(tl.int64) * (DOWN * TALL * ACROSS * WIDE), tl.program_id(0) % heads
+    q = qk + image * (2 * heads * D) + head * D
+    k = q + heads * D
+    grad_q = grad_qk + image * (2 * heads * D) + head * D
+    grad_k = grad_q + heads * D
+    grad += image * (heads * E) + head * E
+    z += image * (heads * E) + head * E
+    grad_z += image * (heads * E) + head * E
+    near = pixels_of(0, 1, TALL, WIDE, DOWN, ACROSS)
+    windows = pixels_of(0, 2, TALL, WIDE, DOWN, ACROSS)
+    narrow = windows * (2 * heads * D)
+    turned = (attention_maps(k, q, narrow, 1, D, D_CHUNK, SCALE) * REPEAT).to(z.dtype.element_ty)
+    product = tl.full(turned.shape, 0.0, tl.float32)
+    for first in range(0, E, E_CHUNK):
+        columns, mask = chunk(first, E, E_CHUNK)
+        at = near * (heads * E) + columns
+        outer = fetch(grad + windows * (heads * E) + columns, mask, E, E_CHUNK)
+        value, slope = activation(fetch(z + at, mask, E, E_CHUNK).to(tl.float32), mask, ACT)
+        value = both(once(value).to(z.dtype.element_ty))
+        product = tl.dot(outer, tl.trans(value, 0, 2, 1), product)
+        mixed = total(tl.dot(turned, outer)) * once(slope)
+        tl.store(grad_z + at, mixed.to(grad_z.dtype.element_ty), mask=mask)
+    weights = attention_maps(q, k, narrow, 2, D, D_CHUNK, SCALE)
+    product *= weights * (REPEAT * SCALE)
+    logits = (product - weights * tl.sum(product, 2)[:, :, None]).to(z.dtype.element_ty)  # their gradient
+    for first in range(0, D, D_CHUNK):
+        columns, mask = chunk(first, D, D_CHUNK)
+        queries, keys = fetch(q + narrow + columns, mask, D, D_CHUNK), fetch(k + narrow + columns, mask, D, D_CHUNK)
+        at = near * (2 * heads * D) + columns
+        tl.store(grad_q + at, total(tl.dot(logits, keys)).to(grad_qk.dtype.element_ty), mask=mask)
+        mixed = total(tl.dot(tl.trans(logits, 0, 2, 1), queries))
+        tl.store(grad_k + at, mixed.to(grad_qk.dtype.element_ty), mask=mask)
+
 
 TROUBLE: dict[torch.device, str] = {}
 """By GPU, how these kernels failed `check`; the others do without them."""
@@ -152,7 +232,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
         maps: its tensors.
         qk, z: which of them tell the sizes.
         options: act, heads, window, mode, repeat.
-        warps: of a program, at most.
+        warps: for each near window, of four at a time.
     """
     act, heads, (tall, wide), _, repeat = options
     (images, height, width, _), dim = qk.shape, qk.shape[-1] // 2 // heads
@@ -160,7 +240,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
         kernel, (images * heads,), (*maps, heads), TALL=tall, WIDE=wide, DOWN=height // tall, ACROSS=width // wide,
         D=dim, D_CHUNK=chunk_of(dim, 64 // z.element_size()), E=z.shape[-1] // heads,
         E_CHUNK=chunk_of(z.shape[-1] // heads, 64 // z.element_size()), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
-        num_warps=min(warps, height * width // (tall * wide)),
+        num_warps=warps * min(4, height * width // (tall * wide)),
     )  # fmt: skip
 
 
@@ -171,8 +251,20 @@ def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
     """`d_emo.kernels.attention.attend`, unless it `refuses`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
     qk, z = qk.contiguous(), z.contiguous()
     out = torch.empty_like(z)
-    launch(forward_kernel, (qk, z, out), qk, z, options, warps=4)
+    launch(forward_kernel, (qk, z, out), qk, z, options, warps=1)
     return out
+
+
+@torch.library.custom_op(
+    "d_emo::spanning_attention_backward", mutates_args=(),
+    schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
+)  # fmt: skip
+def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The gradients of qk and z. Shape: grad as z; gradients as their tensors."""
+    qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
+    grads = torch.empty_like(qk), torch.empty_like(z)
+    launch(backward_kernel, (grad, qk, z, *grads), qk, z, options, warps=2)
+    return grads
 
 
 differentiable(attend, attend_backward)
