@@ -13,7 +13,7 @@ LAYERS = [
 INSIDE = {
     "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
-        "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
+        "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation", "slices",
         "explaining",
     ],
     "models": [
