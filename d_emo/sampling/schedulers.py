@@ -22,9 +22,7 @@ _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepS
 def make_scheduler(name: str | None, config: Mapping[str, Any]) -> Any:
     """A diffusers scheduler over a snapshot's noise schedule.
 
-    Args:
-        name: Of a row of ``d_emo.tables.SCHEDULERS``; None takes the default of the snapshot's objective.
-        config: The snapshot's ``scheduler_config``, or the config of a scheduler made here.
+    Without a name it is the default of the snapshot's objective. The config may be that of a scheduler made here.
 
     Raises:
         InputError: There is no such scheduler, or it does not serve the snapshot's objective.
