@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 import torch
@@ -21,30 +21,16 @@ JPEG_SUFFIXES = {".jpg", ".jpeg"}
 DECODING_THREADS = 8
 
 
-class ImageSource(Protocol):
-    """A set of images of one size.
-
-    Attributes:
-        name: Path or description, for messages.
-        image_size: (width, height) in pixels.
-        num_images: How many there are.
-        num_jpegs: How many of them are stored as JPEG.
-    """
-
-    name: str
-    num_images: int
-    image_size: tuple[int, int]
-    num_jpegs: int
-
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield the images in a fixed order. Shape: (B, 3, H, W) uint8."""
-        ...
-
-
 class FolderImages:
     """The images in a folder and all its sub-folders, in the order of their paths.
 
     The headers of all files are read first, so that a wrong file is named before any network has run.
+
+    Attributes:
+        name: Path, for messages.
+        image_size: (width, height) in pixels.
+        num_images: How many there are.
+        num_jpegs: How many of them are stored as JPEG.
 
     Raises:
         InputError: No such folder, too few images in it, images of several sizes or modes, or a file that is no 8-bit
@@ -143,6 +129,9 @@ class ZipImages(FolderImages):
 
     def _open(self, path: Path) -> IO[bytes]:
         return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
+
+
+ImageSource = FolderImages | NpzImages
 
 
 def open_images(source: str | Path, *, num_images: int | None = None) -> ImageSource:

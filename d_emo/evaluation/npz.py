@@ -40,7 +40,7 @@ def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int
 
 
 class NpzImages:
-    """The images ``arr_0`` of an ``.npz`` file, read batch by batch.
+    """The images ``arr_0`` of an ``.npz`` file, read batch by batch; with the attributes of ``FolderImages``.
 
     Raises:
         InputError: No such file, not an archive, no ``arr_0``, another type or shape, or too few images.

@@ -14,13 +14,7 @@ CONSTANT_SPREAD = 1e-12  # variance over squared mean that float32 features of o
 
 
 class StoredStatistics(NamedTuple):
-    """Mean and covariance read from a file.
-
-    Attributes:
-        mean: Shape: (dim,) float64.
-        covariance: Shape: (dim, dim) float64.
-        count: Over how many images; None if the file does not say.
-    """
+    """Mean (dim,) and covariance (dim, dim) in float64, read from a file; of how many images, if that says so."""
 
     mean: torch.Tensor
     covariance: torch.Tensor
