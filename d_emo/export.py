@@ -124,16 +124,16 @@ def export(network: Portable, path: Path) -> float | None:
 Runner = Callable[..., Tensor]
 
 
-def traced(network: Portable) -> torch.export.ExportedProgram:
-    """The network as a graph whose batch size is free."""
+def free_batch(network: Portable) -> dict[str, tuple]:
+    """Inputs to trace a network with, and that their batch size is free."""
     inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
-    with torch.no_grad():
-        return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    return {"args": inputs, "dynamic_shapes": tuple({0: batch} for _ in inputs)}
 
 
+@torch.no_grad()
 def write_torch(network: Portable, path: Path) -> Runner:
     """A ``.pt2`` file, for ``torch.export.load``."""
-    torch.export.save(traced(network), path)
+    torch.export.save(torch.export.export(network.module, **free_batch(network)), path)
     return torch.export.load(path).module()
 
 
@@ -142,13 +142,12 @@ def write_onnx(network: Portable, path: Path) -> Runner:
     import onnxruntime
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
 
-    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
     size = sum(parameter.nbytes for parameter in network.module.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            network.module, inputs, str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
-            output_names=["output"], dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=size > ONE_FILE,
+            network.module, f=str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
+            output_names=["output"], external_data=size > ONE_FILE, **free_batch(network),
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -160,11 +159,7 @@ def write_onnx(network: Portable, path: Path) -> Runner:
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
-    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back.
-
-    Raises:
-        InputError: Core ML cannot express the network.
-    """
+    """A Core ML package for batch 1, which only macOS can run; InputError where Core ML cannot express the network."""
     import coremltools
 
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """What `d-emo` can do: a verb each, with the script of the checkout that does the same. Free of torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

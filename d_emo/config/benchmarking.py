@@ -1,7 +1,5 @@
 """Settings of speed measurements."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Settings of what leaves for other programs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from d_emo.config.base import Settings, setting
@@ -33,6 +31,4 @@ class ConvertSettings(Settings):
         help="a released .pth file, or a snapshot folder of a classifier", flag="IN", group="Weights", source=True
     )
     model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
-    output: str = setting(
-        help="folder to write model.safetensors and config.json to", flag="OUT", group="Output"
-    )
+    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT", group="Output")

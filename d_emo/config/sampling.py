@@ -33,11 +33,6 @@ def check_guidance(
 ) -> None:
     """Refuse guidance that means nothing, or that a denoiser cannot give because it never saw the null class.
 
-    Args:
-        scale: Guidance scale.
-        interval: Ranks of the noise path on which to guide.
-        label_dropout: Of the denoiser's training, once that is known.
-
     Raises:
         InputError: It means nothing, or the denoiser cannot give it.
     """
@@ -62,9 +57,6 @@ class SampleSettings(Settings):
     )
     checkpoint: str | None = setting(None, SNAPSHOT, source=True)
     num_images: Count = setting(8, "images per class")
-    interpolate: list[str] | None = setting(
-        None, "two classes: --num-images images that lead from one to the other, all from the same noise", nargs=2
-    )
     guidance_scale: list[NotNegative] = setting(
         [], "classifier-free guidance scale; 1 is no guidance. Several give a row each, from the same noise. Default: "
         "4, or 1 for a snapshot trained without label dropout", group="Sampling",
@@ -86,8 +78,13 @@ class SampleSettings(Settings):
     trajectory: Literal["strip", "gif"] | None = setting(
         None, "show the denoising instead: its steps in a row for each image, or a GIF of the grid"
     )
+    interpolate: list[str] | None = setting(
+        None, "two classes: --num-images images that lead from one to the other, all from the same noise", nargs=2,
+        group="Images",
+    )
     output: str | None = setting(
-        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
+        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
+        group="Output",
     )
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"
@@ -105,10 +102,7 @@ class SampleSettings(Settings):
             raise InputError("several `guidance_scale` make a grid; give one with `format` png or `trajectory`")
 
     def resolve(self, **facts: Any) -> SampleSettings:
-        """Settle what depends on how the snapshot was trained, once that is known.
-
-        Args:
-            facts: "objective" and "label_dropout" of the snapshot.
+        """Settle what depends on "objective" and "label_dropout" of the snapshot, once these facts are known.
 
         Raises:
             InputError: Guidance from a denoiser that never saw the null class.

@@ -1,7 +1,5 @@
 """Classifiers of images in [-1, 1], wherever they come from, and the images to measure them on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +72,7 @@ class Classifier:
 def open_classifier(source: str, weights: str = "ema") -> Classifier:
     """A snapshot or run folder of ours, a released file, a folder in timm's layout, or a name (with random weights).
 
-    Args:
-        source: path or name.
-        weights: "raw" for a snapshot's weights before averaging, which the training state of its step keeps.
+    With ``weights`` "raw", a snapshot's before averaging, which the training state of its step keeps.
 
     Raises:
         InputError: if it is none of them, or damaged; if there are no raw weights.

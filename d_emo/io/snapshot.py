@@ -5,8 +5,6 @@ average) as safetensors with the model's config, for a denoiser also its noise s
 under a temporary name and renamed.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training states: all that an exact resume needs. A folder with ``state.pt`` and a manifest with its checksum."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -151,8 +151,8 @@ def _library(
 WINDOW_ATTENTION = (
     Form("Triton, both partitions in one pass", _spanning, _spanning_refuses),
     Form("Triton", _triton, _triton_refuses),
-    Form("CPU, in chunks", _cpu, _cpu_refuses),
-    Form("the library's attention", _library, lambda *_: None),
+    Form("CPU, in chunks", _cpu, _cpu_refuses, rival=True),
+    Form("the library's attention", _library, lambda *_: None, rival=True),
     Form("product, softmax, product", functools.partial(_library, attention=_steps)),
 )
 

@@ -6,23 +6,25 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import yaml
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from d_emo import kernels
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
@@ -116,8 +118,7 @@ class _Run:
     # -- set-up --
 
     def go(self) -> Path | None:
-        state = self._open_run_folder()
-        task, accelerator, settings = self.task, self.accelerator, self.settings
+        state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
         set_seed(settings.seed)
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
@@ -136,6 +137,8 @@ class _Run:
         if state is not None:
             self._restore(state)
             self.progress.say(f"resuming at step {self.step} of {settings.max_steps}")
+        if accelerator.num_processes > 1:
+            tuner.agree(broadcast_object_list)
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
         accelerator.wait_for_everyone()
@@ -154,10 +157,10 @@ class _Run:
         settings, states = self.settings, self.folder / "states"
         try:
             states.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(13, "permission denied")
         except OSError as error:
             raise InputError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        if not os.access(self.folder, os.W_OK):
-            raise InputError(f"cannot write to the run folder {self.folder}: permission denied")
         if settings.resume == "never":
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
@@ -168,13 +171,8 @@ class _Run:
             found = Path(settings.resume)
         if found is None:
             return None
-        self._check_same_run(self.folder / "config.yaml")
-        return load_state(found)
-
-    def _check_same_run(self, config: Path) -> None:
-        if not config.exists():
-            return
-        old, new, free = yaml.safe_load(config.read_text()), vars(self.settings), self.settings.marked("resumable")
+        config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
+        old = yaml.safe_load(config.read_text()) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
@@ -182,6 +180,7 @@ class _Run:
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
+        return load_state(found)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -189,6 +188,7 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
 
@@ -198,14 +198,18 @@ class _Run:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
+        first = self.step
         while self.step < settings.max_steps and not stop:
             try:
-                figures, stop = self._train_step(batches, stop_signal)
+                with kernels.record() if self.step == first else nullcontext() as calls:
+                    figures, stop = self._train_step(batches, stop_signal)
             except Exception as error:
                 wish = stop_signal.received  # a signal, which reaches the compiler's processes too
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
+            for slow in kernels.avoidable(calls or []):
+                self.progress.say(f"slower than this machine could: {slow}")
             self.step += 1
             last = self.step == settings.max_steps
             with self._saving("curves"):
@@ -296,14 +300,12 @@ class _Run:
             pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         ))
 
+    @torch.no_grad()
     def _validate(self) -> None:
         accelerator = self.accelerator
-        with torch.no_grad():
-            for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
-                broadcast(buffer)
-            sums = self.task.validate(
-                self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes
-            )
+        for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
+            broadcast(buffer)
+        sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
         totals = dict(zip(sums, totals, strict=True))
         count = totals.pop("count")
@@ -334,7 +336,7 @@ class _Run:
             with self._saving("training state"):
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
-                    "guard": self.guard.state_dict(),
+                    "guard": self.guard.state_dict(), "kernels": tuner.kept(),
                 })
         self.accelerator.wait_for_everyone()
 
