@@ -275,7 +275,7 @@ def timestep_features(t: Tensor, count: int) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, there is nothing to cast."""
+    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, nothing is cast. Shape: any."""
     if isinstance(x, torch.fx.Proxy) or x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

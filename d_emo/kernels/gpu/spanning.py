@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d_emo.device import synchronize
+from d_emo.kernels.autotune import tuner
 from d_emo.kernels.gpu.attention import (
     LOG2_E,
     OPTIONS,
@@ -32,6 +34,8 @@ from d_emo.kernels.gpu.attention import (
     differentiable,
     run_kernel,
 )
+from d_emo.kernels.gpu.attention import attend as two_passes
+from d_emo.kernels.gpu.convolution import multiprocessors
 from d_emo.kernels.gpu.trial import check_one
 
 MOST_TOKENS = 256
@@ -195,14 +199,14 @@ def backward_kernel(
         tl.store(grad_k + at, mixed.to(grad_qk.dtype.element_ty), mask=mask)
 
 
-TROUBLE: dict[torch.device, str] = {}
-"""By GPU, how these kernels failed `check`; the others do without them."""
+TROUBLE: dict[tuple[torch.device, bool], str] = {}
+"""By GPU, in training and in inference: how these kernels failed `check`, or that they are slower than the others."""
 
 
 @torch.compiler.assume_constant_result
-def trouble(device: torch.device) -> str | None:
+def trouble(device: torch.device, training: bool) -> str | None:
     """Why the kernels are not for this device, or None."""
-    return TROUBLE.get(device)
+    return TROUBLE.get((device, training))
 
 
 def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | None:
@@ -211,7 +215,7 @@ def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | No
     down, across, tokens = height // tall, width // wide, tall * wide
     if mode != "spanning" or height * width == tokens:
         return "one partition only"
-    if why := trouble(z.device):
+    if why := trouble(z.device, torch.is_grad_enabled()):
         return why
     if height * width > MOST_TOKENS:
         return f"a map of more than {MOST_TOKENS} tokens"
@@ -222,8 +226,8 @@ def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | No
     return None
 
 
-def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], warps: int) -> None:
-    """Run a kernel over all heads of all images.
+def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], warps: int) -> Any:
+    """Run a kernel over all heads of all images; returns what Triton says of the compiled kernel.
 
     Shape: qk (B, H, W, 2 C), z (B, H, W, M).
 
@@ -236,7 +240,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     """
     act, heads, (tall, wide), _, repeat = options
     (images, height, width, _), dim = qk.shape, qk.shape[-1] // 2 // heads
-    run_kernel(
+    return run_kernel(
         kernel, (images * heads,), (*maps, heads), TALL=tall, WIDE=wide, DOWN=height // tall, ACROSS=width // wide,
         D=dim, D_CHUNK=chunk_of(dim, 64 // z.element_size()), E=z.shape[-1] // heads,
         E_CHUNK=chunk_of(z.shape[-1] // heads, 64 // z.element_size()), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
@@ -283,9 +287,57 @@ def check(device: torch.device) -> None:
     """
     try:
         check_one(attend, device, torch.bfloat16, *TRIAL, bound=2e-2)
+        check_spills(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, the driver, or a difference
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        TROUBLE[device] = f"failed their trial on this GPU ({str(error).strip().splitlines()[0]})"
+        failed = f"failed their trial on this GPU ({str(error).strip().splitlines()[0]})"
+        TROUBLE.update({(device, training): failed for training in (True, False)})
+    else:
+        if device.type == "cuda":
+            compare_speed(device)
+
+
+def compare_speed(device: torch.device, images: int | None = None, heads: int = 6) -> None:
+    """Time the kernels, and those of a pass for each partition, at S-2's size; the slower ones' place is last.
+
+    Without ``images`` there are four heads for each multiprocessor: as in large batches, none is idle in the end.
+    The choice is kept as all are, see `d_emo.kernels.autotune`.
+    """
+    (tall, wide), _, narrow, width = TRIAL
+    operators = {"one pass": attend, "a pass for each partition": two_passes}
+    shape = images or triton.cdiv(4 * multiprocessors(device), heads), 2 * tall, 2 * wide
+    for training in (True, False):
+        qk, z = (
+            torch.randn(*shape, heads * n, device=device, dtype=torch.bfloat16, requires_grad=training)
+            for n in (2 * narrow, width)
+        )
+
+        def trial(name: str, qk: Tensor = qk, z: Tensor = z, training: bool = training) -> None:
+            out = operators[name](qk, z, "gelu", heads, [tall, wide], "spanning", 1)
+            if training:
+                torch.autograd.grad(out, (qk, z), out.detach())
+            synchronize(device)
+
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        key = f"window_attention on {name}, {'training' if training else 'inference'}, S-2 at 256 px"
+        form, times = tuner.choose(key, list(operators), trial)
+        if form != "one pass":
+            ms = [f"{times[each]:.3g} ms" for each in operators] if times else ["slower", "faster"]
+            TROUBLE[device, training] = f"{ms[0]} here, {form} {ms[1]}"
+
+
+MOST_SPILLS = 600
+"""Registers of a thread: 220 to 450 are usual; where the compiler gives up it is thousands."""
+
+
+def check_spills(device: torch.device) -> None:
+    """Raise RuntimeError if the backward kernel, which fills all registers, has been compiled without optimisation."""
+    (height, width), images, narrow, wide = TRIAL
+    qk, z = (torch.zeros(images, 2 * height, 2 * width, n, device=device).bfloat16() for n in (4 * narrow, 2 * wide))
+    maps, options = (z, qk, z, torch.empty_like(qk), torch.empty_like(z)), ("gelu", 2, (height, width), "spanning", 1)
+    spills = getattr(launch(backward_kernel, maps, qk, z, options, warps=2), "n_spills", 0)
+    if spills > MOST_SPILLS:
+        raise RuntimeError(f"the compiler spilled {spills} registers of a thread")
