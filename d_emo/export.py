@@ -142,13 +142,12 @@ def write_onnx(network: Portable, path: Path) -> Runner:
     import onnxruntime
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
 
-    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
     size = sum(parameter.nbytes for parameter in network.module.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            network.module, inputs, str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
-            output_names=["output"], dynamic_shapes=tuple({0: batch} for _ in inputs), external_data=size > ONE_FILE,
+            traced(network), (), str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
+            output_names=["output"], external_data=size > ONE_FILE,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
