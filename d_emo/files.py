@@ -59,13 +59,8 @@ def remove_left(path: Path) -> None:
 def write_file(path: Path, content: bytes | str, remedy: str = "") -> None:
     """Write a file, all or nothing.
 
-    Args:
-        path: The file; its folder is made where there is none.
-        content: Text is written as UTF-8.
-        remedy: End of the sentence, where it cannot be written: what stays, and what to do.
-
     Raises:
-        RunError: The disk is full, say.
+        RunError: The disk is full, say; the sentence ends with ``remedy``: what stays, and what to do.
     """
     try:
         with replacing(path) as temporary:
@@ -111,10 +106,6 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
     """The lock of a folder that is this process's to work in, at once or after others have left it; else None.
 
     It ends with the process, however that ends; a child that inherits the file holds it too.
-
-    Args:
-        folder: Made where there is none.
-        wait: For another process that holds it.
     """
     import fcntl
 

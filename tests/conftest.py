@@ -1,6 +1,8 @@
 import importlib
 import os
 
+os.environ.setdefault("D_EMO_KERNELS", "fixed")  # nothing is timed, in the tests' own processes either
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def triton_interpreter(monkeypatch):
     """Triton's kernels run on CPU tensors; afterwards Triton is what it was, which its interpreter does not see to."""
     triton = pytest.importorskip("triton")
     emulation = importlib.import_module("triton.runtime.interpreter")
-    names = ("attention", "convolution", "correlation", "skip")
+    names = ("attention", "spanning", "convolution", "correlation", "skip")
     modules = [importlib.import_module(f"d_emo.kernels.gpu.{name}") for name in names]
     lang, dot = triton.language, emulation.InterpreterBuilder.create_dot
     scopes = [lang, lang.core, lang.math, *(x for x in vars(lang.core).values() if isinstance(x, type))]

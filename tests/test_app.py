@@ -337,7 +337,8 @@ def test_a_port_in_use_and_other_bad_addresses_are_named(monkeypatch, capsys):
         said = fails_with(monkeypatch, capsys, "--port", port)
         assert f"cannot listen on port {port} of 127.0.0.1 (Address already in use); choose another --port" in said
     assert "of no.such.host.invalid" in fails_with(monkeypatch, capsys, "--host", "no.such.host.invalid")
-    assert "no snapshot folder" in fails_with(monkeypatch, capsys, "--checkpoint", "nowhere", "--port", free_port())
+    said = fails_with(monkeypatch, capsys, "--checkpoint", "nowhere", "--port", free_port())
+    assert "--checkpoint nowhere does not exist" in said
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
         lambda: weights.unlink(),
         lambda: weights.write_bytes(b""),
         lambda: (weights.write_bytes(whole), (snapshot / "transformer" / "config.json").write_text("{")),
+        lambda: (snapshot / "transformer" / "config.json").write_text('{"_class_name": []}'),  # a TypeError, of all
         lambda: (snapshot / "snapshot.json").write_text("[]"),
         lambda: (snapshot / "snapshot.json").write_text(json.dumps({"kind": "denoiser"})),
     ):
@@ -88,7 +89,7 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
         with pytest.raises(InputError, match="damaged or incomplete") as caught:
             load_denoiser(snapshot)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="no snapshot folder"):
+    with pytest.raises(InputError, match="the snapshot folder .* does not exist"):
         load_denoiser(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a snapshot"):
         load_denoiser(tmp_path)

@@ -91,7 +91,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_overwritten(tmp_path, monkeypa
         ((path, tmp_path / "full"), "already exists"),
         ((path, tmp_path / "out", "--model", "DiT-S-2"), "no EMO classifier"),
         ((tmp_path / "other.pth", tmp_path / "out"), "none of the released"),
-        ((tmp_path / "none.pth", tmp_path / "out"), "no checkpoint file"),
+        ((tmp_path / "none.pth", tmp_path / "out"), "does not exist"),
     ):
         code, printed = convert(monkeypatch, capsys, *argv)
         assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1

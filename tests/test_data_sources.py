@@ -108,8 +108,8 @@ def test_tar_shards_name_what_is_wrong(shards, tmp_path):
         with pytest.raises(InputError, match=words):
             TarShards(pattern, 8)
 
-    refused("no shard .*s-002.tar", f"{shards}/s-{{000..002}}.tar")
-    refused("no shard .*none", f"{tmp_path}/none*.tar")
+    refused("the shard .*s-002.tar does not exist", f"{shards}/s-{{000..002}}.tar")
+    refused("the shard .*none.* does not exist", f"{tmp_path}/none*.tar")
     hurt = shards / "s-001.tar"
     whole = hurt.read_bytes()
     hurt.write_bytes(whole[:700])

@@ -38,9 +38,9 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def flags(verb: str) -> set[str]:
     """What a verb's settings are called on the command line."""
-    kinds = VERBS[verb].settings
+    kinds = VERBS[verb].kinds().values()
     names = {"config", "help"}
-    for kind in [kinds] if isinstance(kinds, str) else kinds.values():
+    for kind in kinds:
         for field in dataclasses.fields(load(kind)):
             names.add((field.metadata.get("flag") or field.name).lstrip("-").replace("_", "-"))
     return names

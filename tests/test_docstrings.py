@@ -82,53 +82,40 @@ def sections(text: str) -> dict[str, str]:
     return {"": pieces[0]} | dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
-@files
-def test_what_is_public_is_described(file):
-    assert ast.get_docstring(TREES[file]), "the module has no docstring"
-    wrong = []
-    for name, _, text, around in definitions(file):
+def undescribed(name, node, text, around):
+    method = name.rpartition(".")[2]
+    if not text and not (around and (is_special(method) or method in DESCRIBED)):
+        yield f"{name} has no docstring"
+
+
+def shapeless(name, node, text, around):
+    if isinstance(node, ast.FunctionDef) and handles_tensors(node) and "Shape:" not in text:
         method = name.rpartition(".")[2]
-        if not text and not (around and (is_special(method) or method in DESCRIBED)):
-            wrong.append(name)
-    assert not wrong, f"no docstring: {', '.join(wrong)}"
+        known = method in DESCRIBED and not text
+        if not known and not (is_special(method) and "Shape:" in around):
+            yield f"{name} has no Shape:"
 
 
-@files
-def test_tensors_have_shapes(file):
-    wrong = []
-    for name, node, text, around in definitions(file):
-        if isinstance(node, ast.FunctionDef) and handles_tensors(node):
-            method = name.rpartition(".")[2]
-            known = method in DESCRIBED and not text
-            if "Shape:" not in text and not known and not (is_special(method) and "Shape:" in around):
-                wrong.append(name)
-    assert not wrong, f"no Shape: {', '.join(wrong)}"
-
-
-@files
-def test_errors_are_named(file):
-    wrong = []
-    for name, node, text, around in definitions(file):
-        if not text and name.rpartition(".")[2] in DESCRIBED:
-            continue  # said where it is described
+def unnamed_errors(name, node, text, around):
+    if text or name.rpartition(".")[2] not in DESCRIBED:  # else said where it is described
         said = sections(text)[""] + sections(text).get("Raises", "") + sections(around).get("Raises", "")
-        wrong += [f"{name}: {error}" for error in raised(node) - set(re.findall(r"\w+", said))]
-    assert not wrong, f"not among Raises: {', '.join(wrong)}"
+        yield from (f"{name}: {error} is not among Raises" for error in raised(node) - set(re.findall(r"\w+", said)))
+
+
+def foreign_arguments(name, node, text, around):
+    if isinstance(node, ast.ClassDef):
+        node = next((each for each in node.body if getattr(each, "name", "") == "__init__"), None)
+    known = {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)} if node else set()
+    for line in re.findall(r"^    (\w[\w, *]*):", sections(text).get("Args", ""), re.M) if node else ():
+        yield from (f"{name} takes no {each}" for each in line.replace("*", "").split(", ") if each not in known)
 
 
 @files
-def test_arguments_are_those_that_are_taken(file):
-    wrong = []
-    for name, node, text, _ in definitions(file):
-        if isinstance(node, ast.ClassDef):
-            taken = [inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
-            if not taken:
-                continue
-            node = taken[0]
-        known = {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
-        for line in re.findall(r"^    (\w[\w, *]*):", sections(text).get("Args", ""), re.M):
-            wrong += [f"{name}: {each}" for each in line.replace("*", "").split(", ") if each not in known]
-    assert not wrong, f"described, but not taken: {', '.join(wrong)}"
+@pytest.mark.parametrize("problems", [undescribed, shapeless, unnamed_errors, foreign_arguments])
+def test_what_is_public_is_described(file, problems):
+    assert ast.get_docstring(TREES[file]), "the module has no docstring"
+    wrong = [problem for definition in definitions(file) for problem in problems(*definition)]
+    assert not wrong, "; ".join(wrong)
 
 
 @files

@@ -220,7 +220,7 @@ def test_real_images_of_built_in_data_have_all_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"samplers": ["ddpm"]}, "`samplers` takes NAME:STEPS, e.g. ddpm:250, not ddpm$"),
+        ({"samplers": ["ddpm"]}, r"`samplers` takes NAME:STEPS, e.g. dpm\+\+:20, not ddpm$"),
         ({"samplers": ["ddpm:"]}, "not ddpm:$"),
         ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
         ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),

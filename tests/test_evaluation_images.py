@@ -13,7 +13,7 @@ import torch
 from evaluation_sets import ColourFeatures, assert_close, make_pixels, read_all, write_folder
 from PIL import Image
 
-from d_emo.evaluation import FeatureStatistics, compute_statistics, open_images
+from d_emo.evaluation import FeatureStatistics, open_images
 from d_emo.evaluation.npz import choose_evenly
 
 
@@ -87,7 +87,10 @@ def test_a_part_of_a_set_is_spread_over_it(tmp_path: Path) -> None:
 
 
 def statistics_of(source: Path | Iterator[torch.Tensor], batch_size: int) -> FeatureStatistics:
-    return compute_statistics(source, ColourFeatures(), batch_size=batch_size)
+    statistics, extractor = FeatureStatistics(ColourFeatures.dim), ColourFeatures()
+    for batch in open_images(source).batches(batch_size) if isinstance(source, Path) else source:
+        statistics.update(extractor(batch))
+    return statistics
 
 
 def test_npz_is_never_whole_in_memory(tmp_path: Path) -> None:

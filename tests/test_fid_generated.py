@@ -200,7 +200,7 @@ def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path
         (["--labels", "uniform"], "labels"),
         (["--scheduler", "karras"], "--scheduler must be one of .* not karras"),
         (["--metrics", "sfid"], "cannot be had of emov2"),
-        (["--checkpoint", "none"], "there is no snapshot folder none"),
+        (["--checkpoint", "none"], "--checkpoint none does not exist"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
     ],
 )
@@ -222,7 +222,7 @@ def test_what_says_how_to_draw_is_refused_where_nothing_is_drawn(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--data-dir", "{tmp}/none"], "the data folder .*none does not exist"),
+        (["--data-dir", "{tmp}/none"], "--data-dir .*none does not exist"),
         (["--image-size", "4"], "--image-size must be at least 8"),
         (["--num-images", "1"], "at least two"),
         (["--dataset", "digits", "--num-images", "5000"], "5000 images were asked for .* holds 1438"),

@@ -141,7 +141,7 @@ def test_another_image_size_recomputes_the_position_embedding(tmp_path, digits):
         ({"model": "DiT-S-2"}, "block is i2rmb there, dit here"),
         ({"model_options": {**TINY["model_options"], "num_heads": 4}}, "num_heads is 3 there, 4 here"),
         ({"model_options": {**TINY["model_options"], "learn_sigma": False}}, "learn_sigma is True there, False here"),
-        ({"init_from": "no/such/snapshot"}, "no snapshot folder no/such/snapshot"),
+        ({"init_from": "no/such/snapshot"}, "the snapshot folder no/such/snapshot does not exist"),
     ],
 )
 def test_a_snapshot_that_does_not_fit_is_refused(tmp_path, digits, changes, words):

@@ -24,20 +24,24 @@ def test_the_form_of_every_operator_in_every_mode(network):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state, found = torch.get_rng_state(), kernels.explain(network, *INPUTS)
     forms = {mode: {call.operator: call.form for call in calls} for mode, calls in found.items()}
-    fast, joined = ("oneDNN", "oneDNN, activation inside") if HAS_ONEDNN else ("the modules", "the modules")
-    assert forms["training"] == {
+    fast, joined = ("products", "products, activation inside") if HAS_ONEDNN else ("the modules", "the modules")
+    product = {"product": "oneDNN" if HAS_ONEDNN else "the library"}
+    training = {
         "linear": fast, "modulated_norm": "one step", "window_attention": "CPU, in chunks",
         "local_branch": "CPU, one step of training",
     }  # fmt: skip
-    assert forms["training, compiled"] == {**forms["training"], "modulated_norm": "norm, then modulation"}
+    assert forms["training"] == training | product
+    assert forms["training, compiled"] == {**training, **product, "modulated_norm": "norm, then modulation"}
     inference = {
         "linear": joined, "modulated_norm": "norm, then modulation", "window_attention": "CPU, in chunks",
         "local_branch": "local convolution, sum, projection", "add": "in place",
         "local_conv": "oneDNN, one pass" if HAS_ONEDNN else "the modules",
     }  # fmt: skip
+    inference |= product if HAS_ONEDNN else {}
     assert forms["inference"] == inference
     assert forms["inference, compiled"] == {**inference, "add": "a new map", "local_conv": "the modules"}
-    calls = {call.operator: count for call, count in found["training"].items() if call.operator != "linear"}
+    linear = "linear", "product"
+    calls = {call.operator: count for call, count in found["training"].items() if call.operator not in linear}
     assert calls == {"modulated_norm": 3, "window_attention": 2, "local_branch": 2}
     assert not network.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

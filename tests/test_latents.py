@@ -56,7 +56,7 @@ def test_local_folders_are_opened(vae, tmp_path):
 
 
 def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="there is no VAE"):
+    with pytest.raises(InputError, match="does not exist"):
         load_codec("d-emo-f9")
     with pytest.raises(InputError, match="does not hold a readable AutoencoderKL"):
         load_codec(str(tmp_path))

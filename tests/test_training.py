@@ -110,7 +110,7 @@ def test_other_settings_are_not_mixed_into_a_run(tmp_path):
         train(tmp_path, learning_rate=1e-2)
     with pytest.raises(InputError, match="already holds a run"):
         train(tmp_path, resume="never")
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="it does not exist"):
         train(tmp_path, resume=str(tmp_path / "states" / "step-77"))
 
 

@@ -22,26 +22,7 @@ from d_emo.sampling import SampleRequest
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
 
-_STYLE = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-footer { display: none !important; }
-#about p { margin: 0; line-height: 1.6; }
-#about code { overflow-wrap: anywhere; }
-#random { align-self: end; white-space: nowrap; padding-inline: 4px; }
-#status .html-container, #pictures .html-container { padding: 0; }
-#status p { margin: 0 0 6px; font-variant-numeric: tabular-nums; }
-#status .wrong { color: #ef4444; font-weight: 600; }
-#status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
-#status .bar div { height: 100%; background: var(--color-accent); }
-#pictures h3 { margin: 0 0 6px; font-size: var(--text-md); font-weight: 600; }
-#pictures section + section { margin-top: 14px; }
-#pictures .tiles { display: grid; gap: 6px; }
-#pictures .tiles img, #pictures .tiles i { display: block; width: 100%; margin: 0; border-radius: 4px; }
-#pictures .tiles i { background: var(--border-color-primary); opacity: 0.5; }
-#pictures .small img { image-rendering: pixelated; }
-#command textarea { font-family: var(--font-mono); font-size: var(--text-sm); }
-"""
-
+_STYLE = Path(__file__).with_name("page.css").read_text()
 _SHOW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({ behavior: 'smooth' }) }"
 """Where the results lie below the controls, goes down to them."""
 
@@ -78,14 +59,11 @@ def check_address(host: str, port: int) -> None:
 
 
 def build_page(studio: Studio, folder: Path) -> Any:
-    """The page, ready to be launched.
+    """The page, a ``gradio.Blocks`` ready to be launched.
 
     Args:
         studio: What draws.
         folder: Where finished pictures are kept for the download.
-
-    Returns:
-        The ``gradio.Blocks``.
     """
     gr = import_gradio()
     visits, first = _Visits(gr, studio, folder), studio.defaults()

@@ -1,7 +1,5 @@
 """Drawing that can be looked at on the way; the pictures are those of ``d-emo sample``."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,7 @@ from d_emo.data import to_uint8
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot
 from d_emo.models.counting import trained_parameters
-from d_emo.sampling import Sampler, SampleRequest, decode
+from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, decode
 from d_emo.tables import schedulers_of
 
 _PAUSE = 0.1
@@ -55,8 +53,7 @@ class Studio:
     def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
         self.snapshot, self.settings = snapshot, settings
         self.parameters = trained_parameters(snapshot.model)  # before norms are folded
-        dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-        self.sampler = Sampler.open(snapshot, dtype=dtype)
+        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision])
 
     @property
     def path(self) -> Path:
@@ -77,12 +74,7 @@ class Studio:
     def read(
         self, classes: Sequence[Any], num_images: Any, seed: Any, guidance_scale: Any, scheduler: str | None, steps: Any
     ) -> SampleRequest:
-        """What a visitor asked for.
-
-        Args:
-            classes: Ids or names; none for an unconditional snapshot.
-            guidance_scale: None takes the snapshot's default.
-            scheduler: None takes the snapshot's default.
+        """What a visitor asked for; None of guidance and scheduler takes the snapshot's default.
 
         Raises:
             InputError: Something of it means nothing, or is too much.
@@ -127,9 +119,6 @@ class Studio:
 
         Unfinished pictures are decoded as often as ``preview_share`` of the settings allows, the time that the caller
         takes for views included, so the finished ones do not wait for it.
-
-        Args:
-            request: From `read`.
 
         Yields:
             Views; the last one has all pictures finished.

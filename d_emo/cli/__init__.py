@@ -1,23 +1,23 @@
 """The command line: ``d-emo VERB``, ``python -m d_emo VERB``, and the scripts of the checkout, which are thin shims."""
 
-from __future__ import annotations
-
+import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from d_emo.cli.verbs import VERBS, Verb
-from d_emo.config import in_flags, parse_settings, run_cli
+from d_emo.config import check_sources, in_flags, parse_settings, run_cli
 from d_emo.errors import InputError
 from d_emo.tables import load
-
-__all__ = ["VERBS", "Verb", "command_line", "main", "run_verb"]
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run a verb, or the one that the first argument names; bad input ends in one sentence and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if verb is None and "_ARGCOMPLETE" in os.environ:
+        arguments = completed_words()
     if verb is None and (not arguments or arguments[0] in ("-h", "--help", "--version")):
         print(_version() if arguments[:1] == ["--version"] else overview())
         return
@@ -38,18 +38,36 @@ def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None
     Raises:
         InputError: There is no such verb, or its settings cannot be used.
     """
-    verb, arguments = VERBS[name], list(argv)
-    settings = verb.settings
-    if not isinstance(settings, str) and hasattr(settings, "keys"):
+    verb, arguments, kind = VERBS[name], list(argv), ""
+    kinds = verb.kinds()
+    if kind not in kinds:
         kind = arguments.pop(0) if arguments else ""
-        if kind not in settings:
-            choices = " or ".join(f"{name} {each}" for each in settings)
-            raise InputError(f"say which: {choices} (--help after it)")
-        settings = settings[kind]
-    settings = load(settings)
+    if kind not in kinds:
+        raise InputError(f"say which: {' or '.join(f'{name} {each}' for each in kinds)} (--help after it)")
+    settings = load(kinds[kind])
     values = parse_settings(settings, verb.help, arguments, prog=prog)
     with in_flags(settings):
-        load(verb.run)(values)  # imported after parsing: help and typing errors need no torch
+        check_sources(values)
+        verb.run(values)
+
+
+def completed_words() -> list[str]:
+    """Verb (and kind) in the line that the shell wants completed; while one is missing, offer them all and exit."""
+    import argcomplete
+
+    *words, _ = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split()[1:] + [""]
+    chosen: list[str] = []
+    choices = VERBS
+    while "" not in choices:
+        os.environ["_ARGCOMPLETE"] = str(len(chosen) + 1)  # so many words belong to the command
+        if not words or words[0] not in choices:
+            parser = argparse.ArgumentParser(add_help=False)
+            parser.add_argument("word", choices=list(choices))
+            argcomplete.autocomplete(parser)
+        chosen.append(words.pop(0))
+        choices = VERBS[chosen[0]].kinds() if len(chosen) == 1 else {""}
+    os.environ["_ARGCOMPLETE"] = str(len(chosen) + 1)
+    return chosen  # jsonargparse offers the flags
 
 
 def overview() -> str:

@@ -1,7 +1,5 @@
 """``d-emo app``."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """``d-emo benchmark``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``d-emo class-accuracy``."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from d_emo.evaluation import (
 from d_emo.files import write_file, write_json
 from d_emo.io import card
 from d_emo.io.snapshot import load_denoiser
-from d_emo.sampling import Sampler, draw_grid, save_png
+from d_emo.sampling import Sampler, class_grid, save_png
 from d_emo.tables import OBJECTIVES
 
 
@@ -64,7 +62,8 @@ def run(settings: JudgeSettings) -> None:
     compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size)
     record["figures"] = [each.to_dict() for each in compared]
     output = Path(settings.output)
-    draw_ten_classes(sampler, output, vars(settings))
+    grid = class_grid(sampler.class_names, 10, 10, lambda labels: draw_classes(sampler, labels))
+    save_png(grid, output, vars(settings))
     write_json(output.with_suffix(".json"), record)
     print(f"picture         {output}  (seeds 0 to 99; the values beside it as JSON)")
     print(f"settings        {record['conditions']}\nfeatures        {features.name}")
@@ -79,10 +78,7 @@ def compare_samplers(
     metrics: ClassifierMetrics, runs: Sequence[tuple[str, int]], samplers: Sequence[Sampler], labels: torch.Tensor,
     record: dict[str, Any], output: Path,
 ) -> None:
-    """Measure each sampler in turn; the table so far is written after every one.
-
-    Shape: labels (N,).
-    """
+    """Measure each sampler in turn; the table so far is written after every one. Shape: labels (N,)."""
     rows: list[dict[str, Any]] = []
     record |= {"hardware": card.describe_hardware(samplers[0].device), "rows": rows}
     for (name, steps), sampler in zip(runs, samplers, strict=True):
@@ -93,11 +89,3 @@ def compare_samplers(
         write_file(output.with_suffix(".md"), table + "\n")
         write_json(output.with_suffix(".json"), record)
     print(f"\nwritten to {output.with_suffix('.md')}, with all settings to {output.with_suffix('.json')}")
-
-
-def draw_ten_classes(sampler: Sampler, output: Path, settings: dict[str, Any]) -> None:
-    """Write a picture of ten classes, ten drawings each."""
-    names = sampler.class_names
-    shown = [index * len(names) // 10 for index in range(10)]
-    images = torch.cat(list(draw_classes(sampler, [label for label in shown for _ in range(10)])))
-    save_png(draw_grid(images, [f"{label}: {names[label]}" for label in shown], 10), output, settings)

@@ -1,7 +1,5 @@
 """``d-emo compare``."""
 
-from __future__ import annotations
-
 from d_emo.config import StudySettings
 from d_emo.lab.study import Study
 

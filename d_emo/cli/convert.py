@@ -1,7 +1,5 @@
 """``d-emo convert``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from d_emo.config import ConvertSettings

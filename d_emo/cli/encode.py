@@ -1,7 +1,5 @@
 """``d-emo encode``."""
 
-from __future__ import annotations
-
 from accelerate import PartialState
 
 from d_emo.config import EncodeSettings

@@ -1,7 +1,5 @@
 """``d-emo evaluate``."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``d-emo explain``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """``d-emo export``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,16 +1,12 @@
 """``d-emo fid``."""
 
-from __future__ import annotations
-
 import sys
 
-import torch
 from accelerate import PartialState
 
 from d_emo.config import FidSettings
 from d_emo.evaluation import Measurement, Ranks, measure_snapshot
 from d_emo.io.snapshot import load_denoiser
-from d_emo.sampling import Guidance
 from d_emo.threads import use_threads
 
 
@@ -23,14 +19,9 @@ def run(settings: FidSettings) -> None:
         settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}
     )
     if settings.checkpoint is not None:
-        same = ("scheduler", "steps", "labels", "seed", "batch_size", "compile", "work_dir", "save_npz", "save_png")
-        result = measure_snapshot(
-            measurement, load_denoiser(settings.checkpoint), settings.num_images, device=state.device,
-            guidance=Guidance(settings.guidance_scale, settings.guidance_channels, tuple(settings.guidance_interval)),
-            dtype=torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32,
-            ranks=Ranks(state.process_index, state.num_processes, state.wait_for_everyone),
-            **{name: getattr(settings, name) for name in same},
-        )  # fmt: skip
+        ranks = Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
+        snapshot = load_denoiser(settings.checkpoint)
+        result = measure_snapshot(measurement, snapshot, settings, device=state.device, ranks=ranks)
     elif state.is_main_process:
         result = measurement.of_images(settings.samples, num_images=settings.num_images)
     if state.is_main_process:

@@ -1,7 +1,5 @@
 """``d-emo models``."""
 
-from __future__ import annotations
-
 from d_emo.config import ModelsSettings
 from d_emo.lab.models_table import ablations_table, models_table
 

@@ -1,7 +1,5 @@
 """``d-emo reference``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Subset

@@ -1,7 +1,5 @@
 """``d-emo sample``."""
 
-from __future__ import annotations
-
 import time
 
 import torch
@@ -9,7 +7,7 @@ from tqdm import tqdm
 
 from d_emo.config import SampleSettings
 from d_emo.io.snapshot import load_denoiser, newest_denoiser
-from d_emo.sampling import Sampler, SampleRequest, Trajectory, free_path
+from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, Trajectory, free_path
 
 
 def run(settings: SampleSettings) -> None:
@@ -17,7 +15,7 @@ def run(settings: SampleSettings) -> None:
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
     request = SampleRequest(settings, snapshot)
     settings, output = request.settings, free_path(settings.output, request.default_path)
-    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    dtype = PRECISIONS[settings.mixed_precision]
     sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile)
     steps, count = len(sampler.scheduler.timesteps), len(settings.guidance_scale) * len(request.labels)
     trajectory, drawn, started = Trajectory(steps), [], time.perf_counter()

@@ -1,7 +1,5 @@
 """``d-emo train``."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from d_emo.config import TrainSettings

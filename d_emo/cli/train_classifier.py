@@ -1,7 +1,5 @@
 """``d-emo train-classifier``."""
 
-from __future__ import annotations
-
 from d_emo.config import ClassifierSettings
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier

@@ -1,7 +1,5 @@
 """``d-emo train-vae``."""
 
-from __future__ import annotations
-
 from d_emo.config import VAESettings
 from d_emo.training.vae import train_vae
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from d_emo.config.base import Settings, in_flags, parse_settings, run_cli, setting, write_yaml
+from d_emo.config.base import (
+    Settings,
+    check_sources,
+    in_flags,
+    is_folder,
+    parse_settings,
+    run_cli,
+    setting,
+    write_yaml,
+)
 from d_emo.config.benchmarking import (
     BENCHMARKS,
     BenchmarkSettings,
@@ -27,6 +36,7 @@ from d_emo.config.sampling import (
     AppSettings,
     SampleSettings,
     check_guidance,
+    read_sampler,
 )
 from d_emo.config.study import StudySettings
 from d_emo.config.training import (
@@ -36,42 +46,4 @@ from d_emo.config.training import (
     RunSettings,
     TrainSettings,
     VAESettings,
-    is_folder,
 )
-
-__all__ = [
-    "AppSettings",
-    "BENCHMARKS",
-    "BenchmarkSettings",
-    "ClassifierBenchmarkSettings",
-    "ClassifierSettings",
-    "ConvertSettings",
-    "DEFAULT_GUIDANCE",
-    "DEFAULT_STEPS",
-    "DataSettings",
-    "DenoiserBenchmarkSettings",
-    "EncodeSettings",
-    "EvaluateClassifierSettings",
-    "ExplainSettings",
-    "ExportSettings",
-    "FidSettings",
-    "FormsSettings",
-    "JudgeSettings",
-    "ModelsSettings",
-    "PUBLISHED_COUNT",
-    "PlotSettings",
-    "ReferenceSettings",
-    "RunSettings",
-    "SampleSettings",
-    "Settings",
-    "StudySettings",
-    "TrainSettings",
-    "VAESettings",
-    "check_guidance",
-    "in_flags",
-    "is_folder",
-    "parse_settings",
-    "run_cli",
-    "setting",
-    "write_yaml",
-]

@@ -24,8 +24,8 @@ S = TypeVar("S", bound="Settings")
 
 def setting(
     default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None, *,
-    group: str | None = None, choices: Mapping[str, Any] | None = None, resumable: bool = False,
-    decisive: bool | None = None,
+    group: str | None = None, choices: Mapping[str, Any] | None = None, source: bool = False,
+    resumable: bool = False, decisive: bool | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -36,10 +36,11 @@ def setting(
         nargs: How many values it takes.
         group: Heading in ``--help``, also of the fields after it.
         choices: A table whose names it takes; of a list, the settings check them.
+        source: Whether it is the path of an input, which the command line looks for before anything runs.
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
     """
-    metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices,
+    metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
                 "resumable": resumable, "decisive": not resumable if decisive is None else decisive}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -89,6 +90,24 @@ class Settings:
 def type_hints(settings_class: type[Any]) -> dict[str, Any]:
     """Types of the fields by name, with their ranges."""
     return get_type_hints(settings_class, include_extras=True)
+
+
+def is_folder(data_dir: str) -> bool:
+    """Whether ``--data-dir`` names an image folder, not tar shards or a data set of the library ``datasets``."""
+    return data_dir.partition(":")[0] not in ("wds", "hf")
+
+
+def check_sources(settings: Settings) -> None:
+    """Refuse paths of inputs where nothing is.
+
+    Raises:
+        InputError: One does not exist.
+    """
+    for each in fields(settings):
+        value = getattr(settings, each.name) if each.metadata.get("source") else None
+        for path in [value] if isinstance(value, str) else value or []:
+            if is_folder(path) and not Path(path).exists():
+                raise InputError(f"`{each.name}` {path} does not exist")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -157,10 +176,11 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
-    hints, group = get_type_hints(settings_class), parser
+    hints, group, groups = get_type_hints(settings_class), parser, {}
     for each in fields(settings_class):
         if each.metadata.get("group"):
-            group = parser.add_argument_group(each.metadata["group"])
+            title = each.metadata["group"]
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
         if each.metadata.get("choices") is not None:
             options["help"] += f" ({', '.join(map(_choice, each.metadata['choices'].values()))})"
@@ -182,9 +202,11 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         flag = flag_of(each)
         if flag.isupper():  # the word for a positional argument in --help
             options.pop("required", None)
-            group.add_argument(each.name, metavar=flag, **options)
+            action = group.add_argument(each.name, metavar=flag, **options)
         else:
-            group.add_argument(flag, dest=each.name, **options)
+            action = group.add_argument(flag, dest=each.name, **options)
+        names = _names(options["type"], each.metadata.get("choices"))
+        action.completer = lambda names=names, **_: names  # for shells; none: they offer files
     return parser
 
 
@@ -201,6 +223,14 @@ def _read(
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
         raise InputError(_sentence(str(error), names, hints) + advice) from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
+
+
+def _names(hint: Any, table: Mapping[str, Any] | None) -> list[str]:
+    """The words that a setting takes, where they can be listed."""
+    if table is not None or hint is bool:
+        return list(table or ("true", "false"))
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _choice(row: Any) -> str:

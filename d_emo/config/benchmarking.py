@@ -1,7 +1,5 @@
 """Settings of speed measurements."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +13,15 @@ from d_emo.tables.models import SIZES
 class BenchmarkSettings(Settings):
     """What both benchmarks share."""
 
-    batch_size: Count = setting(8, "images or latents per step")
-    rounds: Count = setting(7, "measured rounds; in a round every case runs once, after one round to warm up")
-    clock: Literal["wall", "cpu"] = setting("wall", "cpu: this process's own time, for a machine shared with others")
-    threads: Threads | None = setting(None, "CPU threads. Default: PyTorch's choice")
+    batch_size: Count = setting(8, "images or latents per step", group="Measurement")
+    rounds: Count = setting(7, "measured rounds, each of every case once, after a warm-up round")
+    clock: Literal["wall", "cpu"] = setting("wall", "cpu: CPU time of this process, for a machine shared with others")
+    threads: Threads | None = setting(None, "CPU threads. Default: PyTorch's choice", group="Machine")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
-    profile: bool = setting(False, "also where the time goes, by operator, in as many rounds more")
-    output: str | None = setting(None, "folder for table.md, results.json and plot.png. Default: print the table only")
+    profile: bool = setting(False, "also profile by operator, in as many further rounds", group="Measurement")
+    output: str | None = setting(
+        None, "folder for table.md, results.json and plot.png. Default: print the table only", group="Output"
+    )
 
 
 
@@ -29,12 +29,12 @@ class BenchmarkSettings(Settings):
 class DenoiserBenchmarkSettings(BenchmarkSettings):
     """Settings of ``scripts/benchmark.py denoisers``."""
 
-    sizes: list[str] = setting(["S"], "of Ti, S, B, L and XL")
+    sizes: list[str] = setting(["S"], "of Ti, S, B, L and XL", group="Networks")
     pixels: list[ImageSide] = setting([256], "image sizes; the latents are an eighth of them")
     work: Literal["both", "training", "inference"] = setting("both", "what is measured")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
-    compile: bool = setting(False, "measure each network compiled too")
-    depth: Depth | None = setting(None, "blocks of every network, to try things out. Default: the size's own")
+    compile: bool = setting(False, "also measure each network compiled")
+    depth: Depth | None = setting(None, "blocks of every network, for quick trials. Default: the size's own")
 
     def check(self) -> None:
         known = SIZES
@@ -56,22 +56,24 @@ PEERS = [
 class ClassifierBenchmarkSettings(BenchmarkSettings):
     """Settings of ``scripts/benchmark.py classifiers``."""
 
-    models: list[str] = setting(["emov2_1m", "emov2_2m", "emov2_5m"], "ours, each beside its plain transcription")
+    models: list[str] = setting(
+        ["emov2_1m", "emov2_2m", "emov2_5m"], "ours, each beside its plain transcription", group="Networks"
+    )
     peers: list[str] = setting(PEERS, "of timm, fused where they have a fused form")
     image_size: ClassifierSide = setting(224, "side of the square images in pixels")
-    batch_size: Count = setting(16, "images per step")
-    compile: bool = setting(False, "measure each network compiled too")
+    batch_size: Count = setting(16, "images per step", group="Measurement")
+    compile: bool = setting(False, "also measure each network compiled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormsSettings(Settings):
     """Settings of ``d-emo benchmark forms``: which form every operator of a network takes here, and why not others."""
 
-    model: str = setting("D-EMOv2-S-2", "name of a denoiser or a classifier")
+    model: str = setting("D-EMOv2-S-2", "name of a denoiser or a classifier", group="Network")
     image_size: ClassifierSide = setting(256, "side of the square images in pixels; a denoiser's latents are an eighth")
     batch_size: Count = setting(2, "images or latents")
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
-    compile: bool = setting(True, "of the compiled network too")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast", group="Machine")
+    compile: bool = setting(True, "also of the compiled network")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one")
 
 

@@ -1,7 +1,5 @@
 """Settings of what leaves for other programs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from d_emo.config.base import Settings, setting
@@ -14,19 +12,25 @@ class ExportSettings(Settings):
 
     model: str = setting(
         help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
-        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL"
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model"
     )
-    output: str = setting(help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT")
     image_size: ClassifierSide | None = setting(
         None, "side of a classifier's images in pixels. Default: the classifier's"
     )
-    tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, as a share of the largest of them")
+    output: str = setting(
+        help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output"
+    )
+    tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, relative to the largest of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(Settings):
     """Settings of ``scripts/convert_weights.py``."""
 
-    source: str = setting(help="a released .pth file, or a snapshot folder of a classifier", flag="IN")
-    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT")
+    source: str = setting(
+        help="a released .pth file, or a snapshot folder of a classifier", flag="IN", group="Weights", source=True
+    )
     model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
+    output: str = setting(
+        help="folder to write model.safetensors and config.json to", flag="OUT", group="Output"
+    )

@@ -21,12 +21,13 @@ from d_emo.config.ranges import (
     Whole,
     Workers,
 )
-from d_emo.config.sampling import check_guidance
+from d_emo.config.sampling import check_guidance, read_sampler
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_metrics
+from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_features, parse_metrics
 
 PUBLISHED_COUNT = 50_000
 """FID falls with the number of samples; tables are measured with this many."""
+SAMPLING, SAVING = "Sampling, with --checkpoint", "Files of samples, with --checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,23 +35,26 @@ class EvaluateClassifierSettings(Settings):
     """Settings of ``scripts/evaluate_classifier.py``."""
 
     model: str = setting(
-        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL"
+        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL",
+        group="Model",
     )
-    data_dir: str | None = setting(None, "folder with one sub-folder of images per class. Default: built-in data")
+    weights: Literal["ema", "raw"] = setting(
+        "ema", "of a snapshot: the averaged weights (EMA), or the raw ones that the training state of its step keeps"
+    )
+    data_dir: str | None = setting(
+        None, "folder with one sub-folder of images per class. Default: a built-in data set", group="Data", source=True
+    )
     dataset: str | None = setting(
         None, "held-out images of a built-in data set. Default: that of the snapshot", choices=DATASETS
     )
     image_size: ClassifierSide | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
     crop_share: PositiveFraction = setting(0.875, "side of the centre crop over the image's shorter side")
-    weights: Literal["ema", "raw"] = setting(
-        "ema", "of a snapshot: the averaged ones, or the raw ones that the training state of its step keeps"
-    )
     num_images: Count | None = setting(
-        None, "measure on so many images, from all over the data. Default: all, and 2,000 of Shapes-1000"
+        None, "number of images to measure on, spread evenly over the data. Default: all, and 2,000 of Shapes-1000"
     )
-    batch_size: Count = setting(64, "images per forward pass")
+    batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")
-    output: str | None = setting(None, "JSON file to write the result to")
+    output: str | None = setting(None, "JSON file to write the result to", group="Output")
 
     def check(self) -> None:
         if self.output is not None and not Path(self.output).parent.is_dir():
@@ -61,22 +65,28 @@ class EvaluateClassifierSettings(Settings):
 class JudgeSettings(Settings):
     """Settings of ``scripts/judge.py``."""
 
-    checkpoint: str = setting(help="snapshot or run folder of the denoiser")
-    classifier: str = setting(help="snapshot or run folder of a classifier of the same classes")
-    data_dir: str | None = setting(None, "folder of real images, for a denoiser that was trained on a folder")
-    validate_dir: str | None = setting(None, "folder of held-out images of the same classes, with --data-dir")
-    num_images: Images = setting(500, "images to draw and measure, spread evenly over the classes")
-    guidance_scale: NotNegative = setting(1.5, "classifier-free guidance; 1 is none")
-    steps: Steps = setting(30, "denoising steps of the snapshot's default sampler: dpm++, or euler for flow")
+    checkpoint: str = setting(help="snapshot or run folder of the denoiser", group="Models", source=True)
+    classifier: str = setting(help="snapshot or run folder of a classifier of the same classes", source=True)
+    data_dir: str | None = setting(
+        None, "folder of real images, for a denoiser that was trained on a folder", group="Data", source=True
+    )
+    validate_dir: str | None = setting(
+        None, "folder of held-out images of the same classes, with --data-dir", source=True
+    )
+    num_images: Images = setting(
+        500, "number of samples to draw and measure, spread evenly over the classes", group="Sampling"
+    )
+    guidance_scale: NotNegative = setting(1.5, "classifier-free guidance scale; 1 is no guidance")
+    steps: Steps = setting(30, "denoising steps of the objective's default sampler: dpm++, or euler for flow")
     samplers: list[str] = setting(
-        [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20; a table of FID, "
+        [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20: a table of FID, "
         "precision, recall, class accuracy, time and images/s"
     )
     output: str = setting(
-        "samples/judged.png", "PNG of ten classes, ten drawings each, beside it the values as JSON (with --samplers: "
-        "the table as .md, beside it .json); written anew every time"
+        "samples/judged.png", "PNG of ten samples of each of ten classes, with the metrics as JSON beside it (with "
+        "--samplers: the table as .md, with .json beside it); overwritten", group="Output",
     )
-    write_card: bool = setting(False, "put picture and values into the snapshot's card too")
+    write_card: bool = setting(False, "also put the samples and metrics into the snapshot's model card")
 
     def check(self) -> None:
         if self.samplers and self.write_card:
@@ -89,33 +99,26 @@ class JudgeSettings(Settings):
         Raises:
             InputError: One is not NAME:STEPS.
         """
-        pairs = [each.rpartition(":")[::2] for each in self.samplers]
-        for each, (name, steps) in zip(self.samplers, pairs, strict=True):
-            if not name or not steps.isdecimal():
-                raise InputError(f"`samplers` takes NAME:STEPS, e.g. ddpm:250, not {each}")
-        return [(name, int(steps)) for name, steps in pairs]
+        return [read_sampler(each) for each in self.samplers]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainSettings(Settings):
     """Settings of ``scripts/explain.py``."""
 
-    image: str = setting(help="image file to look at", flag="IMAGE")
+    image: str = setting(help="image file to explain", flag="IMAGE", group="Input", source=True)
     model: str = setting(
         help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
         "name of list_models() with random weights"
     )
-    label: Whole | None = setting(None, "class to explain. Default: the likeliest", flag="--class")
     image_size: ClassifierSide | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
+    label: Whole | None = setting(
+        None, "class to explain. Default: the most likely", flag="--class", group="Explanation"
+    )
     stage: Stage = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
-    output: str | None = setting(None, "folder for the pictures, written anew. Default: samples/explain-<image>")
-
-
-DRAWING = {
-    "labels", "scheduler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "mixed_precision",
-    "compile", "seed", "save_npz", "save_png", "work_dir",
-}  # fmt: skip
-"""Settings of ``scripts/fid.py`` that say how images are drawn; images that exist leave nothing to say."""
+    output: str | None = setting(
+        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,50 +126,57 @@ class FidSettings(Settings):
     """Settings of ``scripts/fid.py``."""
 
     samples: str | None = setting(
-        None, "images to measure: folder, zip, or .npz in ADM's layout", group="What to measure"
+        None, "images to measure: folder, zip, or .npz in ADM's layout", group="Images", source=True
     )
-    checkpoint: str | None = setting(None, "snapshot or run folder to sample from and measure, instead of --samples")
+    checkpoint: str | None = setting(
+        None, "snapshot or run folder to sample from and measure, instead of --samples", source=True
+    )
     reference: str | None = setting(
-        None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM"
+        None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM",
+        source=True,
     )
-    metrics: list[str] = setting(["fid"], "metrics to compute", choices=METRICS)
-    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
-    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
     num_images: Count | None = setting(
-        None, f"how many samples to measure. Default: all of --samples, {PUBLISHED_COUNT:,} of --checkpoint"
+        None, f"number of samples to measure. Default: all of --samples, {PUBLISHED_COUNT:,} of --checkpoint"
     )
+    metrics: list[str] = setting(["fid"], "metrics to compute", choices=METRICS, group="Metrics")
+    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
+    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass, of sampling and of the feature network")
     labels: Literal["random", "balanced"] = setting(
-        "random", "classes to draw: uniformly random, as ADM, or in turn", group="How to draw, with --checkpoint"
+        "random", "class labels: uniformly random, as ADM, or all classes in turn", group=SAMPLING
     )
     scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots", choices=SCHEDULERS)
     steps: Steps = setting(250, "denoising steps")
-    guidance_scale: NotNegative = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    guidance_scale: NotNegative = setting(
+        1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables"
+    )
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(
-        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+        [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
-    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; the FID changes a bit")
+    mixed_precision: Literal["no", "bf16"] = setting(
+        "no", "bf16: cast the denoiser, for speed; the FID changes slightly"
+    )
     compile: bool = setting(False, "torch.compile the denoiser")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
-    save_npz: str | None = setting(
-        None, "write the images that were drawn to this .npz, in ADM's layout", group="Output"
-    )
-    save_png: str | None = setting(None, "write the images that were drawn into this folder")
+    save_npz: str | None = setting(None, "write the samples to this .npz, in ADM's layout", group=SAVING)
+    save_png: str | None = setting(None, "write the samples into this folder")
     work_dir: str | None = setting(
-        None, "where features of drawn images are kept, to go on after a stop. Default: results/fid/<settings' digest>"
+        None, "folder for the features of the samples, to resume from. Default: results/fid/<settings' digest>"
     )
-    output: str | None = setting(None, "JSON file to write the result to")
+    output: str | None = setting(None, "JSON file to write the result to", group="Output")
 
     def check(self) -> None:
         if (self.samples is None) == (self.checkpoint is None):
             raise InputError("give either `samples` (images that exist) or `checkpoint` (a snapshot to draw from)")
         check_compared(parse_metrics(self.metrics), self.reference)
-        if self.checkpoint is None:
-            for each in fields(self):
-                default = each.default_factory() if each.default is MISSING else each.default
-                if each.name in DRAWING and getattr(self, each.name) != default:
-                    raise InputError(f"`{each.name}` is for images drawn from a `checkpoint` only")
+        parse_features(self.features)
+        group = None
+        for each in fields(self) if self.checkpoint is None else ():
+            group = each.metadata["group"] or group
+            default = each.default_factory() if each.default is MISSING else each.default
+            if group in (SAMPLING, SAVING) and getattr(self, each.name) != default:
+                raise InputError(f"`{each.name}` is for images drawn from a `checkpoint` only")
         check_guidance(self.guidance_scale, self.guidance_interval)
 
     def resolve(self, **facts: Any) -> FidSettings:
@@ -179,37 +189,48 @@ class FidSettings(Settings):
 class ReferenceSettings(Settings):
     """Settings of ``scripts/make_reference.py``."""
 
-    output: str = setting(help=".npz to write, in ADM's layout")
-    dataset: str = setting("shapes", "built-in data set, when --data-dir is not given", choices=DATASETS)
-    data_dir: str | None = setting(None, "folder with one sub-folder of images per class, as ImageNet's train folder")
-    split: Literal["train", "test"] = setting("train", "which part of a built-in data set")
+    dataset: str = setting(
+        "shapes", "built-in data set, when --data-dir is not given", choices=DATASETS, group="Data"
+    )
+    data_dir: str | None = setting(
+        None, "folder with one sub-folder of images per class, as ImageNet's train folder", source=True
+    )
+    split: Literal["train", "test"] = setting("train", "split of a built-in data set")
     image_size: ImageSide = setting(256, "side of the images in pixels, cropped as in training")
-    num_images: Count | None = setting(None, "how many images, spread evenly. Default: all (50,000 of Shapes-1000)")
-    kept_images: Whole = setting(10_000, "images stored for precision, recall and KID, spread evenly; ADM's number")
-    skip_corrupt: bool = setting(False, "pass over unreadable or too small images, naming and counting them")
-    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
-    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights")
+    num_images: Count | None = setting(
+        None, "number of images, spread evenly over the data. Default: all (50,000 of Shapes-1000)"
+    )
+    skip_corrupt: bool = setting(False, "skip unreadable or too small images, with their names and number")
+    features: str = setting(
+        "inception", "inception, or emov2:SNAPSHOT for a classifier trained here", group="Features"
+    )
+    inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")
-    num_workers: Workers = setting(0, "processes that decode images")
+    num_workers: Workers = setting(0, "data loading processes")
+    output: str = setting(help=".npz to write, in ADM's layout", group="Output")
+    kept_images: Whole = setting(
+        10_000, "number of images stored for precision, recall and KID, spread evenly; ADM stores as many"
+    )
 
     def check(self) -> None:
         if Path(self.output).suffix.lower() != ".npz" and not Path(self.output).is_dir():
             raise InputError(f"`output` {self.output} must end in .npz")
+        parse_features(self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings(Settings):
     """Settings of ``scripts/plot_loss.py``."""
 
-    runs: list[str] = setting(help="run folders", flag="runs")
-    output: str = setting("samples/loss.png", "PNG to write; written anew every time")
-    published: str = setting("auto", "published curve on top: auto (of the runs' models), none, or a model's name")
-    smooth: Whole = setting(0, "draw running means over so many steps")
+    runs: list[str] = setting(help="run folders", flag="runs", group="Curves", source=True)
+    published: str = setting("auto", "published curve to add: auto (of the runs' models), none, or a model's name")
+    smooth: Whole = setting(0, "window of a running mean, in steps")
+    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsSettings(Settings):
     """Settings of ``d-emo models``."""
 
-    match: str | None = setting(None, "only names that match, e.g. 'D-EMO*' or emov2")
-    ablations: bool = setting(False, "the switches of emov2_5m instead of the models")
+    match: str | None = setting(None, "only names that match, e.g. 'D-EMO*' or emov2", group="Table")
+    ablations: bool = setting(False, "the ablations of emov2_5m instead of the models")

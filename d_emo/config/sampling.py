@@ -12,18 +12,26 @@ from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS
 
 DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
-"""Of pictures; tables say their own."""
+"""Of images; tables say their own."""
+SNAPSHOT = "snapshot or run folder. Default: the newest under results/, else the one that ships with the package"
+
+
+def read_sampler(text: str) -> tuple[str, int]:
+    """Name and steps of a sampler, given as NAME:STEPS.
+
+    Raises:
+        InputError: It is not.
+    """
+    name, _, steps = text.rpartition(":")
+    if not name or not steps.isdecimal():
+        raise InputError(f"`samplers` takes NAME:STEPS, e.g. dpm++:20, not {text}")
+    return name, int(steps)
 
 
 def check_guidance(
     scale: float, interval: Sequence[float] = (0.0, 1.0), *, label_dropout: float | None = None
 ) -> None:
     """Refuse guidance that means nothing, or that a denoiser cannot give because it never saw the null class.
-
-    Args:
-        scale: Guidance scale.
-        interval: Ranks of the noise path on which to guide.
-        label_dropout: Of the denoiser's training, once that is known.
 
     Raises:
         InputError: It means nothing, or the denoiser cannot give it.
@@ -45,15 +53,16 @@ class SampleSettings(Settings):
 
     classes: list[str] = setting(
         [], "class ids or names, e.g. --class 207 or --class cat dog; unconditional snapshots need none",
-        flag="--class", group="What to draw",
+        flag="--class", group="Images",
     )
-    checkpoint: str | None = setting(
-        None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
-    )
+    checkpoint: str | None = setting(None, SNAPSHOT, source=True)
     num_images: Count = setting(8, "images per class")
+    interpolate: list[str] | None = setting(
+        None, "two classes: --num-images images that lead from one to the other, all from the same noise", nargs=2
+    )
     guidance_scale: list[NotNegative] = setting(
-        [], "classifier-free guidance; 1 is none. Several draw a row each, of the same noise. Default: 4, or 1 for a "
-        "snapshot trained without label dropout", group="How to draw",
+        [], "classifier-free guidance scale; 1 is no guidance. Several give a row each, from the same noise. Default: "
+        "4, or 1 for a snapshot trained without label dropout", group="Sampling",
     )
     scheduler: str | None = setting(
         None, "sampler, of those that serve the snapshot's objective. Default: dpm++, or euler for flow",
@@ -61,28 +70,24 @@ class SampleSettings(Settings):
     )
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(
-        [0.0, 1.0], "guide only on this part of the noise path, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
+        [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
     steps: Steps = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
     batch_size: Count = setting(64, "images denoised at once")
     format: Literal["grid", "png"] = setting(
-        "grid", "one picture of all, or one PNG for each image in a folder", group="Output"
+        "grid", "one grid of all images, or a folder with one PNG per image", group="Output"
     )
     trajectory: Literal["strip", "gif"] | None = setting(
-        None, "show the denoising instead: a strip of its steps for each image, or a GIF of the grid"
-    )
-    interpolate: list[str] | None = setting(
-        None, "two classes: draw --num-images pictures on the way from one to the other, all from the same noise",
-        nargs=2,
+        None, "show the denoising instead: its steps in a row for each image, or a GIF of the grid"
     )
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
     )
     mixed_precision: Literal["no", "bf16"] = setting(
-        "no", "bf16: cast the denoiser, for speed; pictures change a bit", group="Machine"
+        "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"
     )
-    compile: bool = setting(False, "torch.compile the denoiser; pays for itself after some hundred images")
+    compile: bool = setting(False, "torch.compile the denoiser; pays off after some hundred images")
 
     def check(self) -> None:
         for scale in self.guidance_scale or [1.0]:
@@ -95,10 +100,7 @@ class SampleSettings(Settings):
             raise InputError("several `guidance_scale` make a grid; give one with `format` png or `trajectory`")
 
     def resolve(self, **facts: Any) -> SampleSettings:
-        """Settle what depends on how the snapshot was trained, once that is known.
-
-        Args:
-            facts: "objective" and "label_dropout" of the snapshot.
+        """Settle what depends on "objective" and "label_dropout" of the snapshot, once these facts are known.
 
         Raises:
             InputError: Guidance from a denoiser that never saw the null class.
@@ -116,14 +118,14 @@ class SampleSettings(Settings):
 class AppSettings(Settings):
     """Settings of ``scripts/app.py``."""
 
-    checkpoint: str | None = setting(
-        None, "snapshot folder. Default: the newest under results/, else the one that ships with the package"
-    )
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines of the network in")
-    port: Port = setting(7860, "port to listen on")
-    share: bool = setting(False, "also open a public address, through Gradio's servers: the only use of the internet")
-    max_images: Count = setting(64, "pictures that a visitor may draw at once")
+    checkpoint: str | None = setting(None, SNAPSHOT, group="Model", source=True)
+    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; images change slightly")
+    max_images: Count = setting(64, "largest number of images in one request", group="Sampling")
     preview_share: BelowOne = setting(
-        0.25, "share of the time that decoding unfinished pictures may take; 0 shows finished ones only"
+        0.25, "fraction of the time that previews of unfinished images may take; 0 shows finished ones only"
     )
-    mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; pictures change a bit")
+    host: str = setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0 accepts connections from the network", group="Server"
+    )
+    port: Port = setting(7860, "port to listen on")
+    share: bool = setting(False, "also open a public address, through Gradio's servers; nothing else uses the internet")

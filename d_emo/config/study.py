@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
 from d_emo.config.ranges import Images, NotNegative, Seed
-from d_emo.config.sampling import DEFAULT_STEPS
+from d_emo.config.sampling import DEFAULT_STEPS, read_sampler
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES
 
@@ -16,50 +16,58 @@ from d_emo.tables import OBJECTIVES
 class StudySettings(Settings):
     """Settings of ``scripts/compare.py``; ``configs/study/`` has some."""
 
-    title: str = setting(help="heading of the report")
-    output_dir: str = setting(help="folder of the study's latents and runs; what is there already is not made again")
-    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and pictures")
+    title: str = setting(help="heading of the report", group="Study")
+    output_dir: str = setting(help="folder of the study's latents and runs; what is complete there is reused")
+    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids")
     encode: dict[str, Any] | None = setting(
-        None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data"
+        None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
+        group="Training",
     )
-    data_dir: str | None = setting(None, "with encode: the images, as --data-dir of scripts/encode_latents.py")
+    data_dir: str | None = setting(
+        None, "with encode: the images, as --data-dir of scripts/encode_latents.py", source=True
+    )
     train: dict[str, Any] = setting(help="settings of scripts/train_dit.py that all runs share")
     runs: dict[str, dict[str, Any]] = setting(
-        help="by name, what is a run's own among the settings of scripts/train_dit.py; model_options are added to "
-        "the shared ones. {of: NAME, norm_buffers: initial} measures another run's weights with the batch norms' "
-        "averages as they were before training"
+        help="by name, settings of scripts/train_dit.py that differ between runs; model_options are added to the "
+        "shared ones. {of: NAME, norm_buffers: initial} measures another run's weights with the batch norms' running "
+        "statistics as they were before training"
     )
-    seeds: list[Seed] = setting([0, 1, 2], "every run is trained once with each")
+    seeds: list[Seed] = setting([0, 1, 2], "every run is trained once with each seed")
     tables: dict[str, list[str]] | None = setting(
         None, "tables of the report: heading, then names of runs; the first is what the others are compared with. "
-        "Default: one table of all runs"
+        "Default: one table of all runs", group="Report",
     )
     launch: list[str] = setting(
         [], "arguments of accelerate launch for training, encoding and scripts/fid.py, e.g. [--num_processes, '8']. "
-        "Default: one process, without the launcher"
+        "Default: one process, without the launcher", group="Training",
     )
     judge: str | None = setting(
         None, "measure by a classifier of the same classes: its training config, or the folder of its run. A config is "
-        "trained first, where its run is not complete"
+        "trained first, where its run is not complete", group="Measurement",
     )
     reference: str | None = setting(
-        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a classifier"
+        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a classifier",
+        source=True,
     )
     fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
     measure: Literal["all", "last"] = setting("all", "every snapshot of a run, or the last one only")
-    num_images: Images = setting(1000, "images to draw for each measurement")
-    guidance_scale: NotNegative = setting(1.0, "classifier-free guidance; 1 is none, as in most tables")
+    num_images: Images = setting(1000, "samples for each measurement")
+    guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
     samplers: dict[str, str] | None = setting(
-        None, "sampler and steps by objective, for --judge and for pictures. Default: {eps: 'dpm++:30', flow: "
+        None, "sampler and steps by objective, for --judge and for sample grids. Default: {eps: 'dpm++:30', flow: "
         "'euler:30'}"
     )
     norm_gap: list[str] = setting(
         [], "runs of the eps objective whose error is measured in train and in eval mode, by noise level"
     )
-    published_loss: bool = setting(False, "draw the published losses (ImageNet 256 x 256) beside the runs'")
-    only: list[str] = setting([], "train and measure these runs only; the report still shows all that are complete")
-    report_only: bool = setting(False, "train nothing and measure no snapshot, write the report of what is complete")
-    plan: bool = setting(False, "train nothing: measure each model's speed here, print what the study will cost")
+    published_loss: bool = setting(
+        False, "draw the published losses (ImageNet 256 x 256) beside the runs'", group="Report"
+    )
+    only: list[str] = setting(
+        [], "train and measure these runs only; the report still shows all that are complete", group="Execution"
+    )
+    report_only: bool = setting(False, "train and measure nothing, only write the report of what is complete")
+    plan: bool = setting(False, "train nothing: measure each model's speed here and print the cost of the study")
 
     def check(self) -> None:
         if (self.judge is None) == (self.reference is None):
@@ -72,9 +80,7 @@ class StudySettings(Settings):
         if not self.runs:
             raise InputError("a study needs at least one run")
         for each in (self.samplers or {}).values():
-            name, _, steps = each.rpartition(":")
-            if not name or not steps.isdecimal():
-                raise InputError(f"`samplers` takes NAME:STEPS, e.g. dpm++:20, not {each}")
+            read_sampler(each)
         tables = self.tables or {}
         named = [name for names in (*tables.values(), self.norm_gap, self.only) for name in names]
         named += [run["of"] for run in self.runs.values() if "of" in run]

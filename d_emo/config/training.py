@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import Settings, is_folder, setting
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -29,15 +29,21 @@ from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
 class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
-    output_dir: str = setting("results/vae", "folder for the VAE, its card and a picture of reconstructions")
-    image_size: ImageSide = setting(64, "side of the training images in pixels")
-    block_out_channels: list[Count] = setting([24, 48, 96, 128], "channels from full to eighth resolution")
-    max_steps: Count = setting(6000, "optimizer steps")
-    batch_size: Count = setting(16, "images per step")
-    digits_share: Fraction = setting(0.25, "share of digits in a batch; the rest is Shapes-1000")
-    learning_rate: Positive = setting(1e-3, "peak of the one-cycle (warm-up, then cosine) schedule")
+    output_dir: str = setting(
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run"
+    )
+    image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
+    block_out_channels: list[Count] = setting(
+        [24, 48, 96, 128], "channels from full to eighth resolution", group="Model"
+    )
+    max_steps: Count = setting(6000, "optimizer steps", group="Run")
+    batch_size: Count = setting(16, "images per step", group="Optimisation")
+    digits_share: Fraction = setting(0.25, "fraction of digits in a batch; the rest is Shapes-1000", group="Data")
+    learning_rate: Positive = setting(
+        1e-3, "peak learning rate of the one-cycle (warm-up, then cosine) schedule", group="Optimisation"
+    )
     kl_weight: NotNegative = setting(1e-4, "weight of the mean Kullback-Leibler term per latent value")
-    seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise")
+    seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise", group="Run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +94,10 @@ class RunSettings(Settings):
         resumable=True
     )
     tracker: Literal["tensorboard", "wandb", "none"] = setting(
-        "tensorboard", "where curves and sample grids go",
+        "tensorboard", "logger of metrics and sample grids",
         resumable=True, group="Output"
     )
-    log_every: Count = setting(50, "steps between points of the tracker's curves", resumable=True)
+    log_every: Count = setting(50, "steps between logged metrics", resumable=True)
     snapshot_every: Count = setting(
         50_000, "steps between snapshots (with sample grids); the last step always has one",
         resumable=True
@@ -109,11 +115,6 @@ class RunSettings(Settings):
     )
 
 
-def is_folder(data_dir: str) -> bool:
-    """Whether ``--data-dir`` names an image folder, not tar shards or a data set of the library ``datasets``."""
-    return data_dir.partition(":")[0] not in ("wds", "hf")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """Which images to train on."""
@@ -125,13 +126,15 @@ class DataSettings(Settings):
     data_dir: str | None = setting(
         None, "folder with one sub-folder of images per class, as ImageNet's train folder; or wds:SHARDS.tar, or "
         "hf:DATASET[?split=...&image=...&label=...] (README, \"Your own data\")",
-        resumable=True, decisive=True
+        resumable=True, decisive=True, source=True
     )
-    validate_dir: str | None = setting(None, "such data of held-out images, with the same classes", resumable=True)
+    validate_dir: str | None = setting(
+        None, "held-out images of the same classes, in the same form", resumable=True, source=True
+    )
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels")
-    num_images: Count | None = setting(None, "how many different images of Shapes-1000 to draw. Default: a million")
+    num_images: Count | None = setting(None, "number of different images of Shapes-1000. Default: a million")
     skip_corrupt: bool = setting(
-        False, "pass over unreadable or too small images, naming and counting them",
+        False, "skip unreadable or too small images, with their names and number",
         resumable=True
     )
 
@@ -156,7 +159,7 @@ class TrainSettings(DataSettings, RunSettings):
     )
     latents: str | None = setting(
         None, "folder that scripts/encode_latents.py wrote, instead of images",
-        resumable=True, decisive=True
+        resumable=True, decisive=True, source=True
     )
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
@@ -170,26 +173,29 @@ class TrainSettings(DataSettings, RunSettings):
     )
     timestep_sampling: Literal["uniform", "logit-normal"] = setting(
         "uniform", "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of "
-        "t / T is normal, so that the middle comes more often and short runs learn shapes sooner"
+        "t / T is normal, so that medium noise levels come more often and short runs learn shapes sooner"
     )
-    logit_mean: Real = setting(0.0, "of logit-normal: mean of the logit; 0 is half-way, negative is less noise")
+    logit_mean: Real = setting(0.0, "of logit-normal: mean of the logit; negative means less noise")
     logit_std: Positive = setting(1.0, "of logit-normal: standard deviation of the logit")
     init_from: str | None = setting(
-        None, "fine-tune: start from this snapshot's weights. Classes and image size may be others; the rest may not"
+        None, "fine-tune: start from this snapshot's weights. Classes and image size may differ, nothing else may",
+        source=True
     )
     unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
-    label_dropout: Fraction = setting(0.1, "share of labels replaced by the null class, for guidance")
+    label_dropout: Fraction = setting(
+        0.1, "fraction of labels replaced by the null class, for classifier-free guidance"
+    )
     label_init: Literal["normal", "names"] | None = setting(
-        None, "label table at the start: normal, each class by itself; names, sums of random vectors, one for each "
-        "word of the class name, so that 'red star on sky' and 'red ring on sky' start out alike. Default: normal, or "
-        "with --init-from that snapshot's rows, where it knows the class"
+        None, "initial class embeddings: normal, independent; names, sums of random vectors, one for each word of the "
+        "class name, so that 'red star on sky' and 'red ring on sky' start out alike. Default: normal, or with "
+        "--init-from those of the snapshot for the classes that it has"
     )
     label_init_std: NotNegative = setting(
-        0.02, "spread of the label table at the start, as DiT; runs of a few thousand steps want 0.1 to 1, or they "
-        "learn to draw before they learn to obey the class"
+        0.02, "standard deviation of the initial class embeddings, as DiT; runs of a few thousand steps need 0.1 to 1, "
+        "or they learn images before they learn classes"
     )
     label_lr_scale: NotNegative = setting(
-        1.0, "learning rate of the label table over that of the rest; as above, 3 to 30"
+        1.0, "factor on the learning rate of the class embeddings; short runs need 3 to 30"
     )
     gradient_checkpointing: bool = setting(
         False, "recompute blocks in the backward pass to save memory",
@@ -235,14 +241,16 @@ class TrainSettings(DataSettings, RunSettings):
 class EncodeSettings(DataSettings):
     """Settings of ``scripts/encode_latents.py``."""
 
-    output: str = setting(help="folder for the shards and their index; a folder that was begun is gone on with")
+    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output")
+    shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
+        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents"
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = setting("float16", "of the stored means and deviations")
-    batch_size: Count = setting(64, "images that a process encodes at once")
-    shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
+    dtype: Literal["float16", "bfloat16", "float32"] = setting(
+        "float16", "type of the stored means and standard deviations"
+    )
+    batch_size: Count = setting(64, "images that a process encodes at once", group="Machine")
     num_workers: Workers | None = setting(
         None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU"
     )
@@ -257,9 +265,9 @@ class ClassifierSettings(DataSettings, RunSettings):
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
     validate_dir: str | None = setting(
-        None, "such data of held-out images, with the same classes. Default: the folder val in --data-dir, where that "
-        "has both train and val",
-        resumable=True
+        None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
+        "that has both train and val",
+        resumable=True, source=True
     )
     image_size: ClassifierSide = setting(224, "side of the images in pixels")
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
@@ -284,25 +292,29 @@ class ClassifierSettings(DataSettings, RunSettings):
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     label_smoothing: Fraction = setting(0.1, "label smoothing of the cross-entropy", group="Loss")
     shift: NotNegative = setting(
-        0.0, "random translation of the training images, as a share of their side",
+        0.0, "random translation of the training images, as a fraction of their side",
         group="Augmentation"
     )
     rand_augment: str | None = setting(
         None, "timm's name of a RandAugment policy for folders, or none. Default: rand-m9-mstd0.5-inc1, the paper's"
     )
     crop_scale: list[PositiveFraction] = setting(
-        [0.08, 1.0], "shares of an image's area that random crops of folders have"
+        [0.08, 1.0], "range of the area of random crops of folders, as fractions of the image's area"
     )
     crop_share: PositiveFraction = setting(
-        0.875, "when measuring: side of the centre crop over the image's shorter side"
+        0.875, "in evaluation: side of the centre crop over the image's shorter side"
     )
     teacher: str | None = setting(
         None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
         "of a classifier",
         group="Distillation"
     )
-    teacher_weights: str | None = setting(None, "weights file of a timm teacher. Default: timm's pretrained ones")
-    distill_weight: NotNegative = setting(5.0, "weight of the teacher's soft logits beside the labels")
+    teacher_weights: str | None = setting(
+        None, "weights file of a timm teacher. Default: timm's pretrained ones", source=True
+    )
+    distill_weight: NotNegative = setting(
+        5.0, "weight of the distillation loss (the teacher's soft logits), relative to that of the labels"
+    )
     distill_tau: Positive = setting(1.0, "temperature of the soft logits")
 
     def check(self) -> None:

@@ -76,7 +76,9 @@ def expand(pattern: str) -> list[Path]:
     found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     missing = [str(each) for each in found if not each.is_file()] if found else [pattern]
     if missing:
-        raise InputError(f"there is no shard {missing[0]}; name local files, as in 'wds:/data/train-{{000..015}}.tar'")
+        raise InputError(
+            f"the shard {missing[0]} does not exist; name local files, as in 'wds:/data/train-{{000..015}}.tar'"
+        )
     return found
 
 

@@ -25,19 +25,9 @@ from d_emo.evaluation.features import (
     fingerprint,
 )
 from d_emo.evaluation.images import FolderImages, ZipImages, open_images
-from d_emo.evaluation.measurement import Measurement, check_output, compute_statistics, measure
-from d_emo.evaluation.metrics import Gathered, ImageSet, InceptionScore, kernel_distance, precision_recall
-from d_emo.evaluation.npz import NpzImages, holds_statistics, read_statistics
+from d_emo.evaluation.measurement import Measurement, check_output, measure
+from d_emo.evaluation.metrics import Gathered, InceptionScore, kernel_distance, precision_recall
+from d_emo.evaluation.npz import NpzImages, read_statistics
 from d_emo.evaluation.reference import Reference, write_reference
 from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
-
-__all__ = [
-    "ClassifierFeatures", "ClassifierMetrics", "FeatureExtractor", "FeatureShards", "FeatureStatistics",
-    "FolderImages", "Gathered", "ImageSet", "InceptionFeatures", "InceptionScore", "Measurement", "NpzImages", "Ranks",
-    "Reference", "Result", "StoredStatistics", "ZipImages", "check_output", "compare_with_real", "compute_statistics",
-    "create_extractor",
-    "draw_classes", "draw_labels", "even_labels", "fingerprint", "frechet_distance", "holds_statistics",
-    "kernel_distance", "measure", "measure_snapshot", "measure_timed", "open_images", "open_real", "precision_recall",
-    "read_statistics", "sampler_table", "write_reference",
-]  # fmt: skip

@@ -1,7 +1,5 @@
 """Metrics of images by a classifier of their classes: distances in its features, and whether it sees their class."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -87,12 +85,7 @@ class ClassifierMetrics:
         return self.measure(batches_of(images, limit), labels)
 
     def measure_noise(self, count: int, image_size: tuple[int, int]) -> dict[str, float]:
-        """What is measured in features, of noise: what images of nothing get.
-
-        Args:
-            count: Of images.
-            image_size: (height, width) in pixels.
-        """
+        """What is measured in features, of noise of (height, width) pixels: what images of nothing get."""
         generator = torch.Generator().manual_seed(0)
         sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
         noise = (torch.randint(256, (size, 3, *image_size), generator=generator, dtype=torch.uint8) for size in sizes)
@@ -136,9 +129,7 @@ def compare_with_real(
     """What was measured of drawn images, each value between those of real held-out images and of noise.
 
     Args:
-        metrics: By which it was measured.
-        drawn: What `ClassifierMetrics.measure` gave.
-        count: How many images were drawn.
+        metrics: By which ``drawn`` was measured, of ``count`` images.
         held_out: Real images that the denoiser has not seen; may be None.
         image_size: (height, width) of the noise in pixels.
     """
@@ -164,8 +155,7 @@ def open_real(
         data: Name of the built-in data set, when ``data_dir`` is not given.
         image_size: Side in pixels.
         class_names: Of the denoiser.
-        data_dir: Its training images, if it was trained on a folder.
-        validate_dir: Held-out images of the same classes, for such.
+        data_dir, validate_dir: Its training images and held-out ones, if it was trained on a folder.
 
     Raises:
         InputError: They cannot be opened or have other classes.
@@ -187,10 +177,7 @@ def open_real(
 
 
 def batches_of(images: ClassImages, limit: int) -> Iterator[torch.Tensor]:
-    """At most ``limit`` images, spread evenly over the set. Shape of a batch: (B, 3, H, W) uint8.
-
-    Shape: -> batches (B, 3, H, W) uint8.
-    """
+    """At most ``limit`` images, spread evenly over the set. Shape: -> batches (B, 3, H, W) uint8."""
     chosen = spread(len(images), limit)
     for start in range(0, len(chosen), BATCH):
         yield to_uint8(torch.stack([images[index][0] for index in chosen[start : start + BATCH]]))
@@ -202,12 +189,9 @@ def even_labels(count: int, classes: int) -> torch.Tensor:
 
 
 def measure_timed(metrics: ClassifierMetrics, batches: Iterable[torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
-    """Measure images while they are drawn; beside the values, "seconds" and "images_per_second" of the drawing alone.
+    """`ClassifierMetrics.measure` while images are drawn, with "seconds" and "images_per_second" of the drawing alone.
 
-    Args:
-        metrics: What measures.
-        batches: The images. Shape: (B, 3, H, W) uint8, on the CPU.
-        labels: Classes that were asked for. Shape: (N,).
+    Shape: batches (B, 3, H, W) uint8, labels (N,).
     """
     seconds = 0.0
 
@@ -224,13 +208,7 @@ def measure_timed(metrics: ClassifierMetrics, batches: Iterable[torch.Tensor], l
 
 
 def sampler_table(values: Sequence[MetricValue], rows: Sequence[Mapping[str, Any]], count: int) -> str:
-    """Rows of `measure_timed`, each with its ``scheduler`` and ``steps``, as a Markdown table.
-
-    Args:
-        values: Of the classifier's metrics.
-        rows: What was measured so far.
-        count: How many images each sampler drew.
-    """
+    """Rows of `measure_timed` of ``count`` images, each with its ``scheduler`` and ``steps``, as a Markdown table."""
     shown = [value for value in values if all(value.name in row for row in rows)]
     titles = ["sampler", "steps", *(value.title_for(count) for value in shown), "time", "images/s"]
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]

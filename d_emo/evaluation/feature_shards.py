@@ -5,8 +5,6 @@ complete; the same call again makes only what is missing. Shard k is drawn by pr
 content depends on that: the numbers are the same for any number of processes. A folder serves one command at a time.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -46,14 +44,10 @@ ALONE = Ranks()
 
 
 def draw_labels(mode: str, indices: range, *, seed: int, num_classes: int) -> list[int]:
-    """Class ids for images.
+    """Class ids of the images of these indices.
 
-    Args:
-        mode: ``random``: uniform, from (seed, index) alone, as ADM's and DiT's numbers are measured; or ``balanced``:
-            all classes in turn.
-        indices: Images.
-        seed: Seed of the whole set.
-        num_classes: How many classes there are.
+    ``random`` ones are uniform, from (seed, index) alone, as ADM's and DiT's numbers are measured; ``balanced`` ones
+    are all classes in turn.
 
     Raises:
         InputError: There are no classes, or no such way to draw them.
@@ -81,16 +75,13 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
             found = json.loads((path / SETTINGS_FILE).read_text())["sampling"]
         else:
             found = json.loads(read_text(path, SAMPLING_KEY) or "{}") if path.suffix.lower() == ".npz" else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # of another program
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
-    """Make a folder for files that depend on ``settings`` only, or check that it is one.
-
-    Returns:
-        Whether it was there already.
+    """Make a folder for files that depend on ``settings`` only, or check that it is one; tells whether it was there.
 
     Raises:
         InputError: It holds something else, or files of other settings.
@@ -119,7 +110,7 @@ class FeatureShards:
         folder: Where features are kept, claimed for these settings.
         num_images: How many images the set has.
         layers: Length of each kind of features, by name.
-        png_folder: Where to write images as PNG too; not at all by default.
+        png_folder: Where to write images as PNG too; None: nowhere.
         keep_pixels: Whether to keep the images for `write_npz`.
     """
 
@@ -168,10 +159,8 @@ class FeatureShards:
 
     def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any]) -> None:
         """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their shards."""
-        with write_npz(path, self.num_images, image_size) as writer:
-            for shard in self._shards:
-                writer.append(torch.from_numpy(np.load(self._pixel_file(shard))))
-            writer.add(**{SAMPLING_KEY: json.dumps(sampling)})
+        pixels = (torch.from_numpy(np.load(self._pixel_file(shard))) for shard in self._shards)
+        write_npz(path, pixels, self.num_images, image_size, lambda: {SAMPLING_KEY: json.dumps(sampling)})
         for shard in self._shards:
             self._pixel_file(shard).unlink()
 
@@ -216,11 +205,7 @@ class FeatureShards:
 
 
 def _write(path: Path, write: Callable[[Path], Any], *, flush: bool = True) -> None:
-    """Write a file, all or nothing.
-
-    Raises:
-        RunError: It cannot be written, for instance because the disk is full.
-    """
+    """Write a file, all or nothing; a full disk, say, is a `RunError`."""
     try:
         with replacing(path, flush=flush) as temporary:
             write(temporary)

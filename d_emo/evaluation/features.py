@@ -1,11 +1,8 @@
 """Networks that turn images into feature vectors: torch-fidelity's Inception, and EMOv2 classifiers for offline use."""
 
-from __future__ import annotations
-
 import socket
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -63,9 +60,6 @@ class InceptionFeatures:
         weights: Weights file; by default torch-fidelity's own, downloaded into torch's hub folder if it is not there.
         device: Where the network runs.
 
-    Attributes:
-        published: Whether the weights are the published ones; other weights give numbers of their own.
-
     Raises:
         InputError: The weights are missing and cannot be downloaded, or are not those of this network.
     """
@@ -88,7 +82,7 @@ class InceptionFeatures:
         self._spatial: torch.Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         digest = digest_of_file(path)
-        self.published = digest.startswith(_published_digest())
+        self.published = digest.startswith(_published()[1])
         self.name = f"inception-v3-compat@{digest[:8]}"
 
     @torch.no_grad()
@@ -114,10 +108,6 @@ class InceptionFeatures:
 
 class ClassifierFeatures:
     """The pooled features of an EMOv2 classifier: needs no download, and gives distances of its own scale.
-
-    Args:
-        snapshot: Classifier snapshot.
-        device: Where the network runs.
 
     Attributes:
         class_names: Of its logits.
@@ -157,15 +147,10 @@ class ClassifierFeatures:
 def create_extractor(
     features: str, *, inception_weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Make an extractor of ``d_emo.tables.EXTRACTORS``.
-
-    Args:
-        features: Its name, or NAME:WHAT for one that takes something: ``inception``, ``emov2:SNAPSHOT``.
-        inception_weights: Weights file, for one that has such.
-        device: Where it runs.
+    """Make an extractor of ``d_emo.tables.EXTRACTORS``: ``inception``, ``emov2:SNAPSHOT``, ...
 
     Raises:
-        InputError: There is no such extractor, or see the classes.
+        InputError: There is no such extractor, it takes no weights file, or see the classes.
     """
     row, what = parse_features(features)
     options = {"weights": inception_weights} if row.weights_file else {}
@@ -195,46 +180,38 @@ def locate_inception_weights(weights: str | Path | None = None) -> Path:
         if not Path(weights).is_file():
             raise InputError(f"the Inception weights {weights} do not exist")
         return Path(weights)
-    url = _published_url()
+    url, digest = _published()
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if not path.is_file():
-        try:
-            _download(url, path)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise InputError(
-                f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
-                f"({error}); put the file there, or name it (`inception_weights`), or measure with other `features`, "
-                "emov2:SNAPSHOT"
-            ) from error
-    return path
-
-
-def _published_url() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
-
-
-def _published_digest() -> str:
-    """Start of the SHA-256 of the published weights: by torch.hub's custom it ends the file name."""
-    return Path(_published_url()).stem.rpartition("-")[2]
-
-
-def _download(url: str, path: Path) -> None:
+    if path.is_file():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none: behind some firewalls it would hang
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=_published_digest())
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise InputError(
+            f"the Inception weights {path.name} are not in {path.parent} and cannot be downloaded from {url} "
+            f"({error}); put the file there, or name it (`inception_weights`), or measure with other `features`, "
+            "emov2:SNAPSHOT"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _published() -> tuple[str, str]:
+    """Address of the published weights, and the start of their SHA-256: by torch.hub's custom it ends the file name."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3, Path(URL_INCEPTION_V3).stem.rpartition("-")[2]
 
 
 def _check_tensors_only(path: Path) -> None:
     """Refuse a weights file that holds anything but named tensors: torch-fidelity itself unpickles whatever it is."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises many types for a damaged file
         raise InputError(f"{path} is not an intact weights file of tensors") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"{path} does not hold the weights of torch-fidelity's Inception")

@@ -1,14 +1,12 @@
 """Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,31 +14,11 @@ from PIL import Image
 
 from d_emo.data import IMAGE_SUFFIXES
 from d_emo.errors import InputError
-from d_emo.evaluation.npz import NpzImages, choose_evenly, in_chunks
+from d_emo.evaluation.npz import NpzImages, choose_evenly
 from d_emo.threads import thread_count
 
 JPEG_SUFFIXES = {".jpg", ".jpeg"}
 DECODING_THREADS = 8
-
-
-class ImageSource(Protocol):
-    """A set of images of one size.
-
-    Attributes:
-        name: Path or description, for messages.
-        image_size: (width, height) in pixels.
-        num_images: How many there are.
-        num_jpegs: How many of them are stored as JPEG.
-    """
-
-    name: str
-    num_images: int
-    image_size: tuple[int, int]
-    num_jpegs: int
-
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield the images in a fixed order. Shape: (B, 3, H, W) uint8."""
-        ...
 
 
 class FolderImages:
@@ -48,9 +26,11 @@ class FolderImages:
 
     The headers of all files are read first, so that a wrong file is named before any network has run.
 
-    Args:
-        folder: Folder of images; class sub-folders are welcome.
-        num_images: How many to take, spread evenly over the sorted paths; all by default.
+    Attributes:
+        name: Path, for messages.
+        image_size: (width, height) in pixels.
+        num_images: How many there are.
+        num_jpegs: How many of them are stored as JPEG.
 
     Raises:
         InputError: No such folder, too few images in it, images of several sizes or modes, or a file that is no 8-bit
@@ -58,10 +38,16 @@ class FolderImages:
     """
 
     def __init__(self, folder: str | Path, *, num_images: int | None = None):
-        self.name = str(folder)
-        self._choose(_find_images(Path(folder)), num_images, f"the folder {folder}")
+        self.name, folder = str(folder), Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"the folder {folder} does not exist")
+        names = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+        self._choose([path for path in names if _is_image(path)], num_images, f"the folder {folder}")
 
-    def _choose(self, found: list, num_images: int | None, name: str) -> None:
+    def _choose(self, found: list[Path], num_images: int | None, name: str) -> None:
+        if not found:
+            raise InputError(f"{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        found = sorted(found)
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
@@ -87,8 +73,8 @@ class FolderImages:
         """
         with ThreadPoolExecutor(min(DECODING_THREADS, thread_count())) as pool:
             ahead = None
-            for chunk in in_chunks(self.files, batch_size):
-                decoding = pool.map(self._read_image, chunk)
+            for start in range(0, self.num_images, batch_size):
+                decoding = pool.map(self._read_image, self.files[start : start + batch_size])
                 if ahead is not None:
                     yield torch.stack(list(ahead))
                 ahead = decoding
@@ -124,10 +110,6 @@ class FolderImages:
 class ZipImages(FolderImages):
     """The images in a zip and all folders inside it, in the order of their names.
 
-    Args:
-        path: Zip of image files.
-        num_images: How many to take, spread evenly over the sorted names; all by default.
-
     Raises:
         InputError: Not an intact zip, or as for folders.
     """
@@ -136,23 +118,24 @@ class ZipImages(FolderImages):
         self.name = str(path)
         try:
             self._archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:
             raise InputError(f"{path} is not an intact zip ({error})") from error
         self._names = {
             Path(path, name.lstrip("/")): name
             for name in self._archive.namelist()
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("__MACOSX/")
+            if _is_image(Path(name)) and not name.startswith("__MACOSX/")
         }
-        if not self._names:
-            raise InputError(f"the zip {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self._choose(sorted(self._names), num_images, f"the zip {path}")
+        self._choose(list(self._names), num_images, f"the zip {path}")
 
     def _open(self, path: Path) -> IO[bytes]:
         return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
 
 
+ImageSource = FolderImages | NpzImages
+
+
 def open_images(source: str | Path, *, num_images: int | None = None) -> ImageSource:
-    """Open a folder, a zip or an ``.npz`` file.
+    """Open a folder, a zip or an ``.npz`` file; of ``num_images``, so many, spread evenly over its order.
 
     Raises:
         InputError: None of these, or see the classes of this module.
@@ -172,15 +155,5 @@ def as_text(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _find_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"the folder {folder} does not exist")
-    found = [
-        Path(root, name)
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        raise InputError(f"the folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(found)
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES

@@ -1,7 +1,5 @@
 """All of it wired together: two sets of images in, distances and scores out."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,37 +21,14 @@ from d_emo.evaluation.feature_shards import (
     digest_of_settings,
     read_provenance,
 )
-from d_emo.evaluation.features import FeatureExtractor, create_extractor
+from d_emo.evaluation.features import create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import FeatureStatistics, is_constant
+from d_emo.evaluation.statistics import is_constant
 from d_emo.files import write_file
 from d_emo.tables import METRICS, check_compared, load, parse_features, parse_metrics
-
-
-def compute_statistics(
-    source: str | Path | Iterable[torch.Tensor], extractor: FeatureExtractor, *,
-    batch_size: int = FidSettings.batch_size, device: torch.device | str = "cpu",
-) -> FeatureStatistics:  # fmt: skip
-    """Mean and covariance of the features of a set of images, one batch in memory at a time.
-
-    Args:
-        source: Folder, zip, ``.npz`` file, or batches that something else makes.
-        extractor: Feature network.
-        batch_size: Images per call of the network, for folders and files.
-        device: Where the extractor runs.
-
-    Shape: of a batch (B, 3, H, W) uint8.
-
-    Raises:
-        InputError: The images cannot be used, see ``open_images``, or a feature is not finite.
-    """
-    statistics = FeatureStatistics(extractor.dim)
-    for batch in open_images(source).batches(batch_size) if isinstance(source, str | Path) else source:
-        statistics.update(extractor(batch.to(device)))
-    return statistics
 
 
 class Measurement:
@@ -63,11 +38,10 @@ class Measurement:
         reference: Folder, zip, or ``.npz`` (images, or statistics of the same features); may be None where no metric
             compares with one.
         metrics: Names in ``d_emo.tables.METRICS``.
-        features: As ``create_extractor`` takes them.
-        inception_weights: Weights file of the Inception network; torch-fidelity's own by default.
+        features, inception_weights: As ``create_extractor`` takes them.
         batch_size: Images per call of the network.
         output: JSON file to write; never overwritten.
-        device: Where the network runs; by default the GPU if there is one.
+        device: Where the network runs; None: the best one that is there.
         progress: Show progress bars on a terminal.
 
     Raises:
@@ -80,7 +54,8 @@ class Measurement:
         output: str | Path | None = None, device: torch.device | str | None = None, progress: bool = True,
     ):  # fmt: skip
         self._metrics = parse_metrics(metrics)
-        check_batch_size(batch_size)
+        if batch_size < 1:
+            raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
         if output is not None:
             check_output(Path(output))
         check_compared(self._metrics, reference)
@@ -104,7 +79,8 @@ class Measurement:
         with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
             sampled = self._gathered(images.num_images, Path(folder))
             sampled.update_all(self._run(images))
-            return self._finish(sampled, images, str(samples), read_provenance(samples), Path(folder))
+            warnings = self._warnings(images.num_images, images.image_size, images.num_jpegs)
+            return self._finish(sampled, Path(folder), str(samples), read_provenance(samples), warnings)
 
     def of_generated(
         self, generate: Generate, num_images: int, *, image_size: tuple[int, int], name: str, sampling: dict[str, Any],
@@ -117,12 +93,10 @@ class Measurement:
             generate: Draws images by their indices; an image must depend on nothing but its index.
             num_images: How many.
             image_size: (width, height) in pixels.
-            name: Where the samples come from, for the report.
-            sampling: How they are drawn, for the report.
+            name, sampling: Where the samples come from and how they are drawn, for the report.
             identity: Everything that the images depend on, beside their index.
             work_dir: Where features are kept, 4 bytes a number: 16 kB an image with Inception.
-            save_npz: File to write the images to, in ADM's layout.
-            save_png: Folder to write the images to.
+            save_npz, save_png: File (in ADM's layout) and folder to write the images to.
             ranks: Which of the processes that share the work this one is.
 
         Returns:
@@ -159,7 +133,7 @@ class Measurement:
             shards.write_npz(Path(save_npz), image_size, sampling)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as rows:
             sampled = self._gathered(num_images, Path(rows)).update_all(shards.read(self._device))
-            return self._finish(sampled, _Drawn(name, image_size), name, sampling, Path(rows), speed)
+            return self._finish(sampled, Path(rows), name, sampling, self._warnings(num_images, image_size), speed)
 
     def _prepare(self, num_images: int) -> None:
         """Open the network; refuse what a look at the numbers of images and of features is enough for."""
@@ -175,11 +149,14 @@ class Measurement:
         return Gathered(self.extractor, needs, count, folder=folder)
 
     def _run(self, images: ImageSource) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in _show(images, self._batch_size, self._progress):
-            yield self.extractor.extract(batch.to(self._device))
+        hidden = None if self._progress else True  # None: shown on a terminal only
+        with tqdm(total=images.num_images, desc=images.name, unit="image", disable=hidden, leave=False) as bar:
+            for batch in images.batches(self._batch_size):
+                yield self.extractor.extract(batch.to(self._device))
+                bar.update(len(batch))
 
     def _finish(
-        self, sampled: Gathered, images: ImageSource, name: str, sampling: dict[str, Any], folder: Path,
+        self, sampled: Gathered, folder: Path, name: str, sampling: dict[str, Any], warnings: Iterable[str],
         speed: float | None = None,
     ) -> Result:  # fmt: skip
         reference = self._reference
@@ -204,27 +181,27 @@ class Measurement:
             reference=reference and reference.name,
             sampling=sampling,
             images_per_second=speed,
-            warnings=tuple(self._warnings(images, sampled.pooled.count)),
+            warnings=tuple(warnings),
         )
         if self._output is not None:
             write_file(Path(self._output), result.to_json())
         return result
 
-    def _warnings(self, samples: ImageSource, count: int) -> Iterator[str]:
+    def _warnings(self, count: int, image_size: tuple[int, int], num_jpegs: int = 0) -> Iterator[str]:
         reference = self._reference and self._reference.images
         if count < PUBLISHED_COUNT:
             yield (
                 f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
                 f"published tables use {PUBLISHED_COUNT} samples"
             )
-        if samples.num_jpegs:
+        if num_jpegs:
             yield (
-                f"{samples.num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
+                f"{num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
                 "save samples as PNG"
             )
-        if reference is not None and samples.image_size != reference.image_size:
+        if reference is not None and image_size != reference.image_size:
             yield (
-                f"the samples are {as_text(samples.image_size)} px and the reference {as_text(reference.image_size)} "
+                f"the samples are {as_text(image_size)} px and the reference {as_text(reference.image_size)} "
                 "px; the resizing enters the FID"
             )
         if not self.extractor.published:
@@ -234,34 +211,6 @@ class Measurement:
 def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:
     """Measure stored images against a reference; ``options`` are those of `Measurement`."""
     return Measurement(reference, **options).of_images(samples, num_images=num_images)
-
-
-class _Drawn:
-    """Stands for drawn images where a report asks what they were."""
-
-    num_images, num_jpegs = None, 0
-
-    def __init__(self, name: str, image_size: tuple[int, int]):
-        self.name, self.image_size = name, image_size
-
-
-def _show(images: ImageSource, batch_size: int, progress: bool) -> Iterator[torch.Tensor]:
-    """The batches of a set, with a progress bar on a terminal."""
-    hidden = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=images.num_images, desc=images.name, unit="image", disable=hidden, leave=False) as bar:
-        for batch in images.batches(batch_size):
-            yield batch
-            bar.update(len(batch))
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch that holds nothing.
-
-    Raises:
-        InputError: It is below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
 
 
 def check_output(path: Path) -> None:

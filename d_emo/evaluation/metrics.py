@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ class InceptionScore:
     """exp of the mean divergence of an image's classes from the set's (Salimans et al. 2016), by sums alone.
 
     The images fall into torch-fidelity's ten random splits, whose scores are averaged; of a split, the sum of its class
-    distributions and of their negative entropies is all that is needed.
-
-    Args:
-        count: How many images will come.
+    distributions and of their negative entropies is all that is needed. ``count`` images will come.
     """
 
     def __init__(self, count: int):
@@ -85,21 +82,10 @@ class FeatureRows:
         return torch.from_numpy(self._rows)
 
 
-class ImageSet(Protocol):
-    """What metrics compare: `Gathered` of samples, and of a reference that or what its file holds.
-
-    Attributes:
-        pooled, spatial: Statistics of features, where a metric needs them.
-        rows: Feature vectors of single images, where a metric needs them. Shape: (N, dim) float32.
-    """
-
-    pooled: FeatureStatistics | StoredStatistics | None
-    spatial: FeatureStatistics | StoredStatistics | None
-    rows: torch.Tensor | None
-
-
 class Gathered:
     """What metrics need of one set of images. Only the rows grow with the set; in a folder, they are on disk.
+
+    Metrics compare it with another, or with a `Reference`, which has the same attributes but for ``score``.
 
     Args:
         extractor: Whose features will come.
@@ -163,12 +149,12 @@ def check_count(metrics: Collection[str], count: int) -> None:
             raise InputError(f"{count} images are too few for {row.title} ({row.name}); it needs at least {row.least}")
 
 
-def fid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+def fid(samples: Gathered, reference: Any, device: torch.device | str) -> dict[str, float]:
     """Frechet Inception Distance (Heusel et al. 2017)."""
     return {"fid": _distance(samples.pooled, reference.pooled)}
 
 
-def sfid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+def sfid(samples: Gathered, reference: Any, device: torch.device | str) -> dict[str, float]:
     """The same over spatial features (Nash et al. 2021)."""
     return {"sfid": _distance(samples.spatial, reference.spatial)}
 
@@ -178,12 +164,12 @@ def isc(samples: Gathered, reference: None, device: torch.device | str) -> dict[
     return samples.score.result()
 
 
-def prc(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+def prc(samples: Gathered, reference: Any, device: torch.device | str) -> dict[str, float]:
     """Precision and recall."""
     return precision_recall(samples.rows.to(device), reference.rows.to(device))
 
 
-def kid(samples: ImageSet, reference: ImageSet, device: torch.device | str) -> dict[str, float]:
+def kid(samples: Gathered, reference: Any, device: torch.device | str) -> dict[str, float]:
     """Kernel Inception Distance."""
     return kernel_distance(samples.rows, reference.rows)
 

@@ -1,13 +1,9 @@
 """``.npz`` files in ADM's layout: images as ``arr_0``, statistics as ``mu`` and ``sigma``. Nothing is unpickled."""
 
-from __future__ import annotations
-
 import io
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -43,31 +39,14 @@ def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int
     return spread(available, wanted)
 
 
-def in_chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Split ``items`` into consecutive parts of ``size``, the last one shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
-
-
 class NpzImages:
-    """The images ``arr_0`` of an ``.npz`` file, read batch by batch.
-
-    Args:
-        path: File with ``arr_0``, uint8. Shape: (N, H, W, 3).
-        num_images: How many to take, spread evenly; all by default.
-
-    Attributes:
-        name: The path, for messages.
-        image_size: (width, height) in pixels.
-        num_images: How many are taken.
-        num_jpegs: 0; what the images were before is not recorded.
+    """The images ``arr_0`` of an ``.npz`` file, read batch by batch; with the attributes of ``FolderImages``.
 
     Raises:
         InputError: No such file, not an archive, no ``arr_0``, another type or shape, or too few images.
     """
 
-    num_jpegs = 0
+    num_jpegs = 0  # what the images were before is not recorded
 
     def __init__(self, path: str | Path, *, num_images: int | None = None):
         self.path, self.name = Path(path), str(path)
@@ -99,8 +78,8 @@ class NpzImages:
         image_bytes, position = 3 * width * height, 0
         with _open_array(self.path, IMAGES_KEY) as stream:
             _read_header(stream)
-            for chunk in in_chunks(self._indices, batch_size):
-                pixels = bytearray()
+            for start in range(0, self.num_images, batch_size):
+                chunk, pixels = self._indices[start : start + batch_size], bytearray()
                 for index in chunk:
                     stream.seek((index - position) * image_bytes, io.SEEK_CUR)
                     pixels += stream.read(image_bytes)
@@ -123,23 +102,8 @@ def archive_keys(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def holds_statistics(path: str | Path) -> bool:
-    """Whether this is an ``.npz`` file with ``mu`` and ``sigma``.
-
-    Raises:
-        InputError: It is named ``.npz`` but is missing or no archive.
-    """
-    path = Path(path)
-    return path.suffix.lower() == ".npz" and not path.is_dir() and set(POOLED_KEYS) <= archive_keys(path)
-
-
 def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_KEYS) -> StoredStatistics:
-    """Read a mean and a covariance of an ``.npz`` file.
-
-    Args:
-        path: File in ADM's layout.
-        dim: Number of features that the statistics must be over.
-        keys: Their names: ``mu`` and ``sigma``, or ``mu_s`` and ``sigma_s`` for the spatial features.
+    """Read a mean and a covariance, called ``keys``, of an ``.npz`` file in ADM's layout.
 
     Raises:
         InputError: Not an archive, or statistics that are not finite numbers over ``dim`` features.
@@ -166,67 +130,42 @@ def read_text(path: Path, key: str) -> str | None:
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
-    """One array of an ``.npz`` file.
-
-    Raises:
-        InputError: It is damaged or holds objects.
-    """
+    """One array of an ``.npz`` file; objects are refused."""
     with _open_array(path, key) as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-class NpzWriter:
-    """What ``write_npz`` gives: streams images into an archive, then other arrays.
+def write_npz(
+    path: Path, images: Iterable[torch.Tensor], num_images: int, image_size: tuple[int, int],
+    arrays: Callable[[], dict[str, np.ndarray | str | int]],
+) -> None:
+    """Write an ``.npz`` file, all or nothing.
 
     Args:
-        archive: Open for writing.
-        num_images: How many images ``arr_0`` will hold.
+        path: The file.
+        images: Become ``arr_0``, streamed. Shape: (B, 3, H, W) uint8 each.
+        num_images: How many will come; without any there is no ``arr_0``.
         image_size: (width, height) in pixels.
-    """
-
-    def __init__(self, archive: zipfile.ZipFile, num_images: int, image_size: tuple[int, int]):
-        self._archive, self.left = archive, num_images
-        self._stream: IO[bytes] | None = None
-        self._shape = (num_images, image_size[1], image_size[0], 3)
-
-    def append(self, images: torch.Tensor) -> None:
-        """Add images to ``arr_0``. Shape: (B, 3, H, W) uint8."""
-        if self._stream is None:
-            self._stream = self._archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True)
-            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-            np.lib.format.write_array_header_1_0(self._stream, header)
-        self.left -= len(images)
-        assert self.left >= 0 and images.shape[2:] == self._shape[1:3]
-        self._stream.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-
-    def add(self, **arrays: np.ndarray | str | int) -> None:
-        """Write arrays after the images."""
-        self.close()
-        for key, value in arrays.items():
-            with self._archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, np.asarray(value), allow_pickle=False)
-
-    def close(self) -> None:
-        """End ``arr_0``."""
-        if self._stream is not None:
-            self._stream.close()
-
-
-@contextmanager
-def write_npz(path: Path, num_images: int, image_size: tuple[int, int]) -> Iterator[NpzWriter]:
-    """Write an ``.npz`` file, all or nothing, with ``num_images`` images as ``arr_0``, or without.
+        arrays: Called when all have come; gives what is written after them.
 
     Raises:
         RunError: The disk is full, say.
     """
+    left, shape = num_images, (num_images, image_size[1], image_size[0], 3)
     try:
         with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            writer = NpzWriter(archive, num_images, image_size)
-            try:
-                yield writer
-            finally:
-                writer.close()
-            assert writer.left == 0
+            with archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) if left else nullcontext() as stream:
+                if left:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                for batch in images:
+                    left -= len(batch)
+                    assert batch.shape[2:] == shape[1:3]
+                    stream.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            assert left == 0
+            for key, value in arrays().items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, np.asarray(value), allow_pickle=False)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -238,7 +177,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen types for a damaged file
         raise InputError(f"{path} is not an intact .npz file ({error}); write it again with numpy.savez") from error
 
 

@@ -1,30 +1,18 @@
 """The other side of a measurement: real images, or statistics of them that were stored in ADM's layout."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from d_emo.data import spread
 from d_emo.errors import InputError
+from d_emo.evaluation import npz
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.images import ImageSource, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
-from d_emo.evaluation.npz import (
-    COUNT_KEY,
-    FEATURES_KEY,
-    IMAGES_KEY,
-    POOLED_KEYS,
-    SPATIAL_KEYS,
-    archive_keys,
-    choose_evenly,
-    read_statistics,
-    read_text,
-    write_npz,
-)
 from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, is_constant
 from d_emo.tables import METRICS
 
@@ -39,10 +27,9 @@ class Reference:
     images (``arr_0``): FID and sFID are measured against the statistics, precision, recall and KID against the images.
 
     Args:
-        path: Folder, zip, or ``.npz``.
+        path: Folder, zip, or ``.npz``; statistics in a file are of the features that it names, else of Inception's.
         metrics: What is to be measured.
-        features: ``inception`` or ``emov2:SNAPSHOT``. Statistics in a file serve the features that it names, and
-            Inception if it names none.
+        features: In which features.
 
     Attributes:
         name: The path.
@@ -63,17 +50,18 @@ class Reference:
 
         self._needs = {what for name in metrics for what in METRICS[name].needs}
         is_npz = self._path.suffix.lower() == ".npz" and not self._path.is_dir()
-        keys = archive_keys(self._path) if is_npz else set()
-        self._stored = set(POOLED_KEYS) <= keys and (features == ADM_FEATURES or FEATURES_KEY in keys)
-        if self._stored and needing("spatial") and not set(SPATIAL_KEYS) <= keys:
+        keys = npz.archive_keys(self._path) if is_npz else set()
+        self._stored = set(npz.POOLED_KEYS) <= keys and (features == ADM_FEATURES or npz.FEATURES_KEY in keys)
+        if self._stored and needing("spatial") and not set(npz.SPATIAL_KEYS) <= keys:
             names = ", ".join(needing("spatial"))
             raise InputError(f"{path} holds mu and sigma but not mu_s and sigma_s, which {names} needs; leave it out")
-        if self._stored and needing("rows") and IMAGES_KEY not in keys:
+        if self._stored and needing("rows") and npz.IMAGES_KEY not in keys:
+            names = " and ".join(needing("rows"))
             raise InputError(
-                f"{path} holds statistics but no images ({IMAGES_KEY}), which {' and '.join(needing('rows'))} need; "
-                "leave them out, or write another with scripts/make_reference.py"
+                f"{path} holds statistics but no images ({npz.IMAGES_KEY}), which {names} need; leave them out, or "
+                "write another with scripts/make_reference.py"
             )
-        if not self._stored and set(POOLED_KEYS) <= keys and IMAGES_KEY not in keys:
+        if not self._stored and set(npz.POOLED_KEYS) <= keys and npz.IMAGES_KEY not in keys:
             raise InputError(
                 f"{path} holds statistics without the name of their features, which are then Inception's, not "
                 f"{features}; write another with scripts/make_reference.py"
@@ -97,32 +85,26 @@ class Reference:
         """
         if not self._stored:
             return
-        found = read_text(self._path, FEATURES_KEY)
+        found = npz.read_text(self._path, npz.FEATURES_KEY)
         if found is not None and _content(found) != _content(extractor.name):
             raise InputError(
                 f"{self._path} holds statistics of the features {found}, not of {extractor.name}, which are in use; "
                 "measure with the same, or write another with scripts/make_reference.py"
             )
         if "pooled" in self._needs:
-            self.pooled = read_statistics(self._path, extractor.dim)
+            self.pooled = npz.read_statistics(self._path, extractor.dim)
         if "spatial" in self._needs:
-            self.spatial = read_statistics(self._path, extractor.spatial_dim, SPATIAL_KEYS)
+            self.spatial = npz.read_statistics(self._path, extractor.spatial_dim, npz.SPATIAL_KEYS)
         self._check_spread()
 
     def gather(
         self, extractor: FeatureExtractor, run: Callable[[ImageSource], Iterable[dict[str, torch.Tensor]]], folder: Path
     ) -> None:
-        """Run the images through the network, if that is needed.
-
-        Args:
-            extractor: The network.
-            run: Yields features of a set of images.
-            folder: Where features of single images go.
-        """
+        """Run the images through the network, if that is needed; features of single images go to ``folder``."""
         if self.images is None:
             return
         count = self.images.num_images
-        kept = choose_evenly(count, min(count, COMPARED), self.name)
+        kept = npz.choose_evenly(count, min(count, COMPARED), self.name)
         gathered = Gathered(extractor, self._from_images, count, folder=folder, kept=kept)
         gathered.update_all(run(self.images))
         self.pooled, self.spatial = self.pooled or gathered.pooled, self.spatial or gathered.spatial
@@ -164,18 +146,21 @@ def write_reference(
     """
     gathered = Gathered(extractor, {"pooled", "spatial"} if extractor.spatial_dim else {"pooled"}, num_images)
     kept = set(spread(num_images, kept_images)) if kept_images else set()
-    with write_npz(path, kept_images, image_size) as writer:
-        seen = 0
+
+    def chosen() -> Iterator[torch.Tensor]:
         for images in batches:
+            rows = [row for row in range(len(images)) if gathered.pooled.count + row in kept]
             gathered.update(extractor.extract(images))
-            chosen = [row for row in range(len(images)) if seen + row in kept]
-            if chosen:
-                writer.append(images[chosen].cpu())
-            seen += len(images)
-        writer.add(mu=gathered.pooled.mean, sigma=gathered.pooled.covariance)
-        if gathered.spatial is not None:
-            writer.add(mu_s=gathered.spatial.mean, sigma_s=gathered.spatial.covariance)
-        writer.add(**{COUNT_KEY: seen, FEATURES_KEY: extractor.name})
+            if rows:
+                yield images[rows].cpu()
+
+    def arrays() -> dict[str, Any]:
+        found = {npz.POOLED_KEYS: gathered.pooled, npz.SPATIAL_KEYS: gathered.spatial}
+        moments = {keys: (each.mean, each.covariance) for keys, each in found.items() if each is not None}
+        named = {key: value for keys, pair in moments.items() for key, value in zip(keys, pair, strict=True)}
+        return {**named, npz.COUNT_KEY: gathered.pooled.count, npz.FEATURES_KEY: extractor.name}
+
+    npz.write_npz(path, chosen(), kept_images, image_size, arrays)
 
 
 def _content(features: str) -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """The report of a measurement: the numbers, and all that is needed to compare them with others."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Any

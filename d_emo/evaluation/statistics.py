@@ -1,7 +1,5 @@
 """Mean and covariance of features, gathered batch by batch in float64, and the Frechet distance between two of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +14,7 @@ CONSTANT_SPREAD = 1e-12  # variance over squared mean that float32 features of o
 
 
 class StoredStatistics(NamedTuple):
-    """Mean and covariance read from a file.
-
-    Attributes:
-        mean: Shape: (dim,) float64.
-        covariance: Shape: (dim, dim) float64.
-        count: Over how many images; None if the file does not say.
-    """
+    """Mean (dim,) and covariance (dim, dim) in float64, read from a file; of how many images, if that says so."""
 
     mean: torch.Tensor
     covariance: torch.Tensor
@@ -32,11 +24,8 @@ class StoredStatistics(NamedTuple):
 class FeatureStatistics:
     """Mean and covariance of a stream of feature vectors; memory is (dim + 1) * dim numbers whatever the stream.
 
-    Two streams can be gathered apart and merged. Both steps use the pairwise update of Chan, Golub and LeVeque (1979),
-    which sums squares about the running mean, so that no digits cancel as they do in E[xx'] - E[x]E[x]'.
-
-    Args:
-        dim: Length of a feature vector.
+    The pairwise update of Chan, Golub and LeVeque (1979) sums squares about the running mean, so that no digits cancel
+    as they do in E[xx'] - E[x]E[x]'.
 
     Attributes:
         dim: Length of a feature vector.
@@ -71,33 +60,13 @@ class FeatureStatistics:
         count = len(features)
         if count == 0:
             return
-        batch_mean = features.mean(dim=0)
-        shift = self._shift_mean(batch_mean, count)
-        rows = torch.cat([features - batch_mean, shift[None]])
-        self._scatter.addmm_(rows.T, rows)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add all that ``other`` has seen, as if it had been seen here.
-
-        Raises:
-            ValueError: ``other`` has features of another length.
-        """
-        if other.dim != self.dim:
-            raise ValueError(f"statistics over {other.dim} features cannot be merged into statistics over {self.dim}")
-        if other.count == 0:
-            return
-        shift = self._shift_mean(other._mean.to(self._mean.device), other.count)
-        self._scatter += other._scatter.to(self._mean.device)
-        self._scatter.addr_(shift, shift)
-
-    def _shift_mean(self, mean: torch.Tensor, count: int) -> torch.Tensor:
-        """Move the mean towards that of ``count`` new vectors; return the row whose square the scatter gains."""
-        total = self.count + count
-        delta = mean - self._mean
-        row = delta * (self.count * count / total) ** 0.5
+        batch_mean, total = features.mean(dim=0), self.count + count
+        delta = batch_mean - self._mean
+        shift = delta * (self.count * count / total) ** 0.5  # whose square the scatter gains as the mean moves
         self._mean += delta * (count / total)
         self.count = total
-        return row
+        rows = torch.cat([features - batch_mean, shift[None]])
+        self._scatter.addmm_(rows.T, rows)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -130,12 +99,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     of a rounded zero: in eigenvalues of sigma1 sigma2, zeros come out near +-1e-16 of the largest, and thousands of
     their roots, 1e-8 each, add up for singular covariances, that is for fewer images than features.
 
-    Args:
-        mu1, mu2: Means. Shape: (dim,).
-        sigma1, sigma2: Covariances, singular or not. Shape: (dim, dim).
-
-    Returns:
-        The distance, at least 0.
+    Shape: means (dim,), covariances (dim, dim), singular or not.
 
     Raises:
         InputError: The dimensions differ, a value is not finite, or a sigma has a clearly negative eigenvalue.

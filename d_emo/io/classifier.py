@@ -1,7 +1,5 @@
 """Classifiers of images in [-1, 1], wherever they come from, and the images to measure them on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
-from d_emo.models import EMO, create_model
+from d_emo.models import EMO, create_model, list_models
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import resolve_name
@@ -74,9 +72,7 @@ class Classifier:
 def open_classifier(source: str, weights: str = "ema") -> Classifier:
     """A snapshot or run folder of ours, a released file, a folder in timm's layout, or a name (with random weights).
 
-    Args:
-        source: path or name.
-        weights: "raw" for a snapshot's weights before averaging, which the training state of its step keeps.
+    With ``weights`` "raw", a snapshot's before averaging, which the training state of its step keeps.
 
     Raises:
         InputError: if it is none of them, or damaged; if there are no raw weights.
@@ -85,6 +81,8 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
         raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
+        if len(path.parts) > 1 and source.replace("/", "-") not in list_models():
+            raise InputError(f"the classifier {source} does not exist")
         if resolve_name(source) not in BACKBONES:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
         torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """Sharing snapshots on the Hugging Face hub: asked for and checked when a run starts, done when it is complete."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -12,14 +10,10 @@ from huggingface_hub.utils import validate_repo_id
 from d_emo.errors import InputError, RunError
 
 
-def prepare_push(repo_id: str | None, *, private: bool = True) -> None:
+def prepare_push(repo_id: str | None) -> None:
     """Make sure, before a long run, that its snapshot can be pushed: name, token, and a repository to write to.
 
-    Makes the repository if there is none. Only the main process of a run does anything.
-
-    Args:
-        repo_id: OWNER/NAME on the hub; None does nothing.
-        private: Visibility of a new repository; one that exists stays as it is.
+    Makes the repository, private, if there is none. Only the main process of a run does anything; None does nothing.
 
     Raises:
         InputError: The name is malformed, nobody is logged in, or the hub refuses or cannot be reached.
@@ -35,7 +29,7 @@ def prepare_push(repo_id: str | None, *, private: bool = True) -> None:
     if get_token() is None:
         raise InputError("`push_to_hub` needs a token of the Hugging Face hub: log in with `hf auth login` first")
     try:
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        HfApi().create_repo(repo_id, private=True, exist_ok=True)
     except HfHubHTTPError as error:
         raise InputError(
             f"the hub does not let you write to {repo_id} ({_sentence(error)}); log in with `hf auth login` and a "
@@ -48,22 +42,14 @@ def prepare_push(repo_id: str | None, *, private: bool = True) -> None:
         ) from None
 
 
-def push_snapshot(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
-    """Upload a snapshot, card included.
-
-    Args:
-        folder: Snapshot; it stays as it is, whatever happens.
-        repo_id: OWNER/NAME on the hub; made if there is none.
-        private: Visibility of a new repository.
-
-    Returns:
-        The repository's address.
+def push_snapshot(folder: str | Path, repo_id: str) -> str:
+    """Upload a snapshot, card included, to OWNER/NAME on the hub; returns the repository's address.
 
     Raises:
         RunError: The hub refused or could not be reached; the sentence says how to push later.
     """
     try:
-        address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        address = HfApi().create_repo(repo_id, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Snapshot {Path(folder).name}")
     except Exception as error:  # HTTP, network and file errors alike must not take the training's result with them
         raise RunError(

@@ -5,14 +5,11 @@ average) as safetensors with the model's config, for a denoiser also its noise s
 under a temporary name and renamed.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from d_emo.config import write_yaml
@@ -100,7 +97,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
             path / "transformer", use_safetensors=True, low_cpu_mem_usage=False
         )
         scheduler_config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # diffusers and safetensors raise many types for a damaged folder
         raise _damaged(path, error) from None
     if len(meta["class_names"]) != model.num_classes:
         raise InputError(
@@ -126,7 +123,7 @@ def load_classifier(path: str | Path) -> ClassifierSnapshot:
     try:
         model = create_model(**meta["model"])
         model.load_state_dict(load_file(path / "model.safetensors"))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise _damaged(path, error) from None
     return ClassifierSnapshot(path, model.eval(), meta["class_names"], meta["image_size"], meta)
 
@@ -147,14 +144,14 @@ def kind_of(path: str | Path) -> str | None:
 def _kind(meta_file: Path) -> str | None:
     try:
         return json.loads(meta_file.read_text()).get("kind")
-    except (OSError, ValueError, AttributeError):
+    except Exception:  # of another program
         return None
 
 
 def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"there is no snapshot folder {path}")
+        raise InputError(f"the snapshot folder {path} does not exist")
     if not (path / _META).exists() and (path / "snapshots").is_dir():
         path = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
     if not (path / _META).exists():
@@ -165,7 +162,7 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
         found = meta["kind"]
         if found == kind:
             [meta[key] for key in ("class_names", "image_size", "step", *(("codec",) if kind == "denoiser" else ()))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise _damaged(path, error) from None
     if found != kind:
         raise InputError(f"the snapshot {path} holds a {found}, not a {kind}")

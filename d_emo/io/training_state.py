@@ -1,7 +1,5 @@
 """Training states: all that an exact resume needs. A folder with ``state.pt`` and a manifest with its checksum."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -94,12 +92,12 @@ def step_of(folder: Path) -> int:
 
 def _state_problem(folder: Path) -> str | None:
     if not folder.is_dir():
-        return "there is no such folder"
+        return "it does not exist"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         intact = manifest["sha256"] == digest_of_file(folder / "state.pt")
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         return f"{MANIFEST} cannot be read"
     return None if intact else "state.pt does not match its checksum"

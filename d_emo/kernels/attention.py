@@ -6,7 +6,8 @@ The plain form stacks the windows of all partitions and calls the library's atte
 fused kernel for a value wider than the query, and its general form copies each operand once more, scales two of them,
 looks for rows of minus infinity and, in bfloat16, does all of it in float32.
 
-On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see `d_emo.kernels.gpu.attention`.
+On an NVIDIA GPU it is one kernel in each direction, which gathers nothing: see `d_emo.kernels.gpu.attention`,
+and `d_emo.kernels.gpu.spanning` where the map is small enough to go over it once for both partitions.
 
 The CPU form gathers each operand once, in the order that the products want, for a few images or heads at a time, so
 that the gathered windows stay in the cache and their memory is used again. Its gradient keeps the attention maps and
@@ -16,7 +17,8 @@ compiler calls as it is: what the compiler makes of the single steps, or of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +40,7 @@ FROZEN_CHUNK = 2**18
 
 def window_attention(
     qk: nn.Module, u: Tensor, x: Tensor, value: nn.Module | None = None, act: nn.Module | None = None, *, heads: int,
-    window: tuple[int, int], mode: AttentionMode, repeat: int = 1,
+    window: tuple[int, int], mode: AttentionMode, merge: bool = True,
 ) -> Tensor:  # fmt: skip
     """The attention maps of ``u`` weigh ``act(value(x))`` in every window of a mode's partitions.
 
@@ -50,22 +52,27 @@ def window_attention(
         heads: that the channels of queries, keys and value are divided among.
         window: height and width of a window; divides the map.
         mode: near, far, or both summed.
-        repeat: factor of the result, for equal partitions that are computed once.
+        merge: on a map of one window, compute the partitions' common result once (the same sum).
 
     Shape: u (B, H, W, C), x (B, H, W, K) -> (B, H, W, M), M the width of the value.
     """
     z, kind = unactivated(value, x, act)  # (B, H, W, M)
-    return attend(linear(qk, u), z, act=kind, heads=heads, window=window, mode=mode, repeat=repeat)
+    return attend(linear(qk, u), z, act=kind, heads=heads, window=window, mode=mode, merge=merge)
 
 
+@torch.fx.wrap
 def attend(
     qk: Tensor, z: Tensor, *, act: Activation = "none", heads: int, window: tuple[int, int], mode: AttentionMode,
-    repeat: int = 1,
+    repeat: int = 1, merge: bool = True,
 ) -> Tensor:  # fmt: skip
-    """`window_attention` of given queries with keys, and of a value before its activation.
+    """``repeat`` times `window_attention` of given queries with keys, and of a value before its activation.
+
+    One node of a `torch.fx` graph.
 
     Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
+    if merge and tuple(z.shape[1:3]) == tuple(window):  # near and far are the same tokens
+        mode, repeat = "near", repeat * len(PARTITIONS[mode])
     return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, list(window), mode, repeat)
 
 
@@ -83,6 +90,22 @@ def _triton(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
     return gpu.attend(*lowered(qk, z), *options)
 
 
+def _spanning_refuses(
+    z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, *_: Any
+) -> str | None:
+    if why := _triton_refuses(z, qk, act, heads, window):
+        return why
+    from d_emo.kernels.gpu import spanning
+
+    return spanning.refuses(*lowered(qk, z), window, mode)
+
+
+def _spanning(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
+    from d_emo.kernels.gpu import spanning
+
+    return spanning.attend(*lowered(qk, z), *options)
+
+
 def _cpu_refuses(z: Tensor, qk: Tensor, *_: Any) -> str | None:
     return None if z.device.type == "cpu" else "not on a CPU"
 
@@ -98,9 +121,15 @@ def _cpu(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
         return forward(qk, z, Layout(*options))
 
 
+def _steps(q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    """Attention in steps that all counters of operations know; some pass over the library's. Shape: as it."""
+    return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).softmax(-1), value)
+
+
 def _library(
-    z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, repeat: int
-) -> Tensor:
+    z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, repeat: int,
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:  # fmt: skip
     """In tensors of at most four axes, as Core ML wants them."""
     value = activate(z, act)
     (h, w), (batch, height, width, _), total = window, z.shape, None
@@ -112,7 +141,7 @@ def _library(
             x = gather(x, (h, w)) if far else x  # (B, n h, m w, C or M), a window's tokens side by side
             x = x.reshape(batch * n, h, m, w * dim).transpose(1, 2)  # (B n, m, h, w C)
             operands.append(x.reshape(batch * n * m, h * w, heads, dim // heads).transpose(1, 2))
-        mixed = F.scaled_dot_product_attention(*operands).transpose(1, 2)  # (B n m, h w, heads, M / heads)
+        mixed = attention(*operands).transpose(1, 2)  # (B n m, h w, heads, M / heads)
         mixed = mixed.reshape(batch * n, m, h, w * dim).transpose(1, 2).reshape(batch, height, width, dim)
         mixed = gather(mixed, (n, m)) if far else mixed  # (B, H, W, M)
         total = mixed if total is None else total + mixed
@@ -120,9 +149,11 @@ def _library(
 
 
 WINDOW_ATTENTION = (
+    Form("Triton, both partitions in one pass", _spanning, _spanning_refuses),
     Form("Triton", _triton, _triton_refuses),
-    Form("CPU, in chunks", _cpu, _cpu_refuses),
-    Form("the library's attention", _library),
+    Form("CPU, in chunks", _cpu, _cpu_refuses, rival=True),
+    Form("the library's attention", _library, lambda *_: None, rival=True),
+    Form("product, softmax, product", functools.partial(_library, attention=_steps)),
 )
 
 

@@ -2,25 +2,27 @@
 
 An operator has a table of forms, fastest first. Each is asked for what it has against its inputs, in one sentence, and
 the first that has nothing runs. The last form takes everything: it calls the layers as modules, in standard operators.
+Where it depends on the machine which form is faster they are rivals, and `d_emo.kernels.autotune` finds the fastest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-from d_emo.errors import RunError
+from d_emo.errors import InputError, RunError
+from d_emo.kernels.autotune import described, in_words, preferences, tuner
 
 try:
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing as is_fx_tracing
-except ImportError:  # before PyTorch 2.8
+except ImportError:  # before PyTorch 2.9
     from torch.fx._symbolic_trace import is_fx_tracing
 
 HAS_ONEDNN = (
@@ -38,11 +40,13 @@ class Form(NamedTuple):
         name: what explanations call it.
         run: takes the operator's inputs, the map first.
         refuses: takes the same; says why this form does not take them, or None. The last form of a table has none.
+        rival: whether its place in the table is for measurement to decide, among the rivals that take the inputs.
     """
 
     name: str
     run: Callable[..., Tensor]
     refuses: Callable[..., str | None] | None = None
+    rival: bool = False
 
 
 class Call(NamedTuple):
@@ -54,7 +58,7 @@ class Call(NamedTuple):
     refused: tuple[tuple[str, str], ...]
 
 
-_plain = os.environ.get("D_EMO_KERNELS") == "plain"
+_plain = preferences.plain
 _calls: list[Call] | None = None
 
 
@@ -65,22 +69,79 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
 
     Raises:
         RunError: A form broke the GPU; see `passes_trial`.
+        InputError: D_EMO_KERNELS names a form that the operator does not have.
     """
     standard = why_standard()
-    chosen = forms[-1]
+    if standard is None and type(x) not in PLAIN_TENSORS:
+        standard = f"the map is a {type(x).__name__}"
+    chosen, times = forms[-1], {}
     if standard is None:
         for form in forms:
             if form.refuses is None or form.refuses(x, *inputs) is None:
                 chosen = form
                 break
+        if preferences.forms:
+            chosen = _asked_for(operator, forms, x, inputs) or chosen
+        if chosen.rival and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            fast, times = _fastest(operator, forms, x, inputs)
+            if fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed since
+                chosen = fast
     if _calls is not None:
         refused = []
         for form in forms:
             if form is chosen:
                 break
-            refused.append((form.name, standard or form.refuses(x, *inputs)))
+            why = standard or (form.refuses and form.refuses(x, *inputs)) or slower(form.name, chosen.name, times)
+            refused.append((form.name, why))
         note(operator, tuple(x.shape), chosen.name, tuple(refused))
     return chosen.run(x, *inputs)
+
+
+def slower(form: str, chosen: str, times: dict[str, float]) -> str:
+    """Why a form is not the chosen one, which both take the inputs."""
+    if form in times and chosen in times:
+        return f"{times[form]:.2g} ms here, where {chosen} takes {times[chosen]:.2g}"
+    return f"{chosen} was asked for, or is kept from another run"
+
+
+def _asked_for(operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[Any, ...]) -> Form | None:
+    """The form that D_EMO_KERNELS names, if it takes the inputs."""
+    name = preferences.forms.get(operator)
+    if name is None:
+        return None
+    named = {form.name: form for form in forms}
+    if name not in named:
+        raise InputError(f"D_EMO_KERNELS asks for {name!r}; the forms of {operator} are {', '.join(map(repr, named))}")
+    form = named[name]
+    return form._replace(rival=False) if form.refuses is None or form.refuses(x, *inputs) is None else None
+
+
+def _fastest(
+    operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[Any, ...]
+) -> tuple[Form, dict[str, float]]:
+    """The fastest of the rivals that take the inputs, and the times that say so."""
+    gradients = torch.is_grad_enabled()
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    key = (operator, torch.get_num_threads(), gradients, low, *map(described, (x, *inputs)))
+    found = tuner.memo.get(key)
+    if found is None:
+        rivals = {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
+        choice = tuner.choose(in_words(key), list(rivals), lambda name: _try(rivals[name], x, inputs, gradients))
+        found = tuner.memo[key] = rivals[choice.form], choice.times
+    return found
+
+
+def _try(form: Form, x: Tensor, inputs: tuple[Any, ...], gradients: bool) -> None:
+    """Run a form on copies without a history, there and back; nobody else is to see it."""
+    operands = [
+        value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for value in (x, *inputs)
+    ]
+    with record(), torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+        out = form.run(*operands)
+        wanted = [value for value in operands if isinstance(value, Tensor) and value.requires_grad]
+        if gradients and wanted:
+            torch.autograd.grad(out, wanted, torch.ones_like(out))
 
 
 @torch.compiler.assume_constant_result
@@ -116,35 +177,59 @@ def plain() -> Iterator[None]:
 
 
 def why_standard() -> str | None:
-    """Why every operator takes its plain form, or None: it was asked for, the network is exported or traced, or a hook
-    is to see all modules."""
+    """Why every operator takes its plain form, or None.
+
+    It was asked for, or a tracer, a dispatch mode, a transform or a hook is to see all modules and operators.
+    """
     if _plain:
         return "the plain form was asked for"
-    if is_fx_tracing() or (torch.compiler.is_compiling() and is_exporting()):
+    if torch.compiler.is_compiling():
+        if is_exporting():
+            return "the network is exported or traced"
+    elif is_fx_tracing() or torch.jit.is_tracing():
         return "the network is exported or traced"
+    elif torch._C._len_torch_dispatch_stack():
+        return MODE
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "a transform of torch.func is to see all operators"
     if modules._global_forward_hooks or modules._global_forward_pre_hooks or (
         modules._global_backward_hooks or modules._global_backward_pre_hooks
     ):  # fmt: skip
-        return "a hook of all modules is there"
+        return HOOK
     return None
 
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Whether torch.export is at work. Asked outside of traced code: PyTorch 2.8 to 2.11 trace the question as True."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # PyTorch 2.6 has none
+    return torch.compiler.is_exporting()
 
 
-KNOWN: set[type[nn.Module]] = {
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+KNOWN: dict[type[nn.Module], None] = dict.fromkeys((
     nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity,
-}  # fmt: skip
-"""The modules whose work an operator may do itself, without calling them."""
+))  # fmt: skip
+"""The modules whose work an operator may do itself, without calling them; PyTorch 2.8 compiles no look into a set."""
 
 
 def known(kind: type[nn.Module]) -> type[nn.Module]:
     """Let operators do the work of a class of modules, which its owner writes as they know it; a decorator."""
-    KNOWN.add(kind)
+    KNOWN[kind] = None
     return kind
+
+
+HANGS, CALLED, BROKEN = "something hangs", "has to be called as a module", "do not work on this GPU"
+HOOK, MODE = "a hook of all modules is there", "a dispatch mode is to see all operators"
+
+
+def avoidable(calls: list[Call]) -> list[str]:
+    """For whoever waits for a network: each form that the machine has and these calls did not take, and why, once."""
+    marks = HANGS, CALLED, BROKEN, HOOK, MODE
+    return list(dict.fromkeys(
+        f"{call.operator}: not by '{form}', because {why}"
+        for call in calls for form, why in call.refused if any(mark in why for mark in marks)
+    ))  # fmt: skip
 
 
 def opaque(*layers: nn.Module) -> str | None:
@@ -156,13 +241,13 @@ def opaque(*layers: nn.Module) -> str | None:
     for layer in layers:
         own = layer.__dict__
         if type(layer) not in KNOWN:
-            return f"{type(layer).__name__} has to be called as a module"
+            return f"{type(layer).__name__} {CALLED}"
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return f"something hangs on the call of {type(layer).__name__}"
+            return f"{HANGS} on the call of {type(layer).__name__}"
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return f"something hangs on the backward pass of {type(layer).__name__}"
+            return f"{HANGS} on the backward pass of {type(layer).__name__}"
         weight = own["_parameters"].get("weight")
-        if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if weight is not None and type(weight) not in PLAIN_TENSORS:
             return f"the weight of {type(layer).__name__} is a {type(weight).__name__}"
     return None
 
@@ -182,7 +267,7 @@ def triton_refuses(*tensors: Tensor) -> str | None:
             return "not on an NVIDIA GPU"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"no kernels for {x.dtype}"
-    return None if triton_works(tensors[0].device.index) else "Triton's kernels do not work on this GPU"
+    return None if triton_works(tensors[0].device.index) else f"Triton's kernels {BROKEN}"
 
 
 @torch.compiler.assume_constant_result

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from d_emo.kernels.activation import add
 from d_emo.kernels.depthwise import depthwise_gradients, folded, geometry_refuses, one_pass_refuses, triton_size_refuses
 from d_emo.kernels.dispatch import Form, lowered, opaque, run, triton_refuses
-from d_emo.kernels.linear import linear, multiply
+from d_emo.kernels.linear import linear, product
 
 CHUNK = 2**18
 """Elements of a map that steps follow each other on: 1 MB in float32."""
@@ -180,7 +180,7 @@ def forward(
         for some, convolved, out in _rows(a, c, y):
             normed = _normed(convolved, (mean, var, gamma, beta, eps))
             torch.add(some, F.silu(normed, inplace=True), out=out)
-        return multiply(y, projection), c, mean, var
+        return product(y, projection), c, mean, var
 
 
 def backward(
@@ -188,7 +188,7 @@ def backward(
     var: Tensor, eps: float, needs_kernel: bool, needs_projection: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the first five arguments of `forward`. Shape: grad (B, H, W, C); gradients as their tensors."""
-    grad_y = multiply(grad, projection.t())  # (B, H, W, M)
+    grad_y = product(grad, projection.t())  # (B, H, W, M)
     y, inner = torch.empty_like(a), torch.empty_like(a)
     for some, convolved, outer, out, grad_out in _rows(a, c, grad_y, y, inner):
         normed = _normed(convolved, (mean, var, gamma, beta, eps))
@@ -196,7 +196,7 @@ def backward(
         torch.add(some, F.silu(normed, inplace=True), out=out)
     grad_projection = None
     if needs_projection:
-        grad_projection = multiply(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
+        grad_projection = product(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
     del y
     grad_c, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
         _channels_first(inner), _channels_first(c), gamma, None, None, mean, torch.rsqrt(var + eps), True, eps,

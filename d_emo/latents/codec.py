@@ -125,8 +125,8 @@ def load_codec(name: str) -> Codec:
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise InputError(
-            f"there is no VAE {name!r}: give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained wrote, "
-            "or a hub name such as stabilityai/sd-vae-ft-mse"
+            f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
+            "wrote, or a hub name such as stabilityai/sd-vae-ft-mse"
         )
     folder = Path(name).expanduser() if looks_local else name
     inside_pipeline = looks_local and (folder / "vae").is_dir() and not (folder / "config.json").exists()

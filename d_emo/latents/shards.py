@@ -160,7 +160,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         InputError: There is none, or a shard is missing or not of its size.
     """
     if not folder.is_dir():
-        raise InputError(f"there is no folder of latents {folder}; scripts/encode_latents.py makes one")
+        raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
     try:
         index = json.loads((folder / INDEX).read_text())
         if index["format"] != FORMAT:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from d_emo.models.layers import pair
 AttentionOrder = Literal["post", "pre"]
 
 
+@torch.fx.wrap
 def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Add zero rows below and zero columns on the right until the window divides the map.
 
@@ -91,8 +93,7 @@ class WindowAttention(nn.Module):
             mixed = self.mix(u, u, self.v, self.act)  # (B, H', W', M)
         else:
             mixed = self.mix(u, refine(self.value(u)))  # (B, H', W', M)
-        if mixed.shape[1:3] != (height, width):
-            mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
+        mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:
@@ -104,13 +105,10 @@ class WindowAttention(nn.Module):
 
         Shape: u (B, H, W, C), x (B, H, W, K), the window divides H and W -> (B, H, W, M).
         """
-        mode, repeat = self.mode, 1
-        if self.merge_equal_partitions and tuple(u.shape[1:3]) == self.window:
-            # A map of one window: near and far are the same tokens, so the sum is one of them times their number.
-            mode, repeat = "near", len(PARTITIONS[mode])
         return kernels.window_attention(
-            self.qk, u, x, *value, heads=self.num_heads, window=self.window, mode=mode, repeat=repeat
-        )
+            self.qk, u, x, *value, heads=self.num_heads, window=self.window, mode=self.mode,
+            merge=self.merge_equal_partitions,
+        )  # fmt: skip
 
 
 class SelfAttention(nn.Module):
@@ -129,7 +127,8 @@ class SelfAttention(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         batch, height, width, dim = u.shape
         qkv = kernels.linear(self.qkv, u).view(batch, height * width, 3, self.num_heads, -1)  # (B, N, 3, heads, d)
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # 3 x (B, heads, N, d)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         return kernels.linear(self.proj, mixed.transpose(1, 2).reshape(batch, height, width, dim))
 
 

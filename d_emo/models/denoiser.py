@@ -226,7 +226,7 @@ class Denoiser(DenoiserFrame):
 
     def check_input(self, hidden_states: Tensor) -> None:
         """Raise InputError unless the latent has this model's channels and size. Shape: hidden_states (B, C, H, W)."""
-        if hidden_states.shape[1:] != self.latent_shape:
+        if not isinstance(hidden_states, torch.fx.Proxy) and hidden_states.shape[1:] != self.latent_shape:
             raise InputError(
                 f"This model denoises latents of shape (batch, {', '.join(map(str, self.latent_shape))}), but got "
                 f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."

@@ -269,6 +269,23 @@ class PatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+@torch.fx.wrap
+def timestep_features(t: Tensor, count: int) -> Tensor:
+    """Cosines and sines of the timestep at ``count / 2`` frequencies; float32 whatever the model's dtype: bfloat16 can
+    tell only about half of 1000 timesteps apart. Shape: (B,) -> (B, count)."""
+    half = count // 2
+    powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, count / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, count)
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, there is nothing to cast."""
+    if isinstance(x, torch.fx.Proxy) or x.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of the timestep, then a two-layer MLP (DiT, section 3.2).
 
@@ -281,14 +298,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = Layers(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        # float32 whatever the model's dtype: bfloat16 can tell only about half of 1000 timesteps apart.
-        half = self.num_features // 2
-        powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, 128)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        features = timestep_features(t, self.num_features)  # (B, 256)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)  # quantised: none
-        device = "cpu" if t.device.type == "meta" else t.device.type  # without data there is nothing to cast
-        with torch.autocast(device, enabled=False):  # a small network that every block depends on
+        with full_precision(t):  # a small network that every block depends on
             return self.mlp(features.to(dtype))  # (B, C)
 
 

@@ -115,7 +115,7 @@ def read_checkpoint(path: Path) -> Any:
         InputError: There is no such file, or it is no checkpoint of tensors.
     """
     if not path.is_file():
-        raise InputError(f"There is no checkpoint file {path}.")
+        raise InputError(f"the checkpoint file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

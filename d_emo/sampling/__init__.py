@@ -6,14 +6,8 @@ The diffusers pipeline is ``d_emo.DEMOPipeline``, in ``d_emo.sampling.pipeline``
 from d_emo.sampling.classes import find_classes, mix_classes
 from d_emo.sampling.denoising import Step, decode, denoise, sample
 from d_emo.sampling.files import free_path, save_gif, save_png, save_pngs
-from d_emo.sampling.grids import draw_grid, preview_grid
+from d_emo.sampling.grids import class_grid, draw_grid, preview_grid
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.request import SampleRequest, Trajectory
-from d_emo.sampling.sampler import Sampler, prepare_denoiser
+from d_emo.sampling.sampler import PRECISIONS, Sampler, prepare_denoiser
 from d_emo.sampling.schedulers import make_scheduler, set_steps
-
-__all__ = [
-    "Guidance", "SampleRequest", "Sampler", "Step", "Trajectory", "decode", "denoise", "draw_grid", "find_classes",
-    "free_path", "make_scheduler", "mix_classes", "prepare_denoiser", "preview_grid", "sample",
-    "save_gif", "save_png", "save_pngs", "set_steps",
-]

@@ -1,7 +1,5 @@
 """From what people call classes to the labels that a denoiser takes."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From noise to latents, step by step: pure functions of denoiser, scheduler, labels and seeds."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +54,7 @@ def sample(
     Args:
         denoiser: In eval mode.
         scheduler: From `make_scheduler`.
-        class_labels: One class id per image.
-        seeds: One seed per image.
+        class_labels, seeds: One of each per image.
         steps: Denoising steps.
         guidance: How to guide.
         batch_size: Images denoised at once.
@@ -113,16 +110,9 @@ def denoise(
 ) -> Iterator[Step]:
     """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
 
-    Args:
-        latents: Unit noise.
-        labels: Class ids.
-        guidance: How to guide.
-        generator: For the noise that a scheduler adds; one for each image, or one for all.
+    The generator, one for each image or one for all, is for the noise that a scheduler adds.
 
     Shape: latents (B, C, h, w), labels (B,).
-
-    Yields:
-        Every step.
 
     Raises:
         InputError: The latents end in NaN or infinite values.

@@ -1,7 +1,5 @@
 """Files of pictures: where they go, and the settings that each carries."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,9 +1,7 @@
 """Grids of images."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +61,19 @@ def two_lines(text: str, fits: Callable[[str], bool]) -> str:
     return "\n".join(lines)
 
 
+def class_grid(
+    class_names: Sequence[str], rows: int, columns: int, draw: Callable[[list[int]], Iterable[torch.Tensor]]
+) -> Image.Image:
+    """A grid of classes from all over their order.
+
+    Args:
+        draw: Gives the images of labels. Shape: (B, 3, H, W) uint8 each.
+    """
+    classes = [index * len(class_names) // rows for index in range(rows)]
+    images = torch.cat(list(draw([label for label in classes for _ in range(columns)])))
+    return draw_grid(images, [f"{label}: {class_names[label]}" for label in classes], columns)
+
+
 def preview_grid(
     path: Path, denoiser: DenoiserFrame, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
     guidance_scale: float,
@@ -71,13 +82,11 @@ def preview_grid(
 
     Where the samples are not finite it says so and writes nothing.
     """
-    count, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
-    classes = [index * len(class_names) // count for index in range(count)]
-    labels = [label for label in classes for _ in range(columns)]
+    rows, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
     sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale)
     try:
-        images = torch.cat(list(sampler.images(labels, range(len(labels)))))
+        grid = class_grid(class_names, rows, columns, lambda labels: sampler.images(labels, range(len(labels))))
     except InputError as error:  # values that are not finite: no reason to stop a training run
         print(f"no sample grid {path}: {error}", file=sys.stderr, flush=True)
         return
-    draw_grid(images, [f"{label}: {class_names[label]}" for label in classes], columns).save(path)
+    grid.save(path)

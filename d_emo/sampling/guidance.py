@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from d_emo.config import check_guidance
+from d_emo.config import FidSettings, SampleSettings, check_guidance
 from d_emo.errors import InputError
 from d_emo.models.contract import DenoiserFrame
 
@@ -33,6 +33,12 @@ class Guidance:
         check_guidance(self.scale, self.interval)
         if str(self.channels) not in ("all", "3"):
             raise InputError(f"`guidance_channels` must be all or 3, not {self.channels!r}")
+
+    @classmethod
+    def of(cls, settings: SampleSettings | FidSettings) -> Guidance:
+        """That of settings; of several scales the first."""
+        scale = settings.guidance_scale[0] if isinstance(settings.guidance_scale, list) else settings.guidance_scale
+        return cls(scale, settings.guidance_channels, tuple(settings.guidance_interval))
 
     def at(self, noise: float) -> float:
         """The scale at a place of the noise path, from 0 to 1."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
@@ -133,8 +134,4 @@ class DEMOPipeline(DiffusionPipeline):
 
     def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
         codec: Codec = PixelCodec() if self.vae is None else VAECodec(self.vae, "vae")
-        images = (decode(codec, latents) / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        return VaeImageProcessor().postprocess(decode(codec, latents), output_type)

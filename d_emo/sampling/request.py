@@ -1,7 +1,5 @@
 """What a caller of ``d-emo sample`` or a visitor of the app asked for: from settings to labels, seeds and files."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +21,10 @@ from d_emo.sampling.sampler import Sampler
 class SampleRequest:
     """Settings settled for a snapshot.
 
-    Args:
-        settings: Completed with what depends on the snapshot.
-        snapshot: With ``interpolate``, its model gets labels between the two classes; open a `Sampler` after
-            this.
+    With ``interpolate``, the snapshot's model gets labels between the two classes; open a `Sampler` after this.
 
     Attributes:
+        settings: Completed with what depends on the snapshot.
         classes: Ids of the classes.
         captions: Of the rows of a grid.
         labels, seeds: Of each image.
@@ -53,8 +49,7 @@ class SampleRequest:
     def how(self) -> dict[str, Any]:
         """The arguments of `Sampler`; of several guidance scales the first."""
         settings = self.settings
-        guidance = Guidance(settings.guidance_scale[0], settings.guidance_channels, tuple(settings.guidance_interval))
-        return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": guidance}
+        return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": Guidance.of(settings)}
 
     @property
     def default_path(self) -> str:

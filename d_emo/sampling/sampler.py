@@ -21,6 +21,9 @@ from d_emo.sampling.denoising import Step, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+"""Types of the denoiser by ``mixed_precision`` of settings."""
+
 
 class Sampler:
     """A denoiser with all that turns labels and seeds into images.
@@ -112,10 +115,7 @@ class Sampler:
         """Draw an image for each label and seed. It depends on these alone, see `sample`.
 
         Args:
-            labels: One class id per image.
-            seeds: One seed per image.
-            batch_size: Images denoised at once.
-            exact: See `sample`.
+            labels, seeds, batch_size, exact: See `sample`.
             every_step: Yield every `Step` of the denoising; the last ones have the images.
 
         Yields:

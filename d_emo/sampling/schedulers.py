@@ -1,7 +1,5 @@
 """Schedulers by name, over the noise schedule of a snapshot."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -27,11 +27,3 @@ from d_emo.tables.objectives import (
     schedulers_of,
 )
 from d_emo.tables.table import Reference, Table, load
-
-__all__ = [
-    "BLOCKS", "CLASS_ACCURACY", "CODECS", "DATASETS", "EMPTY", "EXTRACTORS", "FAMILIES", "FRAMES", "METRICS",
-    "OBJECTIVES", "SCHEDULERS", "SIZES", "BlockRow", "CodecRow", "DatasetRow", "ExtractorRow", "FamilyRow",
-    "FrameRow", "MetricRow", "MetricValue", "ObjectiveRow", "Reference", "SchedulerRow", "Table", "check_compared",
-    "class_values", "denoisers", "family_of", "load", "metric_values", "objective_of", "parse_features",
-    "parse_metrics", "schedulers_of", "with_present_names",
-]  # fmt: skip

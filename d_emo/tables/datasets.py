@@ -1,7 +1,5 @@
 """Built-in data sets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

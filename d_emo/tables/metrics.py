@@ -1,7 +1,5 @@
 """Metrics of a set of images, and the values that they give: in features of a network, and by classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

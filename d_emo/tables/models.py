@@ -1,7 +1,5 @@
 """Blocks of a denoiser, and the families of named denoisers that are made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

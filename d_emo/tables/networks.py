@@ -1,7 +1,6 @@
 """Networks beside the one that is trained: codecs between images and latents, and feature extractors of metrics."""
 
-from __future__ import annotations
-
+import difflib
 from dataclasses import dataclass
 
 from d_emo.errors import InputError
@@ -78,6 +77,8 @@ def parse_features(features: str) -> tuple[ExtractorRow, str]:
     name, colon, what = features.partition(":")
     row = EXTRACTORS[name] if name in EXTRACTORS else None
     if row is None or bool(row.takes) != bool(what) or (colon and not what):
-        known = " or ".join(f"{each.name}:{each.takes}" if each.takes else each.name for each in EXTRACTORS.values())
-        raise InputError(f"unknown `features` {features!r}; use {known}")
+        forms = {each.name: f"{each.name}:{each.takes}" if each.takes else each.name for each in EXTRACTORS.values()}
+        near = difflib.get_close_matches(name.lower(), forms, n=1)
+        guess = f"did you mean {forms[near[0]]}? " if near else ""
+        raise InputError(f"unknown `features` {features!r}; {guess}use {' or '.join(forms.values())}")
     return row, what

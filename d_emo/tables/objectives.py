@@ -1,7 +1,5 @@
 """Training objectives, and the schedulers that sample from what they train."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -8,8 +8,6 @@ declares an entry point of the group ``d_emo.plugins``:
     anything = "its_module"
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache

@@ -6,23 +6,25 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import yaml
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from d_emo import kernels
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
@@ -136,6 +138,8 @@ class _Run:
         if state is not None:
             self._restore(state)
             self.progress.say(f"resuming at step {self.step} of {settings.max_steps}")
+        if accelerator.num_processes > 1:
+            tuner.agree(broadcast_object_list)
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
         accelerator.wait_for_everyone()
@@ -189,6 +193,7 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
 
@@ -198,14 +203,18 @@ class _Run:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
         self.started = time.time()
+        first = self.step
         while self.step < settings.max_steps and not stop:
             try:
-                figures, stop = self._train_step(batches, stop_signal)
+                with kernels.record() if self.step == first else nullcontext() as calls:
+                    figures, stop = self._train_step(batches, stop_signal)
             except Exception as error:
                 wish = stop_signal.received  # a signal, which reaches the compiler's processes too
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
+            for slow in kernels.avoidable(calls or []):
+                self.progress.say(f"slower than this machine could: {slow}")
             self.step += 1
             last = self.step == settings.max_steps
             with self._saving("curves"):
@@ -334,7 +343,7 @@ class _Run:
             with self._saving("training state"):
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
-                    "guard": self.guard.state_dict(),
+                    "guard": self.guard.state_dict(), "kernels": tuner.kept(),
                 })
         self.accelerator.wait_for_everyone()
 

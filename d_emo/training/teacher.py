@@ -45,7 +45,7 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
 
 def _timm_model(name: str, weights: str | None) -> Normalized:
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"there is no file {weights} (`teacher_weights`)")
+        raise InputError(f"`teacher_weights` {weights} does not exist")
     try:
         if weights is None:
             return normalized(timm.create_model(name, pretrained=True))

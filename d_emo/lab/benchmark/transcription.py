@@ -69,8 +69,8 @@ def attention(part: WindowAttention, u: Tensor) -> Tensor:
     for partition in kernels.PARTITIONS[part.mode]:
         far = partition is kernels.FarPartition
         qs, ks, vs = (windows(x, part.num_heads, part.window, far) for x in (q, k, v))  # (B, n, m, heads, T, d or e)
-        weights = torch.softmax(qs @ ks.transpose(-2, -1) * qs.shape[-1] ** -0.5, dim=-1)  # (B, n, m, heads, T, T)
-        total = total + unwindow(weights @ vs, part.window, far)
+        logits = torch.matmul(qs, ks.transpose(-2, -1)) * qs.shape[-1] ** -0.5  # (B, n, m, heads, T, T)
+        total = total + unwindow(torch.matmul(logits.softmax(-1), vs), part.window, far)
     return total[:, :, :height, :width]
 
 

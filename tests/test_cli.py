@@ -1,0 +1,80 @@
+"""The command line as a whole: groups of flags, inputs that are missing, completion by the shell."""
+
+import os
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+
+import pytest
+
+from d_emo.cli import VERBS, run_verb
+from d_emo.config import FidSettings, ReferenceSettings
+from d_emo.config.base import flag_of, make_parser
+from d_emo.errors import InputError
+from d_emo.tables import EXTRACTORS, ExtractorRow, load
+
+KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
+kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
+INPUTS = {
+    "checkpoint", "classifier", "data_dir", "image", "inception_weights", "init_from", "latents", "reference", "runs",
+    "samples", "source", "teacher_weights", "validate_dir",
+}  # fmt: skip
+
+
+@kinds
+def test_no_flag_is_without_a_group(verb, word, kind):
+    parser = make_parser(kind, "")
+    ungrouped = {action.dest for group in parser._action_groups[:2] for action in group._group_actions}
+    assert ungrouped <= {"help", "config", "print_config", "print_shtab"}
+    titles = [group.title for group in parser._action_groups[2:]]
+    assert titles and len(titles) == len(set(titles))
+
+
+@kinds
+def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_path):
+    required = {each.name: each for each in fields(kind) if each.default is each.default_factory is MISSING}
+    for each in fields(kind):
+        if verb == "compare":  # its settings are a YAML file's, see tests/test_study_checks.py
+            continue
+        assert bool(each.metadata.get("source")) == (each.name in INPUTS), each.name
+        if each.name not in INPUTS:
+            continue
+        argv = [word] if word else []
+        for name, one in (required | {each.name: each}).items():
+            value = "nowhere" if name == each.name else str(tmp_path / "x.npz") if name == "output" else str(tmp_path)
+            argv += [value] if flag_of(one).isupper() or flag_of(one) == name else [flag_of(one), value]
+        others = {"reference": ["--samples", str(tmp_path)], "samples": ["--reference", str(tmp_path)],
+                  "checkpoint": ["--reference", str(tmp_path)],
+                  "inception_weights": ["--samples", str(tmp_path), "--reference", str(tmp_path)]}  # fmt: skip
+        argv += others.get(each.name, []) if verb == "fid" else []
+        shown = flag_of(each) if flag_of(each).startswith("--") else each.name
+        with pytest.raises(InputError, match=f"^({shown}|{flag_of(each)}) nowhere does not exist$"):
+            run_verb(verb, argv)
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("d-emo trai", {"train", "train-classifier", "train-vae"}),
+        ("d-emo benchmark ", {"denoisers", "classifiers", "forms"}),
+        ("d-emo train --max-", {"--max-steps", "--max-minutes"}),
+        ("d-emo benchmark forms --dty", {"--dtype"}),
+        ("d-emo sample --scheduler dp", {"dpm++"}),
+    ],
+)
+def test_the_shell_completes(line, offered):
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "COMP_TYPE": "9",
+             "COMP_LINE": line, "COMP_POINT": str(len(line))}  # fmt: skip
+    code = "import os; os.dup2(1, 8); from d_emo.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | shell, capture_output=True, text=True)
+    assert {word.rstrip("\\") for word in done.stdout.split("\n")} == offered, done.stderr
+
+
+def test_features_are_those_of_the_table_before_anything_is_opened(monkeypatch):
+    settings = {"samples": "a", "reference": "b"}
+    with pytest.raises(InputError, match="unknown `features` 'emo2:x'; did you mean emov2:SNAPSHOT?"):
+        FidSettings(**settings, features="emo2:x")
+    monkeypatch.setitem(EXTRACTORS._rows, "edges", ExtractorRow(name="edges", open=str, takes="KERNEL"))
+    assert FidSettings(**settings, features="edges:sobel").features == "edges:sobel"
+    with pytest.raises(InputError, match="use inception or emov2:SNAPSHOT or edges:KERNEL"):
+        ReferenceSettings(output="r.npz", features="edges")
