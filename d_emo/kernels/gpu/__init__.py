@@ -9,16 +9,8 @@ import torch
 
 from d_emo.kernels.gpu import attention, local, spanning
 
-<<<<<<< HEAD
-CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.check)
-"""One for each kernel: raises unless it runs on the device and equals its plain form."""
-=======
-OLDEST = (3, 3)
-"""The Triton whose kernels know tuples; PyTorch 2.7 brings it."""
-
 CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.check, spanning.check)
 """One for each kernel: raises unless it runs on the device and equals its plain form, or others take its place."""
->>>>>>> main
 
 
 def check(device: torch.device) -> None:
