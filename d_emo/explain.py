@@ -6,9 +6,9 @@ Sources: EMOv2 and EMOv1 papers, figures 1, 7 and 8; Luo et al., 2016 (effective
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +83,8 @@ def symmetries(image: Tensor) -> Tensor:
 
 def half_side(field: Tensor) -> int:
     """Side in pixels of the smallest centred square that holds half of a field. Shape: field (H, W)."""
-    height, width = field.shape
-    for reach in range(1, max(height, width) // 2 + 1):
-        rows, columns = (slice(max(0, n // 2 - reach), n // 2 + reach) for n in (height, width))
+    for reach in range(1, max(field.shape) // 2 + 1):
+        rows, columns = (slice(max(0, n // 2 - reach), n // 2 + reach) for n in field.shape)
         if field[rows, columns].sum() >= field.sum() / 2:
             break
     return 2 * reach
@@ -112,11 +111,8 @@ def diagonal_similarity(network: nn.Module, model: EMO, image: Tensor, *, stage:
 def capture(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the outputs of a module. Shape: as the module's outputs."""
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
+    with module.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         yield outputs
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -130,12 +126,10 @@ def without(model: EMO, part: type[nn.Module], stages: Sequence[int] = (DIAGONAL
         return module.value(inputs[0]) if part is WindowAttention else torch.zeros_like(output)
 
     blocks = [block for stage in stages for block in model.stages[stage - 1] if block.residual]
-    handles = [m.register_forward_hook(bypass) for block in blocks for m in block.modules() if isinstance(m, part)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in (m for block in blocks for m in block.modules() if isinstance(m, part)):
+            hooks.enter_context(module.register_forward_hook(bypass))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def explain(
@@ -150,6 +144,8 @@ def explain(
         title: name of the class, for the caption.
         folder: made where it is missing.
     """
+    from matplotlib import colormaps
+
     fields = {"whole network": effective_receptive_field(network, model, symmetries(image), stage=stage)}
     with without(model, WindowAttention, range(1, 5)):
         fields["attention bypassed"] = effective_receptive_field(network, model, symmetries(image), stage=stage)
@@ -161,54 +157,28 @@ def explain(
     photo = (image * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("grad_cam.png", "receptive_field.png", "diagonal_similarity.png")]
-    draw_heat(paths[0], photo, grad_cam(network, model, image, label, stage=stage), f"Grad-CAM, stage {stage}: {title}")
-    draw_fields(paths[1], fields, stage)
-    draw_similarities(paths[2], compared)
+    heat = colormaps["jet"](grad_cam(network, model, image, label, stage=stage).numpy())[..., :3]
+    draw_maps(paths[0], {"image": photo, f"Grad-CAM, stage {stage}: {title}": 0.55 * photo + 0.45 * heat}, scale=False)
+    roots = {f"{name}: half within {half_side(field)} px": field**0.25 for name, field in fields.items()}
+    above = f"effective receptive field of stage {stage} (fourth root)"  # which shows their weak rims
+    draw_maps(paths[1], roots, above, cmap="viridis", vmin=0, vmax=1)
+    draw_maps(paths[2], compared, cmap="coolwarm", vmin=-1, vmax=1)
     return paths
 
 
-def figure(columns: int) -> tuple:
-    """A row of axes without ticks, and the function that writes and closes the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_maps(
+    path: Path, maps: dict[str, Tensor | np.ndarray], above: str = "", *, scale: bool = True, **style: Any
+) -> None:
+    """Maps or photos side by side, under their titles, with a scale of colours beside them."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(3.4 * columns, 3.7), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes = drawing.subplots(1, columns, squeeze=False)[0]
-    for each in axes:
-        each.set_xticks([])
-        each.set_yticks([])
-    save: Callable[[Path], None] = lambda path: drawing.savefig(path, dpi=110)  # noqa: E731
-    return drawing, axes, save
-
-
-def draw_heat(path: Path, photo: np.ndarray, heat: Tensor, title: str) -> None:
-    """The photo beside the photo under a heat map. Shape: heat (H, W)."""
-    _, axes, save = figure(2)
-    for each in axes:
-        each.imshow(photo)
-    axes[1].imshow(heat.numpy(), cmap="jet", alpha=0.45, vmin=0, vmax=1)
-    axes[0].set_title("image", fontsize=9)
-    axes[1].set_title(title, fontsize=9)
-    save(path)
-
-
-def draw_fields(path: Path, fields: dict[str, Tensor], stage: int) -> None:
-    """The fourth roots of receptive fields, so that their weak rims show."""
-    drawing, axes, save = figure(len(fields))
-    for each, (title, field) in zip(axes, fields.items(), strict=True):
-        shown = each.imshow(field.numpy() ** 0.25, cmap="viridis", vmin=0, vmax=1)
-        each.set_title(f"{title}: half within {half_side(field)} px", fontsize=9)
-    drawing.colorbar(shown, ax=list(axes), shrink=0.8)
-    drawing.suptitle(f"effective receptive field of stage {stage} (fourth root)", fontsize=10)
-    save(path)
-
-
-def draw_similarities(path: Path, compared: dict[str, Tensor]) -> None:
-    """One matrix per entry, on one scale."""
-    drawing, axes, save = figure(len(compared))
-    for each, (title, matrix) in zip(axes, compared.items(), strict=True):
-        shown = each.imshow(matrix.numpy(), cmap="coolwarm", vmin=-1, vmax=1)
-        each.set_title(title)
-    drawing.colorbar(shown, ax=list(axes), shrink=0.8)
-    save(path)
+    drawing = Figure(figsize=(3.4 * len(maps), 3.7), layout="constrained")
+    axes = drawing.subplots(1, len(maps), squeeze=False, subplot_kw={"xticks": [], "yticks": []})[0]
+    for panel, (title, values) in zip(axes, maps.items(), strict=True):
+        shown = panel.imshow(values, **style)
+        panel.set_title(title, fontsize=9)
+    if scale:
+        drawing.colorbar(shown, ax=list(axes), shrink=0.8)
+    if above:
+        drawing.suptitle(above, fontsize=10)
+    drawing.savefig(path, dpi=110)

@@ -124,11 +124,11 @@ def export(network: Portable, path: Path) -> float | None:
 Runner = Callable[..., Tensor]
 
 
+@torch.no_grad()
 def traced(network: Portable) -> torch.export.ExportedProgram:
     """The network as a graph whose batch size is free."""
     inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
-    with torch.no_grad():
-        return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
 
 
 def write_torch(network: Portable, path: Path) -> Runner:
@@ -159,11 +159,7 @@ def write_onnx(network: Portable, path: Path) -> Runner:
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
-    """A Core ML package for batch 1; only macOS can run it, so elsewhere it is converted and read back.
-
-    Raises:
-        InputError: Core ML cannot express the network.
-    """
+    """A Core ML package for batch 1, which only macOS can run; InputError where Core ML cannot express the network."""
     import coremltools
 
     with torch.no_grad():

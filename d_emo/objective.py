@@ -112,38 +112,30 @@ class Objective(nn.Module, ABC):
 class EpsObjective(Objective):
     """Noise prediction with a learned variance between the two bounds of DDPM ("learned range").
 
-    Without learned sigma the loss is the error of the noise alone.
-
-    Args:
-        beta_start: First beta of the linear schedule.
-        beta_end: Last beta.
-        options: See `Objective`.
+    Without learned sigma the loss is the error of the noise alone. The options are those of `Objective`.
     """
 
-    whole_timesteps = True
+    whole_timesteps, betas = True, (1e-4, 0.02)  # the first and the last, linear between them
 
-    def __init__(self, *, beta_start: float = 1e-4, beta_end: float = 0.02, **options: Any):
+    def __init__(self, **options: Any):
         super().__init__(**options)
-        self.beta_start, self.beta_end = beta_start, beta_end
-        betas = torch.linspace(beta_start, beta_end, self.num_train_timesteps, dtype=torch.float64)
+        betas = torch.linspace(*self.betas, self.num_train_timesteps, dtype=torch.float64)
         abar = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior = betas * (1 - before) / (1 - abar)
         posterior[0] = posterior[1]  # beta-tilde is zero at t = 0, where its logarithm is needed all the same
         tables = {
-            "sqrt_abar": abar.sqrt(),
-            "sqrt_rest": (1 - abar).sqrt(),
-            "log_beta": betas.log(),
-            "log_posterior": posterior.log(),
+            "sqrt_abar": abar.sqrt(), "sqrt_rest": (1 - abar).sqrt(),
+            "log_beta": betas.log(), "log_posterior": posterior.log(),
             "from_x0": betas * before.sqrt() / (1 - abar),  # posterior mean, DDPM eq. 7
             "from_xt": (1 - before) * (1 - betas).sqrt() / (1 - abar),
-        }
+        }  # fmt: skip
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
     def noise_schedule(self) -> DDPMScheduler:
         return DDPMScheduler(
-            num_train_timesteps=self.num_train_timesteps, beta_start=self.beta_start, beta_end=self.beta_end,
+            num_train_timesteps=self.num_train_timesteps, beta_start=self.betas[0], beta_end=self.betas[1],
             beta_schedule="linear", clip_sample=False, prediction_type="epsilon", timestep_spacing="linspace",
             variance_type="learned_range" if self.learn_sigma else "fixed_large",
         )

@@ -7,13 +7,17 @@ import sys
 
 import pytest
 import torch
+from test_training import train
 from torch.utils.checkpoint import checkpoint
 
 from d_emo import kernels
 from d_emo.errors import InputError
+from d_emo.io.training_state import load_state, save_state
 from d_emo.kernels import autotune, dispatch
 from d_emo.kernels.autotune import Autotuner, Choice, read_preferences
 from d_emo.kernels.dispatch import HAS_ONEDNN, Form
+from d_emo.training import loop
+from d_emo.training.denoiser import DenoiserTask
 
 
 @pytest.fixture
@@ -201,3 +205,62 @@ def test_a_wrong_value_is_one_sentence_of_the_command_line():
     command = [sys.executable, "-m", "d_emo", "sample", "--class", "1", "--output", os.devnull]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "D_EMO_KERNELS is 'plain'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def new_process(monkeypatch, tmp_path):
+    """As if a process began on another machine, where the form of that index is the fastest."""
+
+    def begin(fastest):
+        tuner = Autotuner(tmp_path / f"machine-{fastest}")
+        for module in (dispatch, loop):
+            monkeypatch.setattr(module, "tuner", tuner)
+        monkeypatch.setattr(autotune, "timed", lambda forms, trial: {f: 1.0 + (f != forms[fastest]) for f in forms})
+        return tuner
+
+    return begin
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="one form only")
+def test_a_resumed_run_keeps_the_forms_that_it_began_with(new_process, tmp_path):
+    new_process(-1)
+    whole = train(tmp_path / "whole")
+    new_process(0)
+    assert any(not torch.equal(value, whole[name]) for name, value in train(tmp_path / "other").items())
+    new_process(-1)
+    train(tmp_path / "run", max_steps=2)
+    tuner = new_process(0)
+    resumed = train(tmp_path / "run")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    state = load_state(tmp_path / "run" / "states" / "step-4")
+    assert "the library" in state["kernels"].values() and state["kernels"] == tuner.kept()
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="one form only")
+def test_a_state_from_before_there_were_choices_goes_on_with_the_first_forms(new_process, tmp_path):
+    new_process(0)
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "run", max_steps=2)
+    state = load_state(tmp_path / "run" / "states" / "step-2")
+    del state["kernels"]
+    save_state(tmp_path / "run" / "states", 2, state)
+    new_process(-1)
+    assert all(torch.equal(value, whole[name]) for name, value in train(tmp_path / "run").items())
+
+
+def test_a_user_is_told_once_of_a_slower_form_than_his_machine_has(monkeypatch, tmp_path, capsys):
+    train(tmp_path / "quiet")
+    assert "slower than this machine could" not in capsys.readouterr().out
+    build = DenoiserTask.prepare
+
+    def hooked(task, *rest):
+        build(task, *rest)
+        task.model.blocks[0].operator.local.register_forward_hook(lambda *_: None)
+
+    monkeypatch.setattr(DenoiserTask, "prepare", hooked)
+    train(tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "slower than this machine could" in line]
+    assert len(lines) == len(set(lines)) and any(
+        "local_branch: not by 'CPU, one step of training', because something hangs on the call of LocalConv" in line
+        for line in lines
+    )

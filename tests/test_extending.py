@@ -1,5 +1,6 @@
 """A block, an objective, a data set and a metric from outside of the package, from training to FID."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,10 @@ import torch
 
 from d_emo import create_model, list_models, tables
 from d_emo.cli import run_verb
+from d_emo.errors import InputError
 from d_emo.io.snapshot import load_denoiser
+from d_emo.sampling import Sampler, make_scheduler
+from d_emo.sampling.pipeline import DEMOPipeline
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ROOT / "examples" / "extending"
@@ -66,6 +70,24 @@ def test_all_four_train_sample_and_measure(extended, tmp_path, monkeypatch):
     report = json.loads(Path("fid.json").read_text())
     assert report["mean_distance"] > 0 and report["fid"] >= report["mean_distance"] ** 2
     assert report["sampling"]["scheduler"] == "ddim-velocity"
+
+
+def test_objectives_that_predict_the_same_are_told_apart_by_the_name_in_the_snapshot(extended, tmp_path, monkeypatch):
+    row = dataclasses.replace(tables.OBJECTIVES["velocity"], name="other", scheduler="other", table_scheduler="other")
+    tables.OBJECTIVES.register(row)
+    ddim = tables.SCHEDULERS["ddim-velocity"]
+    tables.SCHEDULERS.register(dataclasses.replace(ddim, name="other", objectives=("other",)))
+    drew, draw = [], Sampler.images
+    monkeypatch.setattr(Sampler, "images", lambda self, *args, **how: drew.append(self) or draw(self, *args, **how))
+    monkeypatch.chdir(tmp_path)
+    run_verb("train", [*TRAIN, "--objective", "other", "--output-dir", "run"])
+    snapshot = load_denoiser("run")
+    assert snapshot.objective == "other" and len(drew) == 1, "the preview"
+    make_scheduler("other", snapshot.scheduler_config, "other")
+    Sampler.open(snapshot, scheduler="other").replace(steps=2)
+    DEMOPipeline.from_snapshot(load_denoiser("run"), scheduler="other")
+    with pytest.raises(InputError, match="serves the velocity objective, .* with other; use one of other"):
+        Sampler.open(load_denoiser("run"), scheduler="ddim-velocity")
 
 
 def test_an_installed_package_is_found_by_the_scripts(tmp_path):

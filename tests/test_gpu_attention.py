@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d_emo.kernels import dispatch, plain
+from d_emo.kernels import autotune, dispatch, plain
 from d_emo.kernels.attention import attend as window_attention
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
@@ -122,8 +122,10 @@ def test_one_pass_says_what_it_does_not_take(interpreted, monkeypatch):
         assert "no powers of two" in why(size, window)
     assert why((16, 16), (8, 8)) == "maps of float32 that do not fit the registers"
     assert why((16, 16), (8, 8), dtype=torch.bfloat16) is None
-    monkeypatch.setitem(spanning.TROUBLE, torch.device("cpu"), "failed their trial")
+    monkeypatch.setitem(spanning.TROUBLE, (torch.device("cpu"), True), "failed their trial")
     assert why((8, 8), (4, 4)) == "failed their trial"
+    with torch.no_grad():
+        assert why((8, 8), (4, 4)) is None
 
 
 def test_one_pass_is_no_less_exact_than_two(interpreted):
@@ -145,10 +147,30 @@ def test_where_the_trial_of_one_pass_fails_the_others_go_on(interpreted, monkeyp
     assert not spanning.TROUBLE and len(interpreted) == 2
     monkeypatch.setattr(spanning, "turn", lambda x: x)
     spanning.check(torch.device("cpu"))
-    assert "the result of window attention in torch.bfloat16 is off by" in spanning.trouble(torch.device("cpu"))
+    assert "the result of window attention in torch.bfloat16 is off by" in spanning.trouble(torch.device("cpu"), True)
     monkeypatch.setattr(spanning, "turn", lambda x: 1 / 0)
     spanning.check(torch.device("cpu"))
-    assert "division by zero" in spanning.trouble(torch.device("cpu"))
+    assert "division by zero" in spanning.trouble(torch.device("cpu"), False)
+
+
+def test_one_pass_gives_way_where_it_is_slower(interpreted, monkeypatch, tmp_path):
+    monkeypatch.setattr(spanning, "TROUBLE", {})
+    monkeypatch.setattr(spanning, "TRIAL", ((4, 4), 1, 16, 16))
+    monkeypatch.setattr(spanning, "tuner", autotune.Autotuner(tmp_path))
+    fast, cpu = [["one pass", "a pass for each partition"]], torch.device("cpu")
+
+    def timed(forms, trial):
+        for form in forms:
+            trial(form)
+        return {form: 0.001 * (1 + fast[0].index(form)) for form in forms}
+
+    monkeypatch.setattr(autotune, "timed", timed)
+    spanning.compare_speed(cpu, images=1, heads=1)
+    assert not spanning.TROUBLE and len(interpreted) == 6  # training: two kernels for each
+    monkeypatch.setattr(spanning, "tuner", autotune.Autotuner(tmp_path / "another"))
+    fast[0].reverse()
+    spanning.compare_speed(cpu, images=1, heads=1)
+    assert spanning.trouble(cpu, True) == spanning.trouble(cpu, False) == "2 ms here, a pass for each partition 1 ms"
 
 
 def test_a_gpu_with_less_shared_memory_keeps_fewer_chunks_on_their_way(interpreted, monkeypatch):

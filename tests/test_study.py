@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +25,7 @@ from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_
 from d_emo.lab.study.execution import VerbError
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.results import RESUME, add_measurement, read_measurements, write_csv
+from d_emo.lab.study.results import RESUME, add_measurement, read_measurements
 from d_emo.models import create_model
 from d_emo.tables import OBJECTIVES, load
 
@@ -143,9 +142,8 @@ def test_without_latents_or_a_classifier_nothing_is_trained(tmp_path, monkeypatc
 
 def test_what_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for write, value in ((partial(write_json, remedy=RESUME), {"a": 1}), (write_csv, pd.DataFrame({"a": [1]}))):
-        with pytest.raises(RunError, match=r"file/x \((Not a directory|File exists)\); nothing that was"):
-            write(tmp_path / "file" / "x", value)
+    with pytest.raises(RunError, match=r"file/x \((Not a directory|File exists)\); nothing that was"):
+        write_json(tmp_path / "file" / "x", {"a": 1}, RESUME)
     with pytest.raises(RunError, match=r"folder cannot be written \(.*file/study/latents: Not a directory\); nothing"):
         open_study(tmp_path, output_dir=str(tmp_path / "file" / "study")).work()
 
@@ -280,7 +278,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
     assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
     assert "20 real held-out images measure: FID 0.0" in report and "class accuracy % 10." in report
-    assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are over other timesteps", report)
+    assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are those of other objectives", report)
     assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report
     shown = re.findall(r"\]\((\w+\.png)\)", report)
     assert shown == ["curves.png", "norm_gap.png", "samples.png"]
@@ -348,6 +346,8 @@ def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatc
     assert processes_of(settings.launch) == 2 and processes_of(["--cpu"]) == 1
     runs = plan_runs(settings)
     assert network_calls(settings, runs[0].training) == 4  # two steps, guided
+    by_fid = settings_of(tmp_path, judge=None, reference="x", fid={"steps": 3}, guidance_scale=1.5)
+    assert network_calls(by_fid, runs[0].training) == 6
     table = cost_table(settings, runs)
     assert re.search(r"\| D-EMO \| \d\.\d\dM \| \dM \| 1,800 \| 0\.00 \| 0\.02 \| 2 \|", table)  # 20 x 4 x 2 / 2 calls
     hours = 2 * 2 * (4 * 1.8 + 20 * 4 * 2 * 0.9 / 2) / 3600

@@ -51,18 +51,18 @@ def lines(panel):
 
 
 def test_fid_and_losses_are_drawn_against_four_things_and_losses_beside_comparable_ones_only(tmp_path, figures):
-    published = {"DiT": Curve(np.array([1, 20]), np.array([1.0, 0.2]))}
+    published = {"DiT-S-2": Curve(np.array([1, 20]), np.array([1.0, 0.2]))}
     draw_curves(tmp_path / "c.png", *study_of([10, 20]), list(OVER), published)
     panels = figures[0].axes
     titles = {number: title for number, panel in enumerate(panels) if (title := panel.get_title(loc="left"))}
     assert titles == {4: "loss over eps, uniform", 8: "loss over flow, uniform"} and len(panels) == 12
     assert all(lines(panel) == {"a", "b", "c"} for panel in panels[:4])
-    assert lines(panels[4]) == {"a", "b", "DiT, published"} and all(lines(panel) == {"c"} for panel in panels[8:])
+    assert lines(panels[4]) == {"a", "b", "DiT-S-2, published"} and all(lines(panel) == {"c"} for panel in panels[8:])
     assert [panels[number].get_xlabel() for number in (3, 11)] == ["minutes of training\n(steps × a step's time)"] * 2
     ends = [panel.lines[0].get_xdata()[-1] for panel in panels[4:8]]
     assert ends == [panel.lines[0].get_xdata()[-1] for panel in panels[:4]]  # both of run a, step 20
     legend = [text.get_text() for text in figures[0].subfigs[1].legends[0].get_texts()]
-    assert legend == ["a", "b", "c", "DiT, published"]
+    assert legend == ["a", "b", "c", "DiT-S-2, published"]
     assert "lines: means over the seeds; bands: 95 % confidence intervals of the mean" in texts(figures[0])
 
 

@@ -93,7 +93,7 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     assert "| a | 3 | 2.00M | 3.0M | 500 | 2.00 ± 2.48 | - |" in table
     assert "| b | 3 | 2.00M | 3.0M | 500 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
     course = course_table(with_row(rows, step=20, fid=0.5), ["a", "b"])
-    assert course.splitlines()[0] == "| FID at step | 10 | 20 | after 0.1 minutes |"
+    assert course.splitlines()[0] == "| FID at step | 10 | 20 | after 0.083 minutes |"
     assert course.splitlines()[2:] == ["| a | 2.00 ± 2.48 | 0.50 | 1.00 |", "| b | 4.00 ± 2.48 | - | 4.00 ± 2.48 |"]
     gaps = [{"run": "a", "seed": s, "timestep": t, "train": 1.0 + s, "eval": 2.0} for s in (0, 1) for t in (50, 150)]
     assert "| a | 0.750 | 0.750 |" in gap_table(pd.DataFrame(gaps))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from d_emo.training import fit
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.optimizer import learning_rate
-from d_emo.training.progress import Forecast
+from d_emo.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -158,13 +159,17 @@ def test_learning_rate_follows_warm_up_and_cosine(tmp_path):
     assert at(55) == pytest.approx(0.5) and at(100) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_hopeless_schedule_is_forecast():
-    forecast = Forecast(TrainSettings(max_steps=400_000), "Try less.")
-    said = [forecast.micro_batch_took(1.0, 8) for _ in range(5)]
-    assert [bool(line) for line in said] == [False, True, False, False, False]
-    assert "about 37 days" in said[1] and said[1].endswith("Try less.")
-    forecast = Forecast(TrainSettings(max_steps=100), "")
-    assert not any(forecast.micro_batch_took(1.0, 8) for _ in range(5))
+@pytest.mark.parametrize(("steps", "times"), [(400_000, 1), (100, 0)])
+def test_a_hopeless_schedule_is_forecast(steps, times, monkeypatch):
+    said, progress = [], Progress(SimpleNamespace(), TrainSettings(max_steps=steps))
+    progress.smaller = "Try less."
+    monkeypatch.setattr(progress, "say", said.append)
+    progress.micro_batch_took(1.0, 8)
+    assert not said
+    for _ in range(4):
+        progress.micro_batch_took(1.0, 8)
+    assert len(said) == times
+    assert all("about 37 days" in line and line.endswith("Try less.") for line in said)
 
 
 def run_script(*argv, launcher=(), **options):

@@ -72,6 +72,19 @@ def test_a_hook_on_any_module_fires_once_in_every_mode(name, mode, autocast):
     torch.testing.assert_close(out, without, rtol=2e-2 if autocast else 1e-4, atol=3e-2 if autocast else 1e-4)
 
 
+@pytest.mark.parametrize("name", ["D-EMOv2-Ti-2", "emov2_1m"])
+def test_a_hook_fires_under_gradient_checkpointing_too(name):
+    """Inside of a block a second time, when it is computed again."""
+    model, inputs = network(name)
+    model.train()
+    model.set_grad_checkpointing() if name == "emov2_1m" else model.enable_gradient_checkpointing()
+    fired = []
+    for key, module in called(model).items():
+        module.register_forward_hook(lambda *_, key=key: fired.append(key))
+    output(model, inputs)
+    assert sorted(fired) == sorted(called(model))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hook_fires_on_one_module_by_itself_and_the_others_keep_their_forms(name, training):

@@ -43,12 +43,7 @@ class View:
 
 
 class Studio:
-    """A snapshot made ready to draw from, again and again.
-
-    Args:
-        snapshot: Its model is changed for speed and can be saved no more.
-        settings: Of the app; of these precision, most pictures of one drawing, and time for previews.
-    """
+    """A snapshot made ready to draw from, again and again; its model is changed for speed and can be saved no more."""
 
     def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
         self.snapshot, self.settings = snapshot, settings

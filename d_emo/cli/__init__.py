@@ -28,12 +28,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
 
 
 def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None:
-    """Read a verb's settings and do what it does.
-
-    Args:
-        name: Of the verb.
-        argv: Its arguments.
-        prog: What ``--help`` calls the command. Default: the file that runs.
+    """Read a verb's settings and do what it does; its help calls the command ``prog`` (default: the file that runs).
 
     Raises:
         InputError: There is no such verb, or its settings cannot be used.

@@ -15,7 +15,7 @@ def run(settings: TrainSettings) -> None:
     task = DenoiserTask(settings)
     preview = partial(
         preview_grid, scheduler_config=task.scheduler.config, codec=task.codec, class_names=task.images.class_names,
-        guidance_scale=settings.preview_guidance,
+        guidance_scale=settings.preview_guidance, objective=settings.objective,
     )
     snapshot = fit(task, settings, preview=preview)
     if snapshot is not None:

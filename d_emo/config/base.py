@@ -148,18 +148,17 @@ def parse_settings(
     Raises:
         InputError: An unknown key or flag, or a value that cannot be used; names flags.
     """
-    flags = {each.name: flag_of(each) for each in fields(settings_class)}
-    with in_flags(settings_class):
+    with in_flags(settings_class) as flags:
         return _read(settings_class, description, lambda parser: parser.parse_args(argv), flags.__getitem__,
                      " (--help lists what is accepted)", prog)  # fmt: skip
 
 
 @contextmanager
-def in_flags(settings_class: type[Any]) -> Iterator[None]:
-    """Errors that name settings name their flags instead, as a user of the command line knows them."""
+def in_flags(settings_class: type[Any]) -> Iterator[dict[str, str]]:
+    """Errors that name settings name their flags instead, as a user of the command line knows them; gives the flags."""
     flags = {each.name: flag_of(each) for each in fields(settings_class)}
     try:
-        yield
+        yield flags
     except (InputError, RunError) as error:
         error.args = (fields_as(str(error), lambda name: flags.get(name, name)), *error.args[1:])
         raise

@@ -31,6 +31,4 @@ class ConvertSettings(Settings):
         help="a released .pth file, or a snapshot folder of a classifier", flag="IN", group="Weights", source=True
     )
     model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
-    output: str = setting(
-        help="folder to write model.safetensors and config.json to", flag="OUT", group="Output"
-    )
+    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT", group="Output")

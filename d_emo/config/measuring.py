@@ -147,9 +147,7 @@ class FidSettings(Settings):
     )
     scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots", choices=SCHEDULERS)
     steps: Steps = setting(250, "denoising steps")
-    guidance_scale: NotNegative = setting(
-        1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables"
-    )
+    guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(
         [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
@@ -189,9 +187,7 @@ class FidSettings(Settings):
 class ReferenceSettings(Settings):
     """Settings of ``scripts/make_reference.py``."""
 
-    dataset: str = setting(
-        "shapes", "built-in data set, when --data-dir is not given", choices=DATASETS, group="Data"
-    )
+    dataset: str = setting("shapes", "built-in data set, when --data-dir is not given", choices=DATASETS, group="Data")
     data_dir: str | None = setting(
         None, "folder with one sub-folder of images per class, as ImageNet's train folder", source=True
     )
@@ -201,9 +197,7 @@ class ReferenceSettings(Settings):
         None, "number of images, spread evenly over the data. Default: all (50,000 of Shapes-1000)"
     )
     skip_corrupt: bool = setting(False, "skip unreadable or too small images, with their names and number")
-    features: str = setting(
-        "inception", "inception, or emov2:SNAPSHOT for a classifier trained here", group="Features"
-    )
+    features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here", group="Features")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")
     num_workers: Workers = setting(0, "data loading processes")

@@ -19,11 +19,7 @@ class Range:
     open_high: bool = False
 
     def check(self, name: str, value: Any, kind: type) -> None:
-        """Refuse a value that is no such number.
-
-        Raises:
-            InputError: It is of another type, not finite, or outside.
-        """
+        """Raise InputError for a value of another type, that is not finite, or outside."""
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise InputError(f"`{name}` must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
         above = value > self.low if self.open_low else value >= self.low

@@ -57,9 +57,6 @@ class SampleSettings(Settings):
     )
     checkpoint: str | None = setting(None, SNAPSHOT, source=True)
     num_images: Count = setting(8, "images per class")
-    interpolate: list[str] | None = setting(
-        None, "two classes: --num-images images that lead from one to the other, all from the same noise", nargs=2
-    )
     guidance_scale: list[NotNegative] = setting(
         [], "classifier-free guidance scale; 1 is no guidance. Several give a row each, from the same noise. Default: "
         "4, or 1 for a snapshot trained without label dropout", group="Sampling",
@@ -81,8 +78,13 @@ class SampleSettings(Settings):
     trajectory: Literal["strip", "gif"] | None = setting(
         None, "show the denoising instead: its steps in a row for each image, or a GIF of the grid"
     )
+    interpolate: list[str] | None = setting(
+        None, "two classes: --num-images images that lead from one to the other, all from the same noise", nargs=2,
+        group="Images",
+    )
     output: str | None = setting(
-        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists"
+        None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
+        group="Output",
     )
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"

@@ -56,8 +56,7 @@ class RunSettings(Settings):
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
-        None, "save and stop after so many minutes; re-run the same command to resume",
-        resumable=True
+        None, "save and stop after so many minutes; re-run the same command to resume", resumable=True
     )
     batch_size: Count = setting(256, "images per step over all processes (global)", group="Optimisation")
     micro_batch_size: Count | None = setting(
@@ -71,8 +70,7 @@ class RunSettings(Settings):
     grad_clip: Positive | None = setting(None, "largest gradient norm; none by default, as DiT")
     nan: Literal["stop", "skip"] = setting(
         "stop", "what to do when a loss or gradient is not finite: stop before the update, or skip the step (and stop "
-        "after ten in a row)",
-        resumable=True
+        "after ten in a row)", resumable=True
     )
     sync_batchnorm: bool = setting(
         False, "BatchNorm over the micro-batches of all processes, instead of each process by itself"
@@ -81,26 +79,21 @@ class RunSettings(Settings):
     ema_warmup: bool = setting(False, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     seed: Seed = setting(0, "seed of weights, data order, noise, timesteps and label dropout")
     resume: str = setting(
-        "auto", "auto (newest state in the run folder), never, or the path of a state",
-        resumable=True
+        "auto", "auto (newest state in the run folder), never, or the path of a state", resumable=True
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "default: bf16 on a GPU that has it, else no",
-        resumable=True, decisive=True, group="Machine"
+        None, "default: bf16 on a GPU that has it, else no", resumable=True, decisive=True, group="Machine"
     )
     compile: bool = setting(False, "torch.compile the model", resumable=True)
     num_workers: Workers | None = setting(
-        None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU",
-        resumable=True
+        None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU", resumable=True
     )
     tracker: Literal["tensorboard", "wandb", "none"] = setting(
-        "tensorboard", "logger of metrics and sample grids",
-        resumable=True, group="Output"
+        "tensorboard", "logger of metrics and sample grids", resumable=True, group="Output"
     )
     log_every: Count = setting(50, "steps between logged metrics", resumable=True)
     snapshot_every: Count = setting(
-        50_000, "steps between snapshots (with sample grids); the last step always has one",
-        resumable=True
+        50_000, "steps between snapshots (with sample grids); the last step always has one", resumable=True
     )
     state_every: Count = setting(5_000, "steps between training states; the newest two are kept", resumable=True)
     validate_every: Count | None = setting(
@@ -110,8 +103,7 @@ class RunSettings(Settings):
     validate_images: Count = setting(1000, "held-out images to measure, at most", resumable=True)
     push_to_hub: str | None = setting(
         None, "OWNER/NAME on the Hugging Face hub: push the last snapshot there when the run is complete. A new "
-        "repository is private; log in with `hf auth login` first",
-        resumable=True
+        "repository is private; log in with `hf auth login` first", resumable=True
     )
 
 
@@ -119,10 +111,7 @@ class RunSettings(Settings):
 class DataSettings(Settings):
     """Which images to train on."""
 
-    dataset: str = setting(
-        "shapes", "built-in data set, when --data-dir is not given",
-        group="Data", choices=DATASETS
-    )
+    dataset: str = setting("shapes", "built-in data set, when --data-dir is not given", group="Data", choices=DATASETS)
     data_dir: str | None = setting(
         None, "folder with one sub-folder of images per class, as ImageNet's train folder; or wds:SHARDS.tar, or "
         "hf:DATASET[?split=...&image=...&label=...] (README, \"Your own data\")",
@@ -134,8 +123,7 @@ class DataSettings(Settings):
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: Count | None = setting(None, "number of different images of Shapes-1000. Default: a million")
     skip_corrupt: bool = setting(
-        False, "skip unreadable or too small images, with their names and number",
-        resumable=True
+        False, "skip unreadable or too small images, with their names and number", resumable=True
     )
 
     def run_folder(self, model: str) -> str:
@@ -198,8 +186,7 @@ class TrainSettings(DataSettings, RunSettings):
         1.0, "factor on the learning rate of the class embeddings; short runs need 3 to 30"
     )
     gradient_checkpointing: bool = setting(
-        False, "recompute blocks in the backward pass to save memory",
-        resumable=True
+        False, "recompute blocks in the backward pass to save memory", resumable=True
     )
     preview_guidance: NotNegative = setting(4.0, "guidance scale of the sample grids", resumable=True)
 
@@ -226,12 +213,12 @@ class TrainSettings(DataSettings, RunSettings):
             facts: "vae" and "image_size" of the data, once they are open.
         """
         family = family_of(self.model)
+        objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
         dropout = 0.0 if self.unconditional else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         return replace(
             self, output_dir=self.output_dir or replace(self, image_size=size).run_folder(self.model), image_size=size,
-            vae=self.vae or facts.get("vae"),
-            objective=self.objective or (family.objective if family else "eps"), label_dropout=dropout,
+            vae=self.vae or facts.get("vae"), objective=self.objective or objective, label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
 
@@ -266,8 +253,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     )
     validate_dir: str | None = setting(
         None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
-        "that has both train and val",
-        resumable=True, source=True
+        "that has both train and val", resumable=True, source=True
     )
     image_size: ClassifierSide = setting(224, "side of the images in pixels")
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
@@ -280,20 +266,17 @@ class ClassifierSettings(DataSettings, RunSettings):
     warmup_epochs: NotNegative = setting(20, "with --epochs: passes of linear warm-up, at most a tenth of them all")
     warmup_steps: Whole = setting(12_511, "steps of linear warm-up; 20 epochs of ImageNet")
     max_steps: Count = setting(
-        187_670, "optimizer steps of the whole run; 300 epochs of ImageNet",
-        resumable=True, decisive=True
+        187_670, "optimizer steps of the whole run; 300 epochs of ImageNet", resumable=True, decisive=True
     )
     snapshot_every: Count = setting(
-        12_511, "steps between snapshots, each with its accuracy; the last step has one",
-        resumable=True
+        12_511, "steps between snapshots, each with its accuracy; the last step has one", resumable=True
     )
     grad_clip: Positive | None = setting(5.0, "largest gradient norm")
     ema_decay: BelowOne = setting(0.9998, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     label_smoothing: Fraction = setting(0.1, "label smoothing of the cross-entropy", group="Loss")
     shift: NotNegative = setting(
-        0.0, "random translation of the training images, as a fraction of their side",
-        group="Augmentation"
+        0.0, "random translation of the training images, as a fraction of their side", group="Augmentation"
     )
     rand_augment: str | None = setting(
         None, "timm's name of a RandAugment policy for folders, or none. Default: rand-m9-mstd0.5-inc1, the paper's"
@@ -306,8 +289,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     )
     teacher: str | None = setting(
         None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
-        "of a classifier",
-        group="Distillation"
+        "of a classifier", group="Distillation"
     )
     teacher_weights: str | None = setting(
         None, "weights file of a timm teacher. Default: timm's pretrained ones", source=True

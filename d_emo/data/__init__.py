@@ -51,25 +51,18 @@ def open_dataset(
                 "(`d-emo encode --data-dir ... --output DIR`) and train with `latents` DIR"
             )
         return OneClass(images) if one_class and len(images.class_names) > 1 else images
-    if one_class:
-        known = {"dataset": dataset, "image_size": image_size, "split": split, "seed": seed, "num_images": num_images}
-        return OneClass(open_dataset(data_dir=None, **known))
     row = DATASETS[dataset]
     drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
-    return load(row.images)(
-        image_size, split=split, **{name: value for name, value in drawn.items() if value is not None}
-    )
+    given = {name: value for name, value in drawn.items() if value is not None}
+    images = load(row.images)(image_size, split=split, **given)
+    return OneClass(images) if one_class else images
 
 
 def open_source(
     data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
-    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``, these with ``?options``.
-
-    Raises:
-        InputError: An unknown option, or see the data sets themselves.
-    """
+    """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``; else InputError."""
     scheme, _, rest = data_dir.partition(":")
     if is_folder(data_dir) and crop_share is not None:
         return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, skip_corrupt=skip_corrupt)
@@ -94,11 +87,7 @@ def open_source(
 def open_held_out(
     settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
 ) -> ClassImages:
-    """Open the images to validate on.
-
-    Raises:
-        InputError: There are none, or they have other classes.
-    """
+    """Open the images to validate on; InputError if there are none, or they have other classes."""
     own_data = settings.data_dir or getattr(settings, "latents", None)
     if own_data is not None and settings.validate_dir is None:
         raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")

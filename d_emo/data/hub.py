@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -34,11 +33,8 @@ class HubImages(StoredImages):
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
         image: str | None = None, label: str | None = None, skip_corrupt: bool = False,
     ):
-        self.source = source
-        rows = _load(source, config, split, streaming=False)
-        self.image, self.label_column = _columns(rows.features, source, image, label)
-        labels = rows.select_columns([self.label_column])[:][self.label_column]
-        names = getattr(rows.features[self.label_column], "names", None)
+        names = self._open(source, config, split, image, label, streaming=False)
+        labels = self.rows.select_columns([self.label_column])[:][self.label_column]
         if names is None and isinstance(labels[0], str):
             names = sorted(set(labels))
             number_of = {name: number for number, name in enumerate(names)}
@@ -47,18 +43,36 @@ class HubImages(StoredImages):
             raise InputError(f"the column {self.label_column} of {source} holds no classes; add label=COLUMN after ?")
         if min(labels) < 0:
             raise InputError(f"{source} has images without a class in its split {split}; choose another split")
-        self.rows = _undecoded(rows, self.image, self.label_column)
         names = names or [str(number) for number in range(max(labels) + 1)]
         super().__init__(labels, list(names), image_size, skip_corrupt=skip_corrupt)
 
     def load(self, index: int) -> torch.Tensor:
-        return _read(self.rows[index][self.image], self.image_size, partial(self.origin, index))
+        return self._read(self.rows[index], index)
 
     def origin(self, index: int) -> str:
         return f"row {index} of {self.source}"
 
+    def _open(
+        self, source: str, config: str | None, split: str, image: str | None, label: str | None, *, streaming: bool
+    ) -> list[str] | None:
+        """Open the two columns, the images as the bytes of their files; the names of the classes, if it has some."""
+        rows = _load(source, config, split, streaming=streaming)
+        import datasets
 
-class HubStream(StoredImages):
+        if rows.features is None:
+            raise InputError(f"{source} does not tell its columns as a stream; leave streaming=true away")
+        self.source, (self.image, self.label_column) = source, _columns(rows.features, source, image, label)
+        two = rows.select_columns([self.image, self.label_column])
+        self.rows = two.cast_column(self.image, datasets.Image(decode=False))
+        return getattr(rows.features[self.label_column], "names", None)
+
+    def _read(self, row: dict[str, Any], index: int) -> torch.Tensor:
+        cell = row[self.image]
+        source = Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
+        return load_image(source, self.image_size, name=partial(self.origin, index))
+
+
+class HubStream(HubImages):
     """The same as a stream, for going through it once and in order; an earlier image starts the stream anew.
 
     Args:
@@ -70,37 +84,26 @@ class HubStream(StoredImages):
         InputError: The data set does not say what a stream needs: columns, class names, its length.
     """
 
-    name = "hf"
     sequential = True
 
     def __init__(
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
         image: str | None = None, label: str | None = None, length: int | None = None, skip_corrupt: bool = False,
     ):
-        self.source = source
-        rows = _load(source, config, split, streaming=True)
-        if rows.features is None:
-            raise InputError(f"{source} does not tell its columns as a stream; leave streaming=true away")
-        self.image, self.label_column = _columns(rows.features, source, image, label)
-        names = getattr(rows.features[self.label_column], "names", None)
+        names = self._open(source, config, split, image, label, streaming=True)
         if names is None:
             raise InputError(f"the column {self.label_column} of {source} has no class names, which a stream needs")
-        known = (rows.info.splits or {}).get(split)
-        length = length or getattr(known, "num_examples", None)
+        length = length or getattr((self.rows.info.splits or {}).get(split), "num_examples", None)
         if not length:
             raise InputError(f"{source} does not tell how many images its split {split} has; add length=NUMBER after ?")
-        self.rows = _undecoded(rows, self.image, self.label_column)
         self._next, self._row, self._iterator = 0, {}, iter(self.rows)
-        super().__init__(range(length), list(names), image_size, skip_corrupt=skip_corrupt)
+        StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt)
 
     def load(self, index: int) -> torch.Tensor:
-        return _read(self._at(index)[self.image], self.image_size, partial(self.origin, index))
+        return self._read(self._at(index), index)
 
     def label(self, index: int) -> int:
         return int(self._at(index)[self.label_column])
-
-    def origin(self, index: int) -> str:
-        return f"row {index} of {self.source}"
 
     def _at(self, index: int) -> dict[str, Any]:
         if index < self._next - 1:
@@ -153,15 +156,3 @@ def _columns(features: Any, source: str, image: str | None, label: str | None) -
             raise InputError(f"{source} has {asked}; choose one by {option}=NAME after ?: {', '.join(features)}")
         found.append(name)
     return found[0], found[1]
-
-
-def _undecoded(rows: Any, image: str, label: str) -> Any:
-    """The two columns, the images as the bytes of their files."""
-    import datasets
-
-    return rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-
-
-def _read(cell: dict[str, Any], image_size: int, name: Callable[[], str]) -> torch.Tensor:
-    source = Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
-    return load_image(source, image_size, name=name)

@@ -73,21 +73,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def check_image_size(image_size: int) -> None:
-    """Refuse a size no data set can serve.
-
-    Raises:
-        InputError: It is below 8 px.
-    """
+    """Raise InputError for a size that no data set can serve, below 8 px."""
     if image_size < 8:
         raise InputError(f"`image_size` {image_size} is too small; use at least 8 px")
 
 
 def split_number(split: str) -> int:
-    """0 for train, 1 for test.
-
-    Raises:
-        InputError: Another split.
-    """
+    """0 for train, 1 for test; InputError for another split."""
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}; use train or test")
     return int(split == "test")

@@ -11,29 +11,15 @@ from d_emo.data.images import ClassImages, check_image_size, split_number
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bar")
 COLOURS = {
-    "red": (225, 40, 45),
-    "orange": (250, 135, 20),
-    "yellow": (250, 225, 50),
-    "green": (60, 190, 60),
-    "cyan": (50, 215, 225),
-    "blue": (50, 90, 235),
-    "purple": (140, 55, 190),
-    "pink": (250, 120, 195),
-    "brown": (135, 80, 35),
-    "white": (250, 250, 250),
-}
+    "red": (225, 40, 45), "orange": (250, 135, 20), "yellow": (250, 225, 50), "green": (60, 190, 60),
+    "cyan": (50, 215, 225), "blue": (50, 90, 235), "purple": (140, 55, 190), "pink": (250, 120, 195),
+    "brown": (135, 80, 35), "white": (250, 250, 250),
+}  # fmt: skip
 GROUNDS = {
-    "black": (22, 22, 26),
-    "grey": (115, 118, 122),
-    "silver": (185, 188, 192),
-    "navy": (25, 35, 85),
-    "forest": (25, 70, 45),
-    "maroon": (85, 22, 38),
-    "sand": (214, 190, 140),
-    "sky": (150, 190, 225),
-    "mint": (165, 222, 185),
-    "lilac": (192, 165, 222),
-}
+    "black": (22, 22, 26), "grey": (115, 118, 122), "silver": (185, 188, 192), "navy": (25, 35, 85),
+    "forest": (25, 70, 45), "maroon": (85, 22, 38), "sand": (214, 190, 140), "sky": (150, 190, 225),
+    "mint": (165, 222, 185), "lilac": (192, 165, 222),
+}  # fmt: skip
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _GROUND_PALETTE = np.array(list(GROUNDS.values()), dtype=np.float32)
 
@@ -154,17 +140,10 @@ class Shapes1000(ClassImages):
         radius = 0.32 + 0.28 * draw[0]
         reach = 1 - 1.15 * radius  # the shape may touch the border, not leave through it
         return ShapeScene(
-            shape=label // 100,
-            colour=label // 10 % 10,
-            ground=label % 10,
-            x=reach * (2 * draw[1] - 1),
-            y=reach * (2 * draw[2] - 1),
-            radius=radius,
-            angle=2 * np.pi * draw[3],
-            brightness=0.88 + 0.14 * draw[4],
-            light_angle=2 * np.pi * draw[5],
-            light_strength=0.12 * draw[6],
-        )
+            shape=label // 100, colour=label // 10 % 10, ground=label % 10, x=reach * (2 * draw[1] - 1),
+            y=reach * (2 * draw[2] - 1), radius=radius, angle=2 * np.pi * draw[3], brightness=0.88 + 0.14 * draw[4],
+            light_angle=2 * np.pi * draw[5], light_strength=0.12 * draw[6],
+        )  # fmt: skip
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if not 0 <= index < self.num_images:

@@ -61,11 +61,7 @@ class TarShards(StoredImages):
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that ``{000..015}`` and ``*`` stand for, in order.
-
-    Raises:
-        InputError: There is no such file.
-    """
+    """The files that ``{000..015}`` and ``*`` stand for, in order; InputError where there is none."""
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if numbers:
         first, last = numbers.groups()

@@ -24,10 +24,9 @@ class ClassifierMetrics:
     ``class_values``, by its answers.
 
     Args:
-        extractor: Its features and logits.
+        extractor: Its features and logits, on ``device``.
         real: Real images, of which at most 5000 are looked at.
         data: Name of the data set, whose row says what the classes and their parts are; any name, or None.
-        device: Where the classifier is.
 
     Attributes:
         values: What it measures, in the order of tables.

@@ -110,8 +110,7 @@ class FeatureShards:
         folder: Where features are kept, claimed for these settings.
         num_images: How many images the set has.
         layers: Length of each kind of features, by name.
-        png_folder: Where to write images as PNG too; None: nowhere.
-        keep_pixels: Whether to keep the images for `write_npz`.
+        png_folder, keep_pixels: Where to write images as PNG too, and whether to keep them for `write_npz`.
     """
 
     def __init__(

@@ -58,13 +58,7 @@ class InceptionScore:
 
 
 class FeatureRows:
-    """Feature vectors of single images.
-
-    Args:
-        dim: Length of a feature vector.
-        kept: Which of the images that come are stored, ascending.
-        path: File of float32 to make, which is mapped into memory; without one they are in memory.
-    """
+    """Feature vectors of the images whose numbers are ``kept``, in memory, or mapped into it from a file of float32."""
 
     def __init__(self, dim: int, kept: Sequence[int], path: Path | None = None):
         self._kept, self._seen = np.asarray(kept), 0
@@ -89,14 +83,10 @@ class Gathered:
 
     Args:
         extractor: Whose features will come.
-        needs: Of ``pooled``, ``spatial`` (statistics), ``score`` and ``rows``.
+        needs: Of ``pooled``, ``spatial`` (statistics), ``score`` and ``rows``; attributes that are not needed are None.
         count: How many images will come.
         folder: Where rows go; memory by default.
         kept: Which images' rows are stored; all by default.
-
-    Attributes:
-        pooled, spatial: Statistics, or None.
-        score: Inception Score, or None.
     """
 
     def __init__(

@@ -139,14 +139,9 @@ def write_npz(
     path: Path, images: Iterable[torch.Tensor], num_images: int, image_size: tuple[int, int],
     arrays: Callable[[], dict[str, np.ndarray | str | int]],
 ) -> None:
-    """Write an ``.npz`` file, all or nothing.
+    """Write an ``.npz`` file, all or nothing: images as ``arr_0``, streamed, and what ``arrays`` gives after them.
 
-    Args:
-        path: The file.
-        images: Become ``arr_0``, streamed. Shape: (B, 3, H, W) uint8 each.
-        num_images: How many will come; without any there is no ``arr_0``.
-        image_size: (width, height) in pixels.
-        arrays: Called when all have come; gives what is written after them.
+    Without any images there is no ``arr_0``. Shape: images (B, 3, H, W) uint8 each.
 
     Raises:
         RunError: The disk is full, say.

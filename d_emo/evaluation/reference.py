@@ -133,13 +133,8 @@ def write_reference(
 
     Beside ADM's arrays the file says over how many images the statistics are, and of which features.
 
-    Args:
-        path: ``.npz`` file to write.
-        batches: Images. Shape: (B, 3, H, W) uint8.
-        extractor: Feature network.
-        num_images: How many images will come.
-        image_size: (width, height) in pixels.
-        kept_images: How many of them are stored, from all over them.
+    ``num_images`` images will come, of which ``kept_images`` are stored, from all over them.
+    Shape: batches (B, 3, H, W) uint8; image_size is (width, height).
 
     Raises:
         InputError: A feature is not finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from d_emo.errors import InputError
@@ -18,3 +19,14 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def logarithmic(panel: Any, name: str, numbers: Sequence[float]) -> None:
+    """Make the axis ``name`` of a panel logarithmic, with these numbers of each decade written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    getattr(panel, f"set_{name}scale")("log")
+    axis = getattr(panel, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=numbers))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

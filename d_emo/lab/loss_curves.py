@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 
 from d_emo.errors import InputError
-from d_emo.lab.drawing import new_figure
+from d_emo.lab.drawing import logarithmic, new_figure
+from d_emo.tables import family_of
 
 PANELS = ("loss", "mse", "vb")
 """What is drawn, where a run has it: the loss and, for the eps objective, its two parts."""
@@ -82,11 +83,7 @@ def published_curves() -> dict[str, Curve]:
 
 
 def choose_published(runs: list[Run], wanted: str = "auto") -> dict[str, Curve]:
-    """The published curves to draw with some runs.
-
-    Args:
-        runs: The runs.
-        wanted: A model's name, "none", or "auto": those of the runs' models, where there are.
+    """The published curves to draw with some runs: a model's, "none", or "auto", those of the runs' models.
 
     Raises:
         InputError: No curve of that name is published.
@@ -94,13 +91,14 @@ def choose_published(runs: list[Run], wanted: str = "auto") -> dict[str, Curve]:
     known = published_curves()
     if wanted == "none":
         return {}
-    if wanted == "auto":  # the flow objective's loss is another quantity
-        models = {run.model.lower() for run in runs if run.settings.get("objective", "eps") == "eps"}
-        return {name: curve for name, curve in known.items() if name.lower() in models}
-    for name, curve in known.items():
-        if name.lower() == wanted.replace("/", "-").lower():
-            return {name: curve}
-    raise InputError(f"no loss curve of {wanted} is published; there are {', '.join(known)}, auto and none")
+    if wanted == "auto":  # the loss of another objective is another quantity
+        trained = {(run.model.lower(), run.settings.get("objective")) for run in runs}
+        return {name: curve for name, curve in known.items()
+                if {(name.lower(), family_of(name).objective), (name.lower(), None)} & trained}  # fmt: skip
+    chosen = {name: curve for name, curve in known.items() if name.lower() == wanted.replace("/", "-").lower()}
+    if not chosen:
+        raise InputError(f"no loss curve of {wanted} is published; there are {', '.join(known)}, auto and none")
+    return chosen
 
 
 def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, smooth: int = 0) -> None:
@@ -111,46 +109,33 @@ def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, s
         published: Dashed lines in the panel of the loss, by model name.
         output: File to write.
         smooth: Length in steps of a running mean; the values as logged stay visible behind it.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
     panels = [name for name in PANELS if any(name in run.curves for run in runs)]
     heights = [3] + [1.4] * (len(panels) - 1)
     figure = new_figure(9, 1.5 * sum(heights))
+    from matplotlib.ticker import EngFormatter  # after what says that it is missing
+
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, ax in zip(panels, axes, strict=True):
         for number, run in enumerate(runs):
-            if panel in run.curves:
-                _draw(ax, run.curves[panel], smooth, color=f"C{number}", label=f"{run.folder} ({run.model})")
+            if (curve := run.curves.get(panel)) is None:
+                continue
+            style = {"color": f"C{number}", "lw": 1.4, "label": f"{run.folder} ({run.model})"}
+            if smooth:
+                ax.plot(curve.steps, curve.values, color=style["color"], alpha=0.2, lw=0.8)
+                curve = curve.smoothed(smooth)
+            ax.plot(curve.steps, curve.values, **style)
         if panel == "loss":
             for name, curve in published.items():
                 ax.plot(curve.steps, curve.values, "--", color="0.25", lw=1.2, label=f"{name}, published, ImageNet 256")
             ax.legend(frameon=False)
-        _format(ax, panel)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        values = np.concatenate([line.get_ydata() for line in ax.lines])
+        if values.min() > 0:
+            logarithmic(ax, "y", (1, 3) if values.max() > 30 * values.min() else (1, 1.5, 2, 3, 5, 7))
+        ax.set_ylabel(panel)
+        ax.grid(alpha=0.3)
     axes[-1].set_xlabel("step" + (f" (running means over {smooth:,} steps)" if smooth else ""))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, format="png", dpi=120)
-
-
-def _draw(ax: Any, curve: Curve, smooth: int, *, color: str, label: str) -> None:
-    if smooth:
-        ax.plot(curve.steps, curve.values, color=color, alpha=0.2, lw=0.8)
-        curve = curve.smoothed(smooth)
-    ax.plot(curve.steps, curve.values, color=color, lw=1.4, label=label)
-
-
-def _format(ax: Any, panel: str) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
-
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    values = np.concatenate([line.get_ydata() for line in ax.lines])
-    if values.min() > 0:
-        ax.set_yscale("log")
-        wide = values.max() > 30 * values.min()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylabel(panel)
-    ax.grid(alpha=0.3)

@@ -38,11 +38,7 @@ class LatentDataset(Dataset):
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
     def check(self, codec: Codec, image_size: int) -> None:
-        """Refuse a codec or an image size that these latents are not of.
-
-        Raises:
-            InputError: Names both values.
-        """
+        """Raise InputError for a codec or an image size that these latents are not of; names both values."""
         if image_size != self.image_size:
             raise InputError(
                 f"the latents in {self.folder} are of {self.image_size} px images, not `image_size` {image_size}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from d_emo.data import ClassImages
 from d_emo.errors import InputError, RunError
 from d_emo.latents.codec import Codec
-from d_emo.latents.shards import INDEX, Origin, shard_path, shard_problem, write_index, write_shard
+from d_emo.latents.shards import INDEX, Origin, is_finished, shard_path, write_index, write_shard
 
 
 def encode(
@@ -47,7 +46,7 @@ def encode(
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
     mine = range(rank, origin.num_shards, world_size)
-    pending = [shard for shard in mine if not _is_finished(shard_path(folder, shard), origin)]
+    pending = [shard for shard in mine if not is_finished(shard_path(folder, shard), origin)]
     total, todo = (sum(len(origin.rows(shard)) for shard in shards) for shards in (mine, pending))
     bar = tqdm(total=total, initial=total - todo, desc="encoding", unit="image", disable=rank != 0 or not todo)
     batches = [rows[at : at + batch_size] for rows in map(origin.rows, pending)
@@ -60,16 +59,6 @@ def encode(
     if (folder / INDEX).exists() and not pending:
         return rank == 0
     return write_index(folder, origin, images.class_names)
-
-
-def _is_finished(path: Path, origin: Origin) -> bool:
-    problem = shard_problem(path, origin)
-    if problem is None:
-        return True
-    if path.exists():
-        print(f"the shard {path} {problem}; making it anew", file=sys.stderr, flush=True)
-        path.unlink()
-    return False
 
 
 def _encode_rows(

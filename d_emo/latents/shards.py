@@ -9,6 +9,7 @@ alone, and whoever finishes last can write the index.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,8 @@ class Origin:
         """That of images encoded by a codec."""
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
-            classes=digest(json.dumps(images.class_names))[:16], codec=codec.name,
-            encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, mirrored=images.flip,
-            shard_size=shard_size,
+            classes=digest(json.dumps(images.class_names))[:16], mirrored=images.flip, codec=codec.name,
+            encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, shard_size=shard_size,
         )
 
     @property
@@ -69,11 +69,7 @@ class Origin:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
-        """Refuse latents that were made from something else; a codec's name may change, its encoder may not.
-
-        Raises:
-            InputError: Images, size, codec or precision are others; says which.
-        """
+        """Raise InputError for latents of something else; a codec's name may change, its encoder may not."""
         changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
                    if key != "codec" and other.get(key) != value]
         if changed:
@@ -89,12 +85,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin: Origin) -> None:
-    """Write one shard, all or nothing.
+    """Write one shard, all or nothing; RunError if the disk is full, say.
 
     Shape: moments (n, C, h, w), labels (n,).
-
-    Raises:
-        RunError: The disk is full, say; what was finished before stays.
     """
     tensors, made_from = {"moments": moments, "labels": labels}, json.dumps(asdict(origin))
     header = json.dumps({"made_from": made_from, "sha256": _checksum(made_from, tensors)})
@@ -103,30 +96,25 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, origin:
     write_file(path, content, f"the finished shards stay; {RESUME}")
 
 
-def shard_problem(path: Path, origin: Origin) -> str | None:
-    """What is wrong with a shard, or None; reads all of it.
-
-    Raises:
-        InputError: It is intact, but was made from something else.
-    """
+def is_finished(path: Path, origin: Origin) -> bool:
+    """Whether a shard is there and intact; reads all of it. One that is damaged is named and removed."""
     if not path.exists():
-        return "is missing"
+        return False
     try:
         header, tensors = read_shard(path)
+        problem = "does not match its checksum"
+        if header["sha256"] == _checksum(header["made_from"], tensors):
+            origin.check_same(json.loads(header["made_from"]), path.parent)
+            return True
     except ShardError:
-        return "cannot be read"
-    if header["sha256"] != _checksum(header["made_from"], tensors):
-        return "does not match its checksum"
-    origin.check_same(json.loads(header["made_from"]), path.parent)
-    return None
+        problem = "cannot be read"
+    print(f"the shard {path} {problem}; making it anew", file=sys.stderr, flush=True)
+    path.unlink()
+    return False
 
 
 def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Header and tensors of a shard. The tensors are maps of the file: nothing is read until it is looked at.
-
-    Raises:
-        ShardError: The file is missing, or not a shard.
-    """
+    """Header and tensors of a shard, which are maps of the file, not read until they are looked at; or ShardError."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
@@ -138,9 +126,8 @@ def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
     """Write ``index.json`` if every shard is there, and say whether."""
-    shards, shape = [], None
-    for shard in range(origin.num_shards):
-        path = shard_path(folder, shard)
+    shards, shape, paths = [], None, [shard_path(folder, shard) for shard in range(origin.num_shards)]
+    for path in paths:
         try:
             header, tensors = read_shard(path)
         except ShardError:  # another process is not done yet
@@ -154,11 +141,7 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a finished folder of latents.
-
-    Raises:
-        InputError: There is none, or a shard is missing or not of its size.
-    """
+    """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
         raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
     try:

@@ -16,7 +16,7 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, pair
+from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, is_count, pair
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -27,15 +27,13 @@ def row(
     block: str, depths: str, dims: str, expand_ratios: str, head_dims: str, drop_path_rate: float
 ) -> dict[str, Any]:
     """One line of the papers' tables as constructor arguments."""
+    counts = {"depths": depths, "dims": dims, "head_dims": head_dims}
     return {
-        "block": block,
-        "depths": tuple(map(int, depths.split())),
-        "dims": tuple(map(int, dims.split())),
-        "expand_ratios": tuple(map(float, expand_ratios.split())),
-        "head_dims": tuple(map(int, head_dims.split())),
+        "block": block, "drop_path_rate": drop_path_rate,
         "kernel_sizes": (5, 5, 5, 5) if block == "i2rmb" else (3, 3, 5, 5),
-        "drop_path_rate": drop_path_rate,
-    }
+        "expand_ratios": tuple(map(float, expand_ratios.split())),
+        **{name: tuple(map(int, values.split())) for name, values in counts.items()},
+    }  # fmt: skip
 
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -76,26 +74,38 @@ def window_for(img_size: int | tuple[int, int]) -> int:
     return next((window for window in (8, 7, 6, 5) if not any(n % window for n in last)), 7)
 
 
+class Stage(nn.Sequential):
+    """A down-sampling block, then blocks that keep the map.
+
+    Attributes:
+        grad_checkpointing: Whether blocks are computed again in the backward pass.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C').
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return super().forward(x)
+        for block in self:
+            x = checkpoint_block(block, x)
+        return x
+
+
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
     drop_paths: Sequence[float], **options: Any,
-) -> nn.Sequential:  # fmt: skip
-    """A down-sampling block and ``depth - 1`` blocks that keep the map; stages count from 0.
-
-    Raises:
-        InputError: The width is no multiple of the head width.
-    """
+) -> Stage:  # fmt: skip
+    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
-    return nn.Sequential(
-        *(
-            mobile_block(
-                block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention,
-                num_heads=max(1, dim // head_dim), drop_path=drop_paths[i], **options,
-            )
-            for i in range(depth)
-        )
-    )  # fmt: skip
+    heads = max(1, dim // head_dim)
+    return Stage(*(
+        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention, num_heads=heads,
+                     drop_path=drop_paths[i], **options)
+        for i in range(depth)
+    ))  # fmt: skip
 
 
 class EMO(nn.Module):
@@ -126,34 +136,22 @@ class EMO(nn.Module):
     """
 
     def __init__(
-        self,
-        block: Literal["irmb", "i2rmb"] = "i2rmb",
-        depths: Sequence[int] = (3, 3, 9, 3),
-        dims: Sequence[int] = (48, 72, 160, 288),
-        expand_ratios: Sequence[float] = (2, 3, 4, 4),
-        head_dims: Sequence[int] = (16, 24, 32, 32),
-        kernel_sizes: Sequence[int] = (5, 5, 5, 5),
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        img_size: int | tuple[int, int] = 224,
-        window_size: int | tuple[int, int] | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
-        dilations: Sequence[int] = (1, 1, 1, 1),
-        norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"),
-        attention_stages: Sequence[int] = (3, 4),
-        attention_mode: AttentionMode | Literal["none"] | None = None,
-        attention_order: AttentionOrder | None = None,
+        self, block: Literal["irmb", "i2rmb"] = "i2rmb", depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (48, 72, 160, 288), expand_ratios: Sequence[float] = (2, 3, 4, 4),
+        head_dims: Sequence[int] = (16, 24, 32, 32), kernel_sizes: Sequence[int] = (5, 5, 5, 5),
+        num_classes: int = 1000, in_channels: int = 3, img_size: int | tuple[int, int] = 224,
+        window_size: int | tuple[int, int] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
+        norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
+        attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
         arrangement: Arrangement = "attention-conv",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
             "kernel_sizes": kernel_sizes, "dilations": dilations,
         }  # fmt: skip
-        check_rows(**rows)
-        check_stages(norms, attention_stages)
+        check_rows(norms, attention_stages, **rows)
         if not is_count(in_channels):
             raise InputError(f"in_channels must be a positive integer, got {in_channels!r}.")
         for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
@@ -165,23 +163,18 @@ class EMO(nn.Module):
             stem_dim, first_act, gate = 24, nn.Identity(), SqueezeExcite(24)
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (EMOv2) or 'irmb' (EMOv1).")
-        self.block, self.config, self.grad_checkpointing = block, {}, False
+        self.block, self.config = block, {}
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         size = window_for(img_size)
-        options: dict[str, Any] = {
-            "window_size": pair(size if window_size is None else window_size, "window_size"),
-            "arrangement": arrangement,
-        }
-        if attention_mode not in (None, "none"):
-            options["attention_mode"] = attention_mode
-        if attention_order is not None:
-            options["attention_order"] = attention_order
+        window = pair(size if window_size is None else window_size, "window_size")
+        options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
+        options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
         self.stages = nn.ModuleList(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
-                norm=norms[stage], drop_paths=drop_paths[stage].tolist(), **options,
-                **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
+                **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
@@ -232,14 +225,11 @@ class EMO(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training; batch-norm statistics are still updated once per step."""
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
-    def run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+    def run_stage(self, stage: Stage, x: Tensor) -> Tensor:
         """Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in stage:
-                x = checkpoint_block(block, x)
-            return x
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
         return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.mid_dim)
@@ -259,25 +249,19 @@ class EMO(nn.Module):
 
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
-        if self.global_pool == "":
-            x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-            x = x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-            return x.permute(0, 3, 1, 2)  # (B, C or num_classes, H, W)
-        x = x.mean(dim=(2, 3))  # (B, C)
-        return x if pre_logits else kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
+        pooled = self.global_pool == "avg"
+        x = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)  # (B, C) or (B, H, W, C)
+        if not pre_logits:
+            x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
+        return x if pooled else x.permute(0, 3, 1, 2)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The maps after chosen stages, in timm's form; ``norm`` applies the final norm to the last stage's map.
 
         Shape: x (B, 3, H, W) -> maps (B, C, h, w).
@@ -318,27 +302,21 @@ class EMO(nn.Module):
         return wanted
 
 
-def is_count(value: Any) -> bool:
-    """True for a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Sequence[float]) -> None:
+    """Raise InputError naming the first row without four positive numbers, whole ones but for the expand ratios."""
 
+    def four(values: Any) -> bool:
+        return isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
 
-def check_rows(**rows: Sequence[float]) -> None:
-    """Raise InputError naming the first row that is not four positive numbers, whole ones but for the expand ratios."""
     for name, values in rows.items():
-        four = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
         if name == "expand_ratios":
-            if not four or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+            if not four(values) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
                 raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
-        elif not four or not all(map(is_count, values)):
+        elif not four(values) or not all(map(is_count, values)):
             raise InputError(f"{name} must hold four positive integers, one per stage, got {values!r}.")
     if rows["dims"][0] < 2:
         raise InputError(f"dims must start with 2 or more, as the stem has half of that, got {rows['dims']!r}.")
-
-
-def check_stages(norms: Sequence[str], attention_stages: Sequence[int]) -> None:
-    """Raise InputError unless there are four norms and the stages with attention lie in 1..4."""
-    if not isinstance(norms, Sequence) or isinstance(norms, str) or len(norms) != 4:
+    if not four(norms):
         raise InputError(f"norms must name four norms, one per stage, got {norms!r}.")
     if not isinstance(attention_stages, Sequence) or not set(attention_stages) <= {1, 2, 3, 4}:
         raise InputError(f"attention_stages must be a list of stages from 1 to 4, got {attention_stages!r}.")

@@ -26,6 +26,7 @@ from d_emo.models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     checkpoint_block,
+    is_count,
     pair,
     sincos_position_embedding,
 )
@@ -89,31 +90,22 @@ class Denoiser(DenoiserFrame):
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int | tuple[int, int] = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        out_channels: int | None = None,
-        learn_sigma: bool = True,
-        num_classes: int = 1000,
-        hidden_size: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        block: str = "i2rmb",
-        expand_ratio: float = 4,
-        attention_mode: AttentionMode = "spanning",
-        window_size: int | tuple[int, int] = 8,
-        kernel_size: int = 5,
-        local_norm: NormKind = "batch",
-        position_embedding: Literal["sincos", "none"] = "sincos",
-    ) -> None:
+        self, sample_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+        out_channels: int | None = None, learn_sigma: bool = True, num_classes: int = 1000, hidden_size: int = 384,
+        depth: int = 12, num_heads: int = 6, block: str = "i2rmb", expand_ratio: float = 4,
+        attention_mode: AttentionMode = "spanning", window_size: int | tuple[int, int] = 8, kernel_size: int = 5,
+        local_norm: NormKind = "batch", position_embedding: Literal["sincos", "none"] = "sincos",
+    ) -> None:  # fmt: skip
         super().__init__()
-        check_positive(
-            patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, hidden_size=hidden_size,
-            depth=depth, num_heads=num_heads,
-        )  # fmt: skip
-        self.sample_size = pair(sample_size, "sample_size")
-        self.grid = token_grid(self.sample_size, patch_size)
+        counts = {"patch_size": patch_size, "in_channels": in_channels, "num_classes": num_classes,
+                  "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}  # fmt: skip
+        for name, value in counts.items():
+            if not is_count(value):
+                raise InputError(f"{name} must be a positive integer, got {value!r}.")
+        height, width = self.sample_size = pair(sample_size, "sample_size")
+        if height % patch_size or width % patch_size:
+            raise InputError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
+        self.grid = height // patch_size, width // patch_size
         if hidden_size % 4:
             raise InputError(f"hidden_size must be a multiple of 4 for the position embedding, got {hidden_size}.")
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -194,15 +186,15 @@ class Denoiser(DenoiserFrame):
         (self.compile_repeated_blocks if self.gradient_checkpointing else super().compile)(*args, **kwargs)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
         """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused."""
-        self.check_input(hidden_states)
+        if not isinstance(hidden_states, torch.fx.Proxy) and hidden_states.shape[1:] != self.latent_shape:
+            raise InputError(
+                f"This model denoises latents of shape (batch, {', '.join(map(str, self.latent_shape))}), but got "
+                f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."
+            )
         x = self.x_embedder(hidden_states)  # (B, H, W, C)
         x = x + self.pos_embed.view(1, *self.grid, -1)  # (B, H, W, C)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])  # (B,)
@@ -223,26 +215,3 @@ class Denoiser(DenoiserFrame):
         batch, p = x.shape[0], self.config.patch_size
         x = x.view(batch, *self.grid, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # (B, C_out, H, p, W, p)
         return x.reshape(batch, self.out_channels, *self.sample_size)
-
-    def check_input(self, hidden_states: Tensor) -> None:
-        """Raise InputError unless the latent has this model's channels and size. Shape: hidden_states (B, C, H, W)."""
-        if not isinstance(hidden_states, torch.fx.Proxy) and hidden_states.shape[1:] != self.latent_shape:
-            raise InputError(
-                f"This model denoises latents of shape (batch, {', '.join(map(str, self.latent_shape))}), but got "
-                f"{tuple(hidden_states.shape)}; build it with another sample_size or in_channels, or fit the latents."
-            )
-
-
-def check_positive(**settings: int) -> None:
-    """Raise InputError naming the first setting that is not a positive integer."""
-    for name, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} must be a positive integer, got {value!r}.")
-
-
-def token_grid(sample_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of tokens; InputError if the patch does not divide the latent."""
-    if any(n % patch_size for n in sample_size):
-        height, width = sample_size
-        raise InputError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
-    return sample_size[0] // patch_size, sample_size[1] // patch_size

@@ -25,14 +25,15 @@ NORM_EPS = 1e-6
 NormKind = Literal["batch", "layer", "none"]
 
 
-def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """Read a size given as one integer or as (height, width); both must be positive integers.
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
-    Raises:
-        InputError: The size is neither.
-    """
+
+def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    """A size given as one integer or as (height, width); InputError unless both are positive integers."""
     sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+    if len(sizes) != 2 or not all(map(is_count, sizes)):
         raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
     return sizes
 
@@ -86,18 +87,12 @@ class ChannelsLastBatchNorm(nn.Module):
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm called ``kind`` for channels-last maps of ``dim`` channels.
-
-    Raises:
-        InputError: There is no such norm.
-    """
-    if kind == "batch":
-        return ChannelsLastBatchNorm(dim)
+    """The norm called ``kind`` for channels-last maps of ``dim`` channels; else InputError."""
+    if kind not in ("batch", "layer", "none"):
+        raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
     if kind == "layer":
         return nn.LayerNorm(dim, eps=NORM_EPS)
-    if kind == "none":
-        return nn.Identity()
-    raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
+    return ChannelsLastBatchNorm(dim) if kind == "batch" else nn.Identity()
 
 
 @kernels.known
@@ -280,7 +275,7 @@ def timestep_features(t: Tensor, count: int) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, there is nothing to cast."""
+    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, nothing is cast. Shape: any."""
     if isinstance(x, torch.fx.Proxy) or x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -330,8 +325,5 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)  # (n, dim / 4)
     rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))  # (n, dim / 2)
-    height, width = grid
-    both = torch.cat(
-        [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1
-    )  # (rows, columns, dim)
-    return both.reshape(1, height * width, dim).float()
+    both = [columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)]  # 2 x (rows, columns, dim / 2)
+    return torch.cat(both, dim=-1).reshape(1, -1, dim).float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,7 @@ def own_names(content: Mapping[str, Any], model: EMO) -> Mapping[str, Any]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file on the CPU; no code from the file is run.
-
-    Raises:
-        InputError: There is no such file, or it is no checkpoint of tensors.
-    """
+    """The content of a checkpoint file on the CPU, else InputError; no code from the file is run."""
     if not path.is_file():
         raise InputError(f"the checkpoint file {path} does not exist")
     try:
@@ -130,12 +126,8 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes.
-
-    Raises:
-        InputError: There are no named tensors inside.
-    """
-    while not holds_tensors(content):
+    """The mapping from names to tensors inside a checkpoint's wrappings, without prefixes; else InputError."""
+    while not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
         wrapped = content if isinstance(content, Mapping) else {}
         inner = (wrapped[key] for key in WRAPPINGS if isinstance(wrapped.get(key), Mapping) and wrapped[key])
         content = next(inner, None)
@@ -144,11 +136,6 @@ def unwrap(content: Any, source: str) -> dict[str, Tensor]:
                 f"{source} holds no model weights; expected named tensors, bare or under {', '.join(WRAPPINGS)}."
             )
     return {PREFIXES.sub("", name): tensor for name, tensor in content.items()}
-
-
-def holds_tensors(content: Any) -> bool:
-    """True for a non-empty mapping of nothing but tensors."""
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
 def released_names(model: nn.Module) -> dict[str, str]:
@@ -166,11 +153,9 @@ def released_names(model: nn.Module) -> dict[str, str]:
             "load_released reads EMOv1, EMOv2 and DiT checkpoints; no D-EMO weights were ever released. "
             "Load one of our own snapshots with Denoiser.from_pretrained."
         )
-    names = {}
-    for name in model.state_dict():
-        names[name] = name
-        for pattern, replacement in rules:
-            names[name] = re.sub(pattern, replacement, names[name])
+    names = {name: name for name in model.state_dict()}
+    for pattern, replacement in rules:
+        names = {ours: re.sub(pattern, replacement, released) for ours, released in names.items()}
     return names
 
 
@@ -196,22 +181,16 @@ def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, 
     reason = explain(found, wanted)
     if reason:
         raise InputError(f"{source} does not fit this model: {reason}.")
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    shapes = [
-        f"{name} {found[name]} instead of {wanted[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
-    parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)]
-    details = "; ".join(f"{title}: {shortened(names)}" for title, names in parts if names)
+    parts = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": [f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items()
+                        if found.get(name, shape) != shape],
+    }  # fmt: skip
+    first = {title: ", ".join(names[:4]) for title, names in parts.items()}
+    more = {title: f" and {len(names) - 4} more" if len(names) > 4 else "" for title, names in parts.items()}
+    details = "; ".join(f"{title}: {first[title]}{more[title]}" for title, names in parts.items() if names)
     raise InputError(f"{source} does not fit this model. {details}.")
-
-
-def shortened(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def explain(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -26,17 +26,10 @@ from d_emo.models.released import own_names
 default_cfgs = generate_default_cfgs(
     {
         name: {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "stem.conv.conv",
-            "classifier": "head",
-        }
+            "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
+            "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.conv.conv", "classifier": "head",
+        }  # fmt: skip
         for name in BACKBONES
     }
 )

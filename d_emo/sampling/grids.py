@@ -76,14 +76,14 @@ def class_grid(
 
 def preview_grid(
     path: Path, denoiser: DenoiserFrame, *, scheduler_config: dict[str, Any], codec: Codec, class_names: Sequence[str],
-    guidance_scale: float,
+    guidance_scale: float, objective: str | None = None,
 ) -> None:
     """Write the sample grid of a training run: fixed classes and seeds, so that grids of different steps compare.
 
     Where the samples are not finite it says so and writes nothing.
     """
     rows, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
-    sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale)
+    sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale, objective=objective)
     try:
         grid = class_grid(class_names, rows, columns, lambda labels: sampler.images(labels, range(len(labels))))
     except InputError as error:  # values that are not finite: no reason to stop a training run

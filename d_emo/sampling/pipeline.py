@@ -56,7 +56,8 @@ class DEMOPipeline(DiffusionPipeline):
         if not isinstance(snapshot, DenoiserSnapshot):
             snapshot = load_denoiser(snapshot)
         return cls(
-            transformer=snapshot.model, scheduler=make_scheduler(scheduler, snapshot.scheduler_config),
+            transformer=snapshot.model,
+            scheduler=make_scheduler(scheduler, snapshot.scheduler_config, snapshot.objective),
             vae=getattr(load_codec(snapshot.codec), "vae", None),
             id2label={str(label): name for label, name in enumerate(snapshot.class_names)},
             label_dropout=snapshot.label_dropout,

@@ -112,12 +112,7 @@ class SampleRequest:
 
 
 class Trajectory:
-    """Keeps the latents at evenly spread steps of the denoising; the last is always among them.
-
-    Args:
-        steps: Number of steps that the scheduler takes.
-        keep: How many to keep.
-    """
+    """Keeps the latents of ``keep`` evenly spread steps of a denoising of ``steps``; the last is always among them."""
 
     def __init__(self, steps: int, keep: int = 12):
         keep = min(keep, steps)

@@ -39,6 +39,7 @@ class Sampler:
         guidance: A scale, or more; None: the default scale, or none where the snapshot cannot be guided.
         class_names: In the order of the labels.
         snapshot: Where the model comes from.
+        objective: What the model was trained for. Default: the snapshot's, else what the noise schedule tells.
 
     Attributes:
         model, codec, steps, class_names, snapshot: As given.
@@ -52,12 +53,14 @@ class Sampler:
     def __init__(
         self, model: DenoiserFrame, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
         steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
-        snapshot: DenoiserSnapshot | None = None,
+        snapshot: DenoiserSnapshot | None = None, objective: str | None = None,
     ):
         self.model, self.codec, self.scheduler_config = model, codec, scheduler_config
         self.class_names, self.snapshot = class_names, snapshot
-        self.scheduler, self.steps, self.guidance = _settle(scheduler_config, scheduler, steps, guidance, snapshot)
-        self._scheduler_name = scheduler
+        self._scheduler_name, self._objective = scheduler, objective or (snapshot and snapshot.objective)
+        self.scheduler, self.steps, self.guidance = _settle(
+            scheduler_config, self._objective, scheduler, steps, guidance, snapshot
+        )
 
     @classmethod
     def open(
@@ -80,7 +83,8 @@ class Sampler:
         """
         if not isinstance(snapshot, DenoiserSnapshot):
             snapshot = load_denoiser(snapshot or newest_denoiser())
-        _settle(snapshot.scheduler_config, scheduler, steps, guidance, snapshot)  # refuses before a codec is fetched
+        # What cannot be drawn is refused before a codec is fetched.
+        _settle(snapshot.scheduler_config, snapshot.objective, scheduler, steps, guidance, snapshot)
         device = best_device(device)
         codec = load_codec(snapshot.codec).to(device)
         model = prepare_denoiser(snapshot.model.to(device), dtype=dtype, compile=compile)
@@ -94,7 +98,7 @@ class Sampler:
         same = {"scheduler": self._scheduler_name, "steps": self.steps, "guidance": self.guidance}
         return Sampler(
             self.model, self.codec, self.scheduler_config, class_names=self.class_names, snapshot=self.snapshot,
-            **{**same, **changes},
+            objective=self._objective, **{**same, **changes},
         )
 
     @property
@@ -152,11 +156,11 @@ def prepare_denoiser(
 
 
 def _settle(
-    scheduler_config: Mapping[str, Any], scheduler: str | None, steps: int, guidance: float | Guidance | None,
-    snapshot: DenoiserSnapshot | None,
+    scheduler_config: Mapping[str, Any], objective: str | None, scheduler: str | None, steps: int,
+    guidance: float | Guidance | None, snapshot: DenoiserSnapshot | None,
 ) -> tuple[Any, int, Guidance]:
     """Scheduler, steps and guidance as they are used, or an InputError."""
-    made = make_scheduler(scheduler, scheduler_config)
+    made = make_scheduler(scheduler, scheduler_config, objective)
     set_steps(made, steps)
     dropout = None if snapshot is None else snapshot.label_dropout
     if guidance is None:

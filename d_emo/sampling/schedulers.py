@@ -19,17 +19,18 @@ from d_emo.tables import OBJECTIVES, SCHEDULERS, load, objective_of, schedulers_
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler)
 
 
-def make_scheduler(name: str | None, config: Mapping[str, Any]) -> Any:
+def make_scheduler(name: str | None, config: Mapping[str, Any], objective: str | None = None) -> Any:
     """A diffusers scheduler over a snapshot's noise schedule.
 
     Args:
         name: Of a row of ``d_emo.tables.SCHEDULERS``; None takes the default of the snapshot's objective.
         config: The snapshot's ``scheduler_config``, or the config of a scheduler made here.
+        objective: What the snapshot was trained for. Default: the first that predicts what the config says.
 
     Raises:
         InputError: There is no such scheduler, or it does not serve the snapshot's objective.
     """
-    objective = objective_of(config)
+    objective = objective or objective_of(config)
     row = SCHEDULERS[name or OBJECTIVES[objective].scheduler]
     if objective not in row.objectives:
         raise InputError(

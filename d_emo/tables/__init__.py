@@ -23,6 +23,7 @@ from d_emo.tables.objectives import (
     SCHEDULERS,
     ObjectiveRow,
     SchedulerRow,
+    noise_objectives,
     objective_of,
     schedulers_of,
 )

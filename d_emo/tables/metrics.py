@@ -138,11 +138,7 @@ EMPTY = MetricValue(name="empty", title="empty", digits=2, unit="%", better=-1, 
 
 
 def class_values(data: str | None) -> tuple[MetricValue, ...]:
-    """What a classifier's answers say of images, in percent; of a built-in data set by parts of the class id, too.
-
-    Args:
-        data: Name of the data set; None, or a name that is no built-in one, for others.
-    """
+    """What a classifier's answers say of images, in percent; of a built-in data set by parts of the class id, too."""
     if data not in DATASETS:
         return (CLASS_ACCURACY,)
     row = DATASETS[data]

@@ -69,11 +69,7 @@ EXTRACTORS: Table[ExtractorRow] = Table(
 
 
 def parse_features(features: str) -> tuple[ExtractorRow, str]:
-    """The extractor that ``features`` names, NAME or NAME:WHAT, and what stands behind the colon.
-
-    Raises:
-        InputError: There is no such extractor, or something is missing behind the colon or too much.
-    """
+    """The extractor that ``features`` names, NAME or NAME:WHAT, and what stands behind the colon; else InputError."""
     name, colon, what = features.partition(":")
     row = EXTRACTORS[name] if name in EXTRACTORS else None
     if row is None or bool(row.takes) != bool(what) or (colon and not what):

@@ -91,12 +91,13 @@ def schedulers_of(objective: str) -> list[str]:
     return [name for name, row in SCHEDULERS.items() if objective in row.objectives]
 
 
-def objective_of(scheduler_config: Mapping[str, Any]) -> str:
-    """The objective that a noise schedule belongs to; diffusers' flow matching names no prediction type.
+def noise_objectives() -> list[str]:
+    """Names of the objectives that train a network to predict the noise."""
+    return [name for name, row in OBJECTIVES.items() if row.prediction_type == "epsilon"]
 
-    Raises:
-        InputError: It belongs to none that is known.
-    """
+
+def objective_of(scheduler_config: Mapping[str, Any]) -> str:
+    """The objective of a noise schedule, else InputError; diffusers' flow matching names no prediction type."""
     kind = scheduler_config.get("prediction_type", "flow")
     for name, row in OBJECTIVES.items():
         if row.prediction_type == kind:

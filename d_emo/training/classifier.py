@@ -154,10 +154,8 @@ def _own_held_out(data_dir: str | None) -> str | None:
 def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
     """The images to train on, and those to measure accuracy on: None where a data set of one's own comes without.
 
-    A folder with sub-folders train and val, as ImageNet is laid out, stands for these two.
-
-    Raises:
-        InputError: Data that cannot be opened, have one class only, or do not belong together.
+    A folder with sub-folders train and val, as ImageNet is laid out, stands for these two. InputError for data of one
+    class only, or that do not belong together.
     """
     data_dir, size = settings.data_dir, settings.image_size
     if _own_held_out(data_dir) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from d_emo.config import TrainSettings
 from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
@@ -81,19 +82,17 @@ class DenoiserTask:
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, trained_parameters(self.model) / 1e6
-        lines = []
-        built_in = DATASETS[settings.dataset]
-        if settings.data_dir is settings.latents is None and built_in.drawn:
-            lines.append(
-                f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
-                "`d-emo train --data-dir /path/to/imagenet/train`"
-            )
-        shape = " x ".join(map(str, self.model.latent_shape))
-        return lines + [
+        built_in, shape = DATASETS[settings.dataset], " x ".join(map(str, self.model.latent_shape))
+        lines = [
+            f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
+            "`d-emo train --data-dir /path/to/imagenet/train`"
+        ] if settings.data_dir is settings.latents is None and built_in.drawn else []  # fmt: skip
+        return [
+            *lines,
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
-            f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder "
-            f"{settings.output_dir}"
-        ] + ([self.start] if self.start else [])
+            f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
+            *filter(None, [self.start]),
+        ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
@@ -133,9 +132,7 @@ class DenoiserTask:
         for start in range(0, max(1, len(mine)), batch_size):
             indices = mine[start : start + batch_size]
             count, indices = len(indices), indices or [0]  # a process without any still names its sums
-            images, labels = (torch.stack(part) for part in zip(
-                *((image, torch.tensor(label)) for image, label in map(self.held_out.__getitem__, indices)), strict=True
-            ))
+            images, labels = default_collate([self.held_out[index] for index in indices])
             step = StepNoise(*(torch.cat(part).to(device) for part in zip(
                 *(self.draw(torch.Generator().manual_seed(index), 1) for index in indices), strict=True
             )))

@@ -68,17 +68,16 @@ class NonFiniteGuard:
         """
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)
-        self.evidence = run / "nonfinite" / f"step-{step}.json"
+        evidence = run / "nonfinite" / f"step-{step}.json"
         if write:
-            self.evidence.parent.mkdir(exist_ok=True)
+            evidence.parent.mkdir(exist_ok=True)
             figures = {name: value if math.isfinite(value) else str(value) for name, value in means.items()}
             known = {"step": step, "learning_rate": learning_rate, "figures": figures, "indices": indices}
-            self.evidence.write_text(json.dumps(known) + "\n")
-        self.finding = (
+            evidence.write_text(json.dumps(known) + "\n")
+        return (
             f"step {step}: loss {means['loss']:.4g}, gradient norm {means['gradient_norm']:.4g}, learning rate "
-            f"{learning_rate:.2e}; no update was made, its images are listed in {self.evidence}"
+            f"{learning_rate:.2e}; no update was made, its images are listed in {evidence}"
         )
-        return self.finding
 
     def insist(self) -> None:
         """Raise RunError if the policy, or the number of refused steps in a row, does not let the run go on."""

@@ -118,8 +118,7 @@ class _Run:
     # -- set-up --
 
     def go(self) -> Path | None:
-        state = self._open_run_folder()
-        task, accelerator, settings = self.task, self.accelerator, self.settings
+        state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
         set_seed(settings.seed)
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
@@ -158,10 +157,10 @@ class _Run:
         settings, states = self.settings, self.folder / "states"
         try:
             states.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(13, "permission denied")
         except OSError as error:
             raise InputError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        if not os.access(self.folder, os.W_OK):
-            raise InputError(f"cannot write to the run folder {self.folder}: permission denied")
         if settings.resume == "never":
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
@@ -172,13 +171,8 @@ class _Run:
             found = Path(settings.resume)
         if found is None:
             return None
-        self._check_same_run(self.folder / "config.yaml")
-        return load_state(found)
-
-    def _check_same_run(self, config: Path) -> None:
-        if not config.exists():
-            return
-        old, new, free = yaml.safe_load(config.read_text()), vars(self.settings), self.settings.marked("resumable")
+        config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
+        old = yaml.safe_load(config.read_text()) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
@@ -186,6 +180,7 @@ class _Run:
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
+        return load_state(found)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -305,14 +300,12 @@ class _Run:
             pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         ))
 
+    @torch.no_grad()
     def _validate(self) -> None:
         accelerator = self.accelerator
-        with torch.no_grad():
-            for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
-                broadcast(buffer)
-            sums = self.task.validate(
-                self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes
-            )
+        for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
+            broadcast(buffer)
+        sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
         totals = dict(zip(sums, totals, strict=True))
         count = totals.pop("count")

@@ -34,6 +34,7 @@ class Progress:
     def __init__(self, accelerator: Accelerator, settings: RunSettings):
         self.accelerator, self.settings = accelerator, settings
         self.bar: tqdm | None = None
+        self.micro_batches_seen = 0
         if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise InputError("`tracker` wandb needs Weights & Biases: pip install wandb")
 
@@ -51,7 +52,7 @@ class Progress:
             self.accelerator.init_trackers("d-emo", config=asdict(self.settings), init_kwargs=options)
         else:
             self.accelerator.init_trackers("logs")  # the folder's name
-        self.forecast = Forecast(self.settings, smaller)
+        self.smaller = smaller
         self.bar = tqdm(total=self.settings.max_steps, initial=step, unit="step", desc="training", dynamic_ncols=True,
                         disable=not self.accelerator.is_main_process)
         try:
@@ -60,10 +61,14 @@ class Progress:
             self.bar.close()
 
     def micro_batch_took(self, seconds: float, micro_batches: int) -> None:
-        """Warn, once, when the run would take days."""
-        warning = self.forecast.micro_batch_took(seconds, micro_batches)
-        if warning:
-            self.say(warning)
+        """After the second micro-batch (the first one pays for warming up), warn if the run would take days."""
+        self.micro_batches_seen += 1
+        days = seconds * micro_batches * self.settings.max_steps / 86400
+        if self.micro_batches_seen == 2 and days > 3:
+            self.say(
+                f"At {seconds * micro_batches:.1f} s a step, the {self.settings.max_steps:,} steps of this run would "
+                f"take about {days:,.0f} days on this machine. {self.smaller}"
+            )
 
     def step_done(self, step: int, figures: dict[str, float]) -> None:
         """Move the bar; log every ``log_every`` steps."""
@@ -82,10 +87,8 @@ class Progress:
         """Hand a sample grid to the tracker."""
         pixels = np.asarray(Image.open(path).convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({"samples": pixels}, step=step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=step, **layout)
 
     def _memory(self) -> float:
         """Most memory ever in use, in GiB: the GPU's, or this process's on a CPU."""
@@ -93,24 +96,3 @@ class Progress:
             return torch.cuda.max_memory_allocated() / 2**30
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class Forecast:
-    """Tells early when a run would take days."""
-
-    def __init__(self, settings: RunSettings, smaller: str):
-        self.settings, self.smaller, self.seen = settings, smaller, 0
-
-    def micro_batch_took(self, seconds: float, micro_batches: int) -> str | None:
-        """A warning after the second micro-batch (the first one pays for warming up), if there is cause for one."""
-        self.seen += 1
-        if self.seen != 2:
-            return None
-        per_step, steps = seconds * micro_batches, self.settings.max_steps
-        days = per_step * steps / 86400
-        if days <= 3:
-            return None
-        return (
-            f"At {per_step:.1f} s a step, the {steps:,} steps of this run would take about {days:,.0f} days on this "
-            f"machine. {self.smaller}"
-        )

@@ -31,20 +31,14 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     torch.manual_seed(settings.seed)
     levels = len(settings.block_out_channels)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(settings.block_out_channels),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=settings.image_size,
-    ).to(device, memory_format=torch.channels_last)
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(settings.block_out_channels), layers_per_block=1, latent_channels=4,
+        norm_num_groups=8, mid_block_add_attention=False, sample_size=settings.image_size,
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
     shapes, digits = Shapes1000(settings.image_size, seed=settings.seed), Digits(settings.image_size)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, settings.max_steps, pct_start=0.05
-    )
+    peak, steps = settings.learning_rate, settings.max_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.05)
     started = time.time()
     bar = tqdm(range(settings.max_steps), desc="VAE", unit="step")
     for step in bar:
@@ -60,7 +54,10 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
         if step % 20 == 0:
             bar.set_postfix(psnr=f"{_psnr(error.item()):.2f} dB")
     vae.eval()
-    vae.register_to_config(scaling_factor=_scaling_factor(vae, shapes, digits, settings, device))
+    with torch.no_grad():  # 1 / standard deviation of the latents of training images, both sets pooled
+        batches = (_batch(shapes, digits, settings, -1 - number) for number in range(16))
+        latents = torch.cat([vae.encode(images.to(device)).latent_dist.sample() for images in batches])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     held_out = {"shapes": Shapes1000(settings.image_size, num_images=1000, split="test", seed=settings.seed),
                 "digits": Digits(settings.image_size, split="test")}
     output = Path(settings.output_dir)
@@ -69,7 +66,11 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     vae = AutoencoderKL.from_pretrained(output, use_safetensors=True).to(device)  # measured as shipped
     psnr = {name: reconstruction_psnr(vae, dataset, device) for name, dataset in held_out.items()}
     _write_card(output, settings, vae, psnr, minutes=(time.time() - started) / 60)
-    _write_picture(output / "reconstructions.png", vae, held_out, device)
+    codec, rows = VAECodec(vae, "vae"), []
+    for dataset in held_out.values():
+        images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)
+        rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
+    save_image(torch.cat(rows) * 0.5 + 0.5, output / "reconstructions.png", nrow=12, padding=2)
     return psnr
 
 
@@ -80,13 +81,6 @@ def _batch(shapes: ClassImages, digits: ClassImages, settings: VAESettings, step
     from_shapes = torch.randint(len(shapes), (settings.batch_size - num_digits,), generator=generator).tolist()
     from_digits = torch.randint(len(digits), (num_digits,), generator=generator).tolist()
     return torch.stack([shapes[i][0] for i in from_shapes] + [digits[i][0] for i in from_digits])
-
-
-@torch.no_grad()
-def _scaling_factor(vae, shapes: ClassImages, digits: ClassImages, settings: VAESettings, device) -> float:
-    """1 / standard deviation of the latents of training images, both sets pooled."""
-    latents = [vae.encode(_batch(shapes, digits, settings, -1 - i).to(device)).latent_dist.sample() for i in range(16)]
-    return round(1 / torch.cat(latents).std().item(), 5)
 
 
 @torch.no_grad()
@@ -102,15 +96,6 @@ def reconstruction_psnr(vae, dataset: ClassImages, device: torch.device) -> floa
 
 def _psnr(mean_squared_error: float) -> float:
     return 10 * math.log10(4 / mean_squared_error)  # the images span [-1, 1]
-
-
-def _write_picture(path: Path, vae, held_out: dict[str, ClassImages], device: torch.device) -> None:
-    """Held-out images above their reconstructions."""
-    codec, rows = VAECodec(vae, "vae"), []
-    for dataset in held_out.values():
-        images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)
-        rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
-    save_image(torch.cat(rows) * 0.5 + 0.5, path, nrow=12, padding=2)
 
 
 def _write_card(output: Path, settings: VAESettings, vae, psnr: dict[str, float], minutes: float) -> None:

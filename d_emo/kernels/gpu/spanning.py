@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d_emo.device import synchronize
+from d_emo.kernels.autotune import tuner
 from d_emo.kernels.gpu.attention import (
     LOG2_E,
     OPTIONS,
@@ -32,6 +34,7 @@ from d_emo.kernels.gpu.attention import (
     differentiable,
     run_kernel,
 )
+from d_emo.kernels.gpu.attention import attend as two_passes
 from d_emo.kernels.gpu.trial import check_one
 
 MOST_TOKENS = 256
@@ -195,14 +198,14 @@ def backward_kernel(
         tl.store(grad_k + at, mixed.to(grad_qk.dtype.element_ty), mask=mask)
 
 
-TROUBLE: dict[torch.device, str] = {}
-"""By GPU, how these kernels failed `check`; the others do without them."""
+TROUBLE: dict[tuple[torch.device, bool], str] = {}
+"""By GPU, in training and in inference: how these kernels failed `check`, or that they are slower than the others."""
 
 
 @torch.compiler.assume_constant_result
-def trouble(device: torch.device) -> str | None:
+def trouble(device: torch.device, training: bool) -> str | None:
     """Why the kernels are not for this device, or None."""
-    return TROUBLE.get(device)
+    return TROUBLE.get((device, training))
 
 
 def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | None:
@@ -211,7 +214,7 @@ def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | No
     down, across, tokens = height // tall, width // wide, tall * wide
     if mode != "spanning" or height * width == tokens:
         return "one partition only"
-    if why := trouble(z.device):
+    if why := trouble(z.device, torch.is_grad_enabled()):
         return why
     if height * width > MOST_TOKENS:
         return f"a map of more than {MOST_TOKENS} tokens"
@@ -288,4 +291,36 @@ def check(device: torch.device) -> None:
     except Exception as error:  # of the compiler, the driver, or a difference
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        TROUBLE[device] = f"failed their trial on this GPU ({str(error).strip().splitlines()[0]})"
+        failed = f"failed their trial on this GPU ({str(error).strip().splitlines()[0]})"
+        TROUBLE.update({(device, training): failed for training in (True, False)})
+    else:
+        if device.type == "cuda":
+            compare_speed(device)
+
+
+def compare_speed(device: torch.device, images: int = 32, heads: int = 6) -> None:
+    """Time the kernels, and those of a pass for each partition, at S-2's size; the slower ones' place is last.
+
+    The choice is kept as all are, see `d_emo.kernels.autotune`.
+    """
+    (tall, wide), _, narrow, width = TRIAL
+    operators = {"one pass": attend, "a pass for each partition": two_passes}
+    shape = images, 2 * tall, 2 * wide
+    for training in (True, False):
+        qk, z = (
+            torch.randn(*shape, heads * n, device=device, dtype=torch.bfloat16, requires_grad=training)
+            for n in (2 * narrow, width)
+        )
+
+        def trial(name: str, qk: Tensor = qk, z: Tensor = z, training: bool = training) -> None:
+            out = operators[name](qk, z, "gelu", heads, [tall, wide], "spanning", 1)
+            if training:
+                torch.autograd.grad(out, (qk, z), out.detach())
+            synchronize(device)
+
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        key = f"window_attention on {name}, {'training' if training else 'inference'}, S-2 at 256 px"
+        form, times = tuner.choose(key, list(operators), trial)
+        if form != "one pass":
+            ms = [f"{times[each]:.3g} ms" for each in operators] if times else ["slower", "faster"]
+            TROUBLE[device, training] = f"{ms[0]} here, {form} {ms[1]}"

@@ -21,11 +21,7 @@ __all__ = ["forms_table", "run_benchmark", "table", "transcribe", "write_report"
 
 
 def run_benchmark(settings: BenchmarkSettings) -> Report:
-    """Measure what the settings name.
-
-    Raises:
-        InputError: There is no such device.
-    """
+    """Measure what the settings name; InputError if there is no such device."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("`device` cuda: PyTorch finds no GPU here; leave it out")
     device = best_device(settings.device)

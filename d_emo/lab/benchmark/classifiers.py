@@ -51,11 +51,7 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
 
 
 def peer(name: str, image_size: int) -> nn.Module:
-    """A network of timm with random weights, fused where it has a fused form.
-
-    Raises:
-        InputError: timm has no such model.
-    """
+    """A network of timm (else InputError) with random weights, fused where it has a fused form."""
     if not timm.is_model(name):
         raise InputError(f"`peers` {name!r} is no model of timm; timm.list_models() has them")
     try:

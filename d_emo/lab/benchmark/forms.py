@@ -13,11 +13,7 @@ from d_emo.tables import denoisers
 
 
 def forms_table(settings: FormsSettings) -> str:
-    """The table of `d_emo.kernels.explain` for a network of random weights.
-
-    Raises:
-        InputError: There is no such model.
-    """
+    """The table of `d_emo.kernels.explain` for a network of random weights."""
     device, batch = best_device(settings.device), settings.batch_size
     options = {"sample_size": settings.image_size // 8} if settings.model in denoisers() else {}
     with device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -85,28 +86,18 @@ def table(report: Report) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def processor() -> str:
-    """The CPU's name, as far as the operating system tells."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
+    named = re.search(r"^model name\s*: *(.*\S)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    processor = named[1] if named else platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None:
-    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder.
-
-    Raises:
-        InputError: if the folder cannot be made, or matplotlib is not installed.
-    """
+    """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder; else InputError."""
     picture = plot(report.results)  # first, as it needs what may be missing
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +124,8 @@ def plot(results: Sequence[Result]) -> Any:
     panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)[:, 0]
     for axes, (group, rows) in zip(panels, groups, strict=True):
         ours = [row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows]
-        bars = axes.barh([row.name for row in rows], [row.per_second for row in rows])
-        for bar, mine in zip(bars, ours, strict=True):
-            bar.set_color("tab:blue" if mine else "0.7")
+        colours = ["tab:blue" if mine else "0.7" for mine in ours]
+        bars = axes.barh([row.name for row in rows], [row.per_second for row in rows], color=colours)
         axes.bar_label(bars, fmt=" {:,.1f}", fontsize=8)
         axes.set_title(f"{group}, images per second", loc="left", fontsize=10)
         axes.invert_yaxis()

@@ -9,31 +9,18 @@ from typing import Any
 
 import yaml
 
-from d_emo.config import (
-    EncodeSettings,
-    FidSettings,
-    StudySettings,
-    TrainSettings,
-    check_guidance,
-    is_folder,
-)
+from d_emo.config import EncodeSettings, StudySettings, TrainSettings, check_guidance, is_folder
 from d_emo.errors import InputError
-from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, read_settings
+from d_emo.lab.study.plan import PlannedRun, fid_settings, latents_folder, read_settings
 from d_emo.lab.study.results import read_json
 from d_emo.latents import default_codec
 from d_emo.latents.shards import INDEX
 from d_emo.sampling.schedulers import make_scheduler, set_steps
-from d_emo.tables import DATASETS, OBJECTIVES, load, schedulers_of
-
-_PATHS = ("data_dir", "init_from")
+from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, schedulers_of
 
 
 def check_same_training(run: PlannedRun) -> None:
-    """Refuse a run that was trained, or partly trained, with other settings than the study's.
-
-    Raises:
-        InputError: Such a run; or the settings in its folder cannot be read.
-    """
+    """Raise InputError for a run that was trained, or partly trained, with other settings than the study's."""
     path = run.folder / "config.yaml"
     if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
         return
@@ -43,7 +30,7 @@ def check_same_training(run: PlannedRun) -> None:
         raise InputError(f"{path} of the study's run {run.name!r}, seed {run.seed}, is damaged; remove {run.folder}, "
                          "and the run is trained again") from None  # fmt: skip
     defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainSettings)}
-    old, new = _what_counts(defaults | recorded), _what_counts(asdict(run.training))
+    old, new = (_what_counts(values) for values in (defaults | recorded, asdict(run.training)))
     if new["image_size"] is None:  # that of the latents
         new["image_size"] = old["image_size"]
     if new["vae"] is None:
@@ -62,18 +49,14 @@ def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's result; latents as seen from the run's folder, so that a study can be moved."""
     decisive = TrainSettings.marked("decisive")
     kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name in decisive}
-    for name in _PATHS:
+    for name in ("data_dir", "init_from"):
         kept[name] = kept[name] and os.path.abspath(kept[name])
     kept["latents"] = kept["latents"] and os.path.relpath(kept["latents"], values["output_dir"])
     return kept
 
 
 def check_same_latents(settings: StudySettings) -> None:
-    """Refuse latents that were encoded with other settings than the study gives.
-
-    Raises:
-        InputError: Such latents; or their index cannot be read.
-    """
+    """Raise InputError for latents that were encoded with other settings than the study gives."""
     folder = latents_folder(settings)
     if settings.encode is None or not (folder / INDEX).exists():
         return
@@ -94,11 +77,8 @@ def check_same_latents(settings: StudySettings) -> None:
 
 
 def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
-    """Refuse what would fail after the training only.
-
-    Raises:
-        InputError: Settings of another verb that it does not take, a sampler that does not serve, a tracker that
-            the report does not read.
+    """Raise InputError for what would fail after the training only: settings that another verb does not take, a sampler
+    that does not serve, a tracker that the report does not read.
     """
     if settings.encode is not None:
         read_encode(settings.encode)
@@ -107,13 +87,18 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
             raise InputError(f"the study's samplers are by objective ({', '.join(OBJECTIVES)}), not by {objective!r}")
         name, _, steps = each.rpartition(":")
         _check_sampler(name, int(steps), objective, f"the study's sampler {each}")
-    fid = None if settings.reference is None else read_fid(settings)
+    fid = None
+    if settings.reference is not None:
+        if given := {"samples", "checkpoint", "reference", "output"} & (settings.fid or {}).keys():
+            raise InputError(f"the study's fid must not have {min(given)}, which the study itself gives fid")
+        fid = fid_settings(settings)
     for run in runs:
         training, where = run.training, f"the study's run {run.name!r}"
         if training.tracker != "tensorboard":
             raise InputError(f"{where} has the tracker {training.tracker}; the report reads those of tensorboard only")
-        if run.name in settings.norm_gap and training.objective != "eps":
-            raise InputError(f"{where} is of the {training.objective} objective; norm_gap takes runs of eps")
+        if run.name in settings.norm_gap and training.objective not in noise_objectives():
+            takes = " and ".join(noise_objectives())
+            raise InputError(f"{where} is of the {training.objective} objective; norm_gap takes runs of {takes}")
         if training.label_dropout == 0 and settings.guidance_scale != 1:
             raise InputError(f"{where} has no label dropout; without it guidance_scale must be 1")
         if fid is not None:
@@ -123,11 +108,7 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
 
 
 def check_inputs(settings: StudySettings) -> None:
-    """Refuse a study that does not say what to encode, or whose reference is not there.
-
-    Raises:
-        InputError: One of these.
-    """
+    """Raise InputError if the study does not say what to encode, or if its reference is not there."""
     if settings.encode is not None and not settings.encode.keys() & {"dataset", "data_dir"}:
         raise InputError("the study does not say which images to encode; give `data_dir` FOLDER")
     if settings.reference is not None and not Path(settings.reference).exists():
@@ -139,23 +120,12 @@ def read_encode(options: dict[str, Any]) -> EncodeSettings:
     return read_settings(EncodeSettings, {**options, "output": "unused"}, "the study's encode")
 
 
-def read_fid(settings: StudySettings) -> FidSettings:
-    """The settings of fid, checked as it checks them.
-
-    Raises:
-        InputError: A setting that the study itself gives, or that fid refuses.
-    """
-    for name in ("samples", "checkpoint", "reference", "output"):
-        if name in (settings.fid or {}):
-            raise InputError(f"the study's fid must not have {name}, which the study itself gives fid")
-    return read_settings(FidSettings, {**fid_options(settings), "checkpoint": "unused"}, "the study's fid")
-
-
 def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
     known = schedulers_of(objective)
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
-        set_steps(make_scheduler(name, load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule().config), steps)
+        schedule = load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule()
+        set_steps(make_scheduler(name, schedule.config, objective), steps)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

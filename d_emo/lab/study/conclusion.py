@@ -39,16 +39,6 @@ from d_emo.sampling import draw_grid
 from d_emo.tables import with_present_names
 
 GAPS, COLUMNS = "norm_gap.json", 10
-LABEL_PARTS = (
-    "class, shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
-    "drawings without a shape."
-)
-WHOLE = "class is the share of drawings that it takes for what was asked for."
-CUT_SHORT = (
-    " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the end: that "
-    "speaks against it."
-)
-
 TILE = 96
 """Least side, in pixels, of a drawing in the grid of samples."""
 
@@ -56,15 +46,9 @@ TILE = 96
 def conclude(
     settings: StudySettings, runs: list[PlannedRun], *, classifier: str, open_meter: Callable[[], Meter]
 ) -> Path:
-    """Write the report of what has been measured; returns its file.
+    """Write the report of what has been measured, by a ``classifier`` in words; returns its file.
 
-    Where it is not known how long a step takes, this is measured first.
-
-    Args:
-        settings: Of the study.
-        runs: All of them.
-        classifier: What measured, in words.
-        open_meter: Gives what draws the samples.
+    Where it is not known how long a step takes, this is measured first. ``open_meter`` gives what draws the samples.
 
     Raises:
         InputError: Nothing has been measured yet, or the folder cannot be made.
@@ -83,7 +67,10 @@ def conclude(
     shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
     draw_curves(folder / "curves.png", rows, losses, shown, published_curves() if settings.published_loss else {})
     plots = {"curves.png": "FID and training loss against steps, images, arithmetic and time"}
-    gaps = read_gaps(settings, runs)
+    gaps = pd.DataFrame([
+        {"run": run.name, "seed": run.seed, **level} for run in runs
+        if run.name in settings.norm_gap and (run.folder / GAPS).exists() for level in read_json(run.folder / GAPS)
+    ])  # fmt: skip
     if not gaps.empty:
         draw_gaps(folder / "norm_gap.png", gaps)
         plots["norm_gap.png"] = "Error in train mode over eval mode by noise level"
@@ -109,14 +96,6 @@ def read_step_times(settings: StudySettings, runs: list[PlannedRun]) -> dict[str
     return read_json(path)
 
 
-def read_gaps(settings: StudySettings, runs: list[PlannedRun]) -> pd.DataFrame:
-    """The norm gaps that were measured, by run, seed and timestep."""
-    found = [run for run in runs if run.name in settings.norm_gap and (run.folder / GAPS).exists()]
-    return pd.DataFrame([
-        {"run": run.name, "seed": run.seed, **level} for run in found for level in read_json(run.folder / GAPS)
-    ])  # fmt: skip
-
-
 def held_out_file(settings: StudySettings, runs: list[PlannedRun]) -> Path:
     """Where the metric values of real held-out images are kept."""
     return Path(settings.output_dir) / f"held-out-{runs[0].protocol}.json"
@@ -132,21 +111,32 @@ def introduction(
         seeds = f"{counts.min()} to {seeds}, as the tables say"
     snapshots = [run.snapshots()[-1] for run in runs if run.name in counts and run.snapshots()]
     hardware = ", ".join(dict.fromkeys(load_meta(snapshot)["hardware"] for snapshot in snapshots))
+    words = itertools.pairwise(sys.argv)
+    configs = shlex.join(part for word, file in words if word == "--config" for part in (word, file))
     done = (
-        f"Made by `python scripts/compare.py {config_flags()}`: {seeds}, {training.max_steps:,} steps of "
+        f"Made by `python scripts/compare.py {configs}`: {seeds}, {training.max_steps:,} steps of "
         f"{training.batch_size}, trained on {hardware}. Time is the number of steps times the median time of one, "
         f"measured of all models in turns, step by step, on {timed_on}, without reading data."
-    ) + CUT_SHORT * (training.schedule == "cosine")
+    )
+    if training.schedule == "cosine":
+        done += (
+            " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the "
+            "end: that speaks against it."
+        )
     if settings.reference is not None:
         return [done, f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."]
     samplers = " and ".join(f"{sampler} ({objective})" for objective, sampler in settings.samplers.items())
     measured = (
         f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
         f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
-        f"classifier of the same classes ({classifier}) and compare with nothing outside this study; "
-    ) + (LABEL_PARTS if "empty" in rows else WHOLE)
+        f"classifier of the same classes ({classifier}) and compare with nothing outside this study; class"
+    ) + (
+        ", shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
+        "drawings without a shape." if "empty" in rows else
+        " is the share of drawings that it takes for what was asked for."
+    )  # fmt: skip
     path, values = held_out_file(settings, runs), metric_values()
-    if real := read_json(path) if path.exists() else None:
+    if path.exists() and (real := read_json(path)):
         count, real = real.pop("images"), with_present_names(real)
         shown = (f"{values[name].title} {value:.{digits_of(values[name])}f}" for name, value in real.items())
         measured += f" {count:,} real held-out images measure: {', '.join(shown)}."
@@ -168,14 +158,7 @@ def draw_samples(
         classes = [opened.class_names[label] for label in labels]
         captions.append(run.name)
     if drawn:
-        side = drawn[0].shape[-1]
-        scale = math.ceil(TILE / side)
-        text_size = side * scale // 7
+        scale = math.ceil(TILE / drawn[0].shape[-1])
+        text_size = drawn[0].shape[-1] * scale // 7
         draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size).save(path)
     return bool(drawn)
-
-
-def config_flags() -> str:
-    """The configs that this process was started with, for the report."""
-    pairs = itertools.pairwise(sys.argv)
-    return shlex.join(part for word, file in pairs if word == "--config" for part in (word, file))

@@ -13,7 +13,7 @@ import torch
 from d_emo.config import StudySettings, TrainSettings
 from d_emo.device import best_device, synchronize
 from d_emo.io.card import describe_hardware
-from d_emo.lab.study.plan import PlannedRun, latent_shape_of
+from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
 from d_emo.lab.study.results import size_of
 from d_emo.lab.text import markdown_table
 from d_emo.models import create_model
@@ -35,9 +35,7 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
     """
     device, processes, seeds = best_device(), processes_of(settings.launch), len(settings.seeds)
     lines, total = [], 0.0
-    for run in runs:
-        if run.seed != settings.seeds[0] or run.norm_buffers != "trained":
-            continue
+    for run in (run for run in runs if run.seed == settings.seeds[0] and run.norm_buffers == "trained"):
         shape = latent_shape_of(settings, run.training)
         parameters, macs = size_of(run, shape)
         work = Workload(run.training, shape, device, processes)
@@ -64,10 +62,8 @@ def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str,
     """
     device, processes = best_device(), processes_of(settings.launch)
     different = {speed_key(run, settings): run.training for run in runs}
-    works = {
-        key: Workload(training, latent_shape_of(settings, training), device, processes)
-        for key, training in different.items()
-    }
+    works = {key: Workload(training, latent_shape_of(settings, training), device, processes)
+             for key, training in different.items()}  # fmt: skip
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(WARM + ROUNDS):
         for key in list(works)[:: -1 if turn % 2 else 1]:
@@ -90,27 +86,17 @@ def processes_of(launch: Sequence[str]) -> int:
 
 def network_calls(settings: StudySettings, training: TrainSettings) -> int:
     """Forward passes of one image of a measurement."""
-    if settings.reference is None:
-        steps, guidance = int(settings.samplers[training.objective].rpartition(":")[2]), settings.guidance_scale
-    else:
-        options = settings.fid or {}
-        steps, guidance = options.get("steps", 250), options.get("guidance_scale", 1)
-    return steps * (1 if guidance == 1 else 2)
+    steps, guidance = settings.samplers[training.objective].rpartition(":")[2], settings.guidance_scale
+    if settings.reference is not None:
+        fid = fid_settings(settings)
+        steps, guidance = fid.steps, fid.guidance_scale
+    return int(steps) * (1 if guidance == 1 else 2)
 
 
 class Workload:
-    """One model's training and drawing, on one process of so many, on made-up latents.
+    """One model's training and drawing of made-up latents (channels, height, width), on one process of so many."""
 
-    Args:
-        training: Settings of the run.
-        latent_shape: Channels, height and width.
-        device: Where.
-        processes: That share the batch.
-    """
-
-    def __init__(
-        self, training: TrainSettings, latent_shape: tuple[int, int, int], device: torch.device, processes: int
-    ):
+    def __init__(self, training: TrainSettings, latent_shape: tuple[int, ...], device: torch.device, processes: int):
         per_rank = training.batch_size // processes
         micro = micro_batch_of(training, per_rank, device)
         use_threads(device, processes)

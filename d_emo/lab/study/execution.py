@@ -26,8 +26,7 @@ def run_verb(
 
     Args:
         verb: Such as "train".
-        settings: Written to ``config`` as YAML.
-        config: The file.
+        settings: Written to the file ``config`` as YAML.
         launch: Arguments of accelerate launch; none: without it.
         lock: Held by the child as well, so that its folder stays claimed if this process is killed and it is not.
 
@@ -62,11 +61,7 @@ def run_child(command: Sequence[str], called: str, lock: TextIO | None = None) -
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Say in a sentence what could not be written, for want of room or of permission.
-
-    Raises:
-        RunError: So.
-    """
+    """A RunError says in a sentence what could not be written, for want of room or of permission."""
     try:
         yield
     except OSError as error:

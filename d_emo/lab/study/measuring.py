@@ -24,15 +24,7 @@ HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
 
 
 class Meter:
-    """Draws from the snapshots of a study, and measures them by a classifier against the same real images.
-
-    Args:
-        settings: Of the study.
-        classifier: Folder of the classifier's run, for `measure`.
-
-    Raises:
-        InputError: There is no such classifier.
-    """
+    """Draws from a study's snapshots, and measures them by the classifier in a folder against the same real images."""
 
     def __init__(self, settings: StudySettings, classifier: Path | None):
         self.settings = settings
@@ -41,7 +33,7 @@ class Meter:
         self._metrics: ClassifierMetrics | None = None
         self._held_out: ClassImages | None = None
 
-    def measure(self, snapshot: Path, *, norm_buffers: str = "trained") -> dict[str, float]:
+    def measure(self, snapshot: Path, norm_buffers: str = "trained") -> dict[str, float]:
         """Metric values of drawn images, see `ClassifierMetrics.measure`."""
         opened = load_denoiser(snapshot)
         metrics = self._open_metrics(opened)
@@ -87,7 +79,7 @@ class Meter:
 
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
-        """Error of the noise in train mode over that in eval mode, by noise level, on held-out images.
+        """Error of the predicted noise in train mode over that in eval mode, by noise level, on held-out images.
 
         In train mode the norms use the statistics of the batch, 64 latents of mixed noise levels as in training. The
         latents, the noise and the levels are the same in both modes.
@@ -96,13 +88,9 @@ class Meter:
             For each tenth of the timesteps: "timestep" (its middle), "train" and "eval" (mean squared errors).
         """
         opened = load_denoiser(snapshot)
-        if opened.objective != "eps":
-            raise InputError(f"norm_gap measures runs of the eps objective; {snapshot} is of another")
-        codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
-        held_out = open_dataset(
-            dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
-        )
-        objective = load(OBJECTIVES["eps"].loss)(null_class=model.null_class).to(self.device)
+        codec, model, data = load_codec(opened.codec).to(self.device), opened.model.to(self.device), opened.meta["data"]
+        held_out = open_dataset(dataset=data, data_dir=None, split="test", image_size=opened.image_size)
+        objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
         errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
@@ -113,11 +101,10 @@ class Meter:
             noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)
             levels = (draws.timesteps * LEVELS // objective.num_train_timesteps).cpu()
             counts += levels.bincount(minlength=LEVELS)
+            given = {"timestep": draws.timesteps, "class_labels": torch.tensor(labels, device=self.device)}
             for mode in errors:
                 with scratch_statistics(model.train(mode == "train")):
-                    output = model(
-                        noisy, timestep=draws.timesteps, class_labels=torch.tensor(labels, device=self.device)
-                    ).sample[:, : noisy.shape[1]]
+                    output = model(noisy, **given).sample[:, : noisy.shape[1]]
                 errors[mode].index_add_(0, levels, (output - draws.noise).square().mean(dim=(1, 2, 3)).cpu())
         means = {mode: (total / counts).tolist() for mode, total in errors.items()}
         width = objective.num_train_timesteps / LEVELS

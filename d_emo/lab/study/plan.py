@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d_emo.config import Settings, StudySettings, TrainSettings
+from d_emo.config import FidSettings, Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.io.training_state import step_of
@@ -52,17 +52,14 @@ class PlannedRun:
 
 
 def plan_runs(settings: StudySettings) -> list[PlannedRun]:
-    """All runs, the first seed's of every model before the second's.
-
-    Raises:
-        InputError: A run's settings are none that train takes; two runs would share a folder.
-    """
+    """All runs, the first seed's of every model before the second's; InputError if two would share a folder."""
     folders: dict[str, str] = {}
     for name in (name for name, own in settings.runs.items() if "of" not in own):
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug(name)}; rename one")
-    protocol = protocol_of(settings)
+    measured_by = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
+    protocol = digest(json.dumps([getattr(settings, name) for name in measured_by], sort_keys=True))[:8]
     latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
     planned: list[PlannedRun] = []
     for seed in settings.seeds:
@@ -83,11 +80,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights.
-
-    Raises:
-        InputError: It names no trained run, or another variant.
-    """
+    """A run that measures another one's weights; InputError if it names no trained run, or another variant."""
     if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
         raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
     other = trained[own["of"]]
@@ -95,22 +88,11 @@ def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> P
 
 
 def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
-    """The settings of another verb, checked as it checks them.
-
-    Raises:
-        InputError: It would not take them; names ``what`` they are.
-    """
+    """The settings of another verb, checked as it checks them; an InputError names ``what`` they are."""
     try:
         return kind.from_mapping(values)
     except InputError as error:
         raise InputError(f"{what}: {error}") from None
-
-
-def protocol_of(settings: StudySettings) -> str:
-    """A digest of all that decides how snapshots are measured."""
-    names = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
-    values = json.dumps([getattr(settings, name) for name in names], sort_keys=True)
-    return digest(values)[:8]
 
 
 def latents_folder(settings: StudySettings) -> Path:
@@ -122,6 +104,11 @@ def fid_options(settings: StudySettings) -> dict[str, Any]:
     """What the study says to fid of every snapshot."""
     own = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
     return {"reference": settings.reference, **own}
+
+
+def fid_settings(settings: StudySettings) -> FidSettings:
+    """The settings of fid, but for the snapshot, checked as it checks them."""
+    return read_settings(FidSettings, {**fid_options(settings), "checkpoint": "unused"}, "the study's fid")
 
 
 def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[int, int, int]:

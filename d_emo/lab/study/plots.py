@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from d_emo.lab.drawing import new_figure
+from d_emo.lab.drawing import logarithmic, new_figure
 from d_emo.lab.loss_curves import Curve
 from d_emo.lab.study.results import half_width, runs_of
+from d_emo.tables import family_of
 
 AXES = {
     "step": "optimizer steps",
@@ -24,8 +25,8 @@ AXES = {
 BAND_SEEDS = 3
 """So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
 
-PUBLISHED_OVER = "eps, uniform"
-"""What the published losses are the means over."""
+DECADE = (1, 1.5, 2, 3, 4, 5, 7)
+"""Numbers on a log axis."""
 
 
 def draw_curves(
@@ -35,12 +36,12 @@ def draw_curves(
 
     They are drawn against steps, images, multiply-accumulates and minutes; the FID of runs that are measured at one
     step only, run by run. Lines are means over seeds, bands 95 % confidence intervals.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
     by_run = runs_of(rows, names)
-    styles = {name: run_style(number, name) for number, name in enumerate(by_run)}
+    styles = {  # ten colours, then the same ones dashed
+        name: {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": name}
+        for number, name in enumerate(by_run)
+    }
     shown = pd.concat(by_run.values())
     once, kinds = shown.step.nunique() == 1, list(shown.loss_over.unique())
     heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]
@@ -57,8 +58,9 @@ def draw_curves(
                   if mine.loss_over.iloc[0] == kind and (losses.run == name).any()}  # fmt: skip
         draw_courses(panels, by_run, smooth, styles, "training loss,\nrunning mean", name_axes=kind == kinds[-1])
         panels[0].set_title(f"loss over {kind}", fontsize="medium", loc="left")
-        for name, curve in published.items() if kind == PUBLISHED_OVER else ():
-            panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
+        for name, curve in published.items():
+            if kind == f"{family_of(name).objective}, uniform":
+                panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
     lines = {line.get_label(): line for panel in (*grid[:, 0], *upper.axes[:1]) for line in panel.lines}
     order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
     lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
@@ -81,7 +83,7 @@ def draw_courses(
             band(panel, course.set_axis(course.index * units[axis]), **style, **styles[name])
     for title, panel in zip(AXES.values(), panels, strict=True):
         dress(panel)
-        logarithmic(panel, "y")
+        logarithmic(panel, "y", DECADE)
         if name_axes:
             panel.set_xlabel(title)
     panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
@@ -111,14 +113,9 @@ def draw_dots(panel: Any, by_run: dict[str, pd.DataFrame], styles: dict[str, dic
     panel.xaxis.set_major_formatter("{x:g}")
     wide = fids.max() > 4 * fids.min() > 0
     if wide:
-        logarithmic(panel, "x")
+        logarithmic(panel, "x", DECADE)
     words = f"FID at step {by_run[first].step.iloc[0]:,}{' (log axis)' if wide else ''}"
     panel.set_xlabel(f"{words}; dots: seeds, bars: their means, thin line: mean of {first}")
-
-
-def run_style(number: int, name: str) -> dict[str, Any]:
-    """Of the lines of a run: ten colours, then the same ones dashed."""
-    return {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": name}
 
 
 def dress(panel: Any) -> None:
@@ -129,17 +126,6 @@ def dress(panel: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.xaxis.set_major_locator(MaxNLocator(6))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def logarithmic(panel: Any, name: str) -> None:
-    """A log axis with its numbers written out, several in each decade."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    getattr(panel, f"set_{name}scale")("log")
-    axis = getattr(panel, f"{name}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
 
 
 def band(panel: Any, values: pd.DataFrame, **style: Any) -> None:

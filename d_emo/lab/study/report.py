@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from d_emo.files import write_file
 from d_emo.lab.study.results import (
+    RESUME,
     Estimate,
     at_time,
     difference,
@@ -17,8 +19,6 @@ from d_emo.lab.study.results import (
     minutes_by_step,
     paired,
     runs_of,
-    same_loss,
-    write_csv,
 )
 from d_emo.lab.text import markdown_table, plural
 
@@ -48,8 +48,11 @@ def findings(rows: pd.DataFrame, heading: str, names: Sequence[str]) -> str:
                 f"{value.title} {ours:.{digits}f} against {theirs:.{digits}f} ({gap.show(digits, sign=True)})"
             )
         said = [f"{title} {'; '.join(those) or 'nothing'}." for title, those in outcomes.items()]
-        if not same_loss(pairs):
-            said.append("Their losses are over other timesteps and are not compared.")
+        over = [set(pairs[column]) for column in ("loss_over", "loss_over_other")]
+        if over[0] != over[1]:
+            kinds = [{each.partition(",")[0] for each in kind} for kind in over]
+            what = "over other timesteps" if kinds[0] == kinds[1] else "those of other objectives"
+            said.append(f"Their losses are {what} and are not compared.")
         seeds = plural(len(pairs), "seed")
         lines.append(f"- {heading}, {first} against {other}, step {step:,}, {seeds}. {' '.join(said)}")
     return "\n".join(lines)
@@ -85,7 +88,8 @@ def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     shown = runs_of(rows, names)
     steps = sorted(set().union(*(mine.step for mine in shown.values())))
     time = min(minutes_by_step(mine).max() for mine in shown.values())
-    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {time:.1f} minutes"]
+    minutes = f"{time:.1f}" if time >= 1 else f"{time:.2g}"
+    head = ["FID at step", *(f"{step:,}" for step in steps), f"after {minutes} minutes"]
     courses = {name: [mine.fid[mine.step == step] for step in steps] for name, mine in shown.items()}
     return markdown_table(head, (
         [name, *(Estimate.of(values).show() for values in (*courses[name], at_time(mine, time)))]
@@ -108,8 +112,6 @@ def write_report(
     """Write ``report.md``, ``results.csv``, ``losses.csv`` and, with gaps, ``norm_gap.csv``.
 
     Args:
-        folder: Where to.
-        title: Heading.
         introduction: Paragraphs on what was done, and with which command.
         tables: Names of runs by heading.
         rows, losses: Of ``collect``.
@@ -118,7 +120,7 @@ def write_report(
     """
     files = {"results.csv": rows, "losses.csv": losses} | ({} if gaps.empty else {"norm_gap.csv": gaps})
     for name, table in files.items():
-        write_csv(folder / name, table)
+        write_file(folder / name, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
     some = {head: names for head, names in tables.items() if len(runs_of(rows, names)) >= min(2, len(set(names)))}
     said = [text for heading, names in some.items() if (text := findings(rows, heading, names))]
     parts = [f"# {title}", *introduction, "## What it says", "\n".join(said) or "Nothing to compare yet.", HOW_TO_READ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from scipy.stats import t as student
 
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
-from d_emo.files import write_file, write_json
-from d_emo.lab.loss_curves import Curve, read_run
+from d_emo.files import write_json
+from d_emo.lab.loss_curves import read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
 from d_emo.models.counting import count_macs, count_parameters
@@ -71,22 +71,14 @@ def half_width(standard_error: Any, count: Any) -> Any:
     return student.ppf(0.975, np.maximum(count, 1) - 1) * standard_error
 
 
-# ---- on disk ---------------------------------------------------------------------------------------------------------
-
-
 def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[str, float]]:
-    """Metric values of a run's snapshots by step; with ``last``, of the one at its end only.
-
-    Raises:
-        InputError: The file that keeps them is damaged.
-    """
+    """Metric values of a run's snapshots by step; with ``last``, of the one at its end only."""
     if not run.results.exists():
         return {}
-    try:
-        measured = {int(step): with_present_names(values) for step, values in read_json(run.results).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise _damaged(run.results) from None
-    return {step: values for step, values in measured.items() if not last or step == run.training.max_steps}
+    return read_json(run.results, lambda kept: {
+        int(step): with_present_names(values) for step, values in kept.items()
+        if not last or int(step) == run.training.max_steps
+    })  # fmt: skip
 
 
 def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> None:
@@ -94,32 +86,12 @@ def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> Non
     write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())), RESUME)
 
 
-def read_json(path: Path) -> Any:
-    """What was kept.
-
-    Raises:
-        InputError: The file is damaged.
-    """
+def read_json(path: Path, read: Callable[[Any], Any] = lambda kept: kept) -> Any:
+    """What ``read`` makes of what was kept; InputError if the file is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged; remove it and re-run the same command to make it again")
-
-
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a table; ``pd.read_csv`` reads it.
-
-    Raises:
-        RunError: The disk is full, say.
-    """
-    write_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
-
-
-# ---- all measurements as a table -------------------------------------------------------------------------------------
+        return read(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise InputError(f"{path} is damaged; remove it and re-run the same command to make it again") from None
 
 
 def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
@@ -136,13 +108,8 @@ def collect(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for every measured snapshot, and one for every logged loss of every trained run.
 
-    The loss of a snapshot is the mean over the last tenth of the steps so far.
-
-    Args:
-        runs: Of the study.
-        sizes: Parameters and multiply-accumulates by name.
-        seconds: Of a training step, by name.
-        last: Only of the snapshots at the end.
+    The loss of a snapshot is the mean over the last tenth of the steps so far. ``sizes`` are parameters and
+    multiply-accumulates by name, ``seconds`` those of a training step; with ``last``, only the snapshots at the end.
     """
     rows, losses = [], []
     for run in runs:
@@ -156,7 +123,8 @@ def collect(
         rows += [
             {**each, "step": step, "images": step * run.training.batch_size, "minutes": step * seconds[run.name] / 60,
              "seconds_per_step": seconds[run.name], "parameters": parameters, "macs": macs,
-             "loss": recent(curve, step), "loss_over": loss_over(run.training), **values}
+             "loss": float(curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)].mean()),
+             "loss_over": loss_over(run.training), **values}
             for step, values in measured.items()
         ]  # fmt: skip
     return pd.DataFrame(rows), pd.concat(losses) if losses else pd.DataFrame(columns=["run", "seed", "step", "loss"])
@@ -167,14 +135,6 @@ def loss_over(training: TrainSettings) -> str:
     if training.timestep_sampling == "uniform":
         return f"{training.objective}, uniform"
     return f"{training.objective}, {training.timestep_sampling} {training.logit_mean:g} {training.logit_std:g}"
-
-
-def recent(curve: Curve, step: int) -> float:
-    """Mean of the values logged in the last tenth of the way to a step."""
-    return float(curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)].mean())
-
-
-# ---- questions to the table ------------------------------------------------------------------------------------------
 
 
 def runs_of(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -196,14 +156,9 @@ def paired(rows: pd.DataFrame, name: str, other: str, step: int) -> pd.DataFrame
     return at[at.run == name].merge(at[at.run == other], on="seed", suffixes=("", "_other"))
 
 
-def same_loss(pairs: pd.DataFrame) -> bool:
-    """Whether the losses of two paired runs are means over the same."""
-    return bool((pairs.loss_over == pairs.loss_over_other).all())
-
-
 def difference(pairs: pd.DataFrame, value: str) -> Estimate:
     """Of two paired runs, seed by seed; of nothing if they share no seed, or if their losses are not over the same."""
-    if value not in pairs or (value == "loss" and not same_loss(pairs)):
+    if value not in pairs or (value == "loss" and (pairs.loss_over != pairs.loss_over_other).any()):
         return Estimate.of([])
     return Estimate.of(pairs[value] - pairs[f"{value}_other"])
 

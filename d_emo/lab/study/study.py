@@ -26,9 +26,6 @@ from d_emo.latents.shards import INDEX
 class Study:
     """What ``d-emo compare`` does.
 
-    Args:
-        settings: Of the study.
-
     Raises:
         InputError: Settings that cannot work, or others than what is there was made with.
     """
@@ -37,9 +34,13 @@ class Study:
         self.settings, self.folder = settings, Path(settings.output_dir)
         self.runs = plan_runs(settings)
         check_measuring(settings, self.runs)
-        self.classifier, self._classifier_config = None, None
-        if settings.judge is not None:
-            self.classifier = self._locate_classifier(settings.judge)
+        self.classifier = None if settings.judge is None else Path(settings.judge)
+        self._classifier_config = None
+        if self.classifier is not None and not self.classifier.is_dir():
+            if not self.classifier.is_file():
+                raise InputError(f"`judge` {settings.judge} is neither a classifier's run folder nor a training config")
+            self._classifier_config = parse_settings(ClassifierSettings, "", ["--config", settings.judge])
+            self.classifier = Path(self._classifier_config.output_dir)
         if settings.plan:
             return
         if not settings.report_only:
@@ -47,15 +48,6 @@ class Study:
         check_same_latents(settings)
         for run in self.runs:
             check_same_training(run)
-
-    def _locate_classifier(self, judge: str) -> Path:
-        path = Path(judge)
-        if path.is_dir():
-            return path
-        if not path.is_file():
-            raise InputError(f"`judge` {judge} is neither a classifier's run folder nor a training config")
-        self._classifier_config = parse_settings(ClassifierSettings, "", ["--config", judge])
-        return Path(self._classifier_config.output_dir)
 
     def plan(self) -> str:
         """What the study will cost on this machine, as a table."""
@@ -70,9 +62,12 @@ class Study:
         """
         settings = self.settings
         if settings.encode is not None:
-            self._encode(settings.encode)
-        if self._classifier_config is not None:
-            self._train_classifier(self._classifier_config)
+            latents = latents_folder(settings)
+            self._make("encode", {**settings.encode, "output": str(latents)}, latents, latents / INDEX)
+            check_same_latents(settings)  # which another process may have encoded meanwhile
+        if (config := self._classifier_config) is not None:
+            last = self.classifier / "snapshots" / f"step-{config.max_steps}"
+            self._make("train-classifier", asdict(config), self.classifier, last)
         wanted = [run for run in self.runs if run.name in (settings.only or settings.runs)]
         failed: dict[Path, str] = {}
         for number, run in enumerate(wanted, 1):
@@ -108,11 +103,7 @@ class Study:
             raise RunError(f"{plural(len(failed), 'run')} failed: {'; '.join(failed)}")
 
     def report(self) -> Path:
-        """Write the report of what has been measured; returns its file.
-
-        Raises:
-            InputError: Nothing has been measured yet.
-        """
+        """Write the report of what has been measured; returns its file."""
         config = self._classifier_config
         classifier = f"`{self.settings.judge}`" + ("" if config is None else f", an {config.model}")
         return conclude(self.settings, self.runs, classifier=classifier, open_meter=lambda: self.meter)
@@ -122,18 +113,11 @@ class Study:
         config = output.with_name(f"{output.name}.yaml")
         run_verb(verb, settings, config, launch=self.settings.launch, lock=lock)
 
-    def _encode(self, options: dict[str, Any]) -> None:
-        output = latents_folder(self.settings)
+    def _make(self, verb: str, settings: dict[str, Any], output: Path, done: Path) -> None:
+        """Run a verb that makes ``output``, unless ``done`` says that somebody has."""
         with locked(output, wait=True) as lock:
-            check_same_latents(self.settings)
-            if not (output / INDEX).exists():
-                self._run("encode", {**options, "output": str(output)}, output, lock)
-
-    def _train_classifier(self, config: ClassifierSettings) -> None:
-        output = Path(config.output_dir)
-        with locked(output, wait=True) as lock:
-            if not (output / "snapshots" / f"step-{config.max_steps}").is_dir():
-                self._run("train-classifier", asdict(config), output, lock)
+            if not done.exists():
+                self._run(verb, settings, output, lock)
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -146,10 +130,8 @@ class Study:
         for snapshot in snapshots if self.settings.measure == "all" else snapshots[-1:]:
             if step_of(snapshot) in read_measurements(run):
                 continue
-            if self.classifier is not None:
-                values = self.meter.measure(snapshot, norm_buffers=run.norm_buffers)
-            else:
-                values = self._fid(snapshot, lock)
+            own = self.classifier is not None
+            values = self.meter.measure(snapshot, run.norm_buffers) if own else self._fid(snapshot, lock)
             add_measurement(run, step_of(snapshot), values)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
