@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from functools import partial
 
 import pytest
 
@@ -11,7 +12,9 @@ from d_emo.cli import VERBS, run_verb
 from d_emo.config import FidSettings, ReferenceSettings
 from d_emo.config.base import flag_of, make_parser
 from d_emo.errors import InputError
+from d_emo.io.classifier import open_classifier
 from d_emo.tables import EXTRACTORS, ExtractorRow, load
+from d_emo.training.teacher import load_teacher
 
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
 kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
@@ -56,7 +59,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     ("line", "offered"),
     [
         ("d-emo trai", {"train", "train-classifier", "train-vae"}),
-        ("d-emo benchmark ", {"denoisers", "classifiers", "forms"}),
+        ("d-emo benchmark ", {"denoisers", "classifiers", "forms", "kernels"}),
         ("d-emo train --max-", {"--max-steps", "--max-minutes"}),
         ("d-emo benchmark forms --dty", {"--dtype"}),
         ("d-emo sample --scheduler dp", {"dpm++"}),
@@ -78,3 +81,15 @@ def test_features_are_those_of_the_table_before_anything_is_opened(monkeypatch):
     assert FidSettings(**settings, features="edges:sobel").features == "edges:sobel"
     with pytest.raises(InputError, match="use inception or emov2:SNAPSHOT or edges:KERNEL"):
         ReferenceSettings(output="r.npz", features="edges")
+
+
+@pytest.mark.parametrize(
+    ("opens", "source"),
+    [
+        (open_classifier, "./nowhere"), (open_classifier, "results/nowhere"), (open_classifier, "nowhere.pth"),
+        (partial(load_teacher, weights=None, class_names=["a"]), "nowhere.pth"),
+    ],
+)  # fmt: skip
+def test_the_path_of_a_missing_classifier_is_no_unknown_model(opens, source):
+    with pytest.raises(InputError, match=f"{source} does not exist"):
+        opens(source)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,7 +145,13 @@ def test_where_the_trial_of_one_pass_fails_the_others_go_on(interpreted, monkeyp
     monkeypatch.setattr(spanning, "TROUBLE", {})
     monkeypatch.setattr(spanning, "TRIAL", ((4, 4), 1, 16, 16))
     spanning.check(torch.device("cpu"))
-    assert not spanning.TROUBLE and len(interpreted) == 2
+    assert not spanning.TROUBLE and len(interpreted) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(spanning, "run_kernel", lambda *args, **sizes: SimpleNamespace(n_spills=2390))
+        patch.setattr(spanning, "check_one", lambda *args, **options: None)
+        spanning.check(torch.device("cpu"))
+    assert "the compiler spilled 2390 registers" in spanning.trouble(torch.device("cpu"), True)
+    spanning.TROUBLE.clear()
     monkeypatch.setattr(spanning, "turn", lambda x: x)
     spanning.check(torch.device("cpu"))
     assert "the result of window attention in torch.bfloat16 is off by" in spanning.trouble(torch.device("cpu"), True)

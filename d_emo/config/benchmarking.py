@@ -57,9 +57,9 @@ class ClassifierBenchmarkSettings(BenchmarkSettings):
     """Settings of ``scripts/benchmark.py classifiers``."""
 
     models: list[str] = setting(
-        ["emov2_1m", "emov2_2m", "emov2_5m"], "ours, each beside its plain transcription", group="Networks"
+        ["emov2_1m", "emov2_2m", "emov2_5m"], "models to measure, each beside a plain PyTorch version", group="Networks"
     )
-    peers: list[str] = setting(PEERS, "of timm, fused where they have a fused form")
+    peers: list[str] = setting(PEERS, "timm models to compare with, fused where they can be")
     image_size: ClassifierSide = setting(224, "side of the square images in pixels")
     batch_size: Count = setting(16, "images per step", group="Measurement")
     compile: bool = setting(False, "also measure each network compiled")
@@ -77,6 +77,14 @@ class FormsSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelsSettings(Settings):
+    """Settings of ``d-emo benchmark kernels``: times of the GPU's kernels beside the bytes that they have to move."""
+
+    batch_size: Count = setting(256, "latents of 256 px, of D-EMOv2-S", group="Measurement")
+
+
 BENCHMARKS: dict[str, type[Any]] = {
     "denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings, "forms": FormsSettings,
+    "kernels": KernelsSettings,
 }  # fmt: skip

@@ -61,7 +61,7 @@ class StudySettings(Settings):
         [], "runs of the eps objective whose error is measured in train and in eval mode, by noise level"
     )
     published_loss: bool = setting(
-        False, "draw the published losses (ImageNet 256 x 256) beside the runs'", group="Report"
+        False, "plot the published losses (ImageNet 256 x 256) beside the runs'", group="Report"
     )
     only: list[str] = setting(
         [], "train and measure these runs only; the report still shows all that are complete", group="Execution"

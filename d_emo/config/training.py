@@ -56,7 +56,7 @@ class RunSettings(Settings):
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
-        None, "save and stop after so many minutes; re-run the same command to resume", resumable=True
+        None, "save and stop after this many minutes; re-run the same command to resume", resumable=True
     )
     batch_size: Count = setting(256, "images per step over all processes (global)", group="Optimisation")
     micro_batch_size: Count | None = setting(

@@ -16,18 +16,11 @@ from d_emo.evaluation.classifier_metrics import (
     sampler_table,
 )
 from d_emo.evaluation.drawn import draw_classes, measure_snapshot
-from d_emo.evaluation.feature_shards import FeatureShards, Ranks, draw_labels
-from d_emo.evaluation.features import (
-    ClassifierFeatures,
-    FeatureExtractor,
-    InceptionFeatures,
-    create_extractor,
-    fingerprint,
-)
-from d_emo.evaluation.images import FolderImages, ZipImages, open_images
+from d_emo.evaluation.feature_shards import Ranks, draw_labels
+from d_emo.evaluation.features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, create_extractor
+from d_emo.evaluation.images import open_images
 from d_emo.evaluation.measurement import Measurement, check_output, measure
-from d_emo.evaluation.metrics import Gathered, InceptionScore, kernel_distance, precision_recall
-from d_emo.evaluation.npz import NpzImages, read_statistics
-from d_emo.evaluation.reference import Reference, write_reference
+from d_emo.evaluation.metrics import InceptionScore, kernel_distance, precision_recall
+from d_emo.evaluation.reference import write_reference
 from d_emo.evaluation.result import Result
-from d_emo.evaluation.statistics import FeatureStatistics, StoredStatistics, frechet_distance
+from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance

@@ -80,8 +80,8 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
-    """Make a folder for files that depend on ``settings`` only, or check that it is one; tells whether it was there.
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder for files that depend on ``settings`` only, or check that it is one.
 
     Raises:
         InputError: It holds something else, or files of other settings.
@@ -91,7 +91,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
         if file.read_text() == text:
             for left in folder.glob(".tmp-*"):  # by a process that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            return True
+            return
         raise InputError(f"{folder} holds images or features of other settings, see {file}; name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not overwritten; name another folder")
@@ -100,7 +100,6 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> bool:
         write_file(file, text)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
-    return False
 
 
 class FeatureShards:

@@ -81,7 +81,7 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
         raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
-        if len(path.parts) > 1 and source.replace("/", "-") not in list_models():
+        if "/" in source and source.replace("/", "-") not in list_models():
             raise InputError(f"the classifier {source} does not exist")
         if resolve_name(source) not in BACKBONES:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")

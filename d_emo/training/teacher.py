@@ -25,7 +25,7 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
     Raises:
         InputError: if there is no such teacher, its weights cannot be had, or it knows other classes.
     """
-    if Path(name).exists():
+    if Path(name).exists() or Path(name).suffix in (".pth", ".pt", ".safetensors"):
         if weights is not None:
             raise InputError(f"the teacher {name} brings its weights along; `teacher_weights` is for names of timm")
         opened = open_classifier(name)

@@ -243,8 +243,12 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
         )  # fmt: skip
 
 
-def run_kernel(kernel: Any, grid: tuple[int, ...], inputs: Sequence[Any], **sizes: Any) -> None:
-    """Run a kernel on its tensors' GPU; its loops are pipelined in three stages, or as memory allows."""
+def run_kernel(kernel: Any, grid: tuple[int, ...], inputs: Sequence[Any], **sizes: Any) -> Any:
+    """Run a kernel on its tensors' GPU; its loops are pipelined in three stages, or as memory allows.
+
+    Returns:
+        What Triton says of the compiled kernel.
+    """
     with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else contextlib.nullcontext():
         for stages in (3, 2, 1):
             try:

@@ -31,6 +31,9 @@ CHANNELS = 64
 
 WARPS = 4
 
+MOST_REGISTERS = 128
+"""Of a thread, so that four programs share a multiprocessor: what the row to be added takes beyond them is spilled."""
+
 
 @triton.jit
 def _channels(block, M: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr):
@@ -52,10 +55,13 @@ def _load_row(row_ptr, start, channels, known, FIRST: tl.constexpr, LAST: tl.con
 
 
 @triton.jit
-def _store_row(totals, row, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH: tl.constexpr,
+def _store_row(totals, row, start, out_ptr, beside, bias, channels, known, pivot, sums, squares, WIDTH: tl.constexpr,
                M: tl.constexpr, COLUMNS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
                STATISTICS: tl.constexpr):  # fmt: skip
-    """Finish a row of the output. Returns the first value of all, and the sums of the distances from it so far."""
+    """Finish a row of the output; with PLUS the row ``beside`` it is added.
+
+    Returns the first value of all, and the sums of the distances from it so far.
+    """
     for c in tl.static_range(COLUMNS):
         mask = (start + c < WIDTH) & known
         place = (row * WIDTH + start + c) * M + channels
@@ -64,7 +70,7 @@ def _store_row(totals, row, start, out_ptr, plus_ptr, bias, channels, known, piv
             total += bias
             total = total / (1.0 + tl.exp(-total))
         if PLUS:
-            total += tl.load(plus_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            total += beside[c].to(tl.float32)
         out = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place, out, mask=mask)
         if STATISTICS:
@@ -84,7 +90,9 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
     """A strip of an image, all rows, for some channels; see `convolve`.
 
     The totals of the k - 1 rows under way are kept, those of the uppermost first. A row of the map that comes completes
-    that one and takes part in k - 1 others. It has been loaded while the row before it was worked on.
+    that one and takes part in k - 1 others. It has been loaded while the row before it was worked on, and so has the
+    row of what is added. That may lie where the results are stored: loaded one by one in between, each value would wait
+    for the store before it.
     """
     HALF: tl.constexpr = K // 2
     STRIPS: tl.constexpr = (WIDTH + GROUPS * COLUMNS - 1) // (GROUPS * COLUMNS)
@@ -109,12 +117,19 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
     for _ in tl.static_range((K - 1) * COLUMNS):
         under_way = under_way + (zero,)
     ahead = _load_row(x_ptr, start, channels, known, -HALF, COLUMNS + HALF, WIDTH, M)
+    beside = ahead
+    if PLUS:
+        beside = _load_row(plus_ptr, start, channels, known, 0, COLUMNS, WIDTH, M)
     for r in range(0, height):
         row = ()
         for j in tl.static_range(COLUMNS + K - 1):
             row = row + (ahead[j].to(tl.float32),)
         below = x_ptr + tl.minimum(r + 1, height - 1) * (WIDTH * M)  # after the last row, any
         ahead = _load_row(below, start, channels, known, -HALF, COLUMNS + HALF, WIDTH, M)
+        after = beside
+        if PLUS:
+            above = plus_ptr + tl.minimum(tl.maximum(r - HALF + 1, 0), height - 1) * (WIDTH * M)
+            after = _load_row(above, start, channels, known, 0, COLUMNS, WIDTH, M)
         done, others = (), ()
         for i in tl.static_range(K):
             for c in tl.static_range(COLUMNS):
@@ -128,18 +143,24 @@ def _convolve(x_ptr, w_ptr, bias_ptr, plus_ptr, out_ptr, mean_ptr, m2_ptr, heigh
         under_way = others
         if r >= HALF:
             pivot, sums, squares = _store_row(
-                done, r - HALF, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH, M,
+                done, r - HALF, start, out_ptr, beside, bias, channels, known, pivot, sums, squares, WIDTH, M,
                 COLUMNS, PLUS, ACT, STATISTICS,
             )  # fmt: skip
+        beside = after
     # What lies below the map is zero, so the rows still under way are complete.
     for i in tl.static_range(HALF):
         left = ()
         for c in tl.static_range(COLUMNS):
             left = left + (under_way[i * COLUMNS + c],)
-        if height - HALF + i >= 0:
+        last = height - HALF + i
+        added = left  # of no use
+        if PLUS:
+            below = plus_ptr + tl.maximum(last, 0) * (WIDTH * M)
+            added = _load_row(below, start, channels, known, 0, COLUMNS, WIDTH, M)
+        if last >= 0:
             pivot, sums, squares = _store_row(
-                left, height - HALF + i, start, out_ptr, plus_ptr, bias, channels, known, pivot, sums, squares, WIDTH,
-                M, COLUMNS, PLUS, ACT, STATISTICS,
+                left, last, start, out_ptr, added, bias, channels, known, pivot, sums, squares, WIDTH, M, COLUMNS,
+                PLUS, ACT, STATISTICS,
             )  # fmt: skip
     if STATISTICS:
         count = height * tl.minimum(tl.maximum(WIDTH - start, 0), COLUMNS).to(tl.float32)  # of each group
@@ -218,7 +239,7 @@ def convolve(
             x, taps, taps if bias is None else bias, x if plus is None else plus, out, *shares, height, WIDTH=width,
             M=dim, K=math.isqrt(len(taps)), FLIP=flip, PLUS=plus is not None, ACT=act, STATISTICS=statistics,
             COLUMNS=block // WARPS, GROUPS=WARPS, BLOCK_M=CHANNELS, EACH=CHANNELS_EACH, num_warps=WARPS,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, maxnreg=None if plus is None or len(taps) > 25 else MOST_REGISTERS,
         )  # fmt: skip
         if not statistics:
             return out, None

@@ -35,6 +35,7 @@ from d_emo.kernels.gpu.attention import (
     run_kernel,
 )
 from d_emo.kernels.gpu.attention import attend as two_passes
+from d_emo.kernels.gpu.convolution import multiprocessors
 from d_emo.kernels.gpu.trial import check_one
 
 MOST_TOKENS = 256
@@ -225,8 +226,8 @@ def refuses(qk: Tensor, z: Tensor, window: Sequence[int], mode: str) -> str | No
     return None
 
 
-def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], warps: int) -> None:
-    """Run a kernel over all heads of all images.
+def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], warps: int) -> Any:
+    """Run a kernel over all heads of all images; returns what Triton says of the compiled kernel.
 
     Shape: qk (B, H, W, 2 C), z (B, H, W, M).
 
@@ -239,7 +240,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     """
     act, heads, (tall, wide), _, repeat = options
     (images, height, width, _), dim = qk.shape, qk.shape[-1] // 2 // heads
-    run_kernel(
+    return run_kernel(
         kernel, (images * heads,), (*maps, heads), TALL=tall, WIDE=wide, DOWN=height // tall, ACROSS=width // wide,
         D=dim, D_CHUNK=chunk_of(dim, 64 // z.element_size()), E=z.shape[-1] // heads,
         E_CHUNK=chunk_of(z.shape[-1] // heads, 64 // z.element_size()), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
@@ -286,6 +287,7 @@ def check(device: torch.device) -> None:
     """
     try:
         check_one(attend, device, torch.bfloat16, *TRIAL, bound=2e-2)
+        check_spills(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, the driver, or a difference
@@ -298,14 +300,15 @@ def check(device: torch.device) -> None:
             compare_speed(device)
 
 
-def compare_speed(device: torch.device, images: int = 32, heads: int = 6) -> None:
+def compare_speed(device: torch.device, images: int | None = None, heads: int = 6) -> None:
     """Time the kernels, and those of a pass for each partition, at S-2's size; the slower ones' place is last.
 
+    Without ``images`` there are four heads for each multiprocessor: as in large batches, none is idle in the end.
     The choice is kept as all are, see `d_emo.kernels.autotune`.
     """
     (tall, wide), _, narrow, width = TRIAL
     operators = {"one pass": attend, "a pass for each partition": two_passes}
-    shape = images, 2 * tall, 2 * wide
+    shape = images or triton.cdiv(4 * multiprocessors(device), heads), 2 * tall, 2 * wide
     for training in (True, False):
         qk, z = (
             torch.randn(*shape, heads * n, device=device, dtype=torch.bfloat16, requires_grad=training)
@@ -324,3 +327,17 @@ def compare_speed(device: torch.device, images: int = 32, heads: int = 6) -> Non
         if form != "one pass":
             ms = [f"{times[each]:.3g} ms" for each in operators] if times else ["slower", "faster"]
             TROUBLE[device, training] = f"{ms[0]} here, {form} {ms[1]}"
+
+
+MOST_SPILLS = 600
+"""Registers of a thread: 220 to 450 are usual; where the compiler gives up it is thousands."""
+
+
+def check_spills(device: torch.device) -> None:
+    """Raise RuntimeError if the backward kernel, which fills all registers, has been compiled without optimisation."""
+    (height, width), images, narrow, wide = TRIAL
+    qk, z = (torch.zeros(images, 2 * height, 2 * width, n, device=device).bfloat16() for n in (4 * narrow, 2 * wide))
+    maps, options = (z, qk, z, torch.empty_like(qk), torch.empty_like(z)), ("gelu", 2, (height, width), "spanning", 1)
+    spills = getattr(launch(backward_kernel, maps, qk, z, options, warps=2), "n_spills", 0)
+    if spills > MOST_SPILLS:
+        raise RuntimeError(f"the compiler spilled {spills} registers of a thread")
