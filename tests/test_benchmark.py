@@ -7,7 +7,7 @@ import torch
 from d_emo.cli import run_verb
 from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchmarkSettings, parse_settings
 from d_emo.errors import InputError
-from d_emo.lab.benchmark import run_benchmark, transcribe, write_report
+from d_emo.lab.benchmark import kernels, run_benchmark, transcribe, write_report
 from d_emo.lab.benchmark.profile import operator_times, profile_table
 from d_emo.lab.benchmark.timing import Case, measure, saved_bytes
 from d_emo.models import create_model
@@ -142,6 +142,24 @@ def test_bad_input_is_one_sentence(kind, flags, words):
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(InputError, match="`device` cuda"):
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_want_a_gpu():
+    with pytest.raises(InputError, match="PyTorch finds no NVIDIA GPU here"):
+        run_verb("benchmark", ["kernels"])
+
+
+def test_every_kernel_of_the_gpu_has_its_row(monkeypatch, triton_interpreter):
+    for name, tiny in {"SIDE": 4, "WINDOW": 2, "NARROW": 4, "WIDE": 8, "HEADS": 2, "KERNEL": 3}.items():
+        monkeypatch.setattr(kernels, name, tiny)
+    monkeypatch.setattr(kernels, "milliseconds", lambda run: (run(), 1.0)[1])
+    monkeypatch.setattr("d_emo.kernels.gpu.spanning.attend", lambda *args: 1 / 0)
+    lines = kernels.measured(1, torch.device("cpu")).splitlines()
+    assert lines[2] == "| copy of a wide map | 1000 | 1000 | 139 measured |"
+    assert lines[3].startswith("| attention, one pass | division by zero |")
+    assert lines[6] == "| its gradients | 1000 | 2000 | 969 measured |"
+    assert len(lines) == 14 and sum("| 1000 |" in line for line in lines) == 11
 
 
 def test_the_verb_wants_to_know_what_to_measure():

@@ -36,7 +36,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "denoisers", "classifiers", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
     "lab/study": [
         "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
     ],

@@ -3,14 +3,17 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from d_emo.config import BenchmarkSettings, FormsSettings
-from d_emo.lab.benchmark import forms_table, run_benchmark, table, write_report
+from d_emo.config import BenchmarkSettings, FormsSettings, KernelsSettings
+from d_emo.lab.benchmark import forms_table, kernels_table, run_benchmark, table, write_report
 
 
-def run(settings: BenchmarkSettings | FormsSettings) -> None:
+def run(settings: BenchmarkSettings | FormsSettings | KernelsSettings) -> None:
     """Measure, print the table and, where a folder is named, write it."""
     if isinstance(settings, FormsSettings):
         print(forms_table(settings))
+        return
+    if isinstance(settings, KernelsSettings):
+        print(kernels_table(settings))
         return
     report = run_benchmark(settings)
     print("\n\n".join([table(report), *report.profiles]))

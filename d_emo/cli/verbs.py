@@ -115,7 +115,9 @@ nobody works on.""",
             "denoisers": "d_emo.config:DenoiserBenchmarkSettings",
             "classifiers": "d_emo.config:ClassifierBenchmarkSettings",
             "forms": "d_emo.config:FormsSettings",
+            "kernels": "d_emo.config:KernelsSettings",
         },
-        "Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run.",
+        "Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run; "
+        "`kernels`: their times on a GPU.",
     ),
 ])  # fmt: skip

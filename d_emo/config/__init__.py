@@ -18,6 +18,7 @@ from d_emo.config.benchmarking import (
     ClassifierBenchmarkSettings,
     DenoiserBenchmarkSettings,
     FormsSettings,
+    KernelsSettings,
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.measuring import (

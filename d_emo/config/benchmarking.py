@@ -77,6 +77,14 @@ class FormsSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelsSettings(Settings):
+    """Settings of ``d-emo benchmark kernels``: times of the GPU's kernels beside the bytes that they have to move."""
+
+    batch_size: Count = setting(256, "latents of 256 px, of D-EMOv2-S", group="Measurement")
+
+
 BENCHMARKS: dict[str, type[Any]] = {
     "denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings, "forms": FormsSettings,
+    "kernels": KernelsSettings,
 }  # fmt: skip

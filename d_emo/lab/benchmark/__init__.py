@@ -12,12 +12,13 @@ from d_emo.errors import InputError
 from d_emo.lab.benchmark.classifiers import classifier_cases
 from d_emo.lab.benchmark.denoisers import BASELINE, denoiser_cases
 from d_emo.lab.benchmark.forms import forms_table
+from d_emo.lab.benchmark.kernels import kernels_table
 from d_emo.lab.benchmark.profile import profile_table
 from d_emo.lab.benchmark.report import Report, Result, table, write_report
 from d_emo.lab.benchmark.timing import measure
 from d_emo.lab.benchmark.transcription import transcribe
 
-__all__ = ["forms_table", "run_benchmark", "table", "transcribe", "write_report"]
+__all__ = ["forms_table", "kernels_table", "run_benchmark", "table", "transcribe", "write_report"]
 
 
 def run_benchmark(settings: BenchmarkSettings) -> Report:
