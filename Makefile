@@ -4,6 +4,10 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 READY := .venv/.ready
 DEV := .venv/.dev
+PYTHON_LOWEST ?= $(shell for each in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python; do \
+	$$each -c "import sys; print(sys.executable)" 2> /dev/null && break; done)
+LOWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels_explain compile models denoiser backbone blocks local \
+	attention training resume sampling pipeline checkpoint export timm fid_script evaluation_metrics data released))
 
 # Without a config of its own `accelerate launch` warns of values that are not set; where there is one it stays as it is.
 define DEFAULTS
@@ -15,7 +19,7 @@ if not Path(file).exists() and write_basic_config():
 endef
 export DEFAULTS
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint clean
 
 demo: $(READY)
 	$(LAUNCH) scripts/train_classifier.py --config configs/demo_classifier.yaml
@@ -25,11 +29,15 @@ demo: $(READY)
 test: $(DEV)
 	$(BIN)/python -m pytest
 
+# The lowest versions that pyproject.toml promises, with the lowest Python of them where there is one.
+test-lowest: .venv-lowest/.ready
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(LOWEST_TESTS)
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info demo
+	rm -rf .venv .venv-lowest build *.egg-info demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -39,4 +47,13 @@ $(READY): pyproject.toml
 
 $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+.venv-lowest/.ready: pyproject.toml
+	@test -n "$(PYTHON_LOWEST)" || echo "There is no Python 3.10 here; the lowest versions run on $$($(PYTHON) --version)."
+	rm -rf .venv-lowest
+	$(or $(PYTHON_LOWEST),$(PYTHON)) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable ".[dev,export]"
 	touch $@

@@ -124,16 +124,16 @@ def export(network: Portable, path: Path) -> float | None:
 Runner = Callable[..., Tensor]
 
 
-def free_batch(network: Portable) -> dict[str, tuple]:
-    """Inputs to trace a network with, and that their batch size is free."""
-    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
-    return {"args": inputs, "dynamic_shapes": tuple({0: batch} for _ in inputs)}
-
-
 @torch.no_grad()
+def traced(network: Portable) -> torch.export.ExportedProgram:
+    """The network as a graph whose batch size is free."""
+    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
+    return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+
+
 def write_torch(network: Portable, path: Path) -> Runner:
     """A ``.pt2`` file, for ``torch.export.load``."""
-    torch.export.save(torch.export.export(network.module, **free_batch(network)), path)
+    torch.export.save(traced(network), path)
     return torch.export.load(path).module()
 
 
@@ -146,8 +146,8 @@ def write_onnx(network: Portable, path: Path) -> Runner:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            network.module, f=str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
-            output_names=["output"], external_data=size > ONE_FILE, **free_batch(network),
+            traced(network), (), str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
+            output_names=["output"], external_data=size > ONE_FILE,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -8,6 +8,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from d_emo import kernels
 from d_emo.kernels.dispatch import HAS_ONEDNN
 from d_emo.models import create_model
 
@@ -26,6 +27,33 @@ def networks():
 def output(network, x, options):
     out = network(x, **options)
     return out if isinstance(out, torch.Tensor) else out.sample
+
+
+def operators_of(graph):
+    """The operators of ours that a graph calls."""
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return {name.split(".")[1] for name in names if name.startswith("d_emo.")}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("which", ["demo", "emo"])
+def test_the_form_that_ran_eager_compiled_and_exported(which, training):
+    """Compiled networks keep our operators, exported ones are made of the library's, on every PyTorch."""
+    torch._dynamo.reset()
+    graphs, (network, x, options) = [], networks()[which]
+    network.train(training)
+    compiled = torch.compile(network, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with torch.set_grad_enabled(training):
+        with kernels.record() as calls:
+            output(network, x, options)
+        output(compiled, x, options)
+        exported = torch.export.export(network, (x,), options)
+    forms = {(call.operator, call.form) for call in calls}
+    assert ("window_attention", "CPU, in chunks") in forms
+    assert (("local_branch", "CPU, one step of training") in forms) == training
+    wanted = {"window_attention_on_cpu"} | ({"local_projection_on_cpu"} if training else set())
+    assert len(graphs) == 1 and operators_of(graphs[0]) - {"product"} == wanted
+    assert not operators_of(exported.graph_module)
 
 
 def compare(which, training, backend):

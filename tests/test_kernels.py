@@ -114,14 +114,6 @@ def test_a_gpu_takes_tritons_kernels_only_if_all_pass_a_trial(monkeypatch, card,
     assert [str(w.message).partition(": ")[2] for w in recwarn] == (["ptxas: no such card"] if problem else [])
 
 
-def test_an_old_triton_is_told_and_left_alone(monkeypatch, card, recwarn):
-    tried = []
-    card(tried.append)
-    monkeypatch.setattr("triton.__version__", "3.2.0+git1234")
-    assert not dispatch.triton_works(0) and not tried
-    assert "they need Triton 3.3 or newer, this is 3.2.0+git1234" in str(recwarn.pop().message)
-
-
 def test_a_trial_that_breaks_the_gpu_ends_with_the_remedy(monkeypatch, card):
     def broken(_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")

@@ -85,15 +85,14 @@ def build_page(studio: Studio, folder: Path) -> Any:
                 )
 
         def begin(request: gr.Request) -> list[Any]:
-            visits.stops[request.session_hash] = Event()
+            visits.begin(request.session_hash)
             return [gr.update(interactive=False), gr.update(interactive=True), _status("Waiting for its turn.")]
 
         def run(classes, num_images, seed, scale, scheduler, steps, request: gr.Request) -> Iterator[list[Any]]:
             yield from visits.run(request.session_hash, classes, num_images, seed, scale, scheduler, steps)
 
         def leave(request: gr.Request) -> None:
-            if request.session_hash in visits.stops:
-                visits.stops[request.session_hash].set()
+            visits.stop(request.session_hash)
 
         def end() -> list[Any]:
             return [gr.update(interactive=True), gr.update(interactive=False)]
@@ -144,6 +143,13 @@ class _Visits:
     def __init__(self, gr: Any, studio: Studio, folder: Path):
         self.gr, self.studio, self.folder = gr, studio, folder
         self.stops: dict[str | None, Event] = {}
+
+    def begin(self, visit: str | None) -> None:
+        self.stops[visit] = Event()
+
+    def stop(self, visit: str | None) -> None:
+        if visit in self.stops:
+            self.stops[visit].set()
 
     def run(self, visit: str | None, *asked: Any) -> Iterator[list[Any]]:
         """Values of status, pictures, download and command line, as long as there is news."""

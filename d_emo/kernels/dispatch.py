@@ -15,15 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as modules
 
 from d_emo.errors import InputError, RunError
 from d_emo.kernels.autotune import described, in_words, preferences, tuner
-
-try:
-    from torch.fx._symbolic_trace import is_fx_symbolic_tracing as is_fx_tracing
-except ImportError:  # before PyTorch 2.8
-    from torch.fx._symbolic_trace import is_fx_tracing
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -186,7 +182,7 @@ def why_standard() -> str | None:
     if torch.compiler.is_compiling():
         if is_exporting():
             return "the network is exported or traced"
-    elif is_fx_tracing() or torch.jit.is_tracing():
+    elif is_fx_symbolic_tracing() or torch.jit.is_tracing():
         return "the network is exported or traced"
     elif torch._C._len_torch_dispatch_stack():
         return MODE
@@ -201,8 +197,8 @@ def why_standard() -> str | None:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether torch.export is at work. Asked outside of traced code: PyTorch 2.8 to 2.11 trace the question as True."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # PyTorch 2.6 has none
+    """Whether torch.export is at work. Asked outside of traced code: before PyTorch 2.12 it is traced as True."""
+    return torch.compiler.is_exporting()
 
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)

@@ -233,7 +233,7 @@ class _Run:
         self.guard.remember()
         rate = learning_rate(settings, self.step)
         self.updates.set_learning_rate(rate)
-        seed = int(np.random.SeedSequence([settings.seed, self.step]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence([settings.seed, self.step]).generate_state(1, np.uint64)[0]) >> 1
         draws = task.draw(torch.Generator(accelerator.device).manual_seed(seed), settings.batch_size)
         torch.manual_seed((seed + rank) % 2**63)  # for drop path and the like
         start = rank * self.per_rank

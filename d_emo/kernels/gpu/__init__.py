@@ -6,12 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import triton
 
 from d_emo.kernels.gpu import attention, local, spanning
-
-OLDEST = (3, 3)
-"""The Triton whose kernels know tuples; PyTorch 2.7 brings it."""
 
 CHECKS: tuple[Callable[[torch.device], None], ...] = (attention.check, local.check, spanning.check)
 """One for each kernel: raises unless it runs on the device and equals its plain form, or others take its place."""
@@ -25,10 +21,8 @@ def check(device: torch.device) -> None:
     and the default device are a thread's own.
 
     Raises:
-        Exception: Triton is too old, or a kernel does not compile, does not run, or computes something else.
+        Exception: A kernel does not compile, does not run, or computes something else.
     """
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        raise RuntimeError(f"they need Triton {'.'.join(map(str, OLDEST))} or newer, this is {triton.__version__}")
 
     def trial() -> None:
         if device.type == "cuda":
