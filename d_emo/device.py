@@ -1,7 +1,5 @@
 """On which device to compute."""
 
-from __future__ import annotations
-
 import torch
 
 

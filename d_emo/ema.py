@@ -1,7 +1,5 @@
 """Exponential moving average of a model: its parameters and its float buffers (BatchNorm statistics)."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

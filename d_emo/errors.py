@@ -3,8 +3,6 @@
 The command line writes such a name as a flag, the app as words; a Python user reads it as it is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Networks for use without Python: ONNX, torch.export and Core ML, each compared with PyTorch after it was written."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

@@ -1,7 +1,5 @@
 """A process's fraction of the machine's CPUs, and the memory that it works with."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

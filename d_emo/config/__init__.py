@@ -1,7 +1,5 @@
 """Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
 
-from __future__ import annotations
-
 from d_emo.config.base import (
     Settings,
     check_sources,

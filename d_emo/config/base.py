@@ -1,7 +1,5 @@
 """What every verb needs of its settings: declaring, checking, reading, writing them, and ending on a bad one."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import sys

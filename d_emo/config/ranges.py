@@ -1,7 +1,5 @@
 """Types of numbers in settings, each with its range, which `Settings` checks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any

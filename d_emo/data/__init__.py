@@ -5,8 +5,6 @@ Every data set yields ``(image, label)`` with a float32 image of shape (3, H, W)
 carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirrored image keeps its class).
 """
 
-from __future__ import annotations
-
 from urllib.parse import parse_qsl
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Image folders as classifiers want them: random crops and RandAugment to train, the usual centre crop to measure."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Scanned digits that ship inside scikit-learn."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from PIL import Image

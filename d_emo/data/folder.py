@@ -1,7 +1,5 @@
 """Image folders in ImageNet's layout, with the centre crop of ADM and DiT."""
 
-from __future__ import annotations
-
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence

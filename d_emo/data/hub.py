@@ -1,7 +1,5 @@
 """Data sets of the Hugging Face library ``datasets``: local or from the hub, on disk or as a stream."""
 
-from __future__ import annotations
-
 from functools import partial
 from io import BytesIO
 from pathlib import Path

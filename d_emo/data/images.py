@@ -1,7 +1,5 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Shapes-1000: one shape of one colour on one ground, drawn when asked for."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """WebDataset's tar shards, read at random: a table of where each image lies takes the place of reading in sequence."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

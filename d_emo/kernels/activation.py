@@ -1,7 +1,5 @@
 """Steps that go through a map element by element: activations with their derivatives, and a residual's sum."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

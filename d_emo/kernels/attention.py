@@ -15,8 +15,6 @@ the value before the activation, and makes everything else anew. In a compiled n
 compiler calls as it is: what the compiler makes of the single steps, or of the library's attention, takes longer.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

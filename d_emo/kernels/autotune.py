@@ -8,8 +8,6 @@ The environment variable D_EMO_KERNELS says otherwise: "plain" takes every opera
 of each table that can run, and "OPERATOR=FORM" (several with ";" between) a form by its name.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -3,8 +3,6 @@
 Its norm is duck-typed: what has a ``bn`` and is `known` is a batch norm over the last axis, with an ``affine()`` form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ the first that has nothing runs. The last form takes everything: it calls the la
 Where it depends on the machine which form is faster they are rivals, and `d_emo.kernels.autotune` finds the fastest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Which form every operator of a network takes on this machine, and why not the ones above it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterator

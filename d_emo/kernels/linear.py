@@ -1,7 +1,5 @@
 """A linear layer with the activation after it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

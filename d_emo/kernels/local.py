@@ -7,8 +7,6 @@ pass makes the other two anew; on a CPU some rows at a time, so that they stay i
 GPU as `d_emo.kernels.gpu.local` says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

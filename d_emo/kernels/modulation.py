@@ -6,8 +6,6 @@ Step by step, a network keeps x, the norm's output and, in the linear layers aft
 anew in the backward pass.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """How a map is cut into windows, and put together again."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, Protocol
 

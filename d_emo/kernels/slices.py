@@ -1,7 +1,5 @@
 """Wide maps, a few images at a time."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

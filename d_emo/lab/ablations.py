@@ -1,7 +1,5 @@
 """The ablations of EMOv2-5M as arguments of the model, with the paper's figures where it prints them."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 TRUNCATED = "The paper cuts parameters off after the first decimal, except in this row, where 5.157M became 5.2M."

@@ -1,7 +1,5 @@
 """The table of all networks beside the published figures."""
 
-from __future__ import annotations
-
 import json
 from importlib import resources
 from typing import Any

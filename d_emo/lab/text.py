@@ -1,7 +1,5 @@
 """Markdown tables and small words, shared by all reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 

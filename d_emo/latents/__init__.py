@@ -1,7 +1,5 @@
 """Codecs between images and latents, and data sets that were encoded once to be trained on often."""
 
-from __future__ import annotations
-
 from d_emo.latents.codec import (
     SHIPPED,
     SHIPPED_VAE,

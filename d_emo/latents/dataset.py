@@ -1,7 +1,5 @@
 """Latents that were encoded before, read from disk as they are needed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

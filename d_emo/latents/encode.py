@@ -1,7 +1,5 @@
 """Encode a data set once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

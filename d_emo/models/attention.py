@@ -3,8 +3,6 @@
 Sources: EMOv2 paper, section III (spanning window attention); EMOv1 paper (strided windows, pre-attention).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -4,8 +4,6 @@ Sources: EMOv2 paper, section III, eq. 1-5 and fig. 4 (one residual: expand, app
 section III-C3 and table XVI (D-EMO); EMOv1 paper (iRMB); DiT paper, section 3.2 (adaLN-Zero).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -6,8 +6,6 @@ Whoever trains, samples, saves, measures or exports a denoiser uses what is here
 subclass of `DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
 """
 
-from __future__ import annotations
-
 import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar

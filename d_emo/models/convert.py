@@ -1,7 +1,5 @@
 """Writes classifiers as timm keeps them: a folder of safetensors and a config, to be opened as ``local-dir:FOLDER``."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parameters and multiply-accumulates, counted as in the papers' tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 Sources: EMOv2 paper, section III-C3 and table XVI (D-EMO); DiT paper, section 3.2 (frame, initialisation).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal

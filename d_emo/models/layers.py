@@ -4,8 +4,6 @@ They are those of the DiT and EMOv2 papers. Feature maps are channels-last, ``(B
 ``d_emo.models`` except at the two ends of a network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

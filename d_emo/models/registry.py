@@ -1,7 +1,5 @@
 """Names of the networks, as in the papers' tables, and how a name becomes a network."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import inspect

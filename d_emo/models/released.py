@@ -4,8 +4,6 @@ A file is trusted with nothing: pickles are read by PyTorch's weights-only loade
 before the first weight is written.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The stems of EMOv1 and EMOv2, as the papers have them: from an image to the first feature map."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Makes the EMO classifiers known to timm, so that ``timm.create_model("emov2_5m", features_only=True)`` works."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The task of training a denoiser on latents."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fine-tuning: a new model that starts from the weights of a snapshot."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What happens when a loss or a gradient is not finite: no update is made with it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training loop, the same for every kind of model and every way to spread it over processes."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """AdamW's parameter groups and the learning rate of each step."""
 
-from __future__ import annotations
-
 import math
 
 import torch

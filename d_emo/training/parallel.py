@@ -1,7 +1,5 @@
 """How the processes of a run share its work: what accelerate is told, and the gradients and the update of a step."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a user sees of a run: the progress bar, the tracker's curves and pictures, and early warnings."""
 
-from __future__ import annotations
-
 import importlib.util
 import resource
 import sys

@@ -1,7 +1,5 @@
 """Distillation: a trained classifier whose soft logits a smaller one learns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trains the small VAE that ships with the package: f8, 4 latent channels, on Shapes-1000 and digits."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Kernels for NVIDIA GPUs, written in Triton; imported only where one is there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 

@@ -13,8 +13,6 @@ Sizes come from the compiler's report (registers, spills, shared memory), not ye
 in float32, takes 32 columns, and two fit. Two chunks are on their way while one is worked on; float32 halves them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import Any

@@ -13,8 +13,6 @@ Sums are float32. Weights are (k k, M), float32; see `taps_of`. Tuples need Trit
 
 # ruff: noqa: N803
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -6,8 +6,6 @@ thread keeps its columns apart; the sums of the k k taps are over all of them, a
 
 # ruff: noqa: N803
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

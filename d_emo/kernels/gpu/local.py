@@ -18,8 +18,6 @@ Mean and variance are inside of the operator, not outputs with gradients of thei
 gradients of a in a pass of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ before the first is used: 4 of each map forward, 2 backward, where two sums have
 
 # ruff: noqa: N803
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -14,8 +14,6 @@ tokens of a part) makes far windows of them; see `turn`. Each warp does windows 
 windows must divide the sides of near ones, and all numbers be powers of two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The trial of an attention operator on the GPU itself, against the same in float64 and plain steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Speed by the clock: ours beside a plain transcription of the block and beside others' networks, in one run."""
 
-from __future__ import annotations
-
 import sys
 
 import torch

@@ -1,7 +1,5 @@
 """The classifiers that are compared: ours, their plain transcriptions, and networks of timm."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

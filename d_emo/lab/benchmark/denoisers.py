@@ -1,7 +1,5 @@
 """The denoisers that are compared: ours, its plain transcription, our DiT, and diffusers' DiT."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

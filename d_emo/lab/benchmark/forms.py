@@ -1,7 +1,5 @@
 """Which forms the operators of a network take on this machine."""
 
-from __future__ import annotations
-
 import torch
 
 from d_emo import kernels

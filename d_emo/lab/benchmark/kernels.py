@@ -1,7 +1,5 @@
 """Times of the GPU's kernels at the size of D-EMOv2-S at 256 px, beside the bytes that they have to move."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

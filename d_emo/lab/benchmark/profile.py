@@ -1,7 +1,5 @@
 """Where the time of a step goes: the operators of every case, side by side."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Cases that run in turns, so that what disturbs the machine disturbs all of them alike."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

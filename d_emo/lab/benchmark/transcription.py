@@ -4,8 +4,6 @@ It is what a port of the block looks like before anyone has made it fast, and wh
 in the tables. It takes its weights from one of our networks, and the tests hold the two against each other.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """What a study refuses before it trains anything: settings that cannot work, and results of other settings."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From what a study has measured to its report: step times, tables, plots, samples, and what was done, in words."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import shlex

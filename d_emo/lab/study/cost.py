@@ -1,7 +1,5 @@
 """Each model's speed, measured for a moment on this machine: for a study's axis of time, and for what it will cost."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict

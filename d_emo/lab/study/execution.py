@@ -1,7 +1,5 @@
 """Running other verbs for a study: one child at a time, stopped as this process is stopped, runs claimed by locks."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

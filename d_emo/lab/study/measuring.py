@@ -1,7 +1,5 @@
 """Measuring the snapshots of a study's runs, all alike: same labels, same noise, same classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From the settings of a study to the list of its runs."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, replace

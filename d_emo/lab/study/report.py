@@ -1,7 +1,5 @@
 """The report of a study: what did not win first, then tables with intervals, then plots and samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

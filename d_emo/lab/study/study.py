@@ -1,7 +1,5 @@
 """A study from end to end: encode, train the classifier that measures, train and measure every run, report."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from dataclasses import asdict
