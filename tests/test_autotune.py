@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from test_training import train
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,8 @@ from d_emo.io.training_state import load_state, save_state
 from d_emo.kernels import autotune, dispatch
 from d_emo.kernels.autotune import Autotuner, Choice, read_preferences
 from d_emo.kernels.dispatch import HAS_ONEDNN, Form
+from d_emo.sampling import Guidance, sample
+from d_emo.sampling.schedulers import make_scheduler
 from d_emo.training import loop
 from d_emo.training.denoiser import DenoiserTask
 
@@ -179,6 +182,27 @@ def test_products_and_attention_of_a_network_are_timed_and_equal(tuner, tiny_den
     known = len(tuner.choices)
     tiny_denoiser(*inputs).sample.square().sum().backward()
     assert len(tuner.choices) == known
+
+
+def test_within_fixed_nothing_is_timed_and_the_first_form_runs(tuner):
+    table, ran = forms("a")
+    with kernels.fixed():
+        dispatch.run("toy", table, torch.randn(4, 4))
+    assert ran == ["a"] and not tuner.choices
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="one form only")
+def test_the_bits_of_a_seed_and_of_features_do_not_depend_on_what_was_timed(new_process, tiny_denoiser, tmp_path):
+    new_process(-1)
+    scheduler = make_scheduler("ddim", DDPMScheduler().config, "eps")
+    steps = sample(tiny_denoiser, scheduler, [1, 2], [0, 1], steps=2, guidance=Guidance(2.0))
+    latents = [step.latents for step in steps][-1]
+    tuner = new_process(0)
+    steps = sample(tiny_denoiser, scheduler, [1, 2], [0, 1], steps=2, guidance=Guidance(2.0))
+    assert torch.equal([step.latents for step in steps][-1], latents) and not tuner.choices
+    with torch.no_grad():  # which the network by itself does ask for
+        tiny_denoiser(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1]))
+    assert tuner.choices
 
 
 def test_the_environment_variable_is_read():

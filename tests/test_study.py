@@ -346,6 +346,9 @@ def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatc
     assert processes_of(settings.launch) == 2 and processes_of(["--cpu"]) == 1
     runs = plan_runs(settings)
     assert network_calls(settings, runs[0].training) == 4  # two steps, guided
+    wrong = settings_of(tmp_path, runs={"a": {"model": "emov2_1m"}})
+    with pytest.raises(InputError, match="emov2_1m is a classifier; a study compares denoisers"):
+        cost_table(wrong, plan_runs(wrong))
     by_fid = settings_of(tmp_path, judge=None, reference="x", fid={"steps": 3}, guidance_scale=1.5)
     assert network_calls(by_fid, runs[0].training) == 6
     table = cost_table(settings, runs)

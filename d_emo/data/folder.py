@@ -129,9 +129,7 @@ class ImageFolder(StoredImages):
 
     name = "folder"
 
-    def __init__(
-        self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False
-    ):
+    def __init__(self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False):
         check_image_size(image_size)
         root = Path(root)
         if not root.is_dir():

@@ -128,6 +128,7 @@ class ClassifierFeatures:
         self.name = f"emov2:{classifier.path}@{fingerprint(self._model)}"
 
     @torch.no_grad()
+    @kernels.fixed()  # the same bits, whatever was timed on this machine
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Shape: (B, 3, H, W) uint8 -> (B, dim) float."""
         images = scale_for_classifier(images, self._image_size)
@@ -138,6 +139,7 @@ class ClassifierFeatures:
         return {"pooled": self(images)}
 
     @torch.no_grad()
+    @kernels.fixed()
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """Shape: (B, dim) -> (B, classes) float."""
         head = self._model.get_classifier()

@@ -54,7 +54,7 @@ class Call(NamedTuple):
     refused: tuple[tuple[str, str], ...]
 
 
-_plain = preferences.plain
+_plain, _fixed = preferences.plain, False
 _calls: list[Call] | None = None
 
 
@@ -78,7 +78,7 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
                 break
         if preferences.forms:
             chosen = _asked_for(operator, forms, x, inputs) or chosen
-        if chosen.rival and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if chosen.rival and not _fixed and x.device.type == "cpu" and not torch.compiler.is_compiling():
             fast, times = _fastest(operator, forms, x, inputs)
             if fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed since
                 chosen = fast
@@ -170,6 +170,18 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _plain = before
+
+
+@contextlib.contextmanager
+def fixed() -> Iterator[None]:
+    """Within this context nothing is timed, and the first form that takes the inputs runs: for results whose last bits
+    must not depend on what was measured on a machine."""
+    global _fixed
+    before, _fixed = _fixed, True
+    try:
+        yield
+    finally:
+        _fixed = before
 
 
 def why_standard() -> str | None:

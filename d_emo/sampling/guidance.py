@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from d_emo import kernels
 from d_emo.config import FidSettings, SampleSettings, check_guidance
 from d_emo.errors import InputError
 from d_emo.models.contract import DenoiserFrame
@@ -45,6 +46,7 @@ class Guidance:
         return self.scale if self.interval[0] <= noise <= self.interval[1] else 1.0
 
 
+@kernels.fixed()  # a seed gives the same bits, whatever was timed on this machine
 def guided(
     denoiser: DenoiserFrame, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float, channels: str = "all"
 ) -> torch.Tensor:

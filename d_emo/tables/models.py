@@ -86,9 +86,7 @@ BLOCKS: Table[BlockRow] = Table(
     ],
 )  # fmt: skip
 
-FRAMES: Table[FrameRow] = Table(
-    "denoiser", [FrameRow(name="Denoiser", denoiser="d_emo.models.denoiser:Denoiser")]
-)
+FRAMES: Table[FrameRow] = Table("denoiser", [FrameRow(name="Denoiser", denoiser="d_emo.models.denoiser:Denoiser")])
 
 FAMILIES: Table[FamilyRow] = Table(
     "family of denoisers",

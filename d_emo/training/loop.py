@@ -63,9 +63,7 @@ class Task(Protocol):
         """Write the averaged model."""
 
 
-def fit(
-    task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None
-) -> Path | None:
+def fit(task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None) -> Path | None:
     """Train until ``settings.max_steps``, a signal or the time limit; a resumed run goes on from there.
 
     Args:
@@ -115,8 +113,6 @@ class _Run:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
 
-    # -- set-up --
-
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
         set_seed(settings.seed)
@@ -165,10 +161,8 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        if settings.resume == "auto":
-            found = find_state(states, say=print if self.accelerator.is_main_process else lambda line: None)
-        else:
-            found = Path(settings.resume)
+        say = print if self.accelerator.is_main_process else lambda line: None
+        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
@@ -191,8 +185,6 @@ class _Run:
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
-
-    # -- the loop --
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
@@ -310,8 +302,6 @@ class _Run:
         totals = dict(zip(sums, totals, strict=True))
         count = totals.pop("count")
         self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
-
-    # -- what is saved --
 
     def _snapshot_folder(self) -> Path:
         return self.folder / "snapshots" / f"step-{self.step}"

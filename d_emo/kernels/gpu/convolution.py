@@ -68,7 +68,8 @@ def _store_row(totals, row, start, out_ptr, beside, bias, channels, known, pivot
         total = totals[c]
         if ACT:
             total += bias
-            total = total / (1.0 + tl.exp(-total))
+            root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))  # fewer instructions than a division
+            total = total * root * root
         if PLUS:
             total += beside[c].to(tl.float32)
         out = total.to(out_ptr.dtype.element_ty)

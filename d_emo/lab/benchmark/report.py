@@ -41,21 +41,15 @@ class Result:
     def of(cls, case: Case, *, baseline: Case, batch_size: int, device: torch.device) -> Result:
         """The result of a measured case beside its group's baseline."""
         peak = case.peak_bytes and case.peak_bytes / 1e6
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and case.macs else ""
+        fastest = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
         return cls(
             group=case.group, name=case.name, milliseconds=1e3 * case.median,
             quartiles=tuple(1e3 * s for s in case.spread), per_second=batch_size / case.median,
             ratio=case.median / baseline.median, gmacs_per_second=case.macs / case.median / 1e9, peak_megabytes=peak,
             saved_megabytes=None if case.saved_bytes is None else case.saved_bytes / 1e6,
-            utilisation=model_flops_utilisation(case, device),
+            utilisation=fastest and 2 * case.macs / case.median / fastest,
         )  # fmt: skip
-
-
-def model_flops_utilisation(case: Case, device: torch.device) -> float | None:
-    """Share of the GPU's peak that the network's own operations reach; None where the peak is not known."""
-    if device.type != "cuda" or not case.macs:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((2 * case.macs / case.median / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 @dataclass

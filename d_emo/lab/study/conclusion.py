@@ -143,9 +143,7 @@ def introduction(
     return [done, measured]
 
 
-def draw_samples(
-    path: Path, runs: list[PlannedRun], rows: pd.DataFrame, open_meter: Callable[[], Meter]
-) -> bool:
+def draw_samples(path: Path, runs: list[PlannedRun], rows: pd.DataFrame, open_meter: Callable[[], Meter]) -> bool:
     """Ten classes, named on top, from the same noise by each run at its last measured step; False without any."""
     drawn, captions, classes = [], [], []
     for run in runs:

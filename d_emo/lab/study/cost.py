@@ -14,9 +14,8 @@ from d_emo.config import StudySettings, TrainSettings
 from d_emo.device import best_device, synchronize
 from d_emo.io.card import describe_hardware
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
-from d_emo.lab.study.results import size_of
+from d_emo.lab.study.results import new_model, size_of
 from d_emo.lab.text import markdown_table
-from d_emo.models import create_model
 from d_emo.models.layers import fold_batch_norms
 from d_emo.tables import OBJECTIVES, load
 from d_emo.threads import use_threads
@@ -100,9 +99,7 @@ class Workload:
         per_rank = training.batch_size // processes
         micro = micro_batch_of(training, per_rank, device)
         use_threads(device, processes)
-        channels, side, _ = latent_shape
-        options = {"sample_size": side, "in_channels": channels} | (training.model_options or {})
-        self.model, self.device = create_model(training.model, **options).to(device), device
+        self.model, self.device = new_model(training, latent_shape).to(device), device
         self.micro_batches = per_rank // micro
         objective = load(OBJECTIVES[training.objective].loss)
         self.objective = objective(null_class=self.model.null_class).to(device)
@@ -116,27 +113,26 @@ class Workload:
 
     def step(self) -> float:
         """Seconds of an optimizer step; one micro-batch is done for all."""
-        return self._seconds(self._backward) * self.micro_batches + self._seconds(self._update)
+
+        def backward() -> None:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                loss = self.objective(self.model, self.latents, self.labels, self.noise)["loss"]
+            loss.backward()
+
+        def update() -> None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return self._seconds(backward) * self.micro_batches + self._seconds(update)
 
     def draw(self) -> float:
         """Seconds of a forward pass of one image; the model cannot be trained any more."""
         fold_batch_norms(self.model.eval())
-        return self._seconds(self._forward) / len(self.latents)
+        inputs = {"timestep": self.noise.timesteps, "class_labels": self.labels}
+        with torch.no_grad():
+            return self._seconds(lambda: self.model(self.latents, **inputs)) / len(self.latents)
 
-    def _backward(self) -> None:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            loss = self.objective(self.model, self.latents, self.labels, self.noise)["loss"]
-        loss.backward()
-
-    def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    @torch.no_grad()
-    def _forward(self) -> None:
-        self.model(self.latents, timestep=self.noise.timesteps, class_labels=self.labels)
-
-    def _seconds(self, work: Callable[[], None]) -> float:
+    def _seconds(self, work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         synchronize(self.device)

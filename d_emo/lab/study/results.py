@@ -19,7 +19,9 @@ from d_emo.files import write_json
 from d_emo.lab.loss_curves import read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.models import create_model
+from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import count_macs, count_parameters
+from d_emo.models.registry import frame_of
 from d_emo.tables import DATASETS, MetricValue, class_values, with_present_names
 from d_emo.tables import metric_values as all_metric_values
 
@@ -96,11 +98,18 @@ def read_json(path: Path, read: Callable[[Any], Any] = lambda kept: kept) -> Any
 
 def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
     """Parameters (with a label table for 1000 classes) and multiply-accumulates of a run's model, for one latent."""
-    channels, side, _ = latent_shape
-    options = {"sample_size": side, "in_channels": channels}
     with torch.device("meta"):
-        model = create_model(run.training.model, **options | (run.training.model_options or {}))
+        model = new_model(run.training, latent_shape)
         return count_parameters(model), count_macs(model)
+
+
+def new_model(training: TrainSettings, latent_shape: Sequence[int]) -> DenoiserFrame:
+    """A run's model before its training, for 1000 classes; InputError for a classifier."""
+    frame = frame_of(training.model)
+    if frame is None:
+        raise InputError(f"{training.model} is a classifier; a study compares denoisers")
+    options = frame.settings_for(tuple(latent_shape), 1000)
+    return create_model(training.model, **options | (training.model_options or {}))
 
 
 def collect(
