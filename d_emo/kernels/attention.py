@@ -71,7 +71,7 @@ def attend(
     """
     if merge and tuple(z.shape[1:3]) == tuple(window):  # near and far are the same tokens
         mode, repeat = "near", repeat * len(PARTITIONS[mode])
-    return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, list(window), mode, repeat)
+    return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, tuple(window), mode, repeat)
 
 
 def _triton_refuses(z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], *_: Any) -> str | None:

@@ -151,19 +151,15 @@ def timed(forms: Sequence[str], trial: Callable[[str], None]) -> dict[str, float
     return best
 
 
-def described(value: Any) -> Any:
-    """What of an operator's input decides how fast a form is; to be looked up by. Shape: any."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype, value.is_contiguous(), value.requires_grad
-    return tuple(value) if isinstance(value, list) else value
-
-
 def in_words(key: tuple) -> str:
-    """A question as the file has it: operator, threads, whether gradients are on, autocast, `described` inputs."""
+    """A question as the file has it: operator, threads, whether gradients are on, autocast, inputs.
+
+    Shape: of an input that is a tensor there are (shape, dtype, whether it is contiguous, whether it has a gradient).
+    """
     operator, threads, gradients, low, *inputs = key
     words = [operator, f"threads {threads}", "gradients" if gradients else "no gradients", f"autocast {low}"]
     for one in inputs:
-        if isinstance(one, tuple) and len(one) == 4 and isinstance(one[0], tuple):
+        if isinstance(one, tuple) and len(one) == 4 and isinstance(one[0], torch.Size):
             shape, dtype, contiguous, _ = one
             one = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{'' if contiguous else ' strided'}"
         words.append(str(one))

@@ -17,7 +17,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as modules
 
 from d_emo.errors import InputError, RunError
-from d_emo.kernels.autotune import described, in_words, preferences, tuner
+from d_emo.kernels.autotune import in_words, preferences, tuner
 
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -78,7 +78,7 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
             chosen = _asked_for(operator, forms, x, inputs) or chosen
         if chosen.rival and not _fixed and x.device.type == "cpu" and not torch.compiler.is_compiling():
             fast, times = _fastest(operator, forms, x, inputs)
-            if fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed since
+            if fast is chosen or fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed
                 chosen = fast
     if _calls is not None:
         refused = []
@@ -116,7 +116,10 @@ def _fastest(
     """The fastest of the rivals that take the inputs, and the times that say so."""
     gradients = torch.is_grad_enabled()
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    key = (operator, torch.get_num_threads(), gradients, low, *map(described, (x, *inputs)))
+    key = (operator, torch.get_num_threads(), gradients, low, *[
+        (value.shape, value.dtype, value.is_contiguous(), value.requires_grad) if isinstance(value, Tensor) else value
+        for value in (x, *inputs)
+    ])  # fmt: skip
     found = tuner.memo.get(key)
     if found is None:
         rivals = {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
