@@ -73,7 +73,7 @@ def test_nothing_is_timed_where_choices_cannot_be_kept(took, tmp_path):
     (tmp_path / "file").write_text("")
     took[0].update(a=0.2, b=0.1)
     tuner = Autotuner(tmp_path / "file")
-    assert tuner.choose("key", ["a", "b"], took[1]) == ("a", {}) and tuner.fixed and tuner.kept() == {}
+    assert tuner.choose("key", ["a", "b"], took[1]) == ("a", {}) and tuner.fixed and tuner.choices == {}
     took[0]["tried"].clear()
     assert tuner.choose("another", ["a", "b"], took[1]).form == "a" and not took[0]["tried"]
 
@@ -94,10 +94,11 @@ def test_a_training_state_keeps_the_choices_and_an_older_one_the_first_forms(too
     tuner = Autotuner(tmp_path / "one")
     tuner.choose("key", ["a", "b"], took[1])
     elsewhere = Autotuner(tmp_path / "two")
-    elsewhere.keep(tuner.kept())
+    elsewhere.keep(tuner.used)
     took[0].update(a=0.1, b=0.2, tried=[])
     assert elsewhere.choose("key", ["a", "b"], took[1]) == Choice("b", {}) and not took[0]["tried"]
     assert elsewhere.choose("new", ["a", "b"], took[1]).form == "a" and took[0]["tried"]
+    assert set(json.loads(elsewhere.path.read_text())["choices"]) == {"new"}  # the other says nothing of this machine
     elsewhere.keep(None)
     took[0].update(a=0.2, b=0.1)
     assert elsewhere.choose("newer", ["a", "b"], took[1]).form == "a"
@@ -217,8 +218,9 @@ def test_the_environment_variable_is_read():
 def test_a_form_can_be_forced_by_its_name(monkeypatch, tuner):
     table, ran = forms("a")
     monkeypatch.setattr(dispatch, "preferences", read_preferences("toy=a"))
-    dispatch.run("toy", table, torch.randn(4, 4))
-    assert ran == ["a"] and not tuner.choices
+    with kernels.record() as calls:
+        dispatch.run("toy", table, torch.randn(4, 4))
+    assert ran == ["a"] and not tuner.choices and calls[0].form == "a" and calls[0].refused == ()
     monkeypatch.setattr(dispatch, "preferences", read_preferences("toy=c"))
     with pytest.raises(InputError, match="asks for 'c'; the forms of toy are 'a', 'b', 'plain'"):
         dispatch.run("toy", table, torch.randn(4, 4))
@@ -257,7 +259,7 @@ def test_a_resumed_run_keeps_the_forms_that_it_began_with(new_process, tmp_path)
     resumed = train(tmp_path / "run")
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
     state = load_state(tmp_path / "run" / "states" / "step-4")
-    assert "the library" in state["kernels"].values() and state["kernels"] == tuner.kept()
+    assert "the library" in state["kernels"].values() and state["kernels"] == tuner.used
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="one form only")
@@ -268,6 +270,8 @@ def test_a_state_from_before_there_were_choices_goes_on_with_the_first_forms(new
     state = load_state(tmp_path / "run" / "states" / "step-2")
     del state["kernels"]
     save_state(tmp_path / "run" / "states", 2, state)
+    new_process(-1)
+    train(tmp_path / "run", max_steps=3)  # the state that this saves knows them
     new_process(-1)
     assert all(torch.equal(value, whole[name]) for name, value in train(tmp_path / "run").items())
 

@@ -74,9 +74,10 @@ class Autotuner:
         self.machine = {"cpu": cpu_name(), "torch": torch.__version__}
         self.path = folder / f"kernels-{digest(json.dumps(self.machine))[:12]}.json"
         self.choices: dict[str, Choice] = {}
+        self.used: dict[str, str] = {}
+        """Form by question, as they were answered or are to be answered: what a training state keeps."""
         self.memo: dict[Any, Any] = {}
         """What the asker remembers of its questions, as long as no choice is taken back."""
-        self._read = False
 
     def choose(self, key: str, forms: Sequence[str], trial: Callable[[str], None]) -> Choice:
         """The choice among the forms of one table, the first one's first.
@@ -86,13 +87,21 @@ class Autotuner:
             forms: names of the forms that can run.
             trial: runs the form of that name once.
         """
-        if key not in self.choices and not self.fixed:
-            self._load()
+        if self.used.get(key) not in forms:
+            choice = self._measured(key, forms, trial)
+            self.used[key] = choice.form
+            return choice
         known = self.choices.get(key)
-        if known is not None and known.form in forms:
-            return known
+        return known if known is not None and known.form == self.used[key] else Choice(self.used[key], {})
+
+    def _measured(self, key: str, forms: Sequence[str], trial: Callable[[str], None]) -> Choice:
+        """What the file says or the clock; the first form where neither is asked."""
         if self.fixed or len(forms) == 1:
             return Choice(forms[0], {})
+        if key not in self.choices:
+            self._load()
+        if key in self.choices and self.choices[key].form in forms:
+            return self.choices[key]
         times = {form: 1000 * seconds for form, seconds in timed(forms, trial).items()}
         best = min(forms, key=times.__getitem__)
         choice = Choice(best if times[best] < MARGIN * times[forms[0]] else forms[0], times)
@@ -105,17 +114,14 @@ class Autotuner:
         if choices is None:
             self.fixed = True
         else:
-            self.choices |= {key: Choice(form, {}) for key, form in choices.items()}
+            self.used |= choices  # not `choices`: they say nothing of this machine
 
     def agree(self, broadcast: Callable[[list[Any]], list[Any]]) -> None:
         """Let all processes of a run go by the first one's choices; from now on none times anything by itself."""
-        self._load()
-        self.keep(broadcast([self.kept()])[0])
+        if not self.fixed:
+            self._load()
+        self.keep(broadcast([{key: choice.form for key, choice in self.choices.items()} | self.used])[0])
         self.fixed = True
-
-    def kept(self) -> dict[str, str]:
-        """The choices of this process, for a training state."""
-        return {key: choice.form for key, choice in self.choices.items()}
 
     def _load(self) -> None:
         """Take over what the file has and this process has not; a file that is none is passed over, and replaced."""

@@ -83,7 +83,7 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
     if _calls is not None:
         refused = []
         for form in forms:
-            if form is chosen:
+            if form.name == chosen.name:
                 break
             why = standard or (form.refuses and form.refuses(x, *inputs)) or slower(form.name, chosen.name, times)
             refused.append((form.name, why))

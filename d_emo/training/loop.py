@@ -324,7 +324,7 @@ class _Run:
             with self._saving("training state"):
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
-                    "guard": self.guard.state_dict(), "kernels": tuner.kept(),
+                    "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
                 })
         self.accelerator.wait_for_everyone()
 
