@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -27,14 +28,18 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     need not wait for the disk (``flush``).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = _temporary(path)
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary) if flush else ():
             _flush(file)
         if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            old = _temporary(path)
+            path.replace(old)
+            temporary.replace(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
         if flush:
             _flush(path.parent)
     except BaseException:
@@ -52,8 +57,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def remove_left(path: Path) -> None:
     """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now."""
-    for left in path.parent.glob(f".tmp-*-{path.name}"):
-        _remove(left)
+    for left in path.parent.glob(".tmp-*"):
+        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{re.escape(path.name)}", left.name):
+            _remove(left)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is there, or a folder without anything in it but what `replacing` and claims leave."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(each.name.startswith((".tmp-", ".claim")) for each in path.iterdir())
+
+
+def free_path(path: str | Path) -> Path:
+    """The path, numbered if it is taken."""
+    free, number = Path(path), 1
+    while not is_free(free):
+        number += 1
+        free = Path(path).with_stem(f"{Path(path).stem}-{number}")
+    return free
 
 
 def write_file(path: Path, content: bytes | str, remedy: str = "") -> None:
@@ -120,6 +142,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
             print(f"waiting for another process that works on {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, is_folder, setting
+from d_emo.config.base import Settings, is_folder, overwrite_setting, setting
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -30,8 +30,10 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if it "
+        "exists", group="Run", output="folder"
     )
+    overwrite: bool = overwrite_setting()
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
     block_out_channels: list[Count] = setting(
         [24, 48, 96, 128], "channels from full to eighth resolution", group="Model"
@@ -52,7 +54,7 @@ class RunSettings(Settings):
 
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>",
-        resumable=True, group="Run"
+        resumable=True, group="Run", output="run"
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
@@ -228,7 +230,9 @@ class TrainSettings(DataSettings, RunSettings):
 class EncodeSettings(DataSettings):
     """Settings of ``scripts/encode_latents.py``."""
 
-    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output")
+    output: str = setting(
+        help="folder for the shards and their index; an unfinished one is resumed", group="Output", output="run"
+    )
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
