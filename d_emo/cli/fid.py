@@ -14,7 +14,7 @@ def run(settings: FidSettings) -> None:
     """Measure images that are there, or a snapshot's; print the result and what to know before comparing it."""
     state = PartialState()
     use_threads(state.device, state.num_processes)
-    options = ("metrics", "features", "inception_weights", "batch_size", "output")
+    options = ("metrics", "features", "inception_weights", "batch_size", "output", "overwrite")
     measurement = Measurement(
         settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, is_folder, overwrite_setting, setting
+from d_emo.config.base import Settings, folder_of, is_folder, overwrite_setting, setting
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -30,8 +30,8 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if it "
-        "exists", group="Run", output="folder"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if "
+        "it exists", group="Run", output="folder"
     )
     overwrite: bool = overwrite_setting()
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
@@ -133,7 +133,7 @@ class DataSettings(Settings):
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = Path(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
+            path = folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 
