@@ -146,8 +146,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _beats(file: Path, record: dict[str, Any]) -> bool:
     """Whether a claim that nobody here holds is being renewed; clocks of machines are not compared."""
-    print(f"looking for {PATIENCE:.0f} s whether process {record.get('pid')} on {record.get('host')}, which has begun to "
-          f"write here, still lives", flush=True)  # fmt: skip
+    holder = f"process {record.get('pid')} on {record.get('host')}"
+    print(f"{holder} has begun to write here; looking for {PATIENCE:.0f} s whether it still lives", flush=True)
     first, until = file.stat().st_mtime_ns, time.monotonic() + PATIENCE
     while time.monotonic() < until:
         time.sleep(PATIENCE / 20)

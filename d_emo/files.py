@@ -48,6 +48,25 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder within ``folder``, whose files take their places there, each whole, when all went well."""
+    temporary = _temporary(folder / "files")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        for file in sorted(temporary.iterdir()):
+            place = folder / file.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            file.replace(place)
+        _flush(folder)
+    finally:
+        _remove(temporary)
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new folder, all or nothing; nobody else may be writing it."""
     remove_left(folder)

@@ -97,7 +97,7 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
 
 def test_states_round_trip_and_rotate(tmp_path):
     for step in (1, 2, 10):
-        save_state(tmp_path, step, {"step": step, "x": torch.arange(step)})
+        save_state(tmp_path, step, {"step": step, "x": torch.arange(step)}, own=own)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-2"]
     assert find_state(tmp_path) == tmp_path / "step-10"
     assert torch.equal(load_state(tmp_path / "step-10")["x"], torch.arange(10))
@@ -106,7 +106,7 @@ def test_states_round_trip_and_rotate(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "no state", "no manifest", "bad manifest"])
 def test_a_damaged_state_is_named_and_passed_over(tmp_path, capsys, damage):
     for step in (1, 2):
-        save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)})
+        save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)}, own=[])
     file, manifest = tmp_path / "step-2" / "state.pt", tmp_path / "step-2" / "manifest.json"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

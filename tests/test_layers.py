@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "files", "tables", "config", "threads", "device", "kernels", "data", "latents", "models", "objective",
+    "errors", "files", "claims", "tables", "config", "threads", "device", "kernels", "data", "latents", "models", "objective",
     "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {

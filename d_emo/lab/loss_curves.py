@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from d_emo.errors import InputError
+from d_emo.files import replacing
 from d_emo.lab.drawing import logarithmic, new_figure
 from d_emo.tables import family_of
 
@@ -137,5 +138,5 @@ def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, s
         ax.set_ylabel(panel)
         ax.grid(alpha=0.3)
     axes[-1].set_xlabel("step" + (f" (running means over {smooth:,} steps)" if smooth else ""))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png", dpi=120)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

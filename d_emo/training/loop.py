@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo import kernels
+from d_emo.claims import claimed
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
-from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
@@ -77,7 +78,9 @@ def fit(task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module
         RunError: A loss or gradient is not finite, or something cannot be saved; the last good state stays.
         SystemExit: After a signal or the time limit: code 143 for SIGTERM, else 0; the state is saved.
     """
-    return _Run(task, settings, preview).go()
+    run = _Run(task, settings, preview)
+    with claimed(run.folder, folder=True) if run.accelerator.is_main_process else nullcontext():
+        return run.go()
 
 
 class _Run:
@@ -110,6 +113,7 @@ class _Run:
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
+        self.states: list[Path] = []  # that this run has written
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
@@ -159,20 +163,21 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        say = print if self.accelerator.is_main_process else lambda line: None
-        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
-        if found is None:
-            return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
         old = yaml.safe_load(config.read_text()) if config.exists() else {}
+        if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
+            raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
+        trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
-        if changed:
+        if changed and trained:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
-        return load_state(found)
+        say = print if self.accelerator.is_main_process else lambda line: None
+        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
+        return None if found is None else load_state(found)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -180,6 +185,7 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
@@ -187,7 +193,7 @@ class _Run:
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
-        self.started = time.time()
+        self.started = time.monotonic()
         first = self.step
         while self.step < settings.max_steps and not stop:
             try:
@@ -325,7 +331,7 @@ class _Run:
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
-                })
+                }, own=self.states)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -340,4 +346,4 @@ class _Run:
             raise RunError(f"cannot save the {what} of step {self.step} in {self.folder}: {reason}; {left}") from error
 
     def _minutes(self) -> float:
-        return self.minutes + (time.time() - self.started) / 60
+        return self.minutes + (time.monotonic() - self.started) / 60

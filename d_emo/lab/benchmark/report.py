@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from d_emo.errors import InputError
+from d_emo.files import replacing, write_file, write_json
 from d_emo.lab.benchmark.timing import Case
 from d_emo.lab.drawing import new_figure
 from d_emo.lab.text import markdown_table
@@ -99,15 +99,16 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
         raise InputError(f"`output` {folder} cannot be made: {error.strerror}") from None
     where = machine(report.device)
     about = ", ".join(f"{key} {value}" for key, value in where.items())
-    (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
+    write_file(folder / "table.md", "\n\n".join([table(report), about, *report.profiles]) + "\n")
     record = {
         "machine": where,
         "settings": {name: value for name, value in settings.items() if name != "output"},  # which says nothing later
         "baseline": report.baseline,
         "results": [asdict(r) for r in report.results],
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    picture.savefig(folder / "plot.png", dpi=120)
+    write_json(folder / "results.json", record)
+    with replacing(folder / "plot.png") as temporary:
+        picture.savefig(temporary, format="png", dpi=120)
 
 
 def plot(results: Sequence[Result]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from d_emo.config import StudySettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.files import digest, locked, write_json
+from d_emo.files import digest, locked, replacing, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import published_curves
@@ -156,5 +156,7 @@ def draw_samples(path: Path, runs: list[PlannedRun], rows: pd.DataFrame, open_me
     if drawn:
         scale = math.ceil(TILE / drawn[0].shape[-1])
         text_size = drawn[0].shape[-1] * scale // 7
-        draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size).save(path)
+        grid = draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size)
+        with replacing(path) as temporary:
+            grid.save(temporary, format="PNG")
     return bool(drawn)
