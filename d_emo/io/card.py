@@ -38,7 +38,7 @@ def write_card(folder: str | Path) -> Path:
     facts = {"meta": meta, "settings": settings, "data": data, "terms": terms or _OWN_TERMS,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": _read_metrics(folder)}
     if meta["kind"] == "classifier":
-        cite = ["EMOv2"] * name.startswith("emov2") + ["EMO"]
+        cite = ["EMOv2"] * name.lower().startswith("emov2") + ["EMO"]
         task, tags = "image-classification", ["image-classification"]
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"

@@ -172,6 +172,7 @@ class _Run:
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
+        self.resumed_from = found
         return load_state(found)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -182,7 +183,8 @@ class _Run:
             self.step, self.minutes = state["step"], state["minutes"]
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
@@ -310,6 +312,8 @@ class _Run:
                 self.task.save_snapshot(
                     self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes()
                 )
+                if advice := self.ema.advice():
+                    self.progress.say(f"step {self.step}: {advice}")
                 if self.preview is not None:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)
