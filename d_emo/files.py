@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+import yaml
+
 from d_emo.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -80,14 +82,14 @@ def write_json(path: Path, value: Any, remedy: str = "") -> None:
 
 
 def read_json(path: Path, read: Callable[[Any], T] = lambda content: content, remedy: str = "") -> T:
-    """What ``read`` makes of a JSON file.
+    """What ``read`` makes of a JSON file, or of a YAML file if it is called so.
 
     Raises:
         InputError: The file is missing, damaged, of a later D-EMO, or lacks a key that ``read`` looks for; the sentence
             ends with ``remedy``.
     """
     try:
-        content = json.loads(path.read_text())
+        content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
         if isinstance(content, dict) and content.get("format", FORMAT) > FORMAT:
             problem = f"has format {content['format']}, which a later D-EMO wrote; this one reads {FORMAT}"
         else:

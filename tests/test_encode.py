@@ -176,7 +176,7 @@ def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
     with pytest.raises(InputError, match=r"shard-00001.*is missing.*encode_latents"):
         LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(InputError, match=r"index\.json cannot be read"):
+    with pytest.raises(InputError, match=r"index\.json is damaged"):
         LatentDataset(tmp_path)
     with pytest.raises(InputError, match="folder of latents .* does not exist"):
         LatentDataset(tmp_path / "none")

@@ -147,18 +147,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
         raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
-    if not (folder / INDEX).exists() and not any(folder.glob("shard-*.safetensors")):
+    missing = [] if (folder / INDEX).exists() else [INDEX]
+    if missing and not any(folder.glob("shard-*.safetensors")):
         raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them")
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:
-        sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"] if entry["images"]})
-        return {name: index[name] for name in _KEYS} | index
+        [index[name] for name in _KEYS]
+        sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
+        if sum(entry["images"] for entry in index["shards"]) != index["images"]:
+            raise ValueError("images")
+        return index
 
-    index = read_json(folder / INDEX, read, REPEAT)
+    index = {} if missing else read_json(folder / INDEX, read, REPEAT)
+    if missing := missing + [name for name in sizes if not (folder / name).exists()]:
+        raise InputError(f"the latents in {folder} are not complete ({missing[0]} is missing); {REPEAT}")
     for name, size in sizes.items():
-        if not (folder / name).exists():
-            raise InputError(f"the latents in {folder} are not complete ({name} is missing); {REPEAT}")
         if (folder / name).stat().st_size != size:
             raise InputError(f"the shard {folder / name} is not of its size; {REPEAT}")
     return index

@@ -54,6 +54,8 @@ class DEMOPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}
+        if names.keys() != set(map(str, range(transformer.num_classes))):
+            raise InputError(f"id2label must name the classes 0 to {transformer.num_classes - 1}, all of them")
         self.register_to_config(id2label=names, label_dropout=label_dropout)
 
     @classmethod

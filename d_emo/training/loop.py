@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
+from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
@@ -164,7 +164,7 @@ class _Run:
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = yaml.safe_load(config.read_text()) if config.exists() else {}
+        old = read_json(config, dict) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
