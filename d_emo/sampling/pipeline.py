@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -18,13 +17,11 @@ from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models.contract import DenoiserFrame
-from d_emo.sampling.classes import find_classes
+from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import decode, denoise
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.weights import check_pretrained
-
-Labels = str | int | Sequence[str | int] | torch.Tensor | np.ndarray
 
 
 class DEMOPipeline(DiffusionPipeline):
@@ -91,9 +88,7 @@ class DEMOPipeline(DiffusionPipeline):
 
     def get_label_ids(self, names: Labels) -> list[int]:
         """Class ids for names or ids, also as tensors and arrays; a single one need not be in a list."""
-        names = names.tolist() if hasattr(names, "tolist") else names
-        names = [names] if isinstance(names, (str, int)) else names
-        return find_classes([name.item() if hasattr(name, "item") else name for name in names], self.class_names)
+        return find_classes(as_list(names), self.class_names)
 
     @torch.no_grad()
     def __call__(

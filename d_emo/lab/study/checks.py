@@ -5,7 +5,6 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-
 from d_emo.config import ClassifierSettings, EncodeSettings, StudySettings, TrainSettings, check_guidance, is_folder
 from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
