@@ -45,10 +45,10 @@ class EMA:
         """What to set where the average has seen too few steps to forget its start; None where it has."""
         if self.start_share <= START_SHARE:
             return None
-        shorter = 1 - 10 / self.step if self.step > 10 else 0.0  # averages over a tenth of the steps
+        tenth = f", or --ema-decay {1 - 10 / self.step:.4g}, which averages over a tenth" if self.step > 20 else ""
         return (
             f"the averaged weights are still to {100 * self.start_share:.1f} % those before training, as {self.step} "
-            f"steps are few for --ema-decay {self.decay:g}; give --ema-warmup, or --ema-decay {shorter:.4g}"
+            f"steps are few for --ema-decay {self.decay:g}; give --ema-warmup{tenth}"
         )
 
     def _decay_at(self, step: int) -> float:

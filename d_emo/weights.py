@@ -68,26 +68,22 @@ def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = 
 
 
 def find_weights(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
-    """The safetensors files of a folder, and their variant: the only one that is there, where none is asked for.
+    """The safetensors files of a folder, and their variant: that asked for, else none, else the only one.
 
     Raises:
-        InputError: There are none, several variants to choose from, or an index names a file that is missing.
+        InputError: There are none, or several variants to choose from.
     """
-    names = [path.name for path in folder.glob(f"{STEM}*")]
+    for each in dict.fromkeys((variant, None)):
+        if files := _files(folder, each):
+            return files, each
+    names = sorted(path.name for path in folder.glob(f"{STEM}*"))
     matches = (re.fullmatch(rf"{STEM}(?:\.safetensors\.index)?\.(\w+)\.(?:safetensors|json)", name) for name in names)
     variants = sorted({match[1] for match in matches if match})
-    if variant is None and not {f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"} & {*names}:
-        if len(variants) != 1:
-            found = f"the variants {', '.join(variants)}; keep one" if variants else "none" if not names else min(names)
-            raise InputError(f"{folder} must hold {STEM}.safetensors, but there is {found}")
-        variant = variants[0]
-        print(f"{folder} has its weights as {variant} only; taking these", file=sys.stderr, flush=True)
-    ending = "" if variant is None else f".{variant}"
-    whole, index = folder / f"{STEM}{ending}.safetensors", folder / f"{STEM}.safetensors.index{ending}.json"
-    if whole.exists() or not index.exists():
-        return [whole], variant
-    shards = read_json(index, lambda content: sorted({Path(name).name for name in content["weight_map"].values()}))
-    return [folder / name for name in shards], variant
+    if len(variants) != 1:
+        found = f"the variants {', '.join(variants)}; keep one" if variants else min(names, default="none")
+        raise InputError(f"{folder} must hold {STEM}.safetensors, but there is {found}")
+    print(f"{folder} has its weights as {variants[0]} only; taking these", file=sys.stderr, flush=True)
+    return _files(folder, variants[0]), variants[0]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | Path, source: str) -> None:
@@ -144,6 +140,16 @@ def some(names: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a variant, or of none; an empty list where there are no such."""
+    ending = "" if variant is None else f".{variant}"
+    whole, index = folder / f"{STEM}{ending}.safetensors", folder / f"{STEM}.safetensors.index{ending}.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    shards = read_json(index, lambda content: sorted({Path(name).name for name in content["weight_map"].values()}))
+    return [folder / name for name in shards]
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

@@ -105,6 +105,10 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             reason = " ".join(str(error).split())
             raise InputError(f"timm cannot open {path} ({type(error).__name__}: {reason})") from error
         check_finite(model.state_dict(), str(path))
+        labels = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        counts = {model.num_classes, model.pretrained_cfg["num_classes"], len(labels)}
+        if len(counts) > 1:  # timm makes a head of random weights then, and says so in a log
+            raise InputError(f"{path / 'config.json'} gives several numbers of classes: {sorted(counts)}")
     else:
         model = read_released_classifier(path)
         model.pretrained_cfg = default_cfgs[model.config["name"]].default.to_dict()

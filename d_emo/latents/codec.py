@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_tensors
+from d_emo.files import digest_of_tensors, expand_home
 from d_emo.tables import CODECS, load
 from d_emo.weights import STEM, first_line, load_pretrained
 
@@ -184,7 +184,7 @@ def load_codec(name: str) -> Codec:
     from diffusers import AutoencoderKL
 
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    folder = Path(name).expanduser() if looks_local else _fetch(name)
+    folder = expand_home(name) if looks_local else _fetch(name)
     if not folder.is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "

@@ -21,7 +21,7 @@ from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import decode, denoise
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
-from d_emo.weights import check_pretrained
+from d_emo.weights import check_pretrained, find_weights
 
 
 class DEMOPipeline(DiffusionPipeline):
@@ -37,6 +37,9 @@ class DEMOPipeline(DiffusionPipeline):
         vae: None where the latents are pixels.
         id2label: Class names by id (a string, as JSON has it).
         label_dropout: Of the training; without any there is no guidance.
+
+    Raises:
+        InputError: ``id2label`` does not name all classes.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -76,9 +79,10 @@ class DEMOPipeline(DiffusionPipeline):
             InputError: Weights lack tensors, have others, or are of another class.
         """
         folder = Path(path) if Path(path).is_dir() else Path(cls.download(path, **options))
+        if "transformer" not in options:
+            options["variant"] = find_weights(folder / "transformer", options.get("variant"))[1]
         if "vae" not in options and (folder / "vae").is_dir():
-            variant = check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
-            options = {**options, "variant": variant}
+            check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
         return super().from_pretrained(folder, **options)
 
     @property

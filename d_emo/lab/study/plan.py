@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from d_emo.config import FidSettings, Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
-from d_emo.files import digest
+from d_emo.files import digest, expand_home
 from d_emo.io.training_state import step_of
 from d_emo.latents import load_codec
 from d_emo.tables import CODECS
@@ -122,7 +122,7 @@ def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[i
     encode = settings.encode or {}
     side, channels, downsample = training.image_size or encode.get("image_size", 256), 4, 8
     name = training.vae or encode.get("vae")
-    if name is not None and (name in CODECS or Path(name).expanduser().is_dir()):
+    if name is not None and (name in CODECS or expand_home(name).is_dir()):
         channels, downsample = _latents_of(name)
     return channels, side // downsample, side // downsample
 

@@ -43,9 +43,9 @@ class Study:
             return
         if not settings.report_only:
             check_inputs(settings)
-            if self.classifier is not None:
-                check_classes(settings, self.runs, self.classifier, self._classifier_config)
         check_same_latents(settings)
+        if self.classifier is not None and not settings.report_only:
+            check_classes(settings, self.runs, self.classifier, self._classifier_config)
         for run in self.runs:
             check_same_training(run)
 
