@@ -15,7 +15,7 @@ from d_emo.io.snapshot import (
     save_classifier,
     save_denoiser,
 )
-from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.models import Denoiser, create_model
 from d_emo.tables import FRAMES, FrameRow
 
@@ -65,6 +65,15 @@ def test_without_snapshots_the_shipped_one_is_taken(tmp_path):
     assert newest_denoiser(tmp_path) == SHIPPED_SNAPSHOT
 
 
+@pytest.mark.parametrize("key", ["class_names", "image_size", "step", "weights", "codec", "kind"])
+def test_a_snapshot_that_says_too_little_of_itself_is_refused_by_key(snapshot, key):
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    del meta[key]
+    (snapshot / "snapshot.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"snapshot.json lacks '{key}'"):
+        load_denoiser(snapshot)
+
+
 @pytest.mark.parametrize("names", [[], ["a"]])
 def test_names_of_another_number_of_classes_are_refused(snapshot, names):
     meta = json.loads((snapshot / "snapshot.json").read_text())
@@ -84,6 +93,8 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
         lambda: (snapshot / "transformer" / "config.json").write_text('{"_class_name": []}'),  # a TypeError, of all
         lambda: (snapshot / "snapshot.json").write_text("[]"),
         lambda: (snapshot / "snapshot.json").write_text(json.dumps({"kind": "denoiser"})),
+        lambda: (snapshot / "snapshot.json").write_text(json.dumps({**META, "kind": "denoiser", "codec": None})),
+        lambda: (snapshot / "snapshot.json").write_text(json.dumps({**META, "kind": "denoiser", "format": 2})),
     ):
         damage()
         with pytest.raises(InputError, match="damaged or incomplete") as caught:
@@ -96,9 +107,13 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
 
 
 def test_states_round_trip_and_rotate(tmp_path):
+    own, others = [], ("step-4-backup", "step-7", "step-old")
+    for name in others:  # which this run did not write
+        (tmp_path / name).mkdir()
     for step in (1, 2, 10):
         save_state(tmp_path, step, {"step": step, "x": torch.arange(step)}, own=own)
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-2"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(["step-10", "step-2", *others])
+    assert [folder.name for folder in states_until(tmp_path, 7)] == ["step-2", "step-7"]
     assert find_state(tmp_path) == tmp_path / "step-10"
     assert torch.equal(load_state(tmp_path / "step-10")["x"], torch.arange(10))
 

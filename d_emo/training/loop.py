@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +21,7 @@ from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
+from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
@@ -164,7 +164,7 @@ class _Run:
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = yaml.safe_load(config.read_text()) if config.exists() else {}
+        old = read_json(config, dict) if config.exists() else {}
         if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
             raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
         trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
@@ -176,8 +176,8 @@ class _Run:
                 "re-run the same command to resume, or choose another `output_dir`"
             )
         say = print if self.accelerator.is_main_process else lambda line: None
-        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
-        return None if found is None else load_state(found)
+        self.resumed_from = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
+        return None if self.resumed_from is None else load_state(self.resumed_from)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -188,7 +188,8 @@ class _Run:
             self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
@@ -316,6 +317,8 @@ class _Run:
                 self.task.save_snapshot(
                     self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes()
                 )
+                if advice := self.ema.advice():
+                    self.progress.say(f"step {self.step}: {advice}")
                 if self.preview is not None:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)
