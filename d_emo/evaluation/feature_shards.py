@@ -183,26 +183,37 @@ class FeatureShards:
                 _write(self._png(index), lambda file, picture=picture: picture.save(file, format="PNG"), flush=False)
         if self._keep_pixels:
             _write(self._pixel_file(shard), lambda file: np.save(file, pixels.numpy()))
-        checksums = json.dumps({"features": digest_of_tensors(joined.items()), **self._images_there(shard)})
-        _write(self._file(shard), lambda file: save_file(joined, file, metadata={CHECKSUMS: checksums}))
+        earlier = self._read(shard)[1]
+        kept = {"pngs": earlier["pngs"]} if "pngs" in earlier else {}  # of a command that wanted them
+        checksums = {**kept, "features": digest_of_tensors(joined.items()), **self._images_there(shard)}
+        _write(self._file(shard), lambda file: save_file(joined, file, metadata={CHECKSUMS: json.dumps(checksums)}))
         self._complete.add(shard.start)
 
     def _is_complete(self, shard: range) -> bool:
         """Whether features, and the images that are wanted, are there and match their checksums."""
         if shard.start in self._complete:
             return True
+        found, checksums = self._read(shard)
+        if {name: list(layer.shape) for name, layer in found.items()} != {
+            name: [len(shard), dim] for name, dim in self.layers.items()
+        }:
+            return False
+        try:
+            wanted = {"features": digest_of_tensors(found.items()), **self._images_there(shard)}
+        except FileNotFoundError:
+            return False
+        if wanted.items() <= checksums.items():
+            self._complete.add(shard.start)
+        return shard.start in self._complete
+
+    def _read(self, shard: range) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Features and checksums as a file has them; nothing where it is missing or damaged."""
         try:
             with safe_open(self._file(shard), framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in self.layers}
-                checksums = json.loads((file.metadata() or {})[CHECKSUMS])
-            shapes = {name: list(layer.shape) for name, layer in found.items()}
-            wanted = {"features": digest_of_tensors(found.items()), **self._images_there(shard)}
+                return found, dict(json.loads((file.metadata() or {})[CHECKSUMS]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return False
-        shaped = shapes == {name: [len(shard), dim] for name, dim in self.layers.items()}
-        if shaped and wanted.items() <= checksums.items():
-            self._complete.add(shard.start)
-        return shard.start in self._complete
+            return {}, {}
 
     def _images_there(self, shard: range) -> dict[str, str]:
         """Checksums of the images that are written beside the features."""
