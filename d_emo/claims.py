@@ -80,7 +80,8 @@ def claimed(
                 raise
     finally:
         if not stays:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is gone
+                file.unlink()
         os.close(descriptor)
         for each in made:
             with suppress(OSError):
