@@ -13,8 +13,8 @@ LAYERS = [
 INSIDE = {
     "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
-        "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
-        "slices", "explaining",
+        "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
+        "local", "modulation", "slices", "explaining",
     ],
     "models": [
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
