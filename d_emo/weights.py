@@ -27,7 +27,7 @@ STEM, SHOWN = "diffusion_pytorch_model", 4  # as diffusers names its files; how 
 def load_pretrained(kind: type[Model], folder: Path) -> Model:
     """A network in the layout of diffusers' ``save_pretrained``, in eval mode and float32.
 
-    diffusers itself gives a network whatever the memory held where a tensor is missing, and says so in a warning.
+    Where a tensor is missing, diffusers itself warns and leaves it without data, or as the memory happened to be.
 
     Args:
         kind: A ``diffusers.ModelMixin``.
