@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiTPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from d_emo import DEMOPipeline
@@ -233,10 +233,17 @@ def test_a_vae_is_applied_alike_in_latents_training_sampling_and_pipeline(tmp_pa
     assert sampled.shape == (1, 3, size, size)
 
 
-def test_the_stock_pipeline_knows_no_shift():
-    """What docs/sampling.md warns of."""
-    source = Path(__import__("inspect").getfile(DiTPipeline)).read_text()
-    assert "scaling_factor" in source and "shift_factor" not in source and "latents_mean" not in source
+def test_a_codec_of_other_latents_is_refused_before_anything_is_drawn(tmp_path, tiny_denoiser):
+    tiny_vae(4, latent_channels=16).save_pretrained(tmp_path / "vae")
+    opened = load_denoiser(snapshot(tmp_path / "snapshot", tiny_denoiser, str(tmp_path / "vae")))
+    for open_it in (Sampler.open, DEMOPipeline.from_snapshot):
+        with pytest.raises(InputError, match="latents of 16 channels, the denoiser takes 4"):
+            open_it(opened)
+    with pytest.raises(InputError, match="takes images of 1 channels"):
+        DEMOPipeline(opened.model, None, tiny_vae(4, in_channels=1, out_channels=1))
+    (tmp_path / "vae.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file; .*from_single_file"):
+        load_codec(str(tmp_path / "vae.safetensors"))
 
 
 @pytest.mark.parametrize("config", [
