@@ -187,8 +187,8 @@ def load_codec(name: str) -> Codec:
     folder = expand_home(name) if looks_local else _fetch(name)
     if folder.is_file():
         raise InputError(
-            f"the VAE {name} is a file; `AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)` of diffusers "
-            "makes the folder that `vae` takes"
+            f"the VAE {name} is a file; `vae` takes the folder that diffusers makes of it by "
+            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
         )
     if not folder.is_dir():
         raise InputError(
