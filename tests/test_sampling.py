@@ -282,7 +282,7 @@ def test_classes_are_found_by_id_and_by_name():
 
 def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    grid = sampling.draw_grid(images, ["0: cat", "1: dog"], 2, scale=2)
+    grid = sampling.draw_grid(images, ["cat", "dog"], 2, scale=2)
     path = sampling.free_path(None, str(tmp_path / "sub" / "grid.png"))
     sampling.save_png(grid, path, {"seed": 3})
     with Image.open(path) as picture:
@@ -294,6 +294,13 @@ def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
         sampling.free_path(str(path), "unused.png")
     with pytest.raises(InputError, match="cannot write"):
         sampling.save_png(grid, path / "x.png", {})
+
+
+def test_captions_fit_above_a_single_picture():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    short, long = (np.array(sampling.draw_grid(image, [text], 1)) for text in ("a", "207: red triangle on sky"))
+    assert short.shape == (22 + 128 + 4, 136, 3) and long.shape == (44 + 128 + 4, 136, 3)  # enlarged; a line, or two
+    assert (long[:44, -4:] == 255).all() and (long[22:44] < 255).any()
 
 
 def test_preview_grid_is_written(tmp_path, tiny_denoiser):
