@@ -314,7 +314,7 @@ def test_preview_grid_is_written(tmp_path, tiny_denoiser):
         tmp_path / "p.png", tiny_denoiser, scheduler_config=CONFIG, codec=Codec(), class_names=list("0123456789"),
         guidance_scale=2.0,
     )
-    assert Image.open(tmp_path / "p.png").size[0] == 2 * 12 + 4
+    assert Image.open(tmp_path / "p.png").size[0] == 2 * (128 + 4) + 4
 
 
 def test_a_preview_without_finite_values_stops_nothing(tmp_path, tiny_denoiser, capsys):
