@@ -16,10 +16,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was given; a CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def count_in_any(seen: torch.Tensor, device: torch.device) -> int:
-    """How many are true in any of the processes, all of which call this. Shape: seen (n,) bool."""
-    from accelerate.utils import reduce
-
-    return int(reduce(seen.int().to(device), "sum").count_nonzero())

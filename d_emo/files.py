@@ -7,12 +7,13 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from d_emo.errors import RunError
+from d_emo.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,28 @@ def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = ""
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
     return _digest(parts())
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ``~`` or ``~NAME`` is written out.
+
+    Raises:
+        InputError: Nobody knows that home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"the home folder in {path} cannot be found; write the whole path") from None
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user; of a user without a home, among the temporary files."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "d-emo"
+    try:
+        return Path.home() / ".cache" / "d-emo"
+    except RuntimeError:  # in a container, a user whom its list of users does not have
+        return Path(tempfile.gettempdir()) / f"d-emo-{os.getuid()}"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from d_emo.config.base import (
     ReadingSettings,
     Settings,
     check_sources,
+    folder_of,
     in_flags,
     is_folder,
     parse_settings,

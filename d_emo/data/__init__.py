@@ -16,6 +16,7 @@ from d_emo.data.digits import Digits
 from d_emo.data.folder import ImageFolder
 from d_emo.data.hub import HubImages, HubStream
 from d_emo.data.images import ClassImages, OneClass, to_uint8
+from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
 from d_emo.data.reading import AS_VIEWED, Reading, centre_crop, describe_left_out, image_endings, is_image
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
@@ -27,8 +28,8 @@ from d_emo.tables import DATASETS, load
 __all__ = [
     "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
     "HubImages", "HubStream", "ImageFolder", "OneClass", "Reading", "Shapes1000", "StepSampler", "TarShards",
-    "centre_crop", "describe_left_out", "image_endings", "is_image", "load_image", "open_dataset", "open_held_out",
-    "spread", "to_uint8",
+    "centre_crop", "describe_left_out", "find_splits", "image_endings", "is_clutter", "is_image", "list_files",
+    "list_folders", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(

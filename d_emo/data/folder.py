@@ -2,23 +2,26 @@
 
 from pathlib import Path
 
+from d_emo.config import folder_of
 from d_emo.data.images import check_image_size
-from d_emo.data.reading import AS_VIEWED, Reading, image_endings, is_image
+from d_emo.data.listing import find_splits, list_files, list_folders
+from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, no_images
 from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
 
 
 class ImageFolder(StoredImages):
-    """Images in one sub-folder per class, as ImageNet is laid out; classes in the order of their folder names.
+    """Images in one sub-folder per class, as ImageNet is laid out; classes as `in_class_order` has their names.
 
     Args:
-        root: Folder of class folders.
+        root: Folder of class folders; ``folder:`` before it says that folders called train, val, ... are classes.
         image_size: Side in pixels of the centre crop.
         skip_corrupt, reading: See `StoredImages`.
         one_class: All images below ``root``, in sub-folders or not, are one class, named after the folder.
 
     Raises:
-        InputError: The folder is missing, has no class folders, or a class folder holds no image.
+        InputError: The folder is missing, has no class folders, or train, val, ... in their place; a class folder
+            holds no image.
     """
 
     name = "folder"
@@ -28,10 +31,10 @@ class ImageFolder(StoredImages):
         reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         check_image_size(image_size)
-        root = Path(root)
-        if not root.is_dir():
-            raise InputError(f"the data folder {root} does not exist; give a folder with one sub-folder per class")
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        given, root = str(root), folder_of(str(root))
+        folders = list_folders(root)
+        if given == str(root) and (splits := find_splits(folders)):
+            raise _holds_splits(root, *splits)
         folders = [root.resolve()] if one_class else folders
         if not folders:
             raise InputError(
@@ -40,12 +43,16 @@ class ImageFolder(StoredImages):
             )
         self.files: list[Path] = []
         labels: list[int] = []
+        others: list[Path] = []
         for label, folder in enumerate(folders):
-            found = sorted(path for path in folder.rglob("*") if is_image(path))
+            files = list_files(folder)
+            found = [path for path in files if is_image(path)]
+            others += [path for path in files if not is_image(path)]
             if not found:
-                raise InputError(f"the class folder {folder} holds no images ({', '.join(sorted(image_endings()))})")
+                raise no_images(f"the class folder {folder}", files)
             self.files += found
             labels += [label] * len(found)
+        self.left_out = describe_left_out(others)
         names = [folder.name for folder in folders]
         super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
@@ -54,3 +61,13 @@ class ImageFolder(StoredImages):
 
     def origin(self, index: int) -> str:
         return str(self.files[index])
+
+
+def _holds_splits(root: Path, train: list[Path], held_out: list[Path]) -> InputError:
+    """The error of a folder whose sub-folders are not classes but parts of a data set."""
+    parts = train + held_out
+    beside = f" with `validate_dir` {held_out[0]}" if train and held_out else ""
+    return InputError(
+        f"{root} holds {', '.join(each.name for each in parts)}, which are no classes; you probably meant `data_dir` "
+        f"{parts[0]}{beside}. If they are classes, write `data_dir` folder:{root}"
+    )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ class ClassImages(Dataset, ABC):
         image_size: Side of the square images in pixels.
         flip: Whether images are mirrored at random; a mirrored image then still belongs to its class.
         reading: How stored pictures become RGB; None where none are read.
+        left_out: A sentence on the files beside them that are no images, if there are some.
         sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
     """
 
@@ -29,6 +31,7 @@ class ClassImages(Dataset, ABC):
     image_size: int
     flip: bool = False
     reading: Reading | None = None
+    left_out: str = ""
     sequential: bool = False
 
     @abstractmethod
@@ -39,7 +42,7 @@ class ClassImages(Dataset, ABC):
         """Where image ``index`` comes from, for messages about it."""
         return f"image {index} of {self.name}"
 
-    def remarks(self, count: Callable[[torch.Tensor], int] = torch.count_nonzero) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
         """Lines on what was done to images on the way, for the end of a run; ``count`` counts over all processes."""
         return []
 
@@ -50,7 +53,7 @@ class OneClass(ClassImages):
     def __init__(self, images: ClassImages):
         self.images, self.name, self.class_names = images, images.name, [images.name]
         self.image_size, self.flip, self.reading = images.image_size, images.flip, images.reading
-        self.seed = getattr(images, "seed", 0)
+        self.left_out, self.seed = images.left_out, getattr(images, "seed", 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,7 +64,7 @@ class OneClass(ClassImages):
     def origin(self, index: int) -> str:
         return self.images.origin(index)
 
-    def remarks(self, count: Callable[[torch.Tensor], int] = torch.count_nonzero) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
         return self.images.remarks(count)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

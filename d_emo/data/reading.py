@@ -55,6 +55,12 @@ def describe_left_out(names: Iterable[str | Path]) -> str:
     return f"{count:,} file{'s' * (count > 1)} of other kinds left out: {shown}{more}{remedy}"
 
 
+def no_images(where: str, names: Iterable[str | Path]) -> InputError:
+    """The error of a place that holds these files, no images among them."""
+    wanted = f"{where} holds no images ({', '.join(sorted(image_endings()))})"
+    return InputError("; ".join(filter(None, [wanted, describe_left_out(names)])))
+
+
 @contextmanager
 def naming(name: Callable[[], str]) -> Iterator[None]:
     """Whatever goes wrong inside becomes an `InputError` that names the file; decoders raise anything at all."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -87,7 +88,7 @@ class StoredImages(ClassImages):
             self.source(index), self.image_size, name=partial(self.origin, index), crop=crop, reading=self.reading
         )
 
-    def remarks(self, count: Callable[[torch.Tensor], int] = torch.count_nonzero) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
         lines = []
         if enlarged := int(count(self.enlarged)):
             lines.append(f"enlarged  {enlarged:,} image{'s' * (enlarged > 1)} smaller than {self.image_size} px")

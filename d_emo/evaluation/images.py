@@ -1,7 +1,6 @@
 """Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
 import io
-import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d_emo.data.reading import AS_VIEWED, Reading, image_endings, is_image, naming
+from d_emo.data import is_clutter, list_files
+from d_emo.data.reading import AS_VIEWED, Reading, is_image, naming, no_images
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
 from d_emo.threads import thread_count
@@ -38,13 +38,12 @@ class FolderImages:
         self.name, self.reading, folder = str(folder), reading, Path(folder)
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist")
-        names = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-        self._choose([path for path in names if is_image(path)], num_images, f"the folder {folder}")
+        self._choose(list_files(folder), num_images, f"the folder {folder}")
 
-    def _choose(self, found: list[Path], num_images: int | None, name: str) -> None:
+    def _choose(self, files: list[Path], num_images: int | None, name: str) -> None:
+        found = sorted(filter(is_image, files))
         if not found:
-            raise InputError(f"{name} holds no images ({', '.join(sorted(image_endings()))})")
-        found = sorted(found)
+            raise no_images(name, files)
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
@@ -100,7 +99,7 @@ class ZipImages(FolderImages):
         self._names = {
             Path(path, name.lstrip("/")): name
             for name in self._archive.namelist()
-            if is_image(name) and not name.startswith("__MACOSX/")
+            if name[-1] != "/" and not any(map(is_clutter, Path(name).parts))
         }
         self._choose(list(self._names), num_images, f"the zip {path}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_tensors
+from d_emo.files import digest_of_tensors, expand_home
 from d_emo.tables import CODECS, load
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
@@ -123,12 +123,12 @@ def load_codec(name: str) -> Codec:
     from diffusers import AutoencoderKL
 
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local and not expand_home(name).is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
             "wrote, or a hub name such as stabilityai/sd-vae-ft-mse"
         )
-    folder = Path(name).expanduser() if looks_local else name
+    folder = expand_home(name) if looks_local else name
     inside_pipeline = looks_local and (folder / "vae").is_dir() and not (folder / "config.json").exists()
     try:
         vae = AutoencoderKL.from_pretrained(

@@ -31,6 +31,8 @@ class LatentDataset(Dataset):
         InputError: The folder is missing, incomplete or damaged, or has no mirror images.
     """
 
+    reading, left_out = None, ""  # no images are read
+
     def __init__(self, folder: str | Path, *, flip: bool | None = None):
         self.folder = Path(folder)
         self.index = read_index(self.folder)
@@ -82,7 +84,7 @@ class LatentDataset(Dataset):
         moments = shard["moments"][row]
         return moments.chunk(2)[0] if self._only_plain else moments, int(shard["labels"][row])
 
-    def remarks(self, count: Callable[[torch.Tensor], int] = torch.count_nonzero) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
         """As of images: nothing is done to latents."""
         return []
 

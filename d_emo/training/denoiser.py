@@ -91,7 +91,7 @@ class DenoiserTask:
             *lines,
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
-            *filter(None, [self.start]),
+            *filter(None, [self.images.left_out, self.start]),
         ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
@@ -143,7 +143,7 @@ class DenoiserTask:
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
 
-    def remarks(self, count: Callable[[torch.Tensor], int]) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return self.images.remarks(count)
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:

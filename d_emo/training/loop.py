@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from d_emo import kernels
 from d_emo.config import RunSettings, write_yaml
 from d_emo.data import StepSampler
-from d_emo.device import best_device, count_in_any
+from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, save_state
@@ -57,7 +57,7 @@ class Task(Protocol):
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
 
-    def remarks(self, count: Callable[[torch.Tensor], int]) -> list[str]:
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
@@ -141,7 +141,7 @@ class _Run:
         accelerator.wait_for_everyone()
         with StopSignal(settings.max_minutes) as stop_signal, self.progress.following(self.step, task.smaller):
             stop = self._loop(stop_signal)
-        for line in task.remarks(lambda seen: count_in_any(seen, accelerator.device)):
+        for line in task.remarks(lambda seen: accelerator.reduce(seen.int().to(accelerator.device)).count_nonzero()):
             self.progress.say(line)
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
