@@ -114,7 +114,10 @@ def describe(
     """Lines of (topic, text) about the files, the classes, and what training would do; what looks wrong says LOOK."""
     images, seen = found.images, len(found.digests) + len(found.unreadable)
     counts = Counter(found.labels.values() if images.sequential else map(images.label, range(len(images))))
-    lines = [("data", f"{images.name}: {len(images):,} images of {len(images.class_names):,} classes; {seen:,} read")]
+    size = f"{len(images):,} images of {len(images.class_names):,} classes"
+    lines = [("data", f"{images.name}: {size}; {seen:,} looked at")]
+    if images.left_out:
+        lines.append(("left out", images.left_out))
     lines += _files(found) + _classes(counts, images.class_names)
     if found.unreadable:
         reasons = _some(found.unreadable.values(), "; ")
@@ -177,7 +180,7 @@ def _copies(found: Findings) -> list[tuple[str, str]]:
 def _held_out(found: Findings, held_out: Findings) -> list[tuple[str, str]]:
     known = {pixels: index for index, pixels in found.digests.items()}
     both = [(index, known[pixels]) for index, pixels in held_out.digests.items() if pixels in known]
-    lines = [("held out", f"{len(held_out.images):,} images; {len(held_out.digests):,} read")]
+    lines = [("held out", f"{len(held_out.images):,} images; {len(held_out.digests):,} looked at")]
     if held_out.unreadable:
         lines.append(("LOOK", f"{len(held_out.unreadable):,} held-out images unreadable: "
                               f"{_some(held_out.unreadable.values(), '; ')}"))

@@ -11,7 +11,9 @@ LAYERS = [
     "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
-    "config": ["ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "config": [
+        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+    ],
     "kernels": [
         "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
         "slices", "explaining",
