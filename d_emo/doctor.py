@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
-from PIL import ExifTags, Image, ImageFont
+from PIL import ExifTags, Image
 
 from d_emo.data import ClassImages, spread, to_uint8
 from d_emo.data.reading import naming
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.latents import Codec
-from d_emo.sampling.grids import draw_grid, two_lines
+from d_emo.sampling.grids import draw_grid
 from d_emo.threads import thread_count
 
 SHEET_SIDE = 8
@@ -205,17 +205,15 @@ def sheet_of(found: Findings) -> tuple[list[int], torch.Tensor]:
 
 def contact_sheet(found: Findings, chosen: Sequence[int], pixels: torch.Tensor) -> Image.Image:
     """The images as training sees them, the classes of a row above it. Shape: pixels (N, 3, H, W) in [-1, 1]."""
-    images, side = found.images, found.images.image_size
-    columns, scale = min(SHEET_SIDE, len(chosen)), max(1, 64 // side)
+    images, columns = found.images, min(SHEET_SIDE, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     canvas = pixels.new_ones(rows * columns, *pixels.shape[1:])
     canvas[: len(pixels)] = pixels
-    width, font = columns * (side * scale + 4), ImageFont.load_default(14)
     captions = []
     for row in range(rows):
-        names = dict.fromkeys(images.class_names[found.labels[i]] for i in chosen[row * columns : (row + 1) * columns])
-        captions.append(two_lines(", ".join(names), lambda text: font.getlength(text) <= width).partition("\n")[0])
-    return draw_grid(to_uint8(canvas), captions, columns, scale=scale)
+        labels = dict.fromkeys(found.labels[index] for index in chosen[row * columns : (row + 1) * columns])
+        captions.append(", ".join(images.class_names[label] for label in labels))
+    return draw_grid(to_uint8(canvas), captions, columns)
 
 
 @torch.no_grad()

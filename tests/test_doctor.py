@@ -91,7 +91,7 @@ def test_the_sheet_shows_what_training_sees_by_class(folder):
     chosen, pixels = sheet_of(found)
     assert len(chosen) == 13 and [found.labels[index] for index in chosen] == [0] * 12 + [1]
     sheet = np.asarray(contact_sheet(found, chosen, pixels))
-    tile = sheet[22 : 22 + 64 : 4, 4 : 4 + 64 : 4]
+    tile = sheet[22 : 22 + 128 : 8, 4 : 4 + 128 : 8]
     assert np.array_equal(tile, np.asarray(Image.open(found.images.origin(chosen[0])).convert("RGB")))
 
 
@@ -107,7 +107,7 @@ def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatc
     run_verb("doctor", ["--data-dir", str(folder), "--image-size", "16", "--vae", "pixels", "--sample", "0"])
     out = capsys.readouterr().out
     assert out.startswith("data         folder: 14 images") and "of pixels, 13 images" in out
-    assert Image.open(tmp_path / "samples" / "doctor-pets-16.png").size == (8 * 68 + 4, 2 * (64 + 22) + 4)
+    assert Image.open(tmp_path / "samples" / "doctor-pets-16.png").size == (8 * 132 + 4, 2 * (128 + 22) + 4)
     with pytest.raises(InputError, match="--skip-corrupt is for training"):
         run_verb("doctor", ["--data-dir", str(folder), "--skip-corrupt"])
     for each in (folder / "cat").iterdir():

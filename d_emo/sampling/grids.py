@@ -42,8 +42,8 @@ def draw_grid(
             draw.text((middle, line * line_height + 3), text, fill="black", font=font, anchor="ma")
     for row, caption in enumerate(captions):
         top = header + row * (height + bar)
-        for line, text in enumerate(caption.splitlines()):
-            draw.text((gap, top + line * line_height + 3), text, fill="black", font=font)
+        for line, text in enumerate(reversed(caption.splitlines()), 1):
+            draw.text((gap, top + bar - line * line_height + 3), text, fill="black", font=font)
         for column in range(columns):
             pixels = images[row * columns + column].permute(1, 2, 0).contiguous().numpy()
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
