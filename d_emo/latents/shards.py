@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from d_emo.data import ClassImages
+from d_emo.data import ClassImages, Reading
 from d_emo.errors import InputError
 from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec, Factor
@@ -89,8 +89,8 @@ class Origin:
             )
 
 
-_KEYS = (*(each.name for each in fields(Origin) if each.default is MISSING), "moments_shape", "class_names", "shards")
-"""What every index has."""
+_LATER = {each.name for each in fields(Reading)}  # older folders do not say how their images were read
+_KEYS = (*(each.name for each in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -164,7 +164,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:
-        [index[name] for name in _KEYS]
+        [index[name] for name in _KEYS if name not in _LATER]
         sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
         if sum(entry["images"] for entry in index["shards"]) != index["images"]:
             raise ValueError("images")
