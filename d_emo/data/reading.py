@@ -113,7 +113,7 @@ class Reading:
             return self.as_viewed(image).size
 
     def as_viewed(self, image: Image.Image) -> Image.Image:
-        """An open picture in RGB.
+        """An open picture, or one in memory, in RGB.
 
         Raises:
             InputError: Its pixels have no range that a viewer would know.
@@ -148,7 +148,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _decode(image: Image.Image) -> None:
     """Load an image and bring its transparent colour to the depth of its pixels."""
-    stored, key = image.tile[0][3] if image.tile else None, image.info.get("transparency")
+    tiles, key = getattr(image, "tile", None), image.info.get("transparency")
+    stored = tiles[0][3] if tiles else None
     image.load()
     if image.format == "PNG" and key is not None and stored in KEY_OF_PIXELS:
         image.info["transparency"] = KEY_OF_PIXELS[stored](key)
