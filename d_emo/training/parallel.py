@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from d_emo.config import RunSettings
 from d_emo.errors import InputError
@@ -65,7 +66,7 @@ class Updates:
         if precision == "bf16" and accelerator.mixed_precision == "no":
             model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare_model = accelerator.unwrap_model(self.model)
+        self.bare_model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next update, times the scale of each group of parameters."""
