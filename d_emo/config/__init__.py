@@ -1,8 +1,10 @@
 """Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
 
 from d_emo.config.base import (
+    ReadingSettings,
     Settings,
     check_sources,
+    folder_of,
     in_flags,
     is_folder,
     parse_settings,

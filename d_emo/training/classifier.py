@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from d_emo.config import ClassifierSettings, is_folder
-from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
+from d_emo.config import ClassifierSettings, folder_of, is_folder
+from d_emo.data import (
+    AugmentedFolder,
+    ClassImages,
+    Reading,
+    find_splits,
+    list_folders,
+    open_dataset,
+    open_held_out,
+    spread,
+)
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
@@ -55,10 +65,10 @@ class ClassifierTask:
     def __init__(self, settings: ClassifierSettings):
         if resolve_name(settings.model) not in BACKBONES:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
-        self.facts: dict[str, Any] = {"validate_dir": _own_held_out(settings.data_dir)}
+        self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         self.dataset, self.held_out = open_both(settings)
-        self.facts["images"] = len(self.dataset)
+        self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
         torch.manual_seed(settings.seed)
         options = settings.model_options or {}
@@ -75,7 +85,7 @@ class ClassifierTask:
         return [
             f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
-            *([] if settings.teacher is None else [f"teacher: {settings.teacher}"]),
+            *filter(None, [self.dataset.left_out, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
@@ -106,6 +116,9 @@ class ClassifierTask:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
         return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
+
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        return self.dataset.remarks(count)
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
@@ -144,11 +157,13 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _own_held_out(data_dir: str | None) -> str | None:
-    """The folder val of a folder that has both train and val."""
-    if data_dir is None or not all((Path(data_dir) / part).is_dir() for part in ("train", "val")):
-        return None
-    return str(Path(data_dir) / "val")
+def _own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
+    """The folders train and val of a folder that has both (timm finds training and validation too); else itself."""
+    if data_dir is not None and not data_dir.startswith("folder:") and folder_of(data_dir).is_dir():
+        train, held_out = find_splits(list_folders(folder_of(data_dir))) or ([], [])
+        if train and held_out and held_out[0].name.lower().startswith("val"):
+            return str(train[0]), str(held_out[0])
+    return data_dir, None
 
 
 def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
@@ -157,19 +172,19 @@ def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | 
     A folder with sub-folders train and val, as ImageNet is laid out, stands for these two. InputError for data of one
     class only, or that do not belong together.
     """
-    data_dir, size = settings.data_dir, settings.image_size
-    if _own_held_out(data_dir) is not None:
-        data_dir = str(Path(data_dir) / "train")
+    data_dir, size = _own_splits(settings.data_dir)[0], settings.image_size
     images: ClassImages
     if data_dir is not None and is_folder(data_dir):
         images = AugmentedFolder(
             data_dir, size, crop_scale=settings.crop_scale, seed=settings.seed, skip_corrupt=settings.skip_corrupt,
             rand_augment=None if settings.rand_augment == "none" else settings.rand_augment,
+            reading=Reading.of(settings),
         )  # fmt: skip
+        images.flip = settings.flip is not False
     else:
         images = open_dataset(
             dataset=settings.dataset, data_dir=data_dir, image_size=size, num_images=settings.num_images,
-            skip_corrupt=settings.skip_corrupt,
+            skip_corrupt=settings.skip_corrupt, reading=Reading.of(settings), flip=settings.flip,
         )  # fmt: skip
     names = images.class_names
     if len(names) < 2:
