@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from d_emo.data import ClassImages
+from d_emo.data import ClassImages, Reading
 from d_emo.errors import InputError
-from d_emo.files import digest, digest_of_tensors, remove_left, write_file, write_json
-from d_emo.latents.codec import Codec
+from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
+from d_emo.latents.codec import Codec, Factor
 
-INDEX, FORMAT, TENSORS = "index.json", 1, ("moments", "labels")
+INDEX, TENSORS = "index.json", ("moments", "labels")
 RESUME = "re-run the same command to resume"
 REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
 
@@ -34,7 +34,10 @@ class ShardError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a folder of latents was made from; the same for each of its shards."""
+    """What a folder of latents was made from; the same for each of its shards.
+
+    Older folders do not say how their images were read: not turned by EXIF, and without regard to transparency.
+    """
 
     data: str
     seed: int
@@ -43,20 +46,24 @@ class Origin:
     image_size: int
     codec: str
     encoder: str
-    scaling: float
-    shift: float
+    scaling: Factor
+    shift: Factor
     dtype: str
     mirrored: bool
     shard_size: int
     format: int = FORMAT
+    exif: bool = False
+    background: str | None = None
 
     @classmethod
     def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
         """That of images encoded by a codec."""
+        reading = {} if images.reading is None else asdict(images.reading)
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
             classes=digest(json.dumps(images.class_names))[:16], mirrored=images.flip, codec=codec.name,
             encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, shard_size=shard_size,
+            **reading,
         )
 
     @property
@@ -70,13 +77,20 @@ class Origin:
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
         """Raise InputError for latents of something else; a codec's name may change, its encoder may not."""
-        changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
-                   if key != "codec" and other.get(key) != value]
+        mine = asdict(self)
+        unsaid = mine if (folder / INDEX).exists() else {"exif": Origin.exif, "background": Origin.background}
+        made = {key: other.get(key, unsaid.get(key)) for key in mine}  # what is finished stays what it is
+        changed = [f"{key} {made[key]}, not {value}" for key, value in mine.items()
+                   if key != "codec" and made[key] != value]
         if changed:
             raise InputError(
                 f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "
                 "folder"
             )
+
+
+_LATER = {each.name for each in fields(Reading)}  # older folders do not say how their images were read
+_KEYS = (*(each.name for each in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -144,22 +158,24 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
         raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        if index["format"] != FORMAT:
-            raise InputError(f"the latents in {folder} have format {index['format']}, this D-EMO reads {FORMAT}")
-        for entry in index["shards"]:
-            if (folder / entry["file"]).stat().st_size != entry["bytes"]:
-                raise InputError(f"the shard {folder / entry['file']} is not of its size; {REPEAT}")
-    except FileNotFoundError as error:
-        missing, begun = Path(error.filename), len(list(folder.glob("shard-*.safetensors")))
-        if missing.name == INDEX and not begun:
-            raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them") from None
-        raise InputError(f"the latents in {folder} are not complete ({missing.name} is missing); {REPEAT}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / INDEX} cannot be read ({type(error).__name__}); {REPEAT}") from None
+    missing = [] if (folder / INDEX).exists() else [INDEX]
+    if missing and not any(folder.glob("shard-*.safetensors")):
+        raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them")
+    sizes: dict[str, int] = {}
+
+    def read(index: dict[str, Any]) -> dict[str, Any]:
+        [index[name] for name in _KEYS if name not in _LATER]
+        sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
+        if sum(entry["images"] for entry in index["shards"]) != index["images"]:
+            raise ValueError("images")
+        return index
+
+    index = {} if missing else read_json(folder / INDEX, read, REPEAT)
+    if missing := missing + [name for name in sizes if not (folder / name).exists()]:
+        raise InputError(f"the latents in {folder} are not complete ({missing[0]} is missing); {REPEAT}")
+    for name, size in sizes.items():
+        if (folder / name).stat().st_size != size:
+            raise InputError(f"the shard {folder / name} is not of its size; {REPEAT}")
     return index
 
 
