@@ -14,7 +14,15 @@ from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.hub import HubImages, HubStream
-from d_emo.data.images import ClassImages, OneClass, to_uint8
+from d_emo.data.images import (
+    ClassImages,
+    OneClass,
+    Relabelled,
+    check_class_names,
+    in_order_of,
+    in_recorded_order,
+    to_uint8,
+)
 from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
@@ -24,9 +32,9 @@ from d_emo.tables import DATASETS, load
 
 __all__ = [
     "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
-    "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
-    "TarShards", "centre_crop", "find_splits", "is_clutter", "list_files", "list_folders", "load_image", "open_dataset",
-    "open_held_out", "spread", "to_uint8",
+    "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Relabelled", "Shapes1000",
+    "StepSampler", "TarShards", "centre_crop", "find_splits", "in_order_of", "in_recorded_order", "is_clutter",
+    "list_files", "list_folders", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(
@@ -55,6 +63,7 @@ def open_dataset(
     drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
     given = {name: value for name, value in drawn.items() if value is not None}
     images = load(row.images)(image_size, split=split, **given)
+    check_class_names(images.class_names)
     return OneClass(images) if one_class else images
 
 
@@ -96,13 +105,14 @@ def open_held_out(
         num_images=DATASETS[settings.dataset].held_out, image_size=settings.image_size,
         skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
     )
-    if held_out.class_names != class_names and not one_class:
+    ordered = held_out if one_class else in_order_of(held_out, class_names)
+    if ordered is None:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
         raise InputError(
             f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
-            f"are trained{f'; only one of the two has {odd}' if odd else ', or in another order'}"
+            f"are trained{f'; only one of the two has {odd}' if odd else ', and some have the same name'}"
         )
-    return held_out
+    return ordered
 
 
 def spread(length: int, count: int) -> list[int]:

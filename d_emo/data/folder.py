@@ -10,8 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from d_emo.config import folder_of
-from d_emo.data.images import ClassImages, check_image_size, to_tensor
-from d_emo.data.listing import find_splits, list_files, list_folders
+from d_emo.data.images import ClassImages, check_class_names, check_image_size, to_tensor
+from d_emo.data.listing import find_splits, in_class_order, list_files, list_folders
 from d_emo.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -82,6 +82,7 @@ class StoredImages(ClassImages):
         self, labels: Sequence[int], class_names: list[str], image_size: int, *, skip_corrupt: bool | None = False
     ):
         check_image_size(image_size)
+        check_class_names(class_names)
         self.labels, self.class_names = labels, class_names
         self.image_size, self.skip_corrupt = image_size, skip_corrupt
         self.skipped = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # one count over all workers
@@ -128,7 +129,7 @@ class ImageFolder(StoredImages):
             holds no image.
     """
 
-    name = "folder"
+    name, sorted_names = "folder", True
 
     def __init__(self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False):
         check_image_size(image_size)
@@ -142,15 +143,16 @@ class ImageFolder(StoredImages):
                 f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
                 "denoiser) train with `unconditional`"
             )
+        ids = {name: label for label, name in enumerate(in_class_order(folder.name for folder in folders))}
         self.files: list[Path] = []
         labels: list[int] = []
-        for label, folder in enumerate(folders):
+        for folder in folders:  # by their paths, so that image i stays the same whatever the order of the classes
             found = [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise InputError(f"the class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             self.files += found
-            labels += [label] * len(found)
-        super().__init__(labels, [folder.name for folder in folders], image_size, skip_corrupt=skip_corrupt)
+            labels += [ids[folder.name]] * len(found)
+        super().__init__(labels, list(ids), image_size, skip_corrupt=skip_corrupt)
 
     def load(self, index: int) -> torch.Tensor:
         return load_image(self.files[index], self.image_size)

@@ -1,6 +1,8 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
+import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ class ClassImages(Dataset, ABC):
         image_size: Side of the square images in pixels.
         flip: Whether a mirrored image still belongs to its class.
         sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
+        sorted_names: Whether the ids follow from the names, so that 0.1.0 had them in the order of text.
     """
 
     name: str
@@ -26,6 +29,7 @@ class ClassImages(Dataset, ABC):
     image_size: int
     flip: bool = False
     sequential: bool = False
+    sorted_names: bool = False
 
     @abstractmethod
     def label(self, index: int) -> int:
@@ -36,24 +40,78 @@ class ClassImages(Dataset, ABC):
         return f"image {index} of {self.name}"
 
 
-class OneClass(ClassImages):
-    """Another data set with its labels taken away: every image is of class 0."""
+class Relabelled(ClassImages):
+    """Another data set whose classes have other ids.
 
-    def __init__(self, images: ClassImages):
-        self.images, self.name, self.class_names = images, images.name, [images.name]
+    Args:
+        images: The data set, or latents.
+        ids: The new id of each of its classes.
+        class_names: One name per new id.
+    """
+
+    def __init__(self, images: ClassImages, ids: Sequence[int], class_names: list[str]):
+        self.images, self.ids, self.name, self.class_names = images, ids, images.name, class_names
         self.image_size, self.flip, self.seed = images.image_size, images.flip, getattr(images, "seed", 0)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def label(self, index: int) -> int:
-        return 0
+        return self.ids[self.images.label(index)]
 
     def origin(self, index: int) -> str:
         return self.images.origin(index)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images[index][0], 0
+        values, label = self.images[index]
+        return values, self.ids[label]
+
+
+class OneClass(Relabelled):
+    """Another data set with its labels taken away: every image is of class 0."""
+
+    def __init__(self, images: ClassImages):
+        super().__init__(images, [0] * len(images.class_names), [images.name])
+
+
+def in_order_of(images: ClassImages, class_names: Sequence[str]) -> ClassImages | None:
+    """The images with the ids that their classes have among ``class_names``; None where these are other names."""
+    ours, ids = images.class_names, {name: label for label, name in enumerate(class_names)}
+    if list(class_names) == ours:
+        return images
+    if len(ours) != len(class_names) or len(ids) < len(ours) or ids.keys() != set(ours):
+        return None
+    return Relabelled(images, [ids[name] for name in ours], list(class_names))
+
+
+def in_recorded_order(images: ClassImages, recorded: Sequence[str] | None) -> ClassImages:
+    """The images with the ids that their classes had when a run began, as its training state records them.
+
+    One of 0.1.0 records none.
+    """
+    if recorded is None:
+        recorded = sorted(images.class_names) if getattr(images, "sorted_names", False) else images.class_names
+    return in_order_of(images, recorded) or images
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raise InputError for a name that a snapshot, its card or a path made of it could not hold."""
+    for label, name in enumerate(class_names):
+        if reason := _unwritable(name):
+            raise InputError(
+                f"class {label} is called {name!a}, which {reason}; rename it (for wds: and hf: data give other names "
+                "with class_names=FILE after ?)"
+            )
+
+
+def _unwritable(name: str) -> str | None:
+    if any(unicodedata.category(character) == "Cs" for character in name):
+        return "is not UTF-8"
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
+        return "has control characters"
+    if "/" in name or "\\" in name:
+        return "has a path separator"
+    return None if name.strip() else "is empty"
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

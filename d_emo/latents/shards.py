@@ -70,8 +70,8 @@ class Origin:
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
         """Raise InputError for latents of something else; a codec's name may change, its encoder may not."""
-        changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
-                   if key != "codec" and other.get(key) != value]
+        changed = ["other classes, or in another order" if key == "classes" else f"{key} {other.get(key)}, not {value}"
+                   for key, value in asdict(self).items() if key != "codec" and other.get(key) != value]
         if changed:
             raise InputError(
                 f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "

@@ -71,7 +71,7 @@ class DEMOPipeline(DiffusionPipeline):
     def get_label_ids(self, names: str | int | Sequence[str | int]) -> list[int]:
         """Class ids for names or ids; a single one need not be in a list."""
         names = [names] if isinstance(names, (str, int)) else names
-        return find_classes([str(name) for name in names], self.class_names)
+        return find_classes(names, self.class_names)
 
     @torch.no_grad()
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo.config import ClassifierSettings, folder_of, is_folder
-from d_emo.data import AugmentedFolder, ClassImages, find_splits, list_folders, open_dataset, open_held_out, spread
+from d_emo.data import (
+    AugmentedFolder,
+    ClassImages,
+    find_splits,
+    in_recorded_order,
+    list_folders,
+    open_dataset,
+    open_held_out,
+    spread,
+)
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
@@ -77,6 +87,10 @@ class ClassifierTask:
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
             *([] if settings.teacher is None else [f"teacher: {settings.teacher}"]),
         ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = in_recorded_order(self.dataset, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.dataset.class_names)
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Images are read as they are needed; only the teacher has to move."""
