@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from d_emo.config import DataSettings, is_folder
+from d_emo.config import ClassifierSettings, TrainSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
@@ -18,12 +18,12 @@ from d_emo.data.images import (
     ClassImages,
     OneClass,
     Relabelled,
-    check_class_names,
     in_order_of,
     in_recorded_order,
     to_uint8,
 )
 from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
+from d_emo.data.names import check_class_names
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
@@ -79,22 +79,28 @@ def open_source(
         return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
     source, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    known = {"class_names"} if scheme == "wds" else {"config", "split", "image", "label", "streaming", "length"}
+    known = {"class_names", "first_class", "label"}
+    known |= {"config", "split", "image", "streaming", "length"} if scheme == "hf" else set()
     if not source or options.keys() - known:
         wrong = ", ".join(sorted(options.keys() - known)) or "no name"
         raise InputError(f"{data_dir}: {wrong} is not understood; after ? it takes {', '.join(sorted(known))}")
+    for name in {"first_class", "length"} & options.keys():
+        if not options[name].isdecimal():
+            raise InputError(f"{data_dir}: {name} takes a number")
+        options[name] = int(options[name])
     if scheme == "wds":
         return TarShards(source, image_size, skip_corrupt=skip_corrupt, **options)
     streaming, length = options.pop("streaming", "false"), options.pop("length", None)
-    if streaming not in ("true", "false") or not (length or "1").isdigit():
-        raise InputError(f"{data_dir}: streaming takes true or false, length a number")
+    if streaming not in ("true", "false"):
+        raise InputError(f"{data_dir}: streaming takes true or false")
     if streaming == "true":
-        return HubStream(source, image_size, length=length and int(length), skip_corrupt=skip_corrupt, **options)
+        return HubStream(source, image_size, length=length, skip_corrupt=skip_corrupt, **options)
     return HubImages(source, image_size, skip_corrupt=skip_corrupt, **options)
 
 
 def open_held_out(
-    settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
+    settings: TrainSettings | ClassifierSettings, class_names: list[str], *, one_class: bool = False,
+    crop_share: float | None = None,
 ) -> ClassImages:
     """Open the images to validate on; InputError if there are none, or they have other classes."""
     own_data = settings.data_dir or getattr(settings, "latents", None)

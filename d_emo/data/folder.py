@@ -10,8 +10,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from d_emo.config import folder_of
-from d_emo.data.images import ClassImages, check_class_names, check_image_size, to_tensor
-from d_emo.data.listing import find_splits, in_class_order, list_files, list_folders
+from d_emo.data.images import ClassImages, check_image_size, to_tensor
+from d_emo.data.listing import find_splits, list_files, list_folders
+from d_emo.data.names import check_class_names, in_class_order
 from d_emo.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}

@@ -1,6 +1,5 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -92,26 +91,6 @@ def in_recorded_order(images: ClassImages, recorded: Sequence[str] | None) -> Cl
     if recorded is None:
         recorded = sorted(images.class_names) if getattr(images, "sorted_names", False) else images.class_names
     return in_order_of(images, recorded) or images
-
-
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Raise InputError for a name that a snapshot, its card or a path made of it could not hold."""
-    for label, name in enumerate(class_names):
-        if reason := _unwritable(name):
-            raise InputError(
-                f"class {label} is called {name!a}, which {reason}; rename it (for wds: and hf: data give other names "
-                "with class_names=FILE after ?)"
-            )
-
-
-def _unwritable(name: str) -> str | None:
-    if any(unicodedata.category(character) == "Cs" for character in name):
-        return "is not UTF-8"
-    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
-        return "has control characters"
-    if "/" in name or "\\" in name:
-        return "has a path separator"
-    return None if name.strip() else "is empty"
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

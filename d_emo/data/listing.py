@@ -1,4 +1,4 @@
-"""What a folder holds: the one walk of all who read images, and the order of its classes."""
+"""What a folder holds: the one walk of all who read images, and whether that are classes or splits."""
 
 import os
 import re
@@ -67,12 +67,6 @@ def list_folders(root: Path) -> list[Path]:
                       if not is_clutter(entry.name) and entry.is_dir() and _identity(entry) not in around)
     except OSError as error:
         raise InputError(f"the folder {root} cannot be read ({error.strerror})") from None
-
-
-def in_class_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their ids: as text, but where all are numbers by their values."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(re.fullmatch("[0-9]+", name) for name in names) else names
 
 
 def find_splits(folders: Iterable[Path]) -> tuple[list[Path], list[Path]] | None:
