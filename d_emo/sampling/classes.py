@@ -4,11 +4,23 @@ import difflib
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from d_emo.errors import InputError
 from d_emo.models.contract import DenoiserFrame
+
+Labels = str | int | Sequence[str | int] | torch.Tensor | np.ndarray
+"""Ids or names of classes as people give them: one or several, as numbers, a tensor or an array."""
+
+
+def as_list(values: Labels) -> list[Any]:
+    """One or several ids, names or seeds as a list of Python's own numbers and texts. Shape: tensors () or (N,)."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = [values] if isinstance(values, (str, int)) else values
+    return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> list[int]:
@@ -28,7 +40,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     if not wanted:
         raise InputError(f"name at least one class, e.g. `classes` {last // 2}: {known}")
     for each in wanted:
-        each = f"id:{operator.index(each)}" if hasattr(each, "__index__") else each
+        each = f"id:{operator.index(each)}" if hasattr(each, "__index__") else str(each)
         kind, text = re.fullmatch("((?:id|name):)?(.*)", each, re.DOTALL).groups()
         number = int(text) if kind != "name:" and re.fullmatch(r"-?[0-9]+", text) else None
         named = [] if kind == "id:" else [label for label, name in enumerate(class_names) if name == text]
