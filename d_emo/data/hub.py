@@ -1,15 +1,13 @@
 """Data sets of the Hugging Face library ``datasets``: local or from the hub, on disk or as a stream."""
 
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
 from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.data.names import number_classes, read_class_names
+from d_emo.data.reading import AS_VIEWED, Reading, is_image
+from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError, RunError
 from d_emo.files import expand_home
 
@@ -29,7 +27,7 @@ class HubImages(StoredImages):
             the only ones of the usual names.
         class_names: File of class names, see `read_class_names`. Default: those of the column.
         first_class: The number that becomes class 0.
-        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        skip_corrupt, reading: See `StoredImages`.
 
     Raises:
         InputError: ``datasets`` is not installed; the data set, split or column cannot be had.
@@ -40,8 +38,8 @@ class HubImages(StoredImages):
     def __init__(
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str | None = None,
         image: str | None = None, label: str | None = None, class_names: str | None = None, first_class: int = 0,
-        skip_corrupt: bool = False,
-    ):
+        skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=False)
         labels = self.rows.select_columns([self.label_column])[:][self.label_column]
         if not len(labels):
@@ -53,13 +51,13 @@ class HubImages(StoredImages):
             raise InputError(f"the column {self.label_column} of {source} holds no classes; add label=COLUMN after ?")
         self.sorted_names = kinds == {str} and class_names is None
         labels, names = number_classes(labels, source, names=names, class_names=class_names, first_class=first_class)
-        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt)
+        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
-        return self._read(self.rows[index], index)
+    def source(self, index: int) -> Path | BytesIO:
+        return self._file(self.rows[index], index)
 
     def origin(self, index: int) -> str:
-        return f"row {index} of {self.source}"
+        return f"row {index} of {self.data_set}"
 
     def _open(
         self, source: str, config: str | None, split: str | None, image: str | None, label: str | None, *,
@@ -71,7 +69,7 @@ class HubImages(StoredImages):
 
         if rows.features is None:
             raise InputError(f"{source} does not tell its columns as a stream; leave streaming=true away")
-        self.source, self.split = source, split or str(rows.split or "train")
+        self.data_set, self.split = source, split or str(rows.split or "train")
         self.image, self.label_column = _columns(rows.features, source, image, label)
         two = rows.select_columns([self.image, self.label_column])
         try:
@@ -80,12 +78,11 @@ class HubImages(StoredImages):
             raise InputError(f"the column {self.image} of {source} holds no images; add image=COLUMN after ?") from None
         return getattr(rows.features[self.label_column], "names", None)
 
-    def _read(self, row: dict[str, Any], index: int) -> torch.Tensor:
+    def _file(self, row: dict[str, Any], index: int) -> Path | BytesIO:
         cell = row[self.image] or {}
         if not cell.get("bytes") and not cell.get("path"):
             raise InputError(f"{self.origin(index)} holds no image")
-        source = Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
-        return load_image(source, self.image_size, name=partial(self.origin, index))
+        return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
 
 
 class HubStream(HubImages):
@@ -105,8 +102,8 @@ class HubStream(HubImages):
     def __init__(
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str | None = None,
         image: str | None = None, label: str | None = None, length: int | None = None, class_names: str | None = None,
-        first_class: int = 0, skip_corrupt: bool = False,
-    ):
+        first_class: int = 0, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=True)
         names, self.first_class = read_class_names(class_names, first_class) if class_names else names, first_class
         if names is None:
@@ -120,10 +117,10 @@ class HubStream(HubImages):
                 f"{source} does not tell how many images its split {self.split} has; add length=NUMBER after ?"
             )
         self._next, self._row, self._iterator = 0, {}, iter(self.rows)
-        StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt)
+        StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
-        return self._read(self._at(index), index)
+    def source(self, index: int) -> Path | BytesIO:
+        return self._file(self._at(index), index)
 
     def label(self, index: int) -> int:
         value = self._at(index)[self.label_column]
@@ -140,12 +137,12 @@ class HubStream(HubImages):
                 self._row = next(self._iterator)
             except StopIteration:
                 raise RunError(
-                    f"the stream {self.source} ended after {self._next} of {len(self)} images; say so by "
+                    f"the stream {self.data_set} ended after {self._next} of {len(self)} images; say so by "
                     f"length={self._next} after ?"
                 ) from None
             except OSError as error:
                 raise RunError(
-                    f"the stream {self.source} broke off ({error}); re-run the same command to resume"
+                    f"the stream {self.data_set} broke off ({error}); re-run the same command to resume"
                 ) from None
             self._next += 1
         return self._row
@@ -194,7 +191,7 @@ def _check_all_are_read(folder: Path, builder: Any) -> None:
     leaves out all others without a word, and does not follow links. Beside folders that are splits, others may lie.
     """
     folder, read = folder.resolve(), {path for paths in builder.config.data_files.values() for path in paths}
-    images = [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in list_files(folder) if is_image(path)]
     left_out = [path for path in images if path.as_posix() not in read]
     if left_out and find_splits(list_folders(folder)) is None:
         raise InputError(

@@ -1,13 +1,15 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from d_emo.data.reading import Reading
 from d_emo.errors import InputError
 
 
@@ -18,7 +20,9 @@ class ClassImages(Dataset, ABC):
         name: Data set name, written into snapshots.
         class_names: One name per class id.
         image_size: Side of the square images in pixels.
-        flip: Whether a mirrored image still belongs to its class.
+        flip: Whether images are mirrored at random; a mirrored image then still belongs to its class.
+        reading: How stored pictures become RGB; None where none are read.
+        left_out: A sentence on the files beside them that are no images, if there are some.
         sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
         sorted_names: Whether the ids follow from the names, so that 0.1.0 had them in the order of text.
     """
@@ -27,6 +31,8 @@ class ClassImages(Dataset, ABC):
     class_names: list[str]
     image_size: int
     flip: bool = False
+    reading: Reading | None = None
+    left_out: str = ""
     sequential: bool = False
     sorted_names: bool = False
 
@@ -37,6 +43,10 @@ class ClassImages(Dataset, ABC):
     def origin(self, index: int) -> str:
         """Where image ``index`` comes from, for messages about it."""
         return f"image {index} of {self.name}"
+
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
+        """Lines on what was done to images on the way, for the end of a run; ``count`` counts over all processes."""
+        return []
 
 
 class Relabelled(ClassImages):
@@ -50,7 +60,8 @@ class Relabelled(ClassImages):
 
     def __init__(self, images: ClassImages, ids: Sequence[int], class_names: list[str]):
         self.images, self.ids, self.name, self.class_names = images, ids, images.name, class_names
-        self.image_size, self.flip, self.seed = images.image_size, images.flip, getattr(images, "seed", 0)
+        self.image_size, self.flip, self.reading = images.image_size, images.flip, images.reading
+        self.left_out, self.seed = images.left_out, getattr(images, "seed", 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,6 +71,9 @@ class Relabelled(ClassImages):
 
     def origin(self, index: int) -> str:
         return self.images.origin(index)
+
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
+        return self.images.remarks(count)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         values, label = self.images[index]

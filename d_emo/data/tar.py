@@ -4,17 +4,16 @@ import json
 import re
 import tarfile
 from contextlib import suppress
-from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 
-from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
 from d_emo.data.listing import is_clutter
 from d_emo.data.names import number_classes
+from d_emo.data.reading import AS_VIEWED, Reading, image_endings, no_images
+from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
 from d_emo.files import cache_folder, digest, expand_home, replacing
 
@@ -37,7 +36,7 @@ class TarShards(StoredImages):
         class_names: File of class names, see `read_class_names`. Default: the numbers.
         first_class: The number that becomes class 0.
         label: Field of the class in ``KEY.json``.
-        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        skip_corrupt, reading: See `StoredImages`.
 
     Raises:
         InputError: A shard is missing, is compressed or damaged, or holds no image with a class.
@@ -47,8 +46,8 @@ class TarShards(StoredImages):
 
     def __init__(
         self, pattern: str, image_size: int = 256, *, class_names: str | None = None, first_class: int = 0,
-        label: str | None = None, skip_corrupt: bool = False,
-    ):
+        label: str | None = None, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         self.shards = expand(pattern)
         table, words = _table(self.shards, label)
         self.shard, self.offset, self.size, labels = (table[:, column] for column in range(4))
@@ -56,13 +55,12 @@ class TarShards(StoredImages):
         labels, names = number_classes(
             words[labels].tolist() if len(words) else labels, pattern, class_names=class_names, first_class=first_class
         )
-        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt)
+        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
+    def source(self, index: int) -> BytesIO:
         with self.shards[self.shard[index]].open("rb") as file:  # opened each time: no limit of open files, fork-safe
             file.seek(self.offset[index])
-            content = file.read(self.size[index])
-        return load_image(BytesIO(content), self.image_size, name=partial(self.origin, index))
+            return BytesIO(file.read(self.size[index]))
 
     def origin(self, index: int) -> str:
         shard, offset = self.shards[self.shard[index]], self.offset[index]
@@ -96,7 +94,7 @@ def _table(shards: list[Path], field: str | None) -> tuple[np.ndarray, np.ndarra
     They come from the cache if they are there. Shape: (images, 4) int64, (words,).
     """
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    cached = cache_folder() / f"wds-{digest(json.dumps([_RULES, field, state]))[:32]}.npz"
+    cached = cache_folder() / f"wds-{digest(json.dumps([_RULES, sorted(image_endings()), field, state]))[:32]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as file:
             return file["table"], file["words"]
@@ -127,7 +125,7 @@ def _members(path: Path, field: str | None) -> list[tuple[int, int, int | str]]:
                     classes[stem] = _label(archive.extractfile(member).read().decode("utf-8-sig").strip())
                 elif suffix == "json":
                     objects.append(member)
-                elif f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                elif f".{suffix.lower()}" in image_endings():
                     if stem in images:
                         raise _several(path, images[stem][0], member.name)
                     images[stem] = member.name, member.offset_data, member.size
@@ -143,7 +141,7 @@ def _members(path: Path, field: str | None) -> list[tuple[int, int, int | str]]:
             "again"
         ) from None
     if not images:
-        raise InputError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise no_images(str(path), [])
     rows = _match(path, images, classes)
     for name, offset, size, _ in rows:
         if offset + size > path.stat().st_size:
