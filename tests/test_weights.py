@@ -226,6 +226,17 @@ def test_sizes_that_the_steps_of_a_vae_do_not_divide_are_refused_before_encoding
 # ---- classifiers of timm, teachers -----------------------------------------------------------------------------------
 
 
+def test_another_number_of_classes_is_had_as_diffusers_users_ask_for_it(tmp_path, tiny_denoiser):
+    tiny_denoiser.save_pretrained(tmp_path)
+    options = {"num_classes": 2, "ignore_mismatched_sizes": True}
+    model = type(tiny_denoiser).from_pretrained(tmp_path, **options)
+    saved, table = tiny_denoiser.state_dict(), "y_embedder.embedding_table.weight"
+    assert 0.005 < model.state_dict()[table].std() < 0.05  # N(0, 0.02), not what the memory held
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name != table)
+    with pytest.raises(ValueError, match=table):
+        type(tiny_denoiser).from_pretrained(tmp_path, **{**options, "ignore_mismatched_sizes": False})
+
+
 def test_a_head_of_random_weights_is_refused(tmp_path):
     write_timm_folder(create_model("emov2_1m", num_classes=3, depths=[1, 1, 1, 1]), tmp_path / "timm")
     file = tmp_path / "timm" / "config.json"

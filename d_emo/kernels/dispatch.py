@@ -27,6 +27,12 @@ HAS_ONEDNN = (
 """Whether this build of the library has oneDNN's product and this CPU AVX-512."""
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, whose import of the compiler takes a second even where none is used."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Form(NamedTuple):
     """One way to compute an operator.
 
@@ -141,7 +147,7 @@ def _try(form: Form, x: Tensor, inputs: tuple[Any, ...], gradients: bool) -> Non
             torch.autograd.grad(out, wanted, torch.ones_like(out))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def note(*call: Any) -> None:
     """Keep a call for `record`; of a compiled network as it is traced."""
     if _calls is not None:
@@ -208,7 +214,7 @@ def why_standard() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_exporting() -> bool:
     """Whether torch.export is at work. Asked outside of traced code: before PyTorch 2.12 it is traced as True."""
     return torch.compiler.is_exporting()
@@ -279,7 +285,7 @@ def triton_refuses(*tensors: Tensor) -> str | None:
     return None if triton_works(tensors[0].device.index) else f"Triton's kernels {BROKEN}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def triton_works(index: int) -> bool:
     """`passes_trial`; the compiler, which would look into a cached function, calls this one and takes its word.
 
