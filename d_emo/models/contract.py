@@ -47,7 +47,7 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, output_loading_info: bool = False, **options: Any) -> Any:
-        """diffusers' own, which leaves tensors that the files lack as the memory was; these are refused here.
+        """diffusers' own, which only warns of tensors that the files lack, or that it lacks; refused here.
 
         With ``ignore_mismatched_sizes`` those of another shape are initialised anew, as for other classes.
 
