@@ -24,7 +24,8 @@ INSIDE = {
         "timm_registry", "convert",
     ],
     "data": [
-        "reading", "images", "listing", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub", "sampler"
+        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
+        "sampler",
     ],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "card", "snapshot", "classifier", "hub"],
