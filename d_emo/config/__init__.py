@@ -1,6 +1,7 @@
 """Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
 
 from d_emo.config.base import (
+    ReadingSettings,
     Settings,
     check_sources,
     folder_of,
@@ -20,6 +21,7 @@ from d_emo.config.benchmarking import (
     KernelsSettings,
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
+from d_emo.config.inspecting import DoctorSettings
 from d_emo.config.measuring import (
     PUBLISHED_COUNT,
     EvaluateClassifierSettings,

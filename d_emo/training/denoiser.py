@@ -2,6 +2,9 @@
 
 import re
 import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from d_emo.config import TrainSettings
-from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
+from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_denoiser
@@ -84,8 +87,12 @@ class DenoiserTask:
             *lines,
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
-            *filter(None, [self.start]),
+            *filter(None, [self.images.left_out, self.start]),
         ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = self.images = in_recorded_order(self.images, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.images.class_names)
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
@@ -136,6 +143,9 @@ class DenoiserTask:
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
 
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        return self.images.remarks(count)
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
         meta = {
@@ -155,9 +165,13 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
     """Start values of the label table. Shape: table (classes + 1, C); the last row is the null class."""
     torch.nn.init.normal_(table, std=settings.label_init_std)
     if settings.label_init == "names":
+        alike: Counter[tuple[str, ...]] = Counter()
         for row, name in zip(table, class_names, strict=False):
-            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in re.findall(r"\w+", name.lower())]
-            if seeds:
+            words = tuple(re.findall(r"\w+", name.lower()))
+            apart = (f"no. {alike[words]}",) if alike[words] else ()  # a crane is a bird, and another class a machine
+            alike[words] += 1
+            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in words + apart]
+            if words:
                 parts = [torch.randn(len(row), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 
@@ -169,11 +183,16 @@ def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Co
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
-            sequential=settings.cache_latents,
+            sequential=settings.cache_latents, reading=Reading.of(settings), flip=settings.flip,
         )
-        return images, load_codec(facts["vae"]), facts
-    latents = LatentDataset(settings.latents)
+        reading = {} if images.reading is None else asdict(images.reading)
+        return images, load_codec(facts["vae"]), {**facts, **reading, "flip": images.flip}
+    latents = LatentDataset(settings.latents, flip=settings.flip)
     codec = load_codec(settings.vae or latents.codec)
-    latents.check(codec, settings.image_size or latents.image_size)
-    facts = {"vae": latents.codec, "image_size": latents.image_size}
+    latents.check(
+        codec, settings.image_size or latents.image_size, exif=settings.exif, background=settings.background
+    )
+    facts = {"vae": latents.codec} | {
+        name: getattr(latents, name) for name in ("image_size", "exif", "background", "flip")
+    }
     return OneClass(latents) if settings.unconditional else latents, codec, facts

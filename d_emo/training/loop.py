@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +46,9 @@ class Task(Protocol):
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""
 
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        """Number the classes of the data as the training state does that is gone on from; see `in_recorded_order`."""
+
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
 
@@ -57,6 +60,9 @@ class Task(Protocol):
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
+
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         """Write the averaged model."""
@@ -117,6 +123,8 @@ class _Run:
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
+        if state is not None:
+            task.keep_classes(state.get("class_names"))
         set_seed(settings.seed)
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
@@ -142,6 +150,8 @@ class _Run:
         accelerator.wait_for_everyone()
         with StopSignal(settings.max_minutes) as stop_signal, self.progress.following(self.step, task.smaller):
             stop = self._loop(stop_signal)
+        for line in task.remarks(lambda seen: accelerator.reduce(seen.int().to(accelerator.device)).count_nonzero()):
+            self.progress.say(line)
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
             self.progress.say(
@@ -334,6 +344,7 @@ class _Run:
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
+                    "class_names": list(self.task.dataset.class_names),
                 }, own=self.states)
         self.accelerator.wait_for_everyone()
 
