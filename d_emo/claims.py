@@ -8,6 +8,7 @@ nobody holds: it tells the next process of the same settings that what lies ther
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -66,6 +67,8 @@ def claimed(
             raise InputError(_refusal(path, file, before))
         stays = bool(before)
         accept(stays and before.get("settings") == settings)
+        for left in _left_by(before, within, folder):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                   "settings": settings}  # fmt: skip
         _write(descriptor, {**record, "held": True})
@@ -126,6 +129,12 @@ def _beating(file: Path, descriptor: int) -> Iterator[None]:
         del _held[file]
         ended.set()
         heart.join()
+
+
+def _left_by(before: dict[str, Any], within: Path, folder: bool) -> list[Path]:
+    """What a process that was killed had begun to write by `d_emo.files.replacing`."""
+    pattern = f".tmp-{before.get('pid')}-*"
+    return list(within.rglob(pattern) if folder else within.glob(pattern)) if before.get("held") else []
 
 
 def _write(descriptor: int, record: dict[str, Any]) -> None:
