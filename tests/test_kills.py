@@ -254,6 +254,25 @@ def test_a_killed_verb_ends_as_if_undisturbed(verb, inputs, tmp_path):
     assert alike == trials > 0
 
 
+@pytest.mark.parametrize(("verb", "words"), [
+    ("train", "{train} --max-steps 100000 --tracker none --output-dir OUT/run"),
+    ("encode", "--dataset shapes --image-size 64 --num-images 100000 --vae pixels --output OUT/run"),
+    ("fid", "--checkpoint IN/snap --features emov2:IN/classifier --metrics isc --num-images 50000 --work-dir OUT/run"),
+])  # fmt: skip
+def test_the_second_of_two_processes_ends_with_exit_code_2_and_the_first_goes_on(verb, words, inputs, tmp_path):
+    argv, log = arguments(words, inputs, tmp_path), tmp_path.parent / f"{tmp_path.name}.log"
+    first = os.fork()
+    if first == 0:
+        os._exit(in_child(verb, argv, tmp_path)[0])  # whose child it is that claims the folder
+    while not ((claim := tmp_path / "run" / ".claim").exists() and claim.read_bytes().endswith(b"\n")):
+        time.sleep(0.02)
+    holder = json.loads(claim.read_text())["pid"]
+    assert in_child(verb, argv, tmp_path) == (2, 1)  # it opened the claim, and nothing else
+    assert f"run is being written by process {holder} on" in log.read_text() and claim.exists()
+    os.kill(holder, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) not in (0, 2)  # it was at work until now
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", WRITES)
 def test_a_verb_survives_kills_before_any_file_operation(verb, inputs, tmp_path):
