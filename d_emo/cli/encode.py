@@ -6,12 +6,13 @@ from accelerate.utils import reduce
 from d_emo.config import EncodeSettings
 from d_emo.data import Reading, open_dataset
 from d_emo.latents import default_codec, encode, load_codec
-from d_emo.threads import loader_workers, use_threads
+from d_emo.threads import check_launch, loader_workers, use_threads
 
 
 def run(settings: EncodeSettings) -> None:
     """Do it."""
     process = PartialState()
+    check_launch(process.num_processes)
     use_threads(process.device, process.num_processes)
     workers = loader_workers(settings.num_workers, process.device, process.num_processes)
     with process.local_main_process_first():

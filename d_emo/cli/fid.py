@@ -8,12 +8,13 @@ from d_emo.config import FidSettings
 from d_emo.data import Reading
 from d_emo.evaluation import Measurement, Ranks, measure_snapshot
 from d_emo.io.snapshot import load_denoiser
-from d_emo.threads import use_threads
+from d_emo.threads import check_launch, use_threads
 
 
 def run(settings: FidSettings) -> None:
     """Measure images that are there, or a snapshot's; print the result and what to know before comparing it."""
     state = PartialState()
+    check_launch(state.num_processes)
     use_threads(state.device, state.num_processes)
     options = ("metrics", "features", "inception_weights", "batch_size", "output", "overwrite")
     measurement = Measurement(

@@ -25,7 +25,7 @@ from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
-from d_emo.threads import loader_workers, use_threads
+from d_emo.threads import check_launch, loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, micro_batch_of, open_accelerator, precision_of
@@ -110,11 +110,7 @@ class _Run:
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
         )
-        if self.accelerator.num_processes != world:
-            raise InputError(
-                f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
-                "processes on a CPU start them with `accelerate launch --cpu`"
-            )
+        check_launch(self.accelerator.num_processes)
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
