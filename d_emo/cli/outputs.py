@@ -49,7 +49,7 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field) -> Any:
             raise FileExistsError
 
     record = digest(verb, json.dumps(settings.to_record(), sort_keys=True, default=str))
-    options = {"folder": kind in ("run", "folder"), "settings": "" if kind == "run" else record, "accept": accept}
+    options = {"folder": kind in ("run", "folder"), "settings": "" if kind in ("run", "part") else record, "accept": accept}
     try:
         stack.enter_context(claimed(path, **options, is_written=written))
     except FileExistsError:
