@@ -51,7 +51,10 @@ def test_the_second_is_refused_and_told_who_is_there_until_the_first_has_ended(t
     end(child)
     with claimed(tmp_path / "run", folder=True), claimed(tmp_path / "run", folder=True):  # its own it may claim again
         assert os.listdir(tmp_path / "run") == [".claim"]
-    assert not (tmp_path / "run").exists()  # it stayed empty
+    assert os.listdir(tmp_path / "run") == []
+    with claimed(tmp_path / "new" / "run", folder=True):
+        assert os.listdir(tmp_path / "new" / "run") == [".claim"]
+    assert os.listdir(tmp_path) == ["run"]  # what stays empty goes again
 
 
 def test_what_a_killed_writer_left_is_known_by_its_settings_and_its_leftovers_go(tmp_path):
