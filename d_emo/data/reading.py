@@ -143,9 +143,9 @@ class Reading:
         elif image.mode == "La":
             image = image.convert("LA")
         if alpha is None and image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
             alpha = image.getchannel("A")
-        if alpha is None:
+        if alpha is None or alpha.getextrema()[0] == 255:
             return image.convert("RGB")
         viewed = Image.new("RGB", image.size, self.background)
         viewed.paste(image.convert("RGB"), mask=alpha)
