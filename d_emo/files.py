@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from d_emo.errors import RunError
+from d_emo.errors import RunError, write_error
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,9 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     Whatever was made there, a file or a folder, is on the disk before it is renamed, so that readers, other processes
     and a power cut meet the old or the new. Each use has a name of its own. Many small files that can be made again
     need not wait for the disk (``flush``).
+
+    Raises:
+        OSError: It cannot be written; names ``path``, also where a library has an exception of its own for that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
@@ -37,8 +40,10 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         temporary.replace(path)
         if flush:
             _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, Exception) and (refused := write_error(error, path)):
+            raise refused from error
         raise
 
 

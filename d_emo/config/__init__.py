@@ -2,9 +2,8 @@
 
 from d_emo.config.base import (
     Settings,
-    check_sources,
+    check_paths,
     in_flags,
-    is_folder,
     parse_settings,
     run_cli,
     setting,
@@ -29,6 +28,7 @@ from d_emo.config.measuring import (
     PlotSettings,
     ReferenceSettings,
 )
+from d_emo.config.paths import is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,

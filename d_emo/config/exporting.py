@@ -18,7 +18,8 @@ class ExportSettings(Settings):
         None, "side of a classifier's images in pixels. Default: the classifier's"
     )
     output: str = setting(
-        help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output"
+        help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",
+        output="file",
     )
     tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, relative to the largest of them")
 
@@ -31,4 +32,6 @@ class ConvertSettings(Settings):
         help="a released .pth file, or a snapshot folder of a classifier", flag="IN", group="Weights", source=True
     )
     model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
-    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT", group="Output")
+    output: str = setting(
+        help="folder to write model.safetensors and config.json to", flag="OUT", group="Output", output="folder"
+    )

@@ -54,7 +54,7 @@ class EvaluateClassifierSettings(Settings):
     )
     batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")
-    output: str | None = setting(None, "JSON file to write the result to", group="Output")
+    output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
 
     def check(self) -> None:
         if self.output is not None and not Path(self.output).parent.is_dir():
@@ -85,6 +85,7 @@ class JudgeSettings(Settings):
     output: str = setting(
         "samples/judged.png", "PNG of ten samples of each of ten classes, with the metrics as JSON beside it (with "
         "--samplers: the table as .md, with .json beside it); overwritten", group="Output",
+        output="picture",
     )
     write_card: bool = setting(False, "also put the samples and metrics into the snapshot's model card")
 
@@ -117,7 +118,8 @@ class ExplainSettings(Settings):
     )
     stage: Stage = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
     output: str | None = setting(
-        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output"
+        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output",
+        output="folder",
     )
 
 
@@ -157,12 +159,15 @@ class FidSettings(Settings):
     )
     compile: bool = setting(False, "torch.compile the denoiser")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
-    save_npz: str | None = setting(None, "write the samples to this .npz, in ADM's layout", group=SAVING)
-    save_png: str | None = setting(None, "write the samples into this folder")
-    work_dir: str | None = setting(
-        None, "folder for the features of the samples, to resume from. Default: results/fid/<settings' digest>"
+    save_npz: str | None = setting(
+        None, "write the samples to this .npz, in ADM's layout", group=SAVING, output="part"
     )
-    output: str | None = setting(None, "JSON file to write the result to", group="Output")
+    save_png: str | None = setting(None, "write the samples into this folder", output="run")
+    work_dir: str | None = setting(
+        None, "folder for the features of the samples, to resume from. Default: results/fid/<settings' digest>",
+        output="run",
+    )
+    output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
 
     def check(self) -> None:
         if (self.samples is None) == (self.checkpoint is None):
@@ -201,7 +206,7 @@ class ReferenceSettings(Settings):
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")
     num_workers: Workers = setting(0, "data loading processes")
-    output: str = setting(help=".npz to write, in ADM's layout", group="Output")
+    output: str = setting(help=".npz to write, in ADM's layout", group="Output", output="file")
     kept_images: Whole = setting(
         10_000, "number of images stored for precision, recall and KID, spread evenly; ADM stores as many"
     )
@@ -219,7 +224,7 @@ class PlotSettings(Settings):
     runs: list[str] = setting(help="run folders", flag="runs", group="Curves", source=True)
     published: str = setting("auto", "published curve to add: auto (of the runs' models), none, or a model's name")
     smooth: Whole = setting(0, "window of a running mean, in steps")
-    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output")
+    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output", output="picture")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ class SampleSettings(Settings):
     )
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
-        group="Output",
+        group="Output", output="picture",
     )
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"

@@ -17,8 +17,8 @@ class StudySettings(Settings):
     """Settings of ``scripts/compare.py``; ``configs/study/`` has some."""
 
     title: str = setting(help="heading of the report", group="Study")
-    output_dir: str = setting(help="folder of the study's latents and runs; what is complete there is reused")
-    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids")
+    output_dir: str = setting(help="folder of the study's latents and runs; what is complete there is reused", output="run")
+    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids", output="run")
     encode: dict[str, Any] | None = setting(
         None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
         group="Training",

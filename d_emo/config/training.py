@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, is_folder, setting
+from d_emo.config.base import Settings, setting
+from d_emo.config.paths import is_folder
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -30,7 +31,7 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run", output="folder"
     )
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
     block_out_channels: list[Count] = setting(
@@ -52,7 +53,7 @@ class RunSettings(Settings):
 
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>",
-        resumable=True, group="Run"
+        resumable=True, group="Run", output="run"
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
@@ -228,7 +229,7 @@ class TrainSettings(DataSettings, RunSettings):
 class EncodeSettings(DataSettings):
     """Settings of ``scripts/encode_latents.py``."""
 
-    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output")
+    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output", output="run")
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
