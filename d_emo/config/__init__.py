@@ -2,7 +2,12 @@
 
 from d_emo.config.base import (
     Settings,
+<<<<<<< HEAD
     check_paths,
+=======
+    check_sources,
+    folder_of,
+>>>>>>> main
     in_flags,
     parse_settings,
     run_cli,

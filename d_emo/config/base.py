@@ -16,8 +16,13 @@ import yaml
 
 from d_emo.config.paths import Source, check_config, check_output, check_source, check_text
 from d_emo.config.ranges import Range
+<<<<<<< HEAD
 from d_emo.errors import InputError, RunError, fields_as, of_the_system
 from d_emo.files import write_file
+=======
+from d_emo.errors import InputError, RunError, fields_as
+from d_emo.files import expand_home, write_file
+>>>>>>> main
 
 S = TypeVar("S", bound="Settings")
 
@@ -94,19 +99,42 @@ def type_hints(settings_class: type[Any]) -> dict[str, Any]:
     return get_type_hints(settings_class, include_extras=True)
 
 
+<<<<<<< HEAD
 def check_paths(settings: Settings) -> None:
     """Refuse paths of inputs that cannot be read, and of outputs that cannot be written.
+=======
+def is_folder(data_dir: str) -> bool:
+    """Whether ``--data-dir`` names an image folder, not tar shards or a data set of the library ``datasets``."""
+    return data_dir.partition(":")[0] not in ("wds", "hf")
+
+
+def folder_of(data_dir: str) -> Path:
+    """The image folder that ``--data-dir`` names; ``folder:`` before it says that train, val, ... in it are classes."""
+    return expand_home(data_dir.removeprefix("folder:"))
+
+
+def check_sources(settings: Settings) -> None:
+    """Refuse paths of inputs where nothing is.
+>>>>>>> main
 
     Raises:
         InputError: There is one.
     """
     for each in fields(settings):
+<<<<<<< HEAD
         value = getattr(settings, each.name)
         for path in [value] if isinstance(value, str) else value or [] if isinstance(value, list) else []:
             if each.metadata.get("source"):
                 check_source(each.name, path, each.metadata["source"])
             if each.metadata.get("output"):
                 check_output(each.name, path, each.metadata["output"])
+=======
+        value = getattr(settings, each.name) if each.metadata.get("source") else None
+        for path in [value] if isinstance(value, str) else value or []:
+            own = folder_of if each.name in ("data_dir", "validate_dir") else Path
+            if is_folder(path) and not own(path).exists():
+                raise InputError(f"`{each.name}` {path} does not exist")
+>>>>>>> main
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

@@ -6,8 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+<<<<<<< HEAD
 from d_emo.config.base import Settings, setting
 from d_emo.config.paths import is_folder
+=======
+from d_emo.config.base import Settings, folder_of, is_folder, setting
+>>>>>>> main
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -132,7 +136,7 @@ class DataSettings(Settings):
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = Path(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
+            path = folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 

@@ -14,7 +14,7 @@ import torch
 from d_emo.config import StudySettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.files import digest, locked, write_json
+from d_emo.files import digest, locked, read_json, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import published_curves
@@ -24,11 +24,11 @@ from d_emo.lab.study.plan import PlannedRun, latent_shape_of
 from d_emo.lab.study.plots import draw_curves, draw_gaps
 from d_emo.lab.study.report import write_report
 from d_emo.lab.study.results import (
+    REMAKE,
     RESUME,
     collect,
     digits_of,
     metric_values,
-    read_json,
     read_measurements,
     size_of,
 )
@@ -67,7 +67,8 @@ def conclude(
     plots = {"curves.png": "FID and training loss against steps, images, arithmetic and time"}
     gaps = pd.DataFrame([
         {"run": run.name, "seed": run.seed, **level} for run in runs
-        if run.name in settings.norm_gap and (run.folder / GAPS).exists() for level in read_json(run.folder / GAPS)
+        if run.name in settings.norm_gap and (run.folder / GAPS).exists()
+        for level in read_json(run.folder / GAPS, list, REMAKE)
     ])  # fmt: skip
     if not gaps.empty:
         draw_gaps(folder / "norm_gap.png", gaps)
@@ -91,7 +92,9 @@ def read_step_times(settings: StudySettings, runs: list[PlannedRun]) -> dict[str
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
             write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
-    return read_json(path)
+    return read_json(path, lambda kept: {
+        "hardware": kept["hardware"], "seconds": {key: kept["seconds"][key] for key in keys.splitlines()}
+    }, REMAKE)  # fmt: skip
 
 
 def held_out_file(settings: StudySettings, runs: list[PlannedRun]) -> Path:
@@ -134,7 +137,7 @@ def introduction(
         " is the share of drawings that it takes for what was asked for."
     )  # fmt: skip
     path, values = held_out_file(settings, runs), metric_values()
-    if path.exists() and (real := read_json(path)):
+    if path.exists() and (real := read_json(path, remedy=REMAKE)):
         count, real = real.pop("images"), with_present_names(real)
         shown = (f"{values[name].title} {value:.{digits_of(values[name])}f}" for name, value in real.items())
         measured += f" {count:,} real held-out images measure: {', '.join(shown)}."

@@ -12,6 +12,7 @@ from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
+from d_emo.lab.study.plan import data_dir_of
 from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
@@ -68,9 +69,10 @@ class Meter:
         if self._metrics is None:
             if opened.class_names != self._features.class_names:
                 raise InputError(f"the classifier {self._features.name} knows other classes than {opened.path}")
-            data, training = opened.meta["data"], self.settings.train
+            data, own = opened.meta.get("data"), data_dir_of(self.settings)
             real, self._held_out = classifier_metrics.open_real(
-                data, opened.image_size, opened.class_names, data_dir=training.get("data_dir")
+                data, opened.image_size, opened.class_names, data_dir=own,
+                validate_dir=own and self.settings.train.get("validate_dir"),
             )
             self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
         return self._metrics
@@ -86,8 +88,11 @@ class Meter:
             For each tenth of the timesteps: "timestep" (its middle), "train" and "eval" (mean squared errors).
         """
         opened = load_denoiser(snapshot)
-        codec, model, data = load_codec(opened.codec).to(self.device), opened.model.to(self.device), opened.meta["data"]
-        held_out = open_dataset(dataset=data, data_dir=None, split="test", image_size=opened.image_size)
+        codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
+        own = data_dir_of(self.settings) and self.settings.train["validate_dir"]
+        held_out = open_dataset(
+            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size
+        )
         objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
         errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
         counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)

@@ -8,15 +8,15 @@ from typing import Any, TextIO
 
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
-from d_emo.files import locked, write_json
+from d_emo.files import locked, read_json, write_json
 from d_emo.io.training_state import step_of
-from d_emo.lab.study.checks import check_inputs, check_measuring, check_same_latents, check_same_training
+from d_emo.lab.study.checks import check_classes, check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.lab.study.conclusion import GAPS, conclude, held_out_file
 from d_emo.lab.study.cost import cost_table
 from d_emo.lab.study.execution import VerbError, run_verb, writing
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import PlannedRun, fid_options, latents_folder, plan_runs
-from d_emo.lab.study.results import RESUME, add_measurement, metric_values, read_json, read_measurements
+from d_emo.lab.study.results import REMAKE, RESUME, add_measurement, metric_values, read_measurements
 from d_emo.lab.text import plural
 from d_emo.latents.shards import INDEX
 
@@ -44,6 +44,8 @@ class Study:
         if not settings.report_only:
             check_inputs(settings)
         check_same_latents(settings)
+        if self.classifier is not None and not settings.report_only:
+            check_classes(settings, self.runs, self.classifier, self._classifier_config)
         for run in self.runs:
             check_same_training(run)
 
@@ -144,5 +146,4 @@ class Study:
         output = snapshot.with_name(f".{snapshot.name}-fid.json")
         options = {**fid_options(self.settings), "checkpoint": str(snapshot), "output": str(output)}
         self._run("fid", options, output, lock)
-        result = read_json(output)
-        return {name: result[name] for name in metric_values() if name in result}
+        return read_json(output, lambda found: {name: found[name] for name in metric_values() if name in found}, REMAKE)
