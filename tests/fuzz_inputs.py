@@ -32,7 +32,9 @@ from d_emo.config.base import flag_of, type_hints
 from d_emo.tables import load
 
 SOURCES = {"data_dir", "validate_dir", "latents", "init_from", "teacher_weights", "checkpoint", "classifier", "image",
-           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge", "teacher"}  # fmt: skip
+           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge",
+           "teacher"}  # fmt: skip
+FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge"}
 OUTPUTS = {"output", "output_dir", "report_dir", "save_npz", "save_png", "work_dir"}
 FREE = {"title", "match", "host", "push_to_hub", "launch", "classes", "interpolate", "published"}
 """Text that may be anything: a value of these must not end in a traceback, and that is all."""
@@ -43,16 +45,21 @@ WHOLE = ["", "abc", "1.5", "nan", "inf", "1e400", "-1e400", "~", "[1]", "{a: 1}"
 NUMBER = ["", "abc", "nan", ".nan", "inf", "-.inf", "1e400", "-1e400", "~", "[1.0]", "{a: 1}", "true", "1,5", "9" * 400]
 FLAG = ["maybe", "2", "[true]", "~", "1e400", "{}", "\u2603"]
 WORD = ["", "nonsense", "NO WAY", "\u00e4", "x" * 10_000, "[x]", "{a: b}", "1e400", "~"]
-MAPPING = ["", "5", "text", "[1]", "{", "{a", "{? : }", "[[[[", "&a [*a]", "{1: 2}", "{nope: 1}", "{a: {b: {c: {d: 1}}}}",
-           "{depth: -1}", "{depth: many}", "{depth: 1.5}", "{depth: 1000000000}", "{hidden_size: 1000000000}",
-           "{hidden_size: 99999999999999999999}", "{hidden_size: [1]}", "{num_heads: 0}", "{depth: {a: b}}",
-           "{depth: .nan}", "{patch_size: 0}", "{window_size: [1, 2, 3]}", "{window_size: -5}", "{kernel_size: 1000001}",
-           "{block: nope}", "{expand_ratio: .inf}", "{expand_ratio: -1}", "{expand_ratio: 1e18}", "{local_norm: 7}",
-           "{attention_mode: [near]}", "{position_embedding: {}}", "{learn_sigma: perhaps}", "{dims: []}",
-           "{dims: [8, 8]}", "{dims: [1e400, a]}", "{depths: [1000000000, 1, 1, 1]}", "{dims: 5}", "{drop_path_rate: x}",
-           "{drop_path_rate: 7}", "{name: emov2_5m}", "{null: null}", "{depth: null}"]  # fmt: skip
-YAML = ["[[1]]", "{a: {b: 1}}", "!!binary aGk=", "!!set {a}", "!!python/object/apply:os.getcwd []", "2026-01-01", ".nan",
-        ".inf", "18446744073709551616", "''", "'~'", "[null]", "- x", "{1: [2, {3: 4}]}"]  # fmt: skip
+MAPPING = [
+    "", "5", "text", "[1]", "{", "{a", "{? : }", "[[[[", "&a [*a]", "{1: 2}", "{nope: 1}", "{a: {b: {c: {d: 1}}}}",
+    "{depth: -1}", "{depth: many}", "{depth: 1.5}", "{depth: 1000000000}", "{hidden_size: 1000000000}",
+    "{hidden_size: 99999999999999999999}", "{hidden_size: [1]}", "{num_heads: 0}", "{depth: {a: b}}", "{depth: .nan}",
+    "{patch_size: 0}", "{window_size: [1, 2, 3]}", "{window_size: -5}", "{kernel_size: 1000001}", "{block: nope}",
+    "{expand_ratio: .inf}", "{expand_ratio: -1}", "{expand_ratio: 1e18}", "{local_norm: 7}", "{depth: null}",
+    "{attention_mode: [near]}", "{position_embedding: {}}", "{learn_sigma: perhaps}", "{dims: []}", "{dims: [8, 8]}",
+    "{hidden_size: 400000, depth: 1000}", "{dims: [1e400, a]}", "{depths: [1000000000, 1, 1, 1]}", "{dims: 5}",
+    "{drop_path_rate: x}", "{drop_path_rate: 7}", "{dims: [800000, 800000, 800000, 800000]}", "{name: emov2_5m}",
+    "{null: null}",
+]  # fmt: skip
+YAML = [
+    "[[1]]", "{a: {b: 1}}", "!!binary aGk=", "!!set {a}", "!!python/object/apply:os.getcwd []", "2026-01-01", ".nan",
+    ".inf", "18446744073709551616", "''", "'~'", "[null]", "- x", "{1: [2, {3: 4}]}",
+]  # fmt: skip
 CONFIGS = {
     "empty": b"", "a list": b"- 1\n- 2\n", "text": b"hello", "a number": b"7", "not UTF-8": b"seed: \xff\xfe\n",
     "bytes": bytes(range(256)) * 9, "a tab": b"seed:\n\t- 1\n", "unclosed": b"{seed: [1, ", "no such key": b"nope: 1\n",
@@ -64,7 +71,11 @@ CONFIGS = {
     "two documents": b"seed: 1\n---\nseed: 2\n", "JSON": b'{"seed": "x", "nope": 1}', "null bytes": b"seed: \x00\n",
     "a config of a config": b"config: config.yaml\n", "a long line": b"x" * 2_000_000,
 }  # fmt: skip
-TAMED = {"empty", "text", "two documents"}  # an empty file sets nothing; and what jsonargparse itself makes of the others
+TAMED = {"empty"}  # it sets nothing
+PLAUSIBLE = {"'~'", "''", "2026-01-01", "18446744073709551616", ".nan", ".inf", "- x"}
+"""YAML that is text, a number or a list: whether a setting takes it is seen by its flag."""
+CONFIG_PATHS = ["", "nowhere", "n" * 300, "a-file/x", "fifo", "empty-folder", "socket", "loop", "garbage", "garbage.npz",
+                "/dev/zero", "/dev/null", "/proc/self/mem"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,14 +108,14 @@ def odd_sources(odd: Path, name: str) -> Iterator[tuple[str, bool]]:
                  "empty", "garbage", "empty-folder", "folder-of-garbage", "text.txt", "\udcff\udcfe"):  # fmt: skip
         yield str(odd / each), True
     for suffix in (".png", ".npz", ".pth", ".safetensors", ".zip", ".yaml", ".json", ".tar"):
-        if name in {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge"}:
+        if name in FILES:
             for stem in ("empty", "garbage", "folder", "fifo"):
-                yield str(odd / f"{stem}{suffix}"), not (stem == "folder" and suffix == "")
+                yield str(odd / f"{stem}{suffix}"), True
     yield from ((each, True) for each in ("", "/dev/zero", "/dev/null", "/proc/1/nope", "a\0b", "~nobody-such/x", "\0"))
     if name in ("data_dir", "validate_dir"):
         tar = odd / "garbage.tar"
-        for each in ("wds:", "wds:nowhere.tar", f"wds:{tar}", f"wds:{odd}/fifo", f"wds:{odd}/empty.tar", "wds:/dev/zero",
-                     f"wds:{odd}/folder.tar", "wds:a{000000000..999999999}.tar", "wds:{0..99}{0..9999}{0..9999}.tar",
+        for each in ("wds:", "wds:nowhere.tar", f"wds:{tar}", f"wds:{odd}/fifo", f"wds:{odd}/empty.tar",
+                     "wds:/dev/zero", f"wds:{odd}/folder.tar", "wds:a{000000000..999999999}.tar", "wds:{0..99}{0..9999}{0..9999}.tar",
                      "wds:{9..0}.tar", "wds:{0..99999999999999999999999}.tar", "wds:***", f"wds:{tar}?nope=1",
                      f"wds:{tar}?class_names={odd}/fifo", "hf:", "hf:?", "hf:nowhere", f"hf:{odd}/garbage", "hf:a?b=c",
                      "hf:x?streaming=maybe", "hf:x?streaming=true&length=-1", "wds:\0", "hf:\0"):  # fmt: skip
@@ -148,8 +159,8 @@ def values_for(verb: str, one: Field, hint: Any, odd: Path) -> Iterator[tuple[st
             yield str(base(each)), True
         yield from (("-0", False), ("-0.0", base is int))
     elif base is dict or get_origin(base) is dict:
-        yield from ((each, one.name == "model_options" and each != "{name: emov2_5m}" or not each or each[0] not in "{[&")
-                    for each in MAPPING)
+        for each in MAPPING:
+            yield each, one.name == "model_options" or not each or each[0] not in "{[&"
     elif one.name in SOURCES:
         yield from odd_sources(odd, one.name)
     elif one.name in OUTPUTS:
@@ -169,51 +180,39 @@ def is_folder_output(verb: str, name: str) -> bool:
 
 def cases(world: Path) -> Iterator[Case]:
     """All of them, in a fixed order."""
-    odd = world / "odd"
     for verb, row in VERBS.items():
         for word, reference in row.kinds().items():
             kind = load(reference)
+            flags = {each.name: flag_of(each) for each in fields(kind)}
             base = BASE[verb, word](world)
-            positional = [each for each in fields(kind) if not flag_of(each).startswith("--")]
-
-            def line(changed: dict[str, list[str]], base=base, kind=kind, word=word, positional=positional):
-                given = {**base, **changed}
-                words = [word] if word else []
-                for each in fields(kind):
-                    if each.name in given and each not in positional:
-                        words += [flag_of(each), *given[each.name]]
-                return (*words, *(value for each in positional for value in given.get(each.name, [])))
-
             for each in fields(kind):
                 hint = type_hints(kind)[each.name]
-                for value, refused in values_for(verb, each, hint, odd):
-                    argv = line(extra_for(each.name, world) | {each.name: [value]})
-                    yield Case(verb, word, flag_of(each), value, argv, refused)
+                for value, refused in values_for(verb, each, hint, world / "odd"):
+                    changed = base | extra_for(each.name, world) | {each.name: [value]}
+                    free = verb == "compare" and each.name == "data_dir"  # which encode opens, in its own process
+                    yield Case(verb, word, flags[each.name], value, line(word, flags, changed), refused and not free)
+                if not flags[each.name].startswith("--"):
+                    continue  # a positional argument is not read from a file
+                rest = {name: words for name, words in base.items() if name != each.name}
+                container = bare(hint)[0] is dict or get_origin(bare(hint)[0]) in (dict, list)
                 for text in YAML:
-                    must = text not in ("'~'", "''", "2026-01-01", "18446744073709551616", ".nan", ".inf", "- x")
-                    must = must and bare(hint)[0] not in (dict,) and get_origin(bare(hint)[0]) not in (dict, list)
-                    rest = {name: value for name, value in base.items() if name != each.name}
-                    argv = tuple(w for name, value in rest.items() if (f := flag_of(next(
-                        x for x in fields(kind) if x.name == name))).startswith("--") for w in (f, *value))
-                    places = tuple(v for p in positional for v in base.get(p.name, []) if p.name != each.name)
-                    config = f"{each.name}: {text}\n".encode()
-                    head = (word,) if word else ()
-                    if places or each in positional:
-                        continue  # a positional argument is not read from a file
-                    yield Case(verb, word, each.name, f"YAML {text}", (*head, "--config", "config.yaml", *argv), must, config)
+                    must = not container and text not in PLAUSIBLE
+                    argv, content = line(word, flags, rest, "config.yaml"), f"{each.name}: {text}\n".encode()
+                    yield Case(verb, word, each.name, f"YAML {text}", argv, must, content)
             for name, content in CONFIGS.items():
-                argv = line({})
-                at = 1 if word else 0
-                argv = (*argv[:at], "--config", "config.yaml", *argv[at:])
+                argv = line(word, flags, base, "config.yaml")
                 yield Case(verb, word, "--config", name, argv, name not in TAMED, content)
-            for path in ("", "nowhere", "n" * 300, "a-file/x", "fifo", "empty-folder", "socket", "loop", "garbage", "garbage.npz"):
-                argv = line({})
-                at = 1 if word else 0
-                yield Case(verb, word, "--config", path, (*argv[:at], "--config", str(odd / path) if path else "", *argv[at:]))
-            for path in ("/dev/zero", "/dev/null", "/proc/self/mem"):
-                argv = line({})
-                at = 1 if word else 0
-                yield Case(verb, word, "--config", path, (*argv[:at], "--config", path, *argv[at:]), path != "/dev/null")
+            for path in CONFIG_PATHS:
+                whole = str(world / "odd" / path) if path and not path.startswith("/") else path
+                yield Case(verb, word, "--config", path, line(word, flags, base, whole))
+
+
+def line(word: str, flags: dict[str, str], given: dict[str, list[str]], config: str | None = None) -> tuple[str, ...]:
+    """A command line: the word that chooses a kind, flags, then positional arguments."""
+    named = [(flags[name], *words) for name, words in given.items() if flags[name].startswith("--")]
+    places = [words for name, words in given.items() if not flags[name].startswith("--")]
+    head = [word] if word else []
+    return (*head, *(["--config", config] if config is not None else []), *sum(map(tuple, [*named, *places]), ()))
 
 
 def extra_for(name: str, world: Path) -> dict[str, list[str]]:

@@ -33,9 +33,9 @@ def check_source(name: str, path: str, kind: Source = True) -> None:
     if not is_folder(path):
         return
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(os.path.expanduser(path) if kind == "or a name" else path).st_mode
     except FileNotFoundError:
-        if kind == "or a name":
+        if kind == "or a name" and path[0] != "~":
             return
         raise InputError(f"`{name}` {path} does not exist") from None
     except OSError as error:
@@ -59,13 +59,12 @@ def check_output(name: str, path: str, kind: str) -> None:
     target = place = Path(path)
     wanted = {"folder": "a folder", "run": "a folder", "picture": "either"}.get(kind, "a file")
     try:
-        if target.exists():
-            mode = target.stat().st_mode
+        if (mode := _mode(target)) is not None:
             found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "neither file nor folder"
             if wanted not in ("either", found) or found == "neither file nor folder":
                 raise InputError(f"`{name}` {path} is {found}, where {wanted} is to be written")
             place = target if stat.S_ISDIR(mode) else target.parent
-        while not place.exists():
+        while _mode(place) is None:
             place = place.parent
         with tempfile.TemporaryFile(dir=place):  # nothing else tells of a read-only disk, of /proc, of a quota
             pass
@@ -106,6 +105,14 @@ def check_text(name: str, text: str) -> None:
         raise InputError(f"`{name}` must not be empty")
     if "\0" in text or any("\ud800" <= each <= "\udfff" for each in text):
         raise InputError(f"`{name}` must be text in UTF-8 without null characters, not {text!r}")
+
+
+def _mode(path: Path) -> int | None:
+    """What is there, as `os.stat` says it; None for nothing. OSError for a link to itself, a name too long."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
 
 
 def _count(node: Any, known: dict[int, int]) -> int:

@@ -16,6 +16,9 @@ from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
 from d_emo.errors import InputError
 from d_emo.files import digest, replacing
 
+MOST_SHARDS = 1_000_000
+"""Files that one ``{first..last}`` may stand for."""
+
 
 class TarShards(StoredImages):
     """Local tar files in WebDataset's layout: members ``KEY.jpg`` (or png, webp, ...) and ``KEY.cls``, a class number.
@@ -63,11 +66,13 @@ def expand(pattern: str) -> list[Path]:
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if numbers:
         first, last = numbers.groups()
+        if int(last) - int(first) not in range(MOST_SHARDS):
+            raise InputError(f"{pattern[:200]} names no shards, or more than {MOST_SHARDS:,}; write first..last")
         parts = [pattern[: numbers.start()] + f"{number:0{len(first)}}" + pattern[numbers.end() :]
                  for number in range(int(first), int(last) + 1)]
-        return [path for part in parts for path in expand(part)]
+        return [path for part in parts for path in expand(part)]  # ends at the first that is not there
     path = Path(pattern).expanduser()
-    found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    found = sorted(path.parent.glob(re.sub(r"\*+", "*", path.name))) if "*" in path.name else [path]
     missing = [str(each) for each in found if not each.is_file()] if found else [pattern]
     if missing:
         raise InputError(
