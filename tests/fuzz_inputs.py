@@ -74,8 +74,8 @@ CONFIGS = {
 TAMED = {"empty"}  # it sets nothing
 PLAUSIBLE = {"'~'", "''", "2026-01-01", "18446744073709551616", ".nan", ".inf", "- x"}
 """YAML that is text, a number or a list: whether a setting takes it is seen by its flag."""
-CONFIG_PATHS = ["", "nowhere", "n" * 300, "a-file/x", "fifo", "empty-folder", "socket", "loop", "garbage", "garbage.npz",
-                "/dev/zero", "/dev/null", "/proc/self/mem"]  # fmt: skip
+CONFIG_PATHS = ["", "nowhere", "n" * 300, "a-file/x", "fifo", "empty-folder", "socket", "loop", "garbage",
+                "garbage.npz", "/dev/zero", "/dev/null", "/proc/self/mem"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def odd_sources(odd: Path, name: str) -> Iterator[tuple[str, bool]]:
     if name in ("data_dir", "validate_dir"):
         tar = odd / "garbage.tar"
         for each in ("wds:", "wds:nowhere.tar", f"wds:{tar}", f"wds:{odd}/fifo", f"wds:{odd}/empty.tar",
-                     "wds:/dev/zero", f"wds:{odd}/folder.tar", "wds:a{000000000..999999999}.tar", "wds:{0..99}{0..9999}{0..9999}.tar",
+                     "wds:/dev/zero", f"wds:{odd}/folder.tar", "wds:a{000000000..999999999}.tar",
+                     "wds:{0..99}{0..9999}{0..9999}.tar",
                      "wds:{9..0}.tar", "wds:{0..99999999999999999999999}.tar", "wds:***", f"wds:{tar}?nope=1",
                      f"wds:{tar}?class_names={odd}/fifo", "hf:", "hf:?", "hf:nowhere", f"hf:{odd}/garbage", "hf:a?b=c",
                      "hf:x?streaming=maybe", "hf:x?streaming=true&length=-1", "wds:\0", "hf:\0"):  # fmt: skip
@@ -146,7 +147,7 @@ def values_for(verb: str, one: Field, hint: Any, odd: Path) -> Iterator[tuple[st
         kind, optional = get_args(kind)[0], False
         if one.name not in FREE:
             yield from ((each, one.default is MISSING and one.default_factory is MISSING) for each in ("[]", "{}"))
-    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind  # without its range
     if get_origin(kind) is Literal or one.metadata.get("choices") is not None:
         yield from ((each, not (optional and each == "~")) for each in WORD)
     elif base is bool:

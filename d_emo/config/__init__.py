@@ -1,13 +1,9 @@
 """Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
 
 from d_emo.config.base import (
+    ReadingSettings,
     Settings,
-<<<<<<< HEAD
     check_paths,
-=======
-    check_sources,
-    folder_of,
->>>>>>> main
     in_flags,
     parse_settings,
     run_cli,
@@ -33,7 +29,7 @@ from d_emo.config.measuring import (
     PlotSettings,
     ReferenceSettings,
 )
-from d_emo.config.paths import is_folder
+from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,

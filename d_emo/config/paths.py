@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from d_emo.errors import InputError
+from d_emo.files import expand_home
 
 Source = bool | Literal["or a name"]
 """Whether a setting is the path of an input; "or a name" of something that may also be known by a name."""
@@ -24,6 +25,11 @@ def is_folder(data_dir: str) -> bool:
     return data_dir.partition(":")[0] not in ("wds", "hf")
 
 
+def folder_of(data_dir: str) -> Path:
+    """The image folder that ``--data-dir`` names; ``folder:`` before it says that train, val, ... in it are classes."""
+    return expand_home(data_dir.removeprefix("folder:"))
+
+
 def check_source(name: str, path: str, kind: Source = True) -> None:
     """Refuse the path of an input where nothing is, or nothing that can be read.
 
@@ -32,8 +38,9 @@ def check_source(name: str, path: str, kind: Source = True) -> None:
     """
     if not is_folder(path):
         return
+    place = folder_of(path) if name in ("data_dir", "validate_dir") or kind == "or a name" else Path(path)
     try:
-        mode = os.stat(os.path.expanduser(path) if kind == "or a name" else path).st_mode
+        mode = place.stat().st_mode
     except FileNotFoundError:
         if kind == "or a name" and path[0] != "~":
             return
@@ -42,7 +49,7 @@ def check_source(name: str, path: str, kind: Source = True) -> None:
         raise InputError(f"`{name}` {_shown(path)} cannot be read: {error.strerror}") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError(f"`{name}` {path} is neither a file nor a folder")
-    if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+    if not os.access(place, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
         raise InputError(f"`{name}` {path} cannot be read: no permission")
 
 

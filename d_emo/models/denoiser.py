@@ -106,7 +106,7 @@ class Denoiser(DenoiserFrame):
             if not is_count(value, largest):
                 raise InputError(f"{name} must be a positive integer of at most {largest:,}, got {value!r}.")
         if not is_ratio(expand_ratio):
-            raise InputError(f"expand_ratio must be a positive number of at most {LARGEST_RATIO}, got {expand_ratio!r}.")
+            raise InputError(f"expand_ratio must be positive and at most {LARGEST_RATIO}, got {expand_ratio!r}.")
         if not isinstance(learn_sigma, bool):
             raise InputError(f"learn_sigma must be true or false, got {learn_sigma!r}.")
         height, width = self.sample_size = pair(sample_size, "sample_size")

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from d_emo.config import StudySettings
-from d_emo.data import ClassImages, open_dataset, spread
+from d_emo.data import ClassImages, Reading, open_dataset, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics
@@ -72,10 +72,15 @@ class Meter:
             data, own = opened.meta.get("data"), data_dir_of(self.settings)
             real, self._held_out = classifier_metrics.open_real(
                 data, opened.image_size, opened.class_names, data_dir=own,
-                validate_dir=own and self.settings.train.get("validate_dir"),
+                validate_dir=own and self.settings.train.get("validate_dir"), reading=self._reading(),
             )
             self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
         return self._metrics
+
+    def _reading(self) -> Reading:
+        """How the images of the study's own folders become RGB."""
+        given = {**self.settings.train, **(self.settings.encode or {})}
+        return Reading(**{name: given[name] for name in ("exif", "background") if name in given})
 
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
@@ -91,7 +96,8 @@ class Meter:
         codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
         own = data_dir_of(self.settings) and self.settings.train["validate_dir"]
         held_out = open_dataset(
-            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size
+            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size,
+            reading=self._reading(),
         )
         objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
         errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
