@@ -36,6 +36,8 @@ SOURCES = {"data_dir", "validate_dir", "latents", "init_from", "teacher_weights"
            "teacher"}  # fmt: skip
 FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge"}
 OUTPUTS = {"output", "output_dir", "report_dir", "save_npz", "save_png", "work_dir"}
+UNREAD = {("compare", "data_dir"), ("encode", "validate_dir")}
+"""Sources that a verb does not open itself: a study's are encoded in another process, and encode needs no held-out."""
 FREE = {"title", "match", "host", "push_to_hub", "launch", "classes", "interpolate", "published"}
 """Text that may be anything: a value of these must not end in a traceback, and that is all."""
 
@@ -151,7 +153,7 @@ def values_for(verb: str, one: Field, hint: Any, odd: Path) -> Iterator[tuple[st
     if get_origin(kind) is Literal or one.metadata.get("choices") is not None:
         yield from ((each, not (optional and each == "~")) for each in WORD)
     elif base is bool:
-        yield from ((each, True) for each in FLAG)
+        yield from ((each, not (optional and each == "~")) for each in FLAG)
     elif base in (int, float):
         limits = get_args(kind)[1]
         yield from ((each, each not in ("~", "1_")) for each in (WHOLE if base is int else NUMBER))
@@ -189,8 +191,8 @@ def cases(world: Path) -> Iterator[Case]:
             for each in fields(kind):
                 hint = type_hints(kind)[each.name]
                 for value, refused in values_for(verb, each, hint, world / "odd"):
-                    changed = base | extra_for(each.name, world) | {each.name: [value]}
-                    free = verb == "compare" and each.name == "data_dir"  # which encode opens, in its own process
+                    changed = base | extra_for(each.name, flags, world) | {each.name: [value]}
+                    free = (verb, each.name) in UNREAD
                     yield Case(verb, word, flags[each.name], value, line(word, flags, changed), refused and not free)
                 if not flags[each.name].startswith("--"):
                     continue  # a positional argument is not read from a file
@@ -216,9 +218,10 @@ def line(word: str, flags: dict[str, str], given: dict[str, list[str]], config: 
     return (*head, *(["--config", config] if config is not None else []), *sum(map(tuple, [*named, *places]), ()))
 
 
-def extra_for(name: str, world: Path) -> dict[str, list[str]]:
+def extra_for(name: str, flags: dict[str, str], world: Path) -> dict[str, list[str]]:
     """What a flag needs beside it to count at all."""
     held_out = {"validate_every": ["1"], "data_dir": [str(world / "photos" / "train")]}
+    held_out = held_out if "validate_every" in flags else {}
     return {"teacher_weights": {"teacher": ["resnet10t"]}, "validate_dir": held_out}.get(name, {})
 
 

@@ -11,7 +11,7 @@ LAYERS = [
     "objective", "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
-    "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "config": ["paths", "ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
     "kernels": [
         "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
         "slices", "explaining",

@@ -269,10 +269,6 @@ class EncodeSettings(DataSettings):
         None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU"
     )
 
-    def check(self) -> None:
-        if self.validate_dir is not None:
-            raise InputError("`validate_dir` is not encoded; held-out images stay images, and training reads them so")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(DataSettings, RunSettings):
