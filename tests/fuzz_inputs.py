@@ -221,8 +221,8 @@ def line(word: str, flags: dict[str, str], given: dict[str, list[str]], config: 
 def extra_for(name: str, flags: dict[str, str], world: Path) -> dict[str, list[str]]:
     """What a flag needs beside it to count at all."""
     held_out = {"validate_every": ["1"], "data_dir": [str(world / "photos" / "train")]}
-    held_out = held_out if "validate_every" in flags else {}
-    return {"teacher_weights": {"teacher": ["resnet10t"]}, "validate_dir": held_out}.get(name, {})
+    needed = {"teacher_weights": {"teacher": ["resnet10t"]}, "validate_dir": held_out}.get(name, {})
+    return {one: words for one, words in needed.items() if one in flags and name in flags}
 
 
 class Hang(BaseException):
