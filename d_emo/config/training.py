@@ -221,7 +221,7 @@ class TrainSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
-        _check_held_out(self.validate_dir, self.data_dir or self.latents)
+        check_held_out(self.validate_dir, self.data_dir or self.latents)
         if self.validate_dir is not None and self.validate_every is None:
             raise InputError(f"`validate_dir` {self.validate_dir} is measured every `validate_every` steps; give both")
         family = family_of(self.model)
@@ -333,7 +333,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
-        _check_held_out(self.validate_dir, self.data_dir)
+        check_held_out(self.validate_dir, self.data_dir)
         if self.rand_augment not in (None, "none") and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
                 f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
@@ -360,7 +360,8 @@ class ClassifierSettings(DataSettings, RunSettings):
         )
 
 
-def _check_held_out(validate_dir: str | None, own_data: str | None) -> None:
+def check_held_out(validate_dir: str | None, own_data: str | None) -> None:
+    """Raise InputError for held-out images beside built-in data."""
     if validate_dir is not None and own_data is None:
         raise InputError(
             f"`validate_dir` {validate_dir} belongs to a `data_dir`; the built-in data hold out their own images"
