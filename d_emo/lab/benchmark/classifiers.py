@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d_emo.config import ClassifierBenchmarkSettings
 from d_emo.errors import InputError
-from d_emo.lab.benchmark.timing import Case
+from d_emo.lab.benchmark.timing import Case, forms_of
 from d_emo.lab.benchmark.transcription import transcribe
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
@@ -39,13 +39,10 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
         networks[name] = fold_batch_norms(network), macs
     for name in settings.peers:
         networks[name] = peer(name, settings.image_size).to(device), 0
-    cases = []
-    for name, (network, macs) in networks.items():
-        for compiled in (False, True) if settings.compile else (False,):
-            function = torch.compile(network) if compiled else network
-            title = f"{name}, compiled" if compiled else name
-            cases.append(Case(group, title, classify(function, images, both=name in settings.peers), macs))
-    return cases
+    return [
+        Case(group, name + suffix, classify(function(network), images, both=name in settings.peers), macs)
+        for name, (network, macs) in networks.items() for suffix, function in forms_of(settings.compile).items()
+    ]  # fmt: skip
 
 
 def peer(name: str, image_size: int) -> nn.Module:
@@ -66,16 +63,15 @@ def classify(network: nn.Module, images: Tensor, *, both: bool) -> Callable[[], 
     """
 
     @torch.no_grad()
-    def run(batch: Tensor = images) -> Tensor:
+    def run(batch: Tensor) -> Tensor:
         return network(batch)
 
-    if both:
-        layouts, seconds = (images, images.contiguous(memory_format=torch.channels_last)), []
-        for batch in layouts:
-            run(batch)
-            start = time.process_time()
-            run(batch)
-            seconds.append(time.process_time() - start)
-        images = layouts[seconds.index(min(seconds))]
-        return lambda: run(images)
-    return run
+    def seconds(batch: Tensor) -> float:
+        run(batch)
+        start = time.process_time()
+        run(batch)
+        return time.process_time() - start
+
+    layouts = (images, images.contiguous(memory_format=torch.channels_last))
+    images = min(layouts, key=seconds) if both else images
+    return lambda: run(images)

@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from d_emo.device import synchronize
 
@@ -20,18 +22,18 @@ class Case:
         name: whose network it is.
         run: does the work once.
         macs: multiply-accumulates of the work; 0 if they are not known.
+        saved_megabytes: what the forward pass keeps for the backward pass; None in inference.
+        peak_megabytes: the most GPU memory in use while it ran, filled in by `measure`; None on a CPU.
         seconds: filled in by `measure`.
-        peak_bytes: the most GPU memory in use while it ran, filled in by `measure`; None on a CPU.
-        saved_bytes: what the forward pass keeps for the backward pass; None in inference.
     """
 
     group: str
     name: str
     run: Callable[[], object]
     macs: int = 0
+    saved_megabytes: float | None = None
+    peak_megabytes: float | None = None
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -42,6 +44,11 @@ class Case:
     def spread(self) -> tuple[float, float]:
         """The quartiles."""
         return tuple(np.quantile(self.seconds, (0.25, 0.75)).tolist())
+
+
+def forms_of(compiled: bool) -> dict[str, Callable[[nn.Module], Callable[..., Any]]]:
+    """By what the name of a network gains: as it is and, where asked for, compiled."""
+    return {"": lambda network: network} | ({", compiled": torch.compile} if compiled else {})
 
 
 def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:
@@ -56,7 +63,7 @@ def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: 
             case.run()
             synchronize(device)
             if device.type == "cuda":
-                case.peak_bytes = torch.cuda.max_memory_allocated(device)
+                case.peak_megabytes = torch.cuda.max_memory_allocated(device) / 1e6
             if measured:
                 case.seconds.append(now() - start)
 
