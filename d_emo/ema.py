@@ -1,9 +1,15 @@
 """Exponential moving average of a model: its parameters and its float buffers (BatchNorm statistics)."""
 
 import copy
+import math
 
 import torch
 from torch import nn
+
+from d_emo.weights import load_weights
+
+START_SHARE = 0.05
+"""How much of an average may still be the weights before training."""
 
 
 class EMA:
@@ -26,7 +32,27 @@ class EMA:
     @property
     def current_decay(self) -> float:
         """Decay of the next update."""
-        return min(self.decay, (1 + self.step) / (10 + self.step)) if self.warmup else self.decay
+        return self._decay_at(self.step)
+
+    @property
+    def start_share(self) -> float:
+        """How much of the average is still the weights that it began with, from 1 to 0."""
+        if not self.warmup:
+            return self.decay**self.step
+        return math.prod(self._decay_at(step) for step in range(min(self.step, 100)))  # 1e-12 of them by then
+
+    def advice(self) -> str | None:
+        """What to set where the average has seen too few steps to forget its start; None where it has."""
+        if self.start_share <= START_SHARE:
+            return None
+        tenth = f", or --ema-decay {1 - 10 / self.step:.4g}, which averages over a tenth" if self.step > 20 else ""
+        return (
+            f"the averaged weights are still to {100 * self.start_share:.1f} % those before training, as {self.step} "
+            f"steps are few for --ema-decay {self.decay:g}; give --ema-warmup{tenth}"
+        )
+
+    def _decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -53,7 +79,7 @@ class EMA:
         return {"model": self.model.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"], "its moving average")
         self.step = state["step"]
 
 

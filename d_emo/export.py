@@ -18,7 +18,7 @@ from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
-from d_emo.tables import denoisers
+from d_emo.tables import family_of
 
 OPSET = 18
 BATCHES = (1, 3)
@@ -198,7 +198,7 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
     if Path(source).is_dir() and kind_of(source) == "denoiser":
         snapshot = load_denoiser(source)
         name, denoiser = str(snapshot.path), snapshot.model
-    elif not Path(source).exists() and source.replace("/", "-") in denoisers():
+    elif not Path(source).exists() and family_of(source) is not None:
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
         stir(denoiser)

@@ -1,4 +1,4 @@
-"""Files written whole: a temporary name, flushed to the disk, renamed; digests of contents; locks of folders."""
+"""Files written whole: a temporary name, flushed to the disk, renamed; JSON read back; digests; locks of folders."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from d_emo.errors import RunError
+import yaml
+
+from d_emo.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""What our JSON files say under "format"; a larger number is of a later D-EMO."""
 
 
 @contextmanager
@@ -74,6 +82,30 @@ def write_json(path: Path, value: Any, remedy: str = "") -> None:
     write_file(path, json.dumps(value, indent=1) + "\n", remedy)
 
 
+def read_json(path: Path, read: Callable[[Any], T] = lambda content: content, remedy: str = "") -> T:
+    """What ``read`` makes of a JSON file, or of a YAML file if it is called so.
+
+    Raises:
+        InputError: The file is missing, damaged, of a later D-EMO, or lacks a key that ``read`` looks for; the sentence
+            ends with ``remedy``.
+    """
+    try:
+        content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
+        if isinstance(content, dict) and content.get("format", FORMAT) > FORMAT:
+            problem = f"has format {content['format']}, which a later D-EMO wrote; this one reads {FORMAT}"
+        else:
+            return read(content)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        problem = "is missing"
+    except KeyError as error:
+        problem = f"lacks {error.args[0]!r}"
+    except Exception as error:  # whatever ``read`` raises for content of another kind
+        problem = f"is damaged ({type(error).__name__})"
+    raise InputError(f"{path} {problem}" + (f"; {remedy}" if remedy else ""))
+
+
 def digest(*parts: bytes | str) -> str:
     """SHA-256 in hexadecimal; of text, that of its UTF-8."""
     return _digest(parts)
@@ -99,6 +131,28 @@ def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = ""
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
     return _digest(parts())
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ``~`` or ``~NAME`` is written out.
+
+    Raises:
+        InputError: Nobody knows that home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"the home folder in {path} cannot be found; write the whole path") from None
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user; of a user without a home, among the temporary files."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "d-emo"
+    try:
+        return Path.home() / ".cache" / "d-emo"
+    except RuntimeError:  # in a container, a user whom its list of users does not have
+        return Path(tempfile.gettempdir()) / f"d-emo-{os.getuid()}"
 
 
 @contextmanager

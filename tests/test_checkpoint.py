@@ -65,6 +65,15 @@ def test_without_snapshots_the_shipped_one_is_taken(tmp_path):
     assert newest_denoiser(tmp_path) == SHIPPED_SNAPSHOT
 
 
+@pytest.mark.parametrize("key", ["class_names", "image_size", "step", "weights", "codec", "kind"])
+def test_a_snapshot_that_says_too_little_of_itself_is_refused_by_key(snapshot, key):
+    meta = json.loads((snapshot / "snapshot.json").read_text())
+    del meta[key]
+    (snapshot / "snapshot.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"snapshot.json lacks '{key}'"):
+        load_denoiser(snapshot)
+
+
 @pytest.mark.parametrize("names", [[], ["a"]])
 def test_names_of_another_number_of_classes_are_refused(snapshot, names):
     meta = json.loads((snapshot / "snapshot.json").read_text())
@@ -84,6 +93,8 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
         lambda: (snapshot / "transformer" / "config.json").write_text('{"_class_name": []}'),  # a TypeError, of all
         lambda: (snapshot / "snapshot.json").write_text("[]"),
         lambda: (snapshot / "snapshot.json").write_text(json.dumps({"kind": "denoiser"})),
+        lambda: (snapshot / "snapshot.json").write_text(json.dumps({**META, "kind": "denoiser", "codec": None})),
+        lambda: (snapshot / "snapshot.json").write_text(json.dumps({**META, "kind": "denoiser", "format": 2})),
     ):
         damage()
         with pytest.raises(InputError, match="damaged or incomplete") as caught:

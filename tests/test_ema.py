@@ -55,3 +55,21 @@ def test_state_round_trip_keeps_the_step():
     other.load_state_dict(ema.state_dict())
     assert other.step == 1
     torch.testing.assert_close(other.model.state_dict(), ema.model.state_dict())
+
+
+@pytest.mark.parametrize(("decay", "warmup", "steps"), [
+    (0.9999, False, 60), (0.9, False, 60), (0.9999, True, 9), (0.15, True, 3),
+])  # fmt: skip
+def test_the_share_of_the_start_is_what_the_average_kept_of_it(decay, warmup, steps):
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    ema = EMA(model, decay, warmup=warmup)
+    nn.init.zeros_(model.weight)
+    for _ in range(steps):
+        ema.update(model)
+    assert ema.start_share == pytest.approx(ema.model.weight.item(), rel=1e-9)
+    advice = ema.advice()
+    assert (advice is not None) == (ema.start_share > 0.05) == (decay == 0.9999 and not warmup)
+    if steps == 60 and advice:
+        assert "to 99.4 % those before training" in advice and "--ema-warmup, or --ema-decay 0.8333" in advice
+        assert EMA(model, 1 - 10 / steps).decay ** steps < 1e-4, "what it says would have helped"

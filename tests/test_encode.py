@@ -175,8 +175,21 @@ def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
     hurt.unlink()
     with pytest.raises(InputError, match=r"shard-00001.*is missing.*encode_latents"):
         LatentDataset(tmp_path)
+    hurt.write_bytes(content)
+    index = json.loads((tmp_path / "index.json").read_text())
+    LatentDataset(tmp_path)
+    for key in index:
+        (tmp_path / "index.json").write_text(json.dumps({name: each for name, each in index.items() if name != key}))
+        with pytest.raises(InputError, match=rf"index\.json lacks '{key}'; run scripts/encode_latents"):
+            LatentDataset(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({**index, "format": 2}))
+    with pytest.raises(InputError, match="has format 2, which a later D-EMO wrote"):
+        LatentDataset(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({**index, "shards": index["shards"][:1]}))
+    with pytest.raises(InputError, match="index.json is damaged"):
+        LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(InputError, match=r"index\.json cannot be read"):
+    with pytest.raises(InputError, match=r"index\.json is damaged"):
         LatentDataset(tmp_path)
     with pytest.raises(InputError, match="folder of latents .* does not exist"):
         LatentDataset(tmp_path / "none")

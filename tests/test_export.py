@@ -95,6 +95,13 @@ def test_large_networks_keep_their_weights_in_a_second_file(tmp_path, monkeypatc
     assert path.stat().st_size < (tmp_path / "network.onnx.data").stat().st_size
 
 
+@pytest.mark.parametrize("name", ["d-emov2-ti-2", "DIT-s/8", "EMOv2_1M"])
+def test_names_are_resolved_as_everywhere(name):
+    title, network = open_portable(name)
+    assert title == f"{name} with random weights"
+    assert network.input_names == (("images",) if name.startswith("E") else ("latents", "timesteps", "class_labels"))
+
+
 @pytest.mark.parametrize("name", ["emov2_1m", "D-EMOv2-Ti-2"])
 def test_every_part_of_a_network_with_random_weights_shows_in_its_output(name):
     fresh = create_model(name)

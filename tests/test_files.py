@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d_emo import files
-from d_emo.errors import RunError
+from d_emo.errors import InputError, RunError
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -62,3 +62,19 @@ def test_a_lock_ends_with_its_process(tmp_path):
         child.wait()
     with files.locked(tmp_path) as lock:
         assert lock is not None
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "is missing"), ('{"a": 1', "is damaged .JSONDecodeError."), ('{"b": 1}', "lacks 'a'"),
+    ("[1]", "is damaged .TypeError."),
+    ('{"a": 1, "format": 2}', "has format 2, which a later D-EMO wrote; this one reads 1"), (b"\xff", "is damaged"),
+    ('{"a": 1, "format": "x"}', "is damaged"),
+])  # fmt: skip
+def test_a_json_file_that_cannot_be_used_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "file.json"
+    if content is not None:
+        files.write_file(path, content)
+    with pytest.raises(InputError, match=rf"{path} {words}.*; make it again$"):
+        files.read_json(path, lambda found: found["a"], "make it again")
+    files.write_file(path.with_suffix(".yaml"), "a: [1]")
+    assert files.read_json(path.with_suffix(".yaml"), lambda found: found["a"]) == [1]

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "files", "tables", "config", "threads", "device", "kernels", "data", "latents", "models", "objective",
-    "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
+    "errors", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents", "models",
+    "objective", "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
@@ -20,7 +20,7 @@ INSIDE = {
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
-    "data": ["images", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "data": ["images", "listing", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "card", "snapshot", "classifier", "hub"],
     "training": [

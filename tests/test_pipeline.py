@@ -63,6 +63,14 @@ def test_save_and_load_keep_pictures_and_names(pipe, tmp_path):
     assert np.array_equal(before, after) and before.shape == (2, 64, 64, 3) and before.std() > 0
 
 
+def test_class_names_that_are_not_of_the_classes_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "a", "2": "b"}}))
+    with pytest.raises(InputError, match="id2label must name the classes 0 to 9"):
+        d_emo.DEMOPipeline.from_pretrained(tmp_path)
+
+
 def test_pixel_and_flow_pipelines_round_trip(tmp_path):
     model = create_model("SiT-S-2", depth=1, hidden_size=48, sample_size=8, in_channels=3, num_classes=1).eval()
     torch.nn.init.normal_(model.final_layer.linear.weight, 0, 0.1)
@@ -109,10 +117,31 @@ def test_the_callback_sees_and_changes_the_latents(pipe):
     assert not out.any()
 
 
+def test_labels_and_seeds_may_be_numbers_tensors_or_arrays(pipe, tiny_denoiser):
+    same = [3, "3", [3], (3,), torch.tensor(3), torch.tensor([3]), np.int64(3), np.array([3]), [np.int32(3)],
+            [torch.tensor(3)], np.array(["3"])]  # fmt: skip
+    assert all(pipe.get_label_ids(labels) == [3] for labels in same)
+    assert pipe.get_label_ids(torch.tensor([3, 9])) == pipe.get_label_ids([3, "a nine"]) == [3, 9]
+    drawn = pipe(torch.tensor([3]), num_inference_steps=1, output_type="latent", generator=seeded(1)).images
+    assert torch.equal(drawn, pipe(3, num_inference_steps=1, output_type="latent", generator=seeded(1)).images)
+    sampler = sampling.Sampler(tiny_denoiser, load_codec("d-emo-f8"), pipe.scheduler.config, steps=1)
+    one = torch.cat(list(sampler.images([3, 9], [0, 1])))
+    for labels, seeds in ((torch.tensor([3, 9]), np.arange(2)), (np.array([3, 9]), torch.arange(2)),
+                          ([np.int64(3), np.uint8(9)], range(2))):  # fmt: skip
+        assert torch.equal(torch.cat(list(sampler.images(labels, seeds))), one)
+    for labels, seeds, words in (([12], [0], "class label 12 is out of range; the denoiser has 0 to 9"),
+                                 (torch.tensor([1.5]), [0], "class label 1.5 is out of range"),
+                                 ([1], [0.5], "a seed must be a whole number of 64 bits, not 0.5")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            list(sampler.images(labels, seeds))
+
+
 def test_wrong_calls_are_one_sentence(pipe):
     for arguments, words in (
         ({"class_labels": "nine"}, "no class is called 'nine'.*a nine"),
         ({"class_labels": [10]}, "class 10 is out of range"),
+        ({"class_labels": torch.tensor([10])}, "class 10 is out of range"),
+        ({"class_labels": np.array([1.5])}, "no class is called '1.5'"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
         ({"class_labels": [1], "guidance_scale": -1.0}, "`guidance_scale` must be finite and not negative"),

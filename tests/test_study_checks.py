@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from tiny_study import ROOT, TINY, TRAIN, open_study, settings_of
+from tiny_study import JUDGE, ROOT, TINY, TRAIN, open_study, settings_of
 
 from d_emo.config import StudySettings, parse_settings, write_yaml
+from d_emo.data import Digits, ImageFolder
 from d_emo.errors import InputError
-from d_emo.files import write_json
-from d_emo.lab.study import Study
+from d_emo.lab.study import Study, measuring
 from d_emo.lab.study.plan import plan_runs
+from d_emo.latents import PixelCodec
+from d_emo.latents import encode as write_latents
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -83,7 +87,7 @@ def test_settings_that_do_not_decide_the_result_may_change(tmp_path):
         open_study(tmp_path, **moved, train={**TRAIN, "batch_size": 8})
     run = tmp_path / "moved" / "runs" / "d-emo-seed3"
     (run / "config.yaml").write_text("[")
-    with pytest.raises(InputError, match="config.yaml of the study's run 'D-EMO', seed 3, is damaged"):
+    with pytest.raises(InputError, match="config.yaml is damaged.*the study's run 'D-EMO', seed 3, is trained again"):
         open_study(tmp_path, **moved)
     (run / "snapshots" / "step-4").rmdir()
     open_study(tmp_path, **moved)  # nothing was trained
@@ -104,10 +108,49 @@ def test_with_a_cosine_schedule_more_steps_are_another_run(tmp_path):
     ({"data_dir": "photos"}, "dataset digits, where the study says folder"),
 ])  # fmt: skip
 def test_latents_of_other_settings_are_not_taken_for_these(tmp_path, encode, sentence):
-    index = {"data": "digits", "images": 1438, "image_size": 8, "codec": "pixels", "dtype": "float16"}
-    (tmp_path / "study" / "latents").mkdir(parents=True)
-    write_json(tmp_path / "study" / "latents" / "index.json", index)
+    write_latents(Digits(8), PixelCodec(), tmp_path / "study" / "latents", device=torch.device("cpu"))
     open_study(tmp_path)
     open_study(tmp_path, encode={"dataset": "digits"})
     with pytest.raises(InputError, match=sentence):
         open_study(tmp_path, encode=encode)
+
+
+# ---- a classifier that measures --------------------------------------------------------------------------------------
+
+
+def of_photos(folder, photos, **changes):
+    """Settings of a study on a folder of one's own, with a classifier of it."""
+    judge = {**JUDGE, "dataset": "shapes", "data_dir": str(photos / "train"), "image_size": 32,
+             "output_dir": str(folder / "own")}  # fmt: skip
+    (folder / "own.yaml").write_text(yaml.safe_dump(judge))
+    encode = {"data_dir": str(photos / "train"), "image_size": 8, "vae": "pixels"}
+    train = {**TRAIN, "validate_dir": str(photos / "val")}
+    return {"encode": encode, "judge": str(folder / "own.yaml"), "train": train} | changes
+
+
+def test_a_classifier_of_other_classes_is_refused_before_anything_is_trained(tmp_path, photos):
+    own = of_photos(tmp_path, photos)
+    open_study(tmp_path, **own)
+    for changes, words in (
+        ({"judge": str(tmp_path / "judge.yaml")}, r"of 2 classes, which are not the 10 of `judge` .* \(0, 1, 2\)"),
+        ({"encode": {"dataset": "digits", "image_size": 8, "vae": "pixels"}}, "of 10 classes, which are not the 2"),
+        ({"train": {**TRAIN, "unconditional": True}}, "of 1 classes, which are not the 2"),
+        ({"norm_gap": ["D-EMO"], "train": TRAIN}, "needs held-out images: `validate_dir`"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_study(tmp_path, **{**own, **changes})
+    write_latents(ImageFolder(photos / "train", 8), PixelCodec(), tmp_path / "stored", device=torch.device("cpu"))
+    with pytest.raises(InputError, match="trained on latents of 'folder', whose images `judge` needs"):
+        open_study(tmp_path, **{**own, "encode": None, "train": {**TRAIN, "latents": str(tmp_path / "stored")}})
+    assert not (tmp_path / "study").exists() and not (tmp_path / "own").exists()
+
+
+def test_a_study_on_a_folder_of_ones_own_is_measured_against_its_images(tmp_path, photos, monkeypatch):
+    settings = settings_of(tmp_path, **of_photos(tmp_path, photos, num_images=4))
+    monkeypatch.setattr(measuring, "ClassifierFeatures", lambda *_, **__: SimpleNamespace(class_names=["ant", "bee"]))
+    monkeypatch.setattr(measuring, "ClassifierMetrics", lambda features, real, **_: real)
+    meter = measuring.Meter(settings, tmp_path)
+    opened = SimpleNamespace(class_names=["ant", "bee"], meta={"data": "folder"}, image_size=8, path=tmp_path)
+    real = meter._open_metrics(opened)
+    assert real.files[0] == photos / "train" / "ant" / "0.png"
+    assert meter._held_out.files[0] == photos / "val" / "ant" / "0.png"

@@ -219,3 +219,12 @@ def test_no_weights_are_promised_that_do_not_exist():
     with pytest.raises(RuntimeError, match="[Nn]o pretrained weights"):
         timm.create_model("emov2_1m", pretrained=True)
     assert d_emo.list_models("emov2_1m") == ["emov2_1m"]
+
+
+def test_a_stride_of_the_last_map_that_there_is_not_is_one_sentence():
+    """timm's own networks without one raise a TypeError."""
+    for features_only in (False, True):
+        with pytest.raises(InputError, match="emov2_1m has no output_stride 16: .* 1/4 to 1/32 .*out_indices"):
+            timm.create_model("emov2_1m", output_stride=16, features_only=features_only)
+    model = timm.create_model("emov2_1m", output_stride=32, features_only=True, out_indices=(2,), img_size=64)
+    assert [tuple(maps.shape[2:]) for maps in model(torch.randn(1, 3, 64, 64))] == [(4, 4)]

@@ -16,7 +16,7 @@ from PIL import Image
 from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import load_classifier, load_denoiser
-from d_emo.io.training_state import find_state, load_state, step_of
+from d_emo.io.training_state import find_state, load_state, save_state, step_of
 from d_emo.training import fit
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.denoiser import DenoiserTask
@@ -248,3 +248,32 @@ def test_augmentation_mirrors_and_moves():
     assert torch.equal(mirrored, images[0].flip(-1)) and torch.equal(same, images[1])
     moved = augment(images, Augmentation(flip=torch.zeros(2, dtype=torch.bool), shift=torch.tensor([[0.5, 0.0]] * 2)))
     torch.testing.assert_close(moved[..., :3], images[..., 1:])
+
+
+def test_training_works_outside_of_the_main_thread_and_says_what_an_early_average_is(tmp_path, capsys):
+    from concurrent.futures import ThreadPoolExecutor
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        weights = pool.submit(train, tmp_path, ema_decay=0.9999).result()
+    assert weights and signal.getsignal(signal.SIGTERM) is handler
+    said = "step 4: the averaged weights are still to 100.0 % those before training, as 4 steps are few for --ema-decay"
+    assert said in capsys.readouterr().out
+    train(tmp_path / "warm", ema_warmup=True)
+    assert "those before training" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda state: state.pop("ema"), "it lacks 'ema'"),
+    (lambda state: state["model"].pop("pos_embed"), "missing: pos_embed"),
+    (lambda state: state["model"].update(odd=torch.zeros(1)), "unexpected: odd"),
+    (lambda state: state["ema"]["model"].pop("pos_embed"), "its moving average .*missing: pos_embed"),
+    (lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "its optimizer's exp_avg has"),
+])  # fmt: skip
+def test_a_training_state_is_restored_whole_or_refused(tmp_path, change, words):
+    train(tmp_path, max_steps=1)
+    state = load_state(tmp_path / "states" / "step-1")
+    change(state)
+    save_state(tmp_path / "states", 1, state)
+    with pytest.raises(InputError, match=f"training state .*step-1 does not fit this model: {words}"):
+        train(tmp_path, max_steps=2)

@@ -43,8 +43,10 @@ def run(settings: JudgeSettings) -> None:
         raise InputError(
             f"{settings.classifier} knows other classes than {snapshot.path}; name a classifier of the same data"
         )
-    if settings.write_card and not os.access(snapshot.path, os.W_OK):
-        raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and measure the copy")
+    if settings.write_card:
+        card.read_metrics(snapshot.path)  # before anything is drawn
+        if not os.access(snapshot.path, os.W_OK):
+            raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and measure the copy")
     data = snapshot.meta.get("data")
     real, held_out = open_real(
         data, snapshot.image_size, snapshot.class_names, data_dir=settings.data_dir, validate_dir=settings.validate_dir

@@ -3,6 +3,7 @@
 from d_emo.config.base import (
     Settings,
     check_sources,
+    folder_of,
     in_flags,
     is_folder,
     parse_settings,

@@ -15,7 +15,7 @@ import yaml
 
 from d_emo.config.ranges import Range
 from d_emo.errors import InputError, RunError, fields_as
-from d_emo.files import write_file
+from d_emo.files import expand_home, write_file
 
 S = TypeVar("S", bound="Settings")
 
@@ -95,6 +95,11 @@ def is_folder(data_dir: str) -> bool:
     return data_dir.partition(":")[0] not in ("wds", "hf")
 
 
+def folder_of(data_dir: str) -> Path:
+    """The image folder that ``--data-dir`` names; ``folder:`` before it says that train, val, ... in it are classes."""
+    return expand_home(data_dir.removeprefix("folder:"))
+
+
 def check_sources(settings: Settings) -> None:
     """Refuse paths of inputs where nothing is.
 
@@ -104,7 +109,8 @@ def check_sources(settings: Settings) -> None:
     for each in fields(settings):
         value = getattr(settings, each.name) if each.metadata.get("source") else None
         for path in [value] if isinstance(value, str) else value or []:
-            if is_folder(path) and not Path(path).exists():
+            own = folder_of if each.name in ("data_dir", "validate_dir") else Path
+            if is_folder(path) and not own(path).exists():
                 raise InputError(f"`{each.name}` {path} does not exist")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, is_folder, setting
+from d_emo.config.base import Settings, folder_of, is_folder, setting
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -131,7 +131,7 @@ class DataSettings(Settings):
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = Path(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
+            path = folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 

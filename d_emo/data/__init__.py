@@ -15,6 +15,7 @@ from d_emo.data.digits import Digits
 from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
 from d_emo.data.hub import HubImages, HubStream
 from d_emo.data.images import ClassImages, OneClass, to_uint8
+from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.tar import TarShards
@@ -24,7 +25,8 @@ from d_emo.tables import DATASETS, load
 __all__ = [
     "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
     "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
-    "TarShards", "centre_crop", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
+    "TarShards", "centre_crop", "find_splits", "is_clutter", "list_files", "list_folders", "load_image", "open_dataset",
+    "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from d_emo.config import folder_of
 from d_emo.data.images import ClassImages, check_image_size, to_tensor
+from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -113,26 +115,27 @@ class StoredImages(ClassImages):
 
 
 class ImageFolder(StoredImages):
-    """Images in one sub-folder per class, as ImageNet is laid out; classes in the order of their folder names.
+    """Images in one sub-folder per class, as ImageNet is laid out; classes as `in_class_order` has their names.
 
     Args:
-        root: Folder of class folders.
+        root: Folder of class folders; ``folder:`` before it says that folders called train, val, ... are classes.
         image_size: Side in pixels of the centre crop.
         skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
         one_class: All images below ``root``, in sub-folders or not, are one class, named after the folder.
 
     Raises:
-        InputError: The folder is missing, has no class folders, or a class folder holds no image.
+        InputError: The folder is missing, has no class folders, or train, val, ... in their place; a class folder
+            holds no image.
     """
 
     name = "folder"
 
     def __init__(self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False):
         check_image_size(image_size)
-        root = Path(root)
-        if not root.is_dir():
-            raise InputError(f"the data folder {root} does not exist; give a folder with one sub-folder per class")
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        given, root = str(root), folder_of(str(root))
+        folders = list_folders(root)
+        if given == str(root) and (splits := find_splits(folders)):
+            raise _holds_splits(root, *splits)
         folders = [root.resolve()] if one_class else folders
         if not folders:
             raise InputError(
@@ -142,7 +145,7 @@ class ImageFolder(StoredImages):
         self.files: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            found = [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise InputError(f"the class folder {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             self.files += found
@@ -154,3 +157,13 @@ class ImageFolder(StoredImages):
 
     def origin(self, index: int) -> str:
         return str(self.files[index])
+
+
+def _holds_splits(root: Path, train: list[Path], held_out: list[Path]) -> InputError:
+    """The error of a folder whose sub-folders are not classes but parts of a data set."""
+    parts = train + held_out
+    beside = f" with `validate_dir` {held_out[0]}" if train and held_out else ""
+    return InputError(
+        f"{root} holds {', '.join(each.name for each in parts)}, which are no classes; you probably meant `data_dir` "
+        f"{parts[0]}{beside}. If they are classes, write `data_dir` folder:{root}"
+    )

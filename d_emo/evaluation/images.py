@@ -1,7 +1,6 @@
 """Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
 import io
-import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d_emo.data import IMAGE_SUFFIXES
+from d_emo.data import IMAGE_SUFFIXES, is_clutter, list_files
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
 from d_emo.threads import thread_count
@@ -41,8 +40,7 @@ class FolderImages:
         self.name, folder = str(folder), Path(folder)
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist")
-        names = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-        self._choose([path for path in names if _is_image(path)], num_images, f"the folder {folder}")
+        self._choose([path for path in list_files(folder) if _is_image(path)], num_images, f"the folder {folder}")
 
     def _choose(self, found: list[Path], num_images: int | None, name: str) -> None:
         if not found:
@@ -123,7 +121,7 @@ class ZipImages(FolderImages):
         self._names = {
             Path(path, name.lstrip("/")): name
             for name in self._archive.namelist()
-            if _is_image(Path(name)) and not name.startswith("__MACOSX/")
+            if _is_image(Path(name)) and name[-1] != "/" and not any(map(is_clutter, Path(name).parts))
         }
         self._choose(list(self._names), num_images, f"the zip {path}")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import jinja2
 import torch
-import yaml
 from huggingface_hub import ModelCardData
 
-from d_emo.files import write_file, write_json
+from d_emo.files import read_json, write_file, write_json
 from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
 
+_FIGURE = ("name", "value", "remark")
 METRICS, PICTURE = "metrics.json", "samples.png"
 
 PAPERS = Path(__file__).with_name("papers.bib").read_text().split("% ")[1:]
@@ -31,18 +31,17 @@ _OWN_TERMS = "See to it that the licence named at the top of this card agrees wi
 def write_card(folder: str | Path) -> Path:
     """Write the card of a snapshot from what lies in its folder, without facts that are missing; return its path."""
     folder = Path(folder)
-    meta = json.loads((folder / "snapshot.json").read_text())
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    meta, settings = (read_json(folder / name, dict) for name in ("snapshot.json", "config.yaml"))
     name, data = settings["model"], _data_name(meta, settings)
     terms = DATASETS[meta["data"]].licence if meta.get("data") in DATASETS else None
     facts = {"meta": meta, "settings": settings, "data": data, "terms": terms or _OWN_TERMS,
-             "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": _read_metrics(folder)}
+             "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     if meta["kind"] == "classifier":
-        cite = ["EMOv2"] * name.startswith("emov2") + ["EMO"]
+        cite = ["EMOv2"] * name.lower().startswith("emov2") + ["EMO"]
         task, tags = "image-classification", ["image-classification"]
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"
-        facts["objective"] = meta.get("objective") or objective_of(json.loads(schedule.read_text()))
+        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, dict))
         family = family_of(name)
         cite = [*(family.papers if family else ()), *OBJECTIVES[facts["objective"]].papers]
         task = "unconditional-image-generation"  # the hub's list of tasks has no class-conditional one
@@ -67,7 +66,7 @@ def add_measurement(folder: str | Path, measurement: Mapping[str, Any]) -> Path:
             replaced.
     """
     folder = Path(folder)
-    others = [each for each in _read_metrics(folder) if each["command"] != measurement["command"]]
+    others = [each for each in read_metrics(folder) if each["command"] != measurement["command"]]
     write_json(folder / METRICS, [*others, dict(measurement)])
     return write_card(folder)
 
@@ -119,6 +118,13 @@ def _hub_datasets(meta: dict[str, Any], settings: dict[str, Any]) -> list[str] |
     return ["ILSVRC/imagenet-1k"] if imagenet else None
 
 
-def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The measurements of a snapshot so far; InputError if their file is damaged."""
     file = folder / METRICS
-    return json.loads(file.read_text()) if file.exists() else []
+    return read_json(file, _checked, "remove it, or repair it") if file.exists() else []
+
+
+def _checked(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As they are; another error where something is missing."""
+    [row[key] for each in measurements for row in each["figures"] if each["command"] for key in _FIGURE]
+    return measurements

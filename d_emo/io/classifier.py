@@ -13,12 +13,11 @@ from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
-from d_emo.models import EMO, create_model, list_models
-from d_emo.models.backbone import BACKBONES
+from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
-from d_emo.models.registry import resolve_name
 from d_emo.models.timm_registry import default_cfgs
-from d_emo.tables import DATASETS
+from d_emo.tables import DATASETS, family_of
+from d_emo.weights import check_finite, load_weights
 
 
 class Normalized(nn.Module):
@@ -81,10 +80,10 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
         raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
-        if "/" in source and source.replace("/", "-") not in list_models():
-            raise InputError(f"the classifier {source} does not exist")
-        if resolve_name(source) not in BACKBONES:
+        if family_of(source) is not None:
             raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
+        if "/" in source:
+            raise InputError(f"the classifier {source} does not exist")
         torch.manual_seed(0)
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
@@ -94,7 +93,7 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             state = snapshot.path.parent.parent / "states" / snapshot.path.name
             if not state.is_dir():
                 raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            snapshot.model.load_state_dict(load_state(state)["model"])
+            load_weights(snapshot.model, load_state(state)["model"], f"the training state {state}")
             name += ", raw weights"
         built_in = snapshot.meta.get("data")
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,
@@ -105,6 +104,11 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
         except Exception as error:  # timm raises a dozen types for a damaged folder
             reason = " ".join(str(error).split())
             raise InputError(f"timm cannot open {path} ({type(error).__name__}: {reason})") from error
+        check_finite(model.state_dict(), str(path))
+        labels = model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        counts = {model.num_classes, model.pretrained_cfg["num_classes"], len(labels)}
+        if len(counts) > 1:  # timm makes a head of random weights then, and says so in a log
+            raise InputError(f"{path / 'config.json'} gives several numbers of classes: {sorted(counts)}")
     else:
         model = read_released_classifier(path)
         model.pretrained_cfg = default_cfgs[model.config["name"]].default.to_dict()

@@ -6,21 +6,24 @@ under a temporary name and renamed.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
-from d_emo.files import write_folder, write_json
+from d_emo.files import read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.tables import FRAMES, load, objective_of
+from d_emo.weights import first_line, load_pretrained, load_weights
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
 _META = "snapshot.json"
@@ -91,20 +94,13 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         InputError: There is none, it is of another kind, or it is damaged.
     """
     path, meta = _open_snapshot(path, "denoiser")
-    try:
-        frame = json.loads((path / "transformer" / "config.json").read_text())["_class_name"]
-        model = load(FRAMES[frame].denoiser).from_pretrained(
-            path / "transformer", use_safetensors=True, low_cpu_mem_usage=False
-        )
-        scheduler_config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    except Exception as error:  # diffusers and safetensors raise many types for a damaged folder
-        raise _damaged(path, error) from None
-    if len(meta["class_names"]) != model.num_classes:
-        raise InputError(
-            f"the snapshot {path} names {len(meta['class_names'])} classes, but its denoiser has "
-            f"{model.num_classes}; its {_META} belongs to another"
-        )
-    return DenoiserSnapshot(path, model.eval(), scheduler_config, meta["codec"], meta["class_names"],
+    with _refusing(path):
+        frame = read_json(path / "transformer" / "config.json", lambda config: FRAMES[config["_class_name"]])
+        model = load_pretrained(load(frame.denoiser), path / "transformer")
+        scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", dict)
+        meta.get("objective") or objective_of(scheduler_config)
+    _check_names(path, meta, model.num_classes)
+    return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
 
 
@@ -120,11 +116,10 @@ def load_classifier(path: str | Path) -> ClassifierSnapshot:
         InputError: There is none, it is of another kind, or it is damaged.
     """
     path, meta = _open_snapshot(path, "classifier")
-    try:
-        model = create_model(**meta["model"])
-        model.load_state_dict(load_file(path / "model.safetensors"))
-    except Exception as error:
-        raise _damaged(path, error) from None
+    with _refusing(path):
+        model, weights = create_model(**meta["model"]), path / "model.safetensors"
+        load_weights(model, weights, str(weights))
+    _check_names(path, meta, model.num_classes)
     return ClassifierSnapshot(path, model.eval(), meta["class_names"], meta["image_size"], meta)
 
 
@@ -157,21 +152,39 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     if not (path / _META).exists():
         state = " (a training state, made for `resume`)" if (path / MANIFEST).exists() else ""
         raise InputError(f"{path} is not a snapshot{state}: it has no {_META}")
-    try:
-        meta = json.loads((path / _META).read_text())
-        found = meta["kind"]
-        if found == kind:
-            [meta[key] for key in ("class_names", "image_size", "step", *(("codec",) if kind == "denoiser" else ()))]
-    except Exception as error:
-        raise _damaged(path, error) from None
-    if found != kind:
-        raise InputError(f"the snapshot {path} holds a {found}, not a {kind}")
+    with _refusing(path):
+        meta = read_json(path / _META, _checked)
+    if meta["kind"] != kind:
+        raise InputError(f"the snapshot {path} holds a {meta['kind']}, not a {kind}")
     return path, meta
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"the snapshot {path} is damaged or incomplete ({type(error).__name__}: {reason})")
+def _checked(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a snapshot says of itself; a KeyError or TypeError where something is missing or of another type."""
+    wanted = {"class_names": list, "image_size": int, "step": int, "weights": str}
+    if meta["kind"] == "denoiser":
+        wanted["codec"] = str
+    if odd := [name for name, kind in wanted.items() if not isinstance(meta[name], kind)]:
+        raise TypeError(odd[0])
+    return meta
+
+
+def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:
+    if len(meta["class_names"]) != num_classes:
+        raise InputError(
+            f"the snapshot {path} names {len(meta['class_names'])} classes, but its {meta['kind']} has {num_classes}; "
+            f"its {_META} belongs to another"
+        )
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in here is a snapshot that cannot be used, in a sentence."""
+    try:
+        yield
+    except Exception as error:  # settings of a model that does not exist, say
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"the snapshot {path} is damaged or incomplete ({reason})") from None
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:

@@ -1,6 +1,5 @@
 """Training states: all that an exact resume needs. A folder with ``state.pt`` and a manifest with its checksum."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_file, write_folder, write_json
+from d_emo.files import digest_of_file, read_json, write_folder, write_json
+from d_emo.weights import differences, shapes_of
 
 MANIFEST = "manifest.json"
 
@@ -56,7 +56,7 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     """Put back what `gather_training` gave, sharded as the model is now.
 
     Raises:
-        KeyError, RuntimeError, ValueError: The state is that of another model.
+        InputError, KeyError, RuntimeError: The state is that of another model.
     """
 
     def sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -65,9 +65,15 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
     now = model.state_dict()
+    if problem := differences(shapes_of(state["model"]), shapes_of(now)):
+        raise InputError(problem)
     model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
     optimizer.load_state_dict(state["optimizer"])
     for parameter, moments in optimizer.state.items():
+        odd = [name for name, value in moments.items() if value.dim() and value.shape != parameter.shape]
+        if odd:  # PyTorch takes them
+            shapes = f"{tuple(moments[odd[0]].shape)} for a parameter of {tuple(parameter.shape)}"
+            raise InputError(f"its optimizer's {odd[0]} has the shape {shapes}")
         moments.update({name: sharded(value, parameter) for name, value in moments.items()})
 
 
@@ -94,10 +100,10 @@ def _state_problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return "it does not exist"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        intact = manifest["sha256"] == digest_of_file(folder / "state.pt")
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except Exception:
-        return f"{MANIFEST} cannot be read"
+        wanted = read_json(folder / MANIFEST, lambda manifest: manifest["sha256"])
+        intact = wanted == digest_of_file(folder / "state.pt")
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"state.pt cannot be read ({error.strerror})"
     return None if intact else "state.pt does not match its checksum"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from d_emo.errors import InputError, RunError
-from d_emo.files import digest, write_json
+from d_emo.files import cache_folder, digest, write_json
 
 ROUNDS = 3
 """How often each form is timed at least, in turns, after one run that is not; the best counts."""
@@ -184,6 +184,4 @@ def cpu_name() -> str:
 
 
 preferences = read_preferences(os.environ.get("D_EMO_KERNELS", ""))
-tuner = Autotuner(
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d-emo", fixed=preferences.fixed
-)
+tuner = Autotuner(cache_folder(), fixed=preferences.fixed)

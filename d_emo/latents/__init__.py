@@ -7,6 +7,7 @@ from d_emo.latents.codec import (
     PixelCodec,
     VAECodec,
     default_codec,
+    latent_side,
     load_codec,
     sample_moments,
 )
@@ -15,5 +16,5 @@ from d_emo.latents.encode import encode
 
 __all__ = [
     "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "LatentDataset", "VAECodec", "default_codec", "encode",
-    "load_codec", "sample_moments",
+    "latent_side", "load_codec", "sample_moments",
 ]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_tensors
+from d_emo.files import digest_of_tensors, expand_home
 from d_emo.tables import CODECS, load
+from d_emo.weights import STEM, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
+
+Factor = float | list[float]
+"""One number for all latent channels, or one for each."""
 
 
 class Codec(Protocol):
@@ -32,8 +38,8 @@ class Codec(Protocol):
     name: str
     downsample: int
     channels: int
-    scaling: float
-    shift: float
+    scaling: Factor
+    shift: Factor
     fingerprint: str
 
     def moments(self, images: torch.Tensor) -> torch.Tensor:
@@ -68,14 +74,23 @@ class PixelCodec:
 
 
 class VAECodec:
-    """A diffusers ``AutoencoderKL``; latents are (z - shift) * scaling with the factors of its config."""
+    """A diffusers ``AutoencoderKL``; latents are (z - shift) * scaling with the factors of its config.
+
+    Raises:
+        InputError: It is not of RGB images, or its factors cannot be used.
+    """
 
     def __init__(self, vae: nn.Module, name: str):
         self.vae, self.name = vae.eval().requires_grad_(False), name
-        self.scaling = vae.config.scaling_factor
-        self.shift = getattr(vae.config, "shift_factor", None) or 0.0
+        image_channels = vae.config.in_channels, vae.config.out_channels
+        if image_channels != (3, 3):
+            raise InputError(
+                f"the VAE {name} takes images of {image_channels[0]} channels and gives {image_channels[1]}; one of "
+                "RGB images, with 3 and 3, is needed"
+            )
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = vae.config.latent_channels
+        self.scaling, self.shift = factors_of(vae.config, self.channels, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,18 +104,64 @@ class VAECodec:
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        mean = (posterior.mean.float() - self.shift) * self.scaling
-        return torch.cat([mean, posterior.std.float() * self.scaling], dim=1)
+        scaling, shift = (by_channel(factor, images.device) for factor in (self.scaling, self.shift))
+        mean = (posterior.mean.float() - shift) * scaling
+        return torch.cat([mean, posterior.std.float() * scaling], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        z = latents.float() / self.scaling + self.shift
+        z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
         images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
 
     def to(self, device: torch.device) -> VAECodec:
         self.vae.to(device)
         return self
+
+
+def factors_of(config: Mapping[str, Any], channels: int, name: str) -> tuple[Factor, Factor]:
+    """Scaling and shift of a VAE's latents, as the pipelines of diffusers apply its config.
+
+    ``scaling_factor`` and, of Stable Diffusion 3 and Flux, ``shift_factor``; with ``latents_mean`` and ``latents_std``
+    (SDXL's pipelines) the shift is the mean and the scaling is over the deviation, channel by channel.
+
+    Raises:
+        InputError: They contradict each other, or are no numbers to scale with.
+    """
+    scaling, shift, mean, std = (config.get(key) for key in (
+        "scaling_factor", "shift_factor", "latents_mean", "latents_std"
+    ))  # fmt: skip
+    if (mean is None) != (std is None) or (mean is not None and shift):
+        raise InputError(
+            f"the VAE {name} has latents_mean {mean}, latents_std {std} and shift_factor {shift}; its config.json must "
+            "give mean and deviation together, and no shift beside them"
+        )
+    means, deviations = [shift or 0.0] if mean is None else list(mean), [1.0] if std is None else list(std)
+    count, numbers = (1 if mean is None else channels), [scaling, *means, *deviations]
+    usable = all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
+    if not usable or min(scaling, *deviations) <= 0 or {len(means), len(deviations)} != {count}:
+        raise InputError(
+            f"the VAE {name} has scaling_factor {scaling}, shift_factor {shift}, latents_mean {mean} and latents_std "
+            f"{std}; numbers are needed, means and deviations one for each of its {channels} channels, and scaling and "
+            "deviations above 0"
+        )
+    if mean is None:
+        return scaling, means[0]
+    return [scaling / deviation for deviation in deviations], means
+
+
+def by_channel(factor: Factor, device: torch.device) -> float | torch.Tensor:
+    """A factor ready to be multiplied with latents. Shape: -> () or (C, 1, 1)."""
+    return torch.tensor(factor, device=device)[:, None, None] if isinstance(factor, list) else factor
+
+
+def latent_side(codec: Codec, image_size: int) -> int:
+    """Latent positions along the side of an image; InputError where the codec's steps do not divide it."""
+    if image_size % codec.downsample:
+        raise InputError(
+            f"`image_size` {image_size} is not a multiple of {codec.downsample}, which the codec {codec.name} needs"
+        )
+    return image_size // codec.downsample
 
 
 def default_codec(data_dir: str | None) -> str:
@@ -123,25 +184,18 @@ def load_codec(name: str) -> Codec:
     from diffusers import AutoencoderKL
 
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    folder = expand_home(name) if looks_local else _fetch(name)
+    if not folder.is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
             "wrote, or a hub name such as stabilityai/sd-vae-ft-mse"
         )
-    folder = Path(name).expanduser() if looks_local else name
-    inside_pipeline = looks_local and (folder / "vae").is_dir() and not (folder / "config.json").exists()
+    if (folder / "vae").is_dir() and not (folder / "config.json").exists():
+        folder = folder / "vae"
     try:
-        vae = AutoencoderKL.from_pretrained(
-            folder, subfolder="vae" if inside_pipeline else None, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if looks_local:
-            raise InputError(f"{name} does not hold a readable AutoencoderKL: {_first_line(error)}") from None
-        raise InputError(
-            f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
-            f"({_first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE}, which needs no network"
-        ) from None
+        vae = load_pretrained(AutoencoderKL, folder)
+    except InputError as error:
+        raise InputError(f"`vae` {name} does not hold a readable AutoencoderKL: {error}") from None
     return VAECodec(vae, name)
 
 
@@ -149,8 +203,19 @@ def shipped_vae() -> VAECodec:
     """The small VAE that ships with the package."""
     from diffusers import AutoencoderKL
 
-    return VAECodec(AutoencoderKL.from_pretrained(SHIPPED / SHIPPED_VAE, use_safetensors=True), SHIPPED_VAE)
+    return VAECodec(load_pretrained(AutoencoderKL, SHIPPED / SHIPPED_VAE), SHIPPED_VAE)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _fetch(name: str) -> Path:
+    """The folder of a repository on the Hugging Face hub, with the files of its VAE, fetched where they are not."""
+    from huggingface_hub import snapshot_download
+
+    files = ("config.json", f"{STEM}*.safetensors*")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*files, *(f"vae/{each}" for each in files)]))
+    except Exception as error:  # whatever the HTTP library of the day raises
+        raise InputError(
+            f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
+            f"({first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
+            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE}, which needs no network"
+        ) from None

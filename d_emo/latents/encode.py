@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from d_emo.data import ClassImages
 from d_emo.errors import InputError, RunError
-from d_emo.latents.codec import Codec
+from d_emo.latents.codec import Codec, latent_side
 from d_emo.latents.shards import INDEX, Origin, is_finished, shard_path, write_index, write_shard
 
 
@@ -35,9 +35,11 @@ def encode(
         Whether this call completed the folder; with nothing left to do, True for rank 0.
 
     Raises:
-        InputError: ``folder`` cannot be made or holds latents of something else; an image that cannot be read.
+        InputError: ``folder`` cannot be made or holds latents of something else; an image that cannot be read, or of a
+            size that the codec's steps do not divide.
         RunError: A moment is not finite, the image is named; or the disk is full. Finished shards stay.
     """
+    latent_side(codec, images.image_size)
     folder, origin = Path(folder), Origin.of(images, codec, dtype=dtype, shard_size=shard_size)
     try:
         folder.mkdir(parents=True, exist_ok=True)

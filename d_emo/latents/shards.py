@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from safetensors.torch import save
 
 from d_emo.data import ClassImages
 from d_emo.errors import InputError
-from d_emo.files import digest, digest_of_tensors, remove_left, write_file, write_json
-from d_emo.latents.codec import Codec
+from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
+from d_emo.latents.codec import Codec, Factor
 
-INDEX, FORMAT, TENSORS = "index.json", 1, ("moments", "labels")
+INDEX, TENSORS = "index.json", ("moments", "labels")
 RESUME = "re-run the same command to resume"
 REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
 
@@ -43,8 +43,8 @@ class Origin:
     image_size: int
     codec: str
     encoder: str
-    scaling: float
-    shift: float
+    scaling: Factor
+    shift: Factor
     dtype: str
     mirrored: bool
     shard_size: int
@@ -77,6 +77,9 @@ class Origin:
                 f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "
                 "folder"
             )
+
+
+_KEYS = (*(field.name for field in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -144,22 +147,24 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
         raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        if index["format"] != FORMAT:
-            raise InputError(f"the latents in {folder} have format {index['format']}, this D-EMO reads {FORMAT}")
-        for entry in index["shards"]:
-            if (folder / entry["file"]).stat().st_size != entry["bytes"]:
-                raise InputError(f"the shard {folder / entry['file']} is not of its size; {REPEAT}")
-    except FileNotFoundError as error:
-        missing, begun = Path(error.filename), len(list(folder.glob("shard-*.safetensors")))
-        if missing.name == INDEX and not begun:
-            raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them") from None
-        raise InputError(f"the latents in {folder} are not complete ({missing.name} is missing); {REPEAT}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / INDEX} cannot be read ({type(error).__name__}); {REPEAT}") from None
+    missing = [] if (folder / INDEX).exists() else [INDEX]
+    if missing and not any(folder.glob("shard-*.safetensors")):
+        raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them")
+    sizes: dict[str, int] = {}
+
+    def read(index: dict[str, Any]) -> dict[str, Any]:
+        [index[name] for name in _KEYS]
+        sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
+        if sum(entry["images"] for entry in index["shards"]) != index["images"]:
+            raise ValueError("images")
+        return index
+
+    index = {} if missing else read_json(folder / INDEX, read, REPEAT)
+    if missing := missing + [name for name in sizes if not (folder / name).exists()]:
+        raise InputError(f"the latents in {folder} are not complete ({missing[0]} is missing); {REPEAT}")
+    for name, size in sizes.items():
+        if (folder / name).stat().st_size != size:
+            raise InputError(f"the shard {folder / name} is not of its size; {REPEAT}")
     return index
 
 

@@ -6,6 +6,7 @@ Whoever trains, samples, saves, measures or exports a denoiser uses what is here
 subclass of `DenoiserFrame` and a row of ``d_emo.tables.FRAMES``.
 """
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -13,6 +14,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
+
+from d_emo.errors import InputError
+from d_emo.weights import check_finite, some
 
 
 class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
@@ -40,6 +44,20 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)  # diffusers' pipelines look for it there
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, output_loading_info: bool = False, **options: Any) -> Any:
+        """diffusers' own, which leaves tensors that the files lack as the memory was; these are refused here.
+
+        Raises:
+            InputError: The files lack tensors, have others, or hold NaN.
+        """
+        model, info = super().from_pretrained(path, output_loading_info=True, **options)
+        for title in ("missing", "unexpected", "mismatched"):
+            if names := sorted(map(str, info[f"{title}_keys"])):
+                raise InputError(f"{path} does not hold a whole {cls.__name__}; {title}: {some(names)}")
+        check_finite(model.state_dict(), str(path))
+        return (model, info) if output_loading_info else model
 
     @classmethod
     @abstractmethod

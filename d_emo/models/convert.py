@@ -13,6 +13,7 @@ from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
 from d_emo.models.timm_registry import default_cfgs
+from d_emo.weights import shapes_of
 
 HEADS = ("head.weight", "head.bias")
 
@@ -28,8 +29,8 @@ def read_released_classifier(path: Path, name: str | None = None) -> EMO:
         InputError: for an unreadable file, one that holds no EMO, or another variant than asked for.
     """
     weights = unwrap(read_checkpoint(path), str(path))
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    variant = name or variant_of(found, r"emov\d")
+    found = shapes_of(weights)
+    variant = resolve_name(name) if name else variant_of(found, r"emov\d")
     if variant is None:
         raise InputError(
             f"{path} holds none of the released EMOv1 and EMOv2 variants; converted weights and snapshots are opened "

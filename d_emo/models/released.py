@@ -20,6 +20,7 @@ from d_emo.models.backbone import EMO
 from d_emo.models.denoiser import Denoiser
 from d_emo.models.registry import create_model, list_models
 from d_emo.tables import denoisers
+from d_emo.weights import check_finite, differences, shapes_of
 
 WRAPPINGS = ("ema", "net_E", "state_dict_ema", "model_ema", "net", "model", "state_dict", "module")
 """Keys under which projects file their weights, averaged weights first: those are what the papers report."""
@@ -173,22 +174,14 @@ def released_shapes(model: nn.Module, names: Mapping[str, str]) -> dict[str, tup
 def check_fit(model: nn.Module, names: Mapping[str, str], weights: Mapping[str, Tensor], source: str) -> None:
     """Raise InputError unless the file holds what the model needs, saying what it is or naming the differences."""
     wanted = released_shapes(model, names)
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = shapes_of(weights)
     if found == wanted:
+        check_finite(weights, source)
         return
     reason = explain(found, wanted)
     if reason:
         raise InputError(f"{source} does not fit this model: {reason}.")
-    parts = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "wrong shape": [f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items()
-                        if found.get(name, shape) != shape],
-    }  # fmt: skip
-    first = {title: ", ".join(names[:4]) for title, names in parts.items()}
-    more = {title: f" and {len(names) - 4} more" if len(names) > 4 else "" for title, names in parts.items()}
-    details = "; ".join(f"{title}: {first[title]}{more[title]}" for title, names in parts.items() if names)
-    raise InputError(f"{source} does not fit this model. {details}.")
+    raise InputError(f"{source} does not fit this model. {differences(found, wanted)}.")
 
 
 def explain(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

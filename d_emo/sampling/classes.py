@@ -3,11 +3,23 @@
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from d_emo.errors import InputError
 from d_emo.models.contract import DenoiserFrame
+
+Labels = str | int | Sequence[str | int] | torch.Tensor | np.ndarray
+"""Ids or names of classes as people give them: one or several, as numbers, a tensor or an array."""
+
+
+def as_list(values: Labels) -> list[Any]:
+    """One or several ids, names or seeds as a list of Python's own numbers and texts. Shape: tensors () or (N,)."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = [values] if isinstance(values, (str, int)) else values
+    return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def find_classes(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:

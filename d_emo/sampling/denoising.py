@@ -1,7 +1,7 @@
 """From noise to latents, step by step: pure functions of denoiser, scheduler, labels and seeds."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from d_emo.errors import InputError
 from d_emo.latents import Codec
 from d_emo.models.contract import DenoiserFrame
+from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.guidance import Guidance, guided
 from d_emo.sampling.schedulers import set_steps
 
@@ -42,7 +43,7 @@ class Step:
 
 
 def sample(
-    denoiser: DenoiserFrame, scheduler: Any, class_labels: Sequence[int], seeds: Sequence[int], *, steps: int,
+    denoiser: DenoiserFrame, scheduler: Any, class_labels: Labels, seeds: Labels, *, steps: int,
     guidance: Guidance, batch_size: int = 64, exact: bool = True,
 ) -> Iterator[Step]:
     """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
@@ -54,7 +55,7 @@ def sample(
     Args:
         denoiser: In eval mode.
         scheduler: From `make_scheduler`.
-        class_labels, seeds: One of each per image.
+        class_labels, seeds: One of each per image: whole numbers, also as tensors or arrays.
         steps: Denoising steps.
         guidance: How to guide.
         batch_size: Images denoised at once.
@@ -66,14 +67,17 @@ def sample(
         of one.
 
     Raises:
-        InputError: Labels out of range, labels and seeds of different number, settings that mean nothing.
+        InputError: Labels or seeds out of range, labels and seeds of different number, settings that mean nothing.
     """
+    class_labels, seeds = as_list(class_labels), as_list(seeds)
     if len(class_labels) != len(seeds):
         raise InputError(f"{len(class_labels)} class labels and {len(seeds)} seeds were given; one of each per image")
     rows = len(denoiser.label_rows())
     for label in class_labels:
-        if not 0 <= label < rows:
-            raise InputError(f"class label {label} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
+        if not isinstance(label, int) or not 0 <= label < rows:
+            raise InputError(f"class label {label!r} is out of range; the denoiser has 0 to {denoiser.null_class - 1}")
+    if odd := [seed for seed in seeds if not isinstance(seed, int) or not -(2**63) <= seed < 2**64]:
+        raise InputError(f"a seed must be a whole number of 64 bits, not {odd[0]!r}")
     for start in range(0, len(seeds), batch_size):
         batch = range(start, min(start + batch_size, len(seeds)))
         size = (exact and _part_size(denoiser)) or len(batch)

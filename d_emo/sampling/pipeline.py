@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +17,19 @@ from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models.contract import DenoiserFrame
-from d_emo.sampling.classes import find_classes
+from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import decode, denoise
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.weights import check_pretrained, find_weights
 
 
 class DEMOPipeline(DiffusionPipeline):
     """Class labels in, pictures out, for any number of classes and both objectives.
 
     Beyond the stock ``DiTPipeline``: the null class is the denoiser's own, class names survive saving and loading, a
-    learned variance is used, the generator reaches every step, all schedulers start from the noise that they expect.
+    learned variance is used, the generator reaches every step, all schedulers start from the noise that they expect,
+    and a VAE's shift and its means and deviations by channel are applied.
 
     Args:
         transformer: The denoiser.
@@ -34,6 +37,9 @@ class DEMOPipeline(DiffusionPipeline):
         vae: None where the latents are pixels.
         id2label: Class names by id (a string, as JSON has it).
         label_dropout: Of the training; without any there is no guidance.
+
+    Raises:
+        InputError: ``id2label`` does not name all classes.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -48,6 +54,8 @@ class DEMOPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}
+        if names.keys() != set(map(str, range(transformer.num_classes))):
+            raise InputError(f"id2label must name the classes 0 to {transformer.num_classes - 1}, all of them")
         self.register_to_config(id2label=names, label_dropout=label_dropout)
 
     @classmethod
@@ -63,20 +71,33 @@ class DEMOPipeline(DiffusionPipeline):
             label_dropout=snapshot.label_dropout,
         )
 
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> DEMOPipeline:
+        """Open what `save_pretrained` wrote, from a folder or the Hugging Face hub, whole or not at all.
+
+        Raises:
+            InputError: Weights lack tensors, have others, or are of another class.
+        """
+        folder = Path(path) if Path(path).is_dir() else Path(cls.download(path, **options))
+        if "transformer" not in options:
+            options["variant"] = find_weights(folder / "transformer", options.get("variant"))[1]
+        if "vae" not in options and (folder / "vae").is_dir():
+            check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
+        return super().from_pretrained(folder, **options)
+
     @property
     def class_names(self) -> list[str]:
         """Names in the order of their ids."""
         return [self.config.id2label[str(label)] for label in range(len(self.config.id2label))]
 
-    def get_label_ids(self, names: str | int | Sequence[str | int]) -> list[int]:
-        """Class ids for names or ids; a single one need not be in a list."""
-        names = [names] if isinstance(names, (str, int)) else names
-        return find_classes([str(name) for name in names], self.class_names)
+    def get_label_ids(self, names: Labels) -> list[int]:
+        """Class ids for names or ids, also as tensors and arrays; a single one need not be in a list."""
+        return find_classes(as_list(names), self.class_names)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: str | int | Sequence[str | int] = (),
+        class_labels: Labels = (),
         guidance_scale: float | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -91,7 +112,7 @@ class DEMOPipeline(DiffusionPipeline):
         """Draw one picture per class label.
 
         Args:
-            class_labels: Ids or names; may be left out where there is only one class.
+            class_labels: Ids or names, or a tensor or an array of ids; may be left out where there is only one class.
             guidance_scale: 1 is none and costs one forward pass. Default: 4, or 1 without label dropout.
             num_inference_steps: Denoising steps.
             generator: One for all pictures, or a list of one for each, which frees a picture from its neighbours.

@@ -17,6 +17,7 @@ from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser, newest_denoiser
 from d_emo.latents import Codec, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
+from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.denoising import Step, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
@@ -113,7 +114,7 @@ class Sampler:
         return height * self.codec.downsample, width * self.codec.downsample
 
     def images(
-        self, labels: Sequence[int], seeds: Sequence[int], *, batch_size: int = 64, exact: bool = True,
+        self, labels: Labels, seeds: Labels, *, batch_size: int = 64, exact: bool = True,
         every_step: bool = False,
     ) -> Iterator[torch.Tensor] | Iterator[Step]:
         """Draw an image for each label and seed. It depends on these alone, see `sample`.
@@ -129,9 +130,9 @@ class Sampler:
             InputError: Labels or seeds that cannot be used, or samples that are not finite.
         """
         steps = self._steps(labels, seeds, batch_size, exact)
-        return steps if every_step else _batches(steps, batch_size, len(seeds))
+        return steps if every_step else _batches(steps, batch_size, len(as_list(seeds)))
 
-    def _steps(self, labels: Sequence[int], seeds: Sequence[int], batch_size: int, exact: bool) -> Iterator[Step]:
+    def _steps(self, labels: Labels, seeds: Labels, batch_size: int, exact: bool) -> Iterator[Step]:
         scheduler = copy.deepcopy(self.scheduler)  # it has a state, and there may be several drawings at once
         for step in sample(
             self.model, scheduler, labels, seeds, steps=self.steps, guidance=self.guidance, batch_size=batch_size,

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from d_emo.config import ClassifierSettings, is_folder
-from d_emo.data import AugmentedFolder, ClassImages, open_dataset, open_held_out, spread
+from d_emo.config import ClassifierSettings, folder_of, is_folder
+from d_emo.data import AugmentedFolder, ClassImages, find_splits, list_folders, open_dataset, open_held_out, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
@@ -55,7 +55,7 @@ class ClassifierTask:
     def __init__(self, settings: ClassifierSettings):
         if resolve_name(settings.model) not in BACKBONES:
             raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
-        self.facts: dict[str, Any] = {"validate_dir": _own_held_out(settings.data_dir)}
+        self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         self.dataset, self.held_out = open_both(settings)
         self.facts["images"] = len(self.dataset)
@@ -144,11 +144,13 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _own_held_out(data_dir: str | None) -> str | None:
-    """The folder val of a folder that has both train and val."""
-    if data_dir is None or not all((Path(data_dir) / part).is_dir() for part in ("train", "val")):
-        return None
-    return str(Path(data_dir) / "val")
+def _own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
+    """The folders train and val of a folder that has both (timm finds training and validation too); else itself."""
+    if data_dir is not None and not data_dir.startswith("folder:") and folder_of(data_dir).is_dir():
+        train, held_out = find_splits(list_folders(folder_of(data_dir))) or ([], [])
+        if train and held_out and held_out[0].name.lower().startswith("val"):
+            return str(train[0]), str(held_out[0])
+    return data_dir, None
 
 
 def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
@@ -157,9 +159,7 @@ def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | 
     A folder with sub-folders train and val, as ImageNet is laid out, stands for these two. InputError for data of one
     class only, or that do not belong together.
     """
-    data_dir, size = settings.data_dir, settings.image_size
-    if _own_held_out(data_dir) is not None:
-        data_dir = str(Path(data_dir) / "train")
+    data_dir, size = _own_splits(settings.data_dir)[0], settings.image_size
     images: ClassImages
     if data_dir is not None and is_folder(data_dir):
         images = AugmentedFolder(

@@ -14,7 +14,7 @@ from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, sprea
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_denoiser
-from d_emo.latents import Codec, LatentDataset, default_codec, encode, load_codec, sample_moments
+from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import frame_of
@@ -47,12 +47,7 @@ class DenoiserTask:
         if settings.validate_every:
             self.held_out = open_held_out(settings, self.images.class_names, one_class=settings.unconditional)
         self.encoded = settings.latents is not None or settings.cache_latents
-        if settings.image_size % self.codec.downsample:
-            raise InputError(
-                f"`image_size` {settings.image_size} is not a multiple of {self.codec.downsample}, which the codec "
-                f"{self.codec.name} needs"
-            )
-        size = settings.image_size // self.codec.downsample
+        size = latent_side(self.codec, settings.image_size)
         options = frame.settings_for((self.codec.channels, size, size), len(self.images.class_names))
         taken = sorted(options.keys() & (settings.model_options or {}).keys())
         if taken:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
+from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
@@ -164,7 +164,7 @@ class _Run:
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = yaml.safe_load(config.read_text()) if config.exists() else {}
+        old = read_json(config, dict) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
@@ -172,6 +172,7 @@ class _Run:
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
+        self.resumed_from = found
         return load_state(found)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -182,7 +183,8 @@ class _Run:
             self.step, self.minutes = state["step"], state["minutes"]
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"the training state does not fit this model: {' '.join(str(error).split())}") from None
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
@@ -310,6 +312,8 @@ class _Run:
                 self.task.save_snapshot(
                     self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes()
                 )
+                if advice := self.ema.advice():
+                    self.progress.say(f"step {self.step}: {advice}")
                 if self.preview is not None:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)

@@ -100,7 +100,7 @@ class Updates:
         """Put back what `gather` gave, in whichever way the model was spread then.
 
         Raises:
-            KeyError, RuntimeError, ValueError: The state is that of another model.
+            InputError, KeyError, RuntimeError: The state is that of another model.
         """
         restore_training(self.bare_model, self.optimizer.optimizer, state)
         if self.accelerator.scaler is not None and state["scaler"] is not None:

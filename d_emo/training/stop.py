@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import signal
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ class Stop(enum.IntEnum):
 class StopSignal:
     """A context that remembers SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
 
+    Outside of the main thread signals are left to whoever has that: the time limit alone is kept.
+
     Args:
         max_minutes: Time limit from now on, or None.
     """
@@ -52,7 +55,9 @@ class StopSignal:
         self.received = max(self.received, wish)
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

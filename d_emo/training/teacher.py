@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from d_emo.errors import InputError
 from d_emo.io.classifier import Normalized, normalized, open_classifier
+from d_emo.weights import check_finite
 
 
 def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> nn.Module:
@@ -31,6 +32,7 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
     else:
         teacher = _timm_model(name, weights)
         known, names = teacher.model.num_classes, None
+    check_finite(teacher.state_dict(), f"the teacher {name}" + (f" with {weights}" if weights else ""))
     if known != len(class_names):
         raise InputError(
             f"the teacher {name} knows {known} classes, but the data have {len(class_names)}; choose another"

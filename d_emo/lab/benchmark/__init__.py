@@ -15,6 +15,7 @@ from d_emo.lab.benchmark.profile import profile_table
 from d_emo.lab.benchmark.report import Report, Result, table, write_report
 from d_emo.lab.benchmark.timing import measure
 from d_emo.lab.benchmark.transcription import transcribe
+from d_emo.models.registry import resolve_name
 
 __all__ = ["forms_table", "kernels_table", "run_benchmark", "table", "transcribe", "write_report"]
 
@@ -30,7 +31,7 @@ def run_benchmark(settings: BenchmarkSettings) -> Report:
         baseline, groups = BASELINE, denoiser_cases(settings, device)
     else:
         groups = iter([classifier_cases(settings, device)])
-        baseline = (settings.peers or settings.models)[0]
+        baseline = settings.peers[0] if settings.peers else resolve_name(settings.models[0])
     report = Report(baseline, device)
     for cases in groups:
         print(f"measuring {cases[0].group}", file=sys.stderr)

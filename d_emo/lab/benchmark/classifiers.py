@@ -16,6 +16,7 @@ from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import count_macs
 from d_emo.models.layers import fold_batch_norms
+from d_emo.models.registry import resolve_name
 
 PLAIN = "{}, plain transcription"
 
@@ -29,8 +30,8 @@ def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device
     group = f"{settings.image_size} px, inference"
     images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size).to(device)
     networks: dict[str, tuple[nn.Module, int]] = {}
-    for name in settings.models:
-        if not name.startswith("emov2") or name not in BACKBONES:
+    for name in map(resolve_name, settings.models):
+        if not name.startswith("emov2"):
             known = ", ".join(n for n in BACKBONES if n.startswith("emov2"))
             raise InputError(f"`models` {name!r} is none of {known}")
         network = create_model(name, img_size=settings.image_size).to(device).eval()

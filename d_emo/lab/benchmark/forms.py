@@ -7,13 +7,13 @@ from d_emo.config import FormsSettings
 from d_emo.device import best_device
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
-from d_emo.tables import denoisers
+from d_emo.tables import family_of
 
 
 def forms_table(settings: FormsSettings) -> str:
     """The table of `d_emo.kernels.explain` for a network of random weights."""
     device, batch = best_device(settings.device), settings.batch_size
-    options = {"sample_size": settings.image_size // 8} if settings.model in denoisers() else {}
+    options = {"sample_size": settings.image_size // 8} if family_of(settings.model) else {}
     with device:
         model = create_model(settings.model, **options)
         if isinstance(model, DenoiserFrame):

@@ -1,20 +1,29 @@
 """What a study refuses before it trains anything: settings that cannot work, and results of other settings."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from d_emo.config import EncodeSettings, StudySettings, TrainSettings, check_guidance, is_folder, read_sampler
+from d_emo.config import (
+    ClassifierSettings,
+    EncodeSettings,
+    StudySettings,
+    TrainSettings,
+    check_guidance,
+    is_folder,
+    read_sampler,
+)
+from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
-from d_emo.lab.study.plan import PlannedRun, fid_settings, latents_folder, read_settings
-from d_emo.lab.study.results import read_json
-from d_emo.latents import default_codec
-from d_emo.latents.shards import INDEX
+from d_emo.files import read_json
+from d_emo.io.snapshot import kind_of, load_classifier
+from d_emo.lab.study.plan import PlannedRun, data_dir_of, fid_settings, latents_folder, read_settings
+from d_emo.latents import LatentDataset, default_codec
+from d_emo.latents.shards import INDEX, REPEAT
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, schedulers_of
+from d_emo.training.classifier import open_both
 
 
 def check_same_training(run: PlannedRun) -> None:
@@ -22,12 +31,9 @@ def check_same_training(run: PlannedRun) -> None:
     path = run.folder / "config.yaml"
     if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
         return
-    try:
-        recorded = dict(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        raise InputError(f"{path} of the study's run {run.name!r}, seed {run.seed}, is damaged; remove {run.folder}, "
-                         "and the run is trained again") from None  # fmt: skip
-    old, new = (_what_counts(values) for values in (asdict(TrainSettings()) | recorded, asdict(run.training)))
+    remedy = f"remove {run.folder}, and the study's run {run.name!r}, seed {run.seed}, is trained again"
+    recorded = asdict(TrainSettings()) | read_json(path, dict, remedy)
+    old, new = (_what_counts(values) for values in (recorded, asdict(run.training)))
     if new["image_size"] is None:  # that of the latents
         new["image_size"] = old["image_size"]
     if new["vae"] is None:
@@ -61,7 +67,7 @@ def check_same_latents(settings: StudySettings) -> None:
     folder = latents_folder(settings)
     if settings.encode is None or not (folder / INDEX).exists():
         return
-    index, encode = read_json(folder / INDEX), read_encode(settings.encode)
+    index, encode = read_json(folder / INDEX, dict, REPEAT), read_encode(settings.encode)
     wanted = {name: getattr(encode, name) for name in settings.encode if getattr(encode, name) is not None}
     if encode.data_dir is not None:
         wanted["dataset"] = "folder" if is_folder(encode.data_dir) else encode.data_dir.partition(":")[0]
@@ -109,6 +115,51 @@ def check_inputs(settings: StudySettings) -> None:
         raise InputError("the study does not say which images to encode; give `data_dir` FOLDER")
     if settings.reference is not None and not Path(settings.reference).exists():
         raise InputError(f"the study's reference {settings.reference} does not exist (`reference`)")
+
+
+def check_classes(
+    settings: StudySettings, runs: list[PlannedRun], classifier: Path, config: ClassifierSettings | None
+) -> None:
+    """Raise InputError for runs that the classifier could not measure: of other classes, or of unknown images.
+
+    Args:
+        settings, runs: Of the study.
+        classifier: Its run folder, where it is trained.
+        config: What it is trained with, where it is not.
+    """
+    if config is None or kind_of(classifier) == "classifier":
+        known = load_classifier(classifier).class_names
+    else:
+        known = open_both(replace(config, validate_dir=None, validate_every=None))[0].class_names
+    for run in runs:
+        data, where = _data_of(settings, run), f"the study's run {run.name!r}"
+        if data.name not in DATASETS and run.training.data_dir not in (None, data_dir_of(settings)):
+            raise InputError(f"{where} has the `data_dir` {run.training.data_dir}; with `judge` all runs share one")
+        if data.name not in DATASETS and data_dir_of(settings) is None:
+            raise InputError(
+                f"{where} is trained on latents of {data.name!r}, whose images `judge` needs: let the study encode "
+                "them, or measure against a `reference`"
+            )
+        if data.name not in DATASETS and run.name in settings.norm_gap and run.training.validate_dir is None:
+            raise InputError(f"norm_gap of {where} needs held-out images: `validate_dir` among the study's train")
+        names = [data.name] if run.training.unconditional else data.class_names
+        if names != known:
+            odd = ", ".join(sorted({*names} ^ {*known})[:3]) or "another order"
+            raise InputError(
+                f"{where} is of {len(names)} classes, which are not the {len(known)} of `judge` {settings.judge} "
+                f"({odd}); name a classifier of the same data, or measure against a `reference`"
+            )
+
+
+def _data_of(settings: StudySettings, run: PlannedRun) -> ClassImages | LatentDataset:
+    """What a run is trained on, encoded or still to be."""
+    latents, source = run.training.latents, run.training
+    if settings.encode is not None and not (Path(latents) / INDEX).exists():
+        latents, source = None, read_encode(settings.encode)
+    if latents is not None:
+        return LatentDataset(latents)
+    size = source.image_size or 256
+    return open_dataset(dataset=source.dataset, data_dir=source.data_dir, image_size=size, sequential=True)
 
 
 def read_encode(options: dict[str, Any]) -> EncodeSettings:

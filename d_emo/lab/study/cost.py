@@ -12,11 +12,11 @@ import torch
 from d_emo.config import StudySettings, TrainSettings, read_sampler
 from d_emo.device import best_device, synchronize
 from d_emo.errors import InputError
-from d_emo.files import digest, locked, write_json
+from d_emo.files import digest, locked, read_json, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.lab.reporting import markdown_table
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
-from d_emo.lab.study.results import RESUME, read_json
+from d_emo.lab.study.results import REMAKE, RESUME
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import count_macs, count_parameters
@@ -67,7 +67,9 @@ def read_step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
             write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
-    return read_json(path)
+    return read_json(path, lambda kept: {
+        "hardware": kept["hardware"], "seconds": {key: kept["seconds"][key] for key in keys.splitlines()}
+    }, REMAKE)  # fmt: skip
 
 
 def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, float]:

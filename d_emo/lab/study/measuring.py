@@ -13,7 +13,7 @@ from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, draw_classes, even_labels, open_real
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
-from d_emo.lab.study.plan import PlannedRun
+from d_emo.lab.study.plan import PlannedRun, data_dir_of
 from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
@@ -66,8 +66,11 @@ class Meter:
         if self._metrics is None:
             if opened.class_names != self._features.class_names:
                 raise InputError(f"the classifier {self._features.name} knows other classes than {opened.path}")
-            data, folder = opened.meta["data"], self.settings.train.get("data_dir")
-            real, self._held_out = open_real(data, opened.image_size, opened.class_names, data_dir=folder)
+            data, own = opened.meta.get("data"), data_dir_of(self.settings)
+            real, self._held_out = open_real(
+                data, opened.image_size, opened.class_names, data_dir=own,
+                validate_dir=own and self.settings.train.get("validate_dir"),
+            )
             self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
         return self._metrics
 
@@ -83,8 +86,9 @@ class Meter:
         """
         opened = load_denoiser(snapshot)
         codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
+        own = data_dir_of(self.settings) and self.settings.train["validate_dir"]
         held_out = open_dataset(
-            dataset=opened.meta["data"], data_dir=None, split="test", image_size=opened.image_size
+            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size
         )
         objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
         found, chosen = [], spread(len(held_out), HELD_OUT)

@@ -1,5 +1,6 @@
 """From the settings of a study to the list of its runs."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass, replace
@@ -8,8 +9,10 @@ from typing import Any, TypeVar
 
 from d_emo.config import FidSettings, Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
-from d_emo.files import digest
+from d_emo.files import digest, expand_home
 from d_emo.io.training_state import step_of
+from d_emo.latents import load_codec
+from d_emo.tables import CODECS
 
 S = TypeVar("S", bound=Settings)
 
@@ -99,6 +102,11 @@ def latents_folder(settings: StudySettings) -> Path:
     return Path(settings.output_dir) / "latents"
 
 
+def data_dir_of(settings: StudySettings) -> str | None:
+    """The images that all runs are trained on, where these are no built-in data."""
+    return (settings.encode or {}).get("data_dir") or settings.train.get("data_dir")
+
+
 def fid_options(settings: StudySettings) -> dict[str, Any]:
     """What the study says to fid of every snapshot."""
     own = {"num_images": settings.num_images, "guidance_scale": settings.guidance_scale} | (settings.fid or {})
@@ -111,8 +119,17 @@ def fid_settings(settings: StudySettings) -> FidSettings:
 
 
 def latent_shape_of(settings: StudySettings, training: TrainSettings) -> tuple[int, int, int]:
-    """Channels, height and width of a run's latents; 4 channels at an eighth of the size, unless they are pixels."""
+    """Channels, height and width of a run's latents; of a VAE that is not here, 4 channels at an eighth of the size."""
     encode = settings.encode or {}
-    side = training.image_size or encode.get("image_size", 256)
-    pixels = (training.vae or encode.get("vae")) == "pixels"
-    return (3, side, side) if pixels else (4, side // 8, side // 8)
+    side, channels, downsample = training.image_size or encode.get("image_size", 256), 4, 8
+    name = training.vae or encode.get("vae")
+    if name is not None and (name in CODECS or expand_home(name).is_dir()):
+        channels, downsample = _latents_of(name)
+    return channels, side // downsample, side // downsample
+
+
+@functools.cache
+def _latents_of(vae: str) -> tuple[int, int]:
+    """Channels of a codec's latents, and pixels along the side of one."""
+    codec = load_codec(vae)
+    return codec.channels, codec.downsample

@@ -9,11 +9,12 @@ from pathlib import Path
 import pandas as pd
 
 from d_emo.config import StudySettings
-from d_emo.files import write_file
+from d_emo.files import read_json, write_file
 from d_emo.io.snapshot import load_meta
 from d_emo.lab.reporting import markdown_table, plural
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.lab.study.results import (
+    REMAKE,
     RESUME,
     Estimate,
     at_time,
@@ -22,7 +23,6 @@ from d_emo.lab.study.results import (
     metric_values,
     minutes_by_step,
     paired,
-    read_json,
     runs_of,
 )
 from d_emo.tables import with_present_names
@@ -68,7 +68,7 @@ def introduction(
         f"classifier of the same classes ({classifier}) and compare with nothing outside this study; class{seen}"
     )
     path, values = held_out_file(settings, runs), metric_values()
-    if path.exists() and (real := read_json(path)):
+    if path.exists() and (real := read_json(path, remedy=REMAKE)):
         count, real = real.pop("images"), with_present_names(real)
         shown = (f"{values[name].title} {value:.{values[name].digits}f}" for name, value in real.items())
         measured += f" {count:,} real held-out images measure: {', '.join(shown)}."

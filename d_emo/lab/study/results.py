@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +11,14 @@ import pandas as pd
 from scipy.stats import t as student
 
 from d_emo.config import TrainSettings
-from d_emo.errors import InputError
-from d_emo.files import write_json
+from d_emo.files import read_json, write_json
 from d_emo.lab.loss_curves import read_run
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.tables import DATASETS, MetricValue, class_values, with_present_names
 from d_emo.tables import metric_values as all_metric_values
 
 RESUME = "nothing that was measured before is lost; re-run the same command to resume"
+REMAKE = "remove it and re-run the same command to make it again"
 
 
 def metric_values() -> dict[str, MetricValue]:
@@ -75,20 +73,12 @@ def read_measurements(run: PlannedRun, *, last: bool = False) -> dict[int, dict[
     return read_json(run.results, lambda kept: {
         int(step): with_present_names(values) for step, values in kept.items()
         if not last or int(step) == run.training.max_steps
-    })  # fmt: skip
+    }, REMAKE)  # fmt: skip
 
 
 def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> None:
     """Keep the metric values of one snapshot."""
     write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())), RESUME)
-
-
-def read_json(path: Path, read: Callable[[Any], Any] = lambda kept: kept) -> Any:
-    """What ``read`` makes of what was kept; InputError if the file is damaged."""
-    try:
-        return read(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError, TypeError):
-        raise InputError(f"{path} is damaged; remove it and re-run the same command to make it again") from None
 
 
 def collect(

@@ -10,18 +10,18 @@ import pandas as pd
 
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
-from d_emo.files import locked, write_json
+from d_emo.files import locked, read_json, write_json
 from d_emo.io.training_state import step_of
 from d_emo.lab.loss_curves import published_curves
 from d_emo.lab.reporting import make_folder, plural
-from d_emo.lab.study.checks import check_inputs, check_measuring, check_same_latents, check_same_training
+from d_emo.lab.study.checks import check_classes, check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.lab.study.cost import cost_table, read_step_times, size_of, speed_key
 from d_emo.lab.study.execution import VerbError, run_verb, writing
 from d_emo.lab.study.measuring import Meter, draw_samples
 from d_emo.lab.study.plan import PlannedRun, fid_options, latent_shape_of, latents_folder, plan_runs
 from d_emo.lab.study.plots import draw_curves, draw_gaps
 from d_emo.lab.study.report import held_out_file, introduction, write_report
-from d_emo.lab.study.results import RESUME, add_measurement, collect, metric_values, read_json, read_measurements
+from d_emo.lab.study.results import REMAKE, RESUME, add_measurement, collect, metric_values, read_measurements
 from d_emo.latents.shards import INDEX
 
 GAPS = "norm_gap.json"
@@ -50,6 +50,8 @@ class Study:
         if not settings.report_only:
             check_inputs(settings)
         check_same_latents(settings)
+        if self.classifier is not None and not settings.report_only:
+            check_classes(settings, self.runs, self.classifier, self._classifier_config)
         for run in self.runs:
             check_same_training(run)
 
@@ -130,8 +132,7 @@ class Study:
         output = snapshot.with_name(f".{snapshot.name}-fid.json")
         options = {**fid_options(self.settings), "checkpoint": str(snapshot), "output": str(output)}
         self._run("fid", options, output, lock)
-        result = read_json(output)
-        return {name: result[name] for name in metric_values() if name in result}
+        return read_json(output, lambda found: {name: found[name] for name in metric_values() if name in found}, REMAKE)
 
     def _is_measured(self) -> bool:
         return any(read_measurements(run, last=self.settings.measure == "last") for run in self.runs)
@@ -172,7 +173,8 @@ class Study:
         plots = {"curves.png": "FID and training loss against steps, images, arithmetic and time"}
         gaps = pd.DataFrame([
             {"run": run.name, "seed": run.seed, **level} for run in runs
-            if run.name in settings.norm_gap and (run.folder / GAPS).exists() for level in read_json(run.folder / GAPS)
+            if run.name in settings.norm_gap and (run.folder / GAPS).exists()
+            for level in read_json(run.folder / GAPS, list, REMAKE)
         ])  # fmt: skip
         if not gaps.empty:
             draw_gaps(folder / "norm_gap.png", gaps)

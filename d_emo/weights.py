@@ -1,0 +1,162 @@
+"""Weights from files, taken whole or refused: names and shapes are compared before the first tensor is read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from d_emo.errors import InputError
+from d_emo.files import read_json
+
+Model = TypeVar("Model", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STEM, SHOWN = "diffusion_pytorch_model", 4  # as diffusers names its files; how many tensors a sentence names
+
+
+def load_pretrained(kind: type[Model], folder: Path) -> Model:
+    """A network in the layout of diffusers' ``save_pretrained``, in eval mode and float32.
+
+    diffusers itself gives a network whatever the memory held where a tensor is missing, and says so in a warning.
+
+    Args:
+        kind: A ``diffusers.ModelMixin``.
+        folder: With ``config.json`` and safetensors: one file, shards with their index, or a variant only.
+
+    Raises:
+        InputError: It is of another class, is damaged, or does not hold every tensor in its shape and no others.
+    """
+    variant = check_pretrained(kind, folder)
+    try:
+        model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers and safetensors raise many types for a damaged file
+        raise InputError(f"{folder} cannot be read ({first_line(error)})") from None
+    check_finite(model.state_dict(), str(folder))
+    return model.eval()
+
+
+def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = None) -> str | None:
+    """Compare a folder's files, unread, with the network that its config makes; return the variant to read.
+
+    Raises:
+        InputError: See `load_pretrained`.
+    """
+    config = read_json(folder / "config.json", dict)
+    if config.get("_class_name") != kind.__name__:
+        raise InputError(f"{folder} holds {config.get('_class_name', 'another network')}, not {kind.__name__}")
+    files, variant = find_weights(folder, variant)
+    try:
+        with torch.device("meta"):
+            wanted = shapes_of(kind.from_config(config).state_dict())
+    except Exception as error:
+        raise InputError(f"{folder / 'config.json'} makes no {kind.__name__} ({first_line(error)})") from None
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= _header(file)
+    if found != wanted:
+        where = files[0] if len(files) == 1 else folder
+        raise InputError(f"{where} does not hold a whole {kind.__name__}: {differences(found, wanted)}")
+    return variant
+
+
+def find_weights(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
+    """The safetensors files of a folder, and their variant: that asked for, else none, else the only one.
+
+    Raises:
+        InputError: There are none, or several variants to choose from.
+    """
+    for each in dict.fromkeys((variant, None)):
+        if files := _files(folder, each):
+            return files, each
+    names = sorted(path.name for path in folder.glob(f"{STEM}*"))
+    matches = (re.fullmatch(rf"{STEM}(?:\.safetensors\.index)?\.(\w+)\.(?:safetensors|json)", name) for name in names)
+    variants = sorted({match[1] for match in matches if match})
+    if len(variants) != 1:
+        found = f"the variants {', '.join(variants)}; keep one" if variants else min(names, default="none")
+        raise InputError(f"{folder} must hold {STEM}.safetensors, but there is {found}")
+    print(f"{folder} has its weights as {variants[0]} only; taking these", file=sys.stderr, flush=True)
+    return _files(folder, variants[0]), variants[0]
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | Path, source: str) -> None:
+    """Load a state dict, or a safetensors file of one, into a network; InputError unless it fits whole.
+
+    Nothing is changed then. The sentence begins with ``source``.
+    """
+    wanted = shapes_of(model.state_dict())
+    found = _header(weights) if isinstance(weights, Path) else shapes_of(weights)
+    if found != wanted:
+        raise InputError(f"{source} does not fit this model: {differences(found, wanted)}")
+    if isinstance(weights, Path):
+        with safe_open(weights, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in found}
+    check_finite(weights, source)
+    model.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise InputError, naming the first tensors, where some hold NaN or infinite values."""
+    # A sum reads each tensor once and needs no memory of its size.
+    bad = [name for name, tensor in weights.items()
+           if tensor.dtype in FLOATS and not tensor.is_meta and not tensor.sum(dtype=torch.float32).isfinite()]
+    if bad:
+        raise InputError(f"{source} holds NaN or infinite values, in {some(bad)}; it is damaged")
+
+
+def differences(found: Shapes, wanted: Shapes) -> str:
+    """What is missing, unexpected and of a wrong shape among named tensors, with the first names of each."""
+    first = next(iter(wanted), "")
+    prefix = next((name.removesuffix(first) for name in found if name.endswith(f".{first}")), "")
+    if prefix and {f"{prefix}{name}": shape for name, shape in wanted.items()} == found:
+        return f"all its names begin with {prefix!r}, which whatever wrapped the network left; write them without"
+    parts = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": [f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items()
+                        if found.get(name, shape) != shape],
+    }  # fmt: skip
+    return "; ".join(f"{title}: {some(names)}" for title, names in parts.items() if names)
+
+
+def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a variant, or of none; an empty list where there are no such."""
+    ending = "" if variant is None else f".{variant}"
+    whole, index = folder / f"{STEM}{ending}.safetensors", folder / f"{STEM}.safetensors.index{ending}.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    shards = read_json(index, lambda content: sorted({Path(name).name for name in content["weight_map"].values()}))
+    return [folder / name for name in shards]
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except Exception as error:
+        raise InputError(f"{file} cannot be read ({first_line(error)})") from None
