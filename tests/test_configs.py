@@ -77,7 +77,7 @@ def pictures(tmp_path):
     for label, colour in enumerate(("red", "green", "blue")):
         (tmp_path / "pictures" / colour).mkdir(parents=True)
         for number in range(3):
-            Image.new("RGB", (8 + number, 9), (80 * label, 80 * number, 90)).save(
+            Image.new("RGB", (8 + number, 9 - 2 * number), (80 * label, 80 * number, 90)).save(
                 tmp_path / "pictures" / colour / f"{number}.png"
             )
     return tmp_path / "pictures"

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from d_emo.data import COLOURS, GROUNDS, SHAPES, Digits, ImageFolder, Shapes1000, StepSampler, open_dataset, to_uint8
-from d_emo.data.folder import centre_crop
+from d_emo.data.reading import centre_crop
 from d_emo.data.shapes import draw_scene
 from d_emo.errors import InputError
 
@@ -95,8 +95,6 @@ def test_image_folder_names_what_is_wrong(folder, tmp_path_factory):
         ImageFolder(folder / "no", 16)
     with pytest.raises(InputError, match="no sub-folders"):
         ImageFolder(tmp_path_factory.mktemp("empty"), 16)
-    with pytest.raises(InputError, match=r"0\.JPEG.*30 x 24 px.*64 px"):
-        ImageFolder(folder, 64)[0]
     with pytest.raises(InputError, match="at least 8"):
         ImageFolder(folder, 4)
     (folder / "cow").mkdir()

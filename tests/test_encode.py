@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from d_emo.config import TrainSettings
-from d_emo.data import Digits, ImageFolder, Shapes1000
+from d_emo.data import Digits, ImageFolder, Reading, Shapes1000, open_dataset
 from d_emo.errors import InputError, RunError
 from d_emo.latents import LatentDataset, PixelCodec, encode, load_codec, shards
 from d_emo.training import fit
@@ -178,7 +179,7 @@ def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
     hurt.write_bytes(content)
     index = json.loads((tmp_path / "index.json").read_text())
     LatentDataset(tmp_path)
-    for key in index:
+    for key in index.keys() - {"exif", "background"}:
         (tmp_path / "index.json").write_text(json.dumps({name: each for name, each in index.items() if name != key}))
         with pytest.raises(InputError, match=rf"index\.json lacks '{key}'; run scripts/encode_latents"):
             LatentDataset(tmp_path)
@@ -373,3 +374,64 @@ def test_stored_latents_are_mapped_not_read(tmp_path):
         pytest.skip("no /proc to look into")
     assert str(shards.shard_path(tmp_path, 2)) in maps.read_text()
     assert str(shards.shard_path(tmp_path, 1)) not in maps.read_text()
+
+
+# ---- how the images were read ----------------------------------------------------------------------------------------
+
+
+def edit_index(folder, **changes):
+    """Change what the index says; None takes a key away, as in folders of before."""
+    index = {**json.loads((folder / "index.json").read_text()), **changes}
+    (folder / "index.json").write_text(json.dumps({key: index[key] for key in index if index[key] is not None}))
+
+
+def test_latents_without_mirror_images_hold_one_set_of_moments_and_train_unmirrored(tmp_path, pictures):
+    def stored(folder, **options):
+        return LatentDataset(tmp_path / folder, **options)
+
+    for folder, flip in (("both", None), ("plain", False)):
+        images = open_dataset(dataset="", data_dir=str(pictures), image_size=8, flip=flip)
+        encode(images, HalfCodec(), tmp_path / folder, **SMALL)
+    assert stored("plain")[0][0].shape == (6, 8, 8) and stored("both")[0][0].shape == (12, 8, 8)
+    assert torch.equal(stored("both", flip=False)[3][0], stored("plain")[3][0]) and not stored("plain").flip
+    with pytest.raises(InputError, match=r"plain hold no mirror images \(`flip`\)"):
+        stored("plain", flip=True)
+    encode(ImageFolder(pictures, 8), PixelCodec(), tmp_path / "train", **SMALL)
+    task = DenoiserTask(TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "train"), "flip": False}))
+    moments, step = torch.stack([task.dataset[0][0]] * 2), task.draw(torch.Generator().manual_seed(0), 2)
+    assert task.facts["flip"] is False and moments.shape == (2, 6, 8, 8)
+    for flip in (True, False):
+        latents = task._latents(moments, step._replace(flip=torch.full((2,), flip)))
+        assert torch.equal(latents[0], ImageFolder(pictures, 8)[0][0])
+
+
+def test_latents_tell_how_their_images_were_read(tmp_path, pictures):
+    images = ImageFolder(pictures, 8, reading=Reading(exif=False, background="red"))
+    encode(images, PixelCodec(), tmp_path / "l", **SMALL)
+    index = json.loads((tmp_path / "l" / "index.json").read_text())
+    assert (index["exif"], index["background"], index["mirrored"]) == (False, "red", True)
+
+    def train(**changes):
+        return DenoiserTask(TrainSettings(**{**TINY, "vae": None, "latents": str(tmp_path / "l"), **changes}))
+
+    assert train().settings.exif is False and train(background="red").settings.background == "red"
+    with pytest.raises(InputError, match="read with `exif` False, not True"):
+        train(exif=True)
+    with pytest.raises(InputError, match="read with `background` red, not white"):
+        train(background="white")
+    with pytest.raises(InputError, match="exif False, not True; background red, not white"):
+        encode(ImageFolder(pictures, 8), PixelCodec(), tmp_path / "l", **SMALL)
+    edit_index(tmp_path / "l", exif=None, background=None)  # of before these keys
+    assert train().facts["exif"] is False and train().facts["background"] is None
+
+
+def test_what_an_older_version_encoded_is_kept_when_finished_and_else_not_mixed(tmp_path, pictures):
+    made = asdict(shards.Origin.of(ImageFolder(pictures, 8), PixelCodec(), dtype="float32", shard_size=10))
+    older = {key: value for key, value in made.items() if key not in ("exif", "background")}
+    origin = shards.Origin(**made)
+    with pytest.raises(InputError, match="exif False, not True; background None, not white"):
+        origin.check_same(older, tmp_path)
+    (tmp_path / "index.json").touch()
+    origin.check_same(older, tmp_path)
+    drawn = shards.Origin.of(shapes(), PixelCodec(), dtype="float32", shard_size=10)
+    drawn.check_same({key: value for key, value in asdict(drawn).items() if key in older}, tmp_path / "unfinished")

@@ -20,7 +20,9 @@ INSIDE = {
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
-    "data": ["images", "listing", "shapes", "digits", "folder", "augmented", "tar", "hub", "sampler"],
+    "data": [
+        "reading", "images", "listing", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub", "sampler"
+    ],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "card", "snapshot", "classifier", "hub"],
     "training": [

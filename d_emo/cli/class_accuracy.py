@@ -10,6 +10,7 @@ import torch
 
 from d_emo.cli import command_line
 from d_emo.config import JudgeSettings
+from d_emo.data import Reading
 from d_emo.errors import InputError
 from d_emo.evaluation import (
     ClassifierFeatures,
@@ -49,7 +50,8 @@ def run(settings: JudgeSettings) -> None:
             raise InputError(f"`write_card` cannot write to {snapshot.path}; copy the snapshot and measure the copy")
     data = snapshot.meta.get("data")
     real, held_out = open_real(
-        data, snapshot.image_size, snapshot.class_names, data_dir=settings.data_dir, validate_dir=settings.validate_dir
+        data, snapshot.image_size, snapshot.class_names, data_dir=settings.data_dir, validate_dir=settings.validate_dir,
+        reading=Reading.of(settings),
     )
     metrics = ClassifierMetrics(features, real, data=data, device=sampler.device)
     labels = even_labels(settings.num_images, len(snapshot.class_names))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from d_emo.config import ExplainSettings
-from d_emo.data import load_image
+from d_emo.data import Reading, load_image
 from d_emo.errors import InputError
 from d_emo.explain import explain
 from d_emo.io.classifier import open_classifier
@@ -19,7 +19,8 @@ def run(settings: ExplainSettings) -> None:
     """
     classifier = open_classifier(settings.model)
     network = classifier.model
-    image = load_image(Path(settings.image), settings.image_size or classifier.image_size)
+    size = settings.image_size or classifier.image_size
+    image = load_image(Path(settings.image), size, reading=Reading.of(settings))
     with torch.no_grad():
         shares = network(image[None])[0].softmax(dim=0)
     label = int(shares.argmax()) if settings.label is None else settings.label

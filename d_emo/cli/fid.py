@@ -5,6 +5,7 @@ import sys
 from accelerate import PartialState
 
 from d_emo.config import FidSettings
+from d_emo.data import Reading
 from d_emo.evaluation import Measurement, Ranks, measure_snapshot
 from d_emo.io.snapshot import load_denoiser
 from d_emo.threads import use_threads
@@ -16,7 +17,8 @@ def run(settings: FidSettings) -> None:
     use_threads(state.device, state.num_processes)
     options = ("metrics", "features", "inception_weights", "batch_size", "output")
     measurement = Measurement(
-        settings.reference, device=state.device, **{name: getattr(settings, name) for name in options}
+        settings.reference, device=state.device, reading=Reading.of(settings),
+        **{name: getattr(settings, name) for name in options},
     )
     if settings.checkpoint is not None:
         ranks = Ranks(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from d_emo.config import PUBLISHED_COUNT, ReferenceSettings
-from d_emo.data import open_dataset, to_uint8
+from d_emo.data import Reading, open_dataset, to_uint8
 from d_emo.device import best_device
 from d_emo.evaluation import check_output, create_extractor, write_reference
 from d_emo.evaluation.npz import choose_evenly
@@ -19,7 +19,7 @@ def run(settings: ReferenceSettings) -> None:
     built_in = None if settings.data_dir else settings.num_images or PUBLISHED_COUNT
     dataset = open_dataset(
         dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=settings.split,
-        num_images=built_in, skip_corrupt=settings.skip_corrupt,
+        num_images=built_in, skip_corrupt=settings.skip_corrupt, reading=Reading.of(settings),
     )  # fmt: skip
     chosen = choose_evenly(len(dataset), settings.num_images, settings.data_dir or f"the data set {settings.dataset}")
     device = best_device()
@@ -33,5 +33,5 @@ def run(settings: ReferenceSettings) -> None:
     )  # fmt: skip
     print(f"reference  {output} ({output.stat().st_size / 1e6:.1f} MB)")
     print(f"images     {len(chosen):,} of {dataset.name} at {settings.image_size} px, {kept:,} of them stored")
-    print(f"features   {extractor.name}")
+    print(f"features   {extractor.name}", *dataset.remarks(), sep="\n")
 

@@ -1,6 +1,7 @@
 """Typed run settings, from a YAML file and from flags that override it. The only home of defaults; free of torch."""
 
 from d_emo.config.base import (
+    ReadingSettings,
     Settings,
     check_sources,
     folder_of,

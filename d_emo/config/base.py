@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from d_emo.config.ranges import Range
+from d_emo.config.ranges import Colour, ColourName, Range
 from d_emo.errors import InputError, RunError, fields_as
 from d_emo.files import expand_home, write_file
 
@@ -84,6 +85,17 @@ class Settings:
         return {each.name for each in fields(cls) if each.metadata.get(mark)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(Settings):
+    """How stored images become RGB of 8 bits."""
+
+    exif: bool = setting(
+        True, "turn images upright as their EXIF tag says; with --no-exif they stay as the file has them, as ADM, DiT "
+        "and timm train on them", group="Images"
+    )
+    background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
+
+
 @cache
 def type_hints(settings_class: type[Any]) -> dict[str, Any]:
     """Types of the fields by name, with their ranges."""
@@ -118,7 +130,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
         for limits in arguments[1:]:
-            if isinstance(limits, Range):
+            if isinstance(limits, Range | ColourName):
                 limits.check(name, value, arguments[0])
     elif origin in (Union, UnionType):
         if value is None and NoneType in arguments:
@@ -198,7 +210,8 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
             continue
         else:
             options["required"] = True
-        if options["type"] is bool:
+        switch = bool in (options["type"], *get_args(options["type"]))
+        if switch:
             options |= {"nargs": "?", "const": True}  # --compile means --compile true
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
@@ -208,6 +221,9 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
             action = group.add_argument(each.name, metavar=flag, **options)
         else:
             action = group.add_argument(flag, dest=each.name, **options)
+        if switch and each.default is not False:
+            group.add_argument(flag.replace("--", "--no-", 1), dest=each.name, action="store_const", const=False,
+                               default=SUPPRESS, help=f"the same as {flag} false")
         names = _names(options["type"], each.metadata.get("choices"))
         action.completer = lambda names=names, **_: names  # for shells; none: they offer files
     return parser
@@ -230,7 +246,7 @@ def _read(
 
 def _names(hint: Any, table: Mapping[str, Any] | None) -> list[str]:
     """The words that a setting takes, where they can be listed."""
-    if table is not None or hint is bool:
+    if table is not None or bool in (hint, *get_args(hint)):
         return list(table or ("true", "false"))
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import ReadingSettings, Settings, setting
 from d_emo.config.ranges import (
     ClassifierSide,
     Count,
@@ -31,7 +31,7 @@ SAMPLING, SAVING = "Sampling, with --checkpoint", "Files of samples, with --chec
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateClassifierSettings(Settings):
+class EvaluateClassifierSettings(ReadingSettings):
     """Settings of ``scripts/evaluate_classifier.py``."""
 
     model: str = setting(
@@ -62,7 +62,7 @@ class EvaluateClassifierSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeSettings(Settings):
+class JudgeSettings(ReadingSettings):
     """Settings of ``scripts/judge.py``."""
 
     checkpoint: str = setting(help="snapshot or run folder of the denoiser", group="Models", source=True)
@@ -103,7 +103,7 @@ class JudgeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainSettings(Settings):
+class ExplainSettings(ReadingSettings):
     """Settings of ``scripts/explain.py``."""
 
     image: str = setting(help="image file to explain", flag="IMAGE", group="Input", source=True)
@@ -122,7 +122,7 @@ class ExplainSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidSettings(Settings):
+class FidSettings(ReadingSettings):
     """Settings of ``scripts/fid.py``."""
 
     samples: str | None = setting(
@@ -184,7 +184,7 @@ class FidSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceSettings(Settings):
+class ReferenceSettings(ReadingSettings):
     """Settings of ``scripts/make_reference.py``."""
 
     dataset: str = setting("shapes", "built-in data set, when --data-dir is not given", choices=DATASETS, group="Data")
@@ -196,7 +196,7 @@ class ReferenceSettings(Settings):
     num_images: Count | None = setting(
         None, "number of images, spread evenly over the data. Default: all (50,000 of Shapes-1000)"
     )
-    skip_corrupt: bool = setting(False, "skip unreadable or too small images, with their names and number")
+    skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here", group="Features")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")

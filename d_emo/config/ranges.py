@@ -1,4 +1,4 @@
-"""Types of numbers in settings, each with its range, which `Settings` checks."""
+"""Types of values in settings, each with its range, which `Settings` checks."""
 
 import math
 from dataclasses import dataclass
@@ -34,6 +34,18 @@ class Range:
         return low if self.high >= LARGE and not huge else f"{low} and {high}"
 
 
+class ColourName:
+    """A colour as Pillow knows it."""
+
+    def check(self, name: str, value: Any, kind: type) -> None:
+        """Raise InputError for a value that is none."""
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(value)
+        except (ValueError, TypeError, AttributeError):
+            raise InputError(f"`{name}` must be a colour such as white or '#ff8000', not {value}") from None
+
 
 LARGE, LARGEST_SEED = 10**9, 2**62
 
@@ -57,3 +69,4 @@ Depth = Annotated[int, Range(1, 1000)]
 Threads = Annotated[int, Range(1, 4096)]
 Port = Annotated[int, Range(1, 65535)]
 Stage = Annotated[int, Range(1, 4)]
+Colour = Annotated[str, ColourName()]

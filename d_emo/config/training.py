@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, folder_of, is_folder, setting
+from d_emo.config.base import ReadingSettings, Settings, folder_of, is_folder, setting
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
+    Colour,
     Count,
     Fraction,
     ImageSide,
@@ -108,8 +109,13 @@ class RunSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class DataSettings(ReadingSettings):
     """Which images to train on."""
+
+    flip: bool | None = setting(
+        None, "mirror images at random, in latents: store mirror images too; --no-flip for text, digits and whatever "
+        "has a side. Default: yes for --data-dir, no for built-in data"
+    )
 
     dataset: str = setting("shapes", "built-in data set, when --data-dir is not given", group="Data", choices=DATASETS)
     data_dir: str | None = setting(
@@ -123,7 +129,7 @@ class DataSettings(Settings):
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: Count | None = setting(None, "number of different images of Shapes-1000. Default: a million")
     skip_corrupt: bool = setting(
-        False, "skip unreadable or too small images, with their names and number", resumable=True
+        False, "pass over images that cannot be read, with their names and number", resumable=True
     )
 
     def run_folder(self, model: str) -> str:
@@ -140,6 +146,13 @@ class DataSettings(Settings):
 class TrainSettings(DataSettings, RunSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
+    exif: bool | None = setting(
+        None, "turn images upright as their EXIF tag says; with --no-exif they stay as the file has them, as ADM, DiT "
+        "and timm train on them. Default: yes, or as --latents were made", group="Images"
+    )
+    background: Colour | None = setting(
+        None, "colour behind what is transparent, a name or '#rrggbb'. Default: white, or as --latents were made"
+    )
     model: str = setting("D-EMOv2-S-2", "a name of list_models()", group="Model")
     model_options: dict[str, Any] | None = setting(None, "changes to the named model, e.g. '{depth: 6}'")
     image_size: ImageSide | None = setting(
@@ -210,14 +223,16 @@ class TrainSettings(DataSettings, RunSettings):
         """Fill in what is left open: ``vae`` and ``image_size`` by the facts of the data, all else by the others.
 
         Args:
-            facts: "vae" and "image_size" of the data, once they are open.
+            facts: "vae" and "image_size" of the data, once they are open, and "exif", "background" and "flip".
         """
         family = family_of(self.model)
         objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
         dropout = 0.0 if self.unconditional else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
+        left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
         return replace(
             self, output_dir=self.output_dir or replace(self, image_size=size).run_folder(self.model), image_size=size,
+            **{name: facts.get(name) for name in left_open},
             vae=self.vae or facts.get("vae"), objective=self.objective or objective, label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
@@ -311,7 +326,8 @@ class ClassifierSettings(DataSettings, RunSettings):
         """Fill in what is left open; ``epochs`` and a folder with train and val once the data are known.
 
         Args:
-            facts: "images", how many there are to train on; "validate_dir", where the data bring held-out ones.
+            facts: "images", how many there are to train on, and "flip" of them; "validate_dir", where the data bring
+                held-out ones.
         """
         folder = self.data_dir is not None and is_folder(self.data_dir)
         steps = {}
@@ -322,5 +338,6 @@ class ClassifierSettings(DataSettings, RunSettings):
         return replace(
             self, output_dir=self.output_dir or self.run_folder(self.model),
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
-            validate_dir=self.validate_dir or facts.get("validate_dir"), **steps,
+            validate_dir=self.validate_dir or facts.get("validate_dir"),
+            flip=facts.get("flip") if self.flip is None else self.flip, **steps,
         )

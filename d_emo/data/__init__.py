@@ -5,6 +5,7 @@ Every data set yields ``(image, label)`` with a float32 image of shape (3, H, W)
 carries ``name``, ``class_names``, ``image_size`` and ``flip`` (whether a mirrored image keeps its class).
 """
 
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -12,62 +13,71 @@ import numpy as np
 from d_emo.config import DataSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
-from d_emo.data.folder import IMAGE_SUFFIXES, ImageFolder, centre_crop, load_image
+from d_emo.data.folder import ImageFolder
 from d_emo.data.hub import HubImages, HubStream
 from d_emo.data.images import ClassImages, OneClass, to_uint8
 from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
+from d_emo.data.reading import AS_VIEWED, Reading, centre_crop, describe_left_out, image_endings, is_image
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
+from d_emo.data.stored import load_image
 from d_emo.data.tar import TarShards
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, load
 
 __all__ = [
-    "COLOURS", "GROUNDS", "IMAGE_SUFFIXES", "SHAPES", "AugmentedFolder", "CentreCroppedFolder",
-    "ClassImages", "Digits", "HubImages", "HubStream", "ImageFolder", "OneClass", "Shapes1000", "StepSampler",
-    "TarShards", "centre_crop", "find_splits", "is_clutter", "list_files", "list_folders", "load_image", "open_dataset",
-    "open_held_out", "spread", "to_uint8",
+    "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
+    "HubImages", "HubStream", "ImageFolder", "OneClass", "Reading", "Shapes1000", "StepSampler", "TarShards",
+    "centre_crop", "describe_left_out", "find_splits", "image_endings", "is_clutter", "is_image", "list_files",
+    "list_folders", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(
     *, dataset: str, data_dir: str | None, image_size: int, split: str = "train", seed: int = 0,
     num_images: int | None = None, skip_corrupt: bool | None = None, one_class: bool = False, sequential: bool = False,
-    crop_share: float | None = None,
+    crop_share: float | None = None, reading: Reading = AS_VIEWED, flip: bool | None = None,
 ) -> ClassImages:
     """Open the data set that the settings name; with ``one_class``, as one class, for unconditional training.
 
     ``skip_corrupt`` is that of `StoredImages`; left out, no message speaks of ``--skip-corrupt``.
     With ``crop_share`` the images of a folder are cropped as classifiers are measured, see `CentreCroppedFolder`.
+    ``flip`` says whether images are mirrored in training; left out, the data set does.
 
     Raises:
-        InputError: Unknown data set; one that can only be read in order, unless ``sequential``; or see the data sets.
+        InputError: Unknown data set; one that can only be read in order, unless ``sequential``; one that must not be
+            mirrored, with ``flip``; or see the data sets.
     """
     if data_dir is not None:
-        options = {"skip_corrupt": skip_corrupt, "one_class": one_class, "crop_share": crop_share}
+        options = {"skip_corrupt": skip_corrupt, "one_class": one_class, "crop_share": crop_share, "reading": reading}
         images = open_source(data_dir, image_size, **options)
         if images.sequential and not sequential:
             raise InputError(
                 f"{data_dir} is a stream, whose images cannot be had in random order; encode it first "
                 "(`d-emo encode --data-dir ... --output DIR`) and train with `latents` DIR"
             )
+        images.flip = images.flip if flip is None else flip
         return OneClass(images) if one_class and len(images.class_names) > 1 else images
     row = DATASETS[dataset]
+    if flip and not row.mirrors:
+        raise InputError(f"`flip`: a mirror image of {row.title} is of no class; leave it away")
     drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
     given = {name: value for name, value in drawn.items() if value is not None}
     images = load(row.images)(image_size, split=split, **given)
+    images.flip = images.flip if flip is None else flip
     return OneClass(images) if one_class else images
 
 
 def open_source(
     data_dir: str, image_size: int, *, skip_corrupt: bool | None = None, one_class: bool = False,
-    crop_share: float | None = None,
+    crop_share: float | None = None, reading: Reading = AS_VIEWED,
 ) -> ClassImages:
     """Open what ``data_dir`` names: an image folder, ``wds:SHARDS`` or ``hf:DATASET``; else InputError."""
     scheme, _, rest = data_dir.partition(":")
+    stored: dict[str, Any] = {"skip_corrupt": skip_corrupt, "reading": reading}
     if is_folder(data_dir) and crop_share is not None:
-        return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, skip_corrupt=skip_corrupt)
+        return CentreCroppedFolder(data_dir, image_size, crop_share=crop_share, **stored)
     if is_folder(data_dir):
-        return ImageFolder(data_dir, image_size, skip_corrupt=skip_corrupt, one_class=one_class)
+        return ImageFolder(data_dir, image_size, one_class=one_class, **stored)
     source, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     known = {"class_names"} if scheme == "wds" else {"config", "split", "image", "label", "streaming", "length"}
@@ -75,13 +85,13 @@ def open_source(
         wrong = ", ".join(sorted(options.keys() - known)) or "no name"
         raise InputError(f"{data_dir}: {wrong} is not understood; after ? it takes {', '.join(sorted(known))}")
     if scheme == "wds":
-        return TarShards(source, image_size, skip_corrupt=skip_corrupt, **options)
+        return TarShards(source, image_size, **stored, **options)
     streaming, length = options.pop("streaming", "false"), options.pop("length", None)
     if streaming not in ("true", "false") or not (length or "1").isdigit():
         raise InputError(f"{data_dir}: streaming takes true or false, length a number")
     if streaming == "true":
-        return HubStream(source, image_size, length=length and int(length), skip_corrupt=skip_corrupt, **options)
-    return HubImages(source, image_size, skip_corrupt=skip_corrupt, **options)
+        return HubStream(source, image_size, length=length and int(length), **stored, **options)
+    return HubImages(source, image_size, **stored, **options)
 
 
 def open_held_out(
@@ -95,6 +105,7 @@ def open_held_out(
         dataset=settings.dataset, data_dir=own_data and settings.validate_dir, split="test",
         num_images=DATASETS[settings.dataset].held_out, image_size=settings.image_size,
         skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
+        reading=Reading.of(settings),
     )
     if held_out.class_names != class_names and not one_class:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])

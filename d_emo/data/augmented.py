@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-from d_emo.data.folder import ImageFolder, load_image
+from d_emo.data.folder import ImageFolder
+from d_emo.data.reading import AS_VIEWED, Reading
 from d_emo.errors import InputError
 
 GREY = (124, 116, 104)
@@ -43,7 +43,7 @@ class AugmentedFolder(ImageFolder):
     What is drawn depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it.
 
     Args:
-        root, image_size, skip_corrupt: see `ImageFolder`.
+        root, image_size, skip_corrupt, reading: see `ImageFolder`.
         crop_scale: smallest and largest share of the image's area in a crop.
         rand_augment: timm's name of a policy, e.g. "rand-m9-mstd0.5-inc1", or None for none.
         seed: seed of all draws.
@@ -54,12 +54,12 @@ class AugmentedFolder(ImageFolder):
 
     def __init__(
         self, root: str | Path, image_size: int, *, crop_scale: Sequence[float], rand_augment: str | None, seed: int,
-        skip_corrupt: bool = False,
+        skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ) -> None:  # fmt: skip
         from timm.data.auto_augment import rand_augment_transform  # heavy, and needed for no other data
         from timm.data.transforms import RandomResizedCropAndInterpolation
 
-        super().__init__(root, image_size, skip_corrupt=skip_corrupt)
+        super().__init__(root, image_size, skip_corrupt=skip_corrupt, reading=reading)
         self.seed = seed
         self.random_crop = RandomResizedCropAndInterpolation(
             image_size, scale=tuple(crop_scale), interpolation="bicubic"
@@ -78,11 +78,8 @@ class AugmentedFolder(ImageFolder):
                 if op.name.startswith("Posterize"):
                     op.aug_fn = posterize
 
-    def load(self, index: int) -> torch.Tensor:
-        return load_image(self.files[index], self.image_size, crop=lambda image, _: self.augment(image, index))
-
-    def augment(self, image: Image.Image, index: int) -> Image.Image:
-        """A crop of image ``index``, under the policy."""
+    def crop(self, image: Image.Image, index: int) -> Image.Image:
+        """A random crop of image ``index``, under the policy."""
         with seeded(self.seed, getattr(index, "epoch", 0), int(index)):
             image = self.random_crop(image)
             return image if self.policy is None else self.policy(image)
@@ -92,20 +89,20 @@ class CentreCroppedFolder(ImageFolder):
     """Images for measuring: the shorter side resized to ``image_size / crop_share``, then the centre cut out.
 
     Args:
-        root, image_size, skip_corrupt: see `ImageFolder`.
+        root, image_size, skip_corrupt, reading: see `ImageFolder`.
         crop_share: side of the crop over the shorter side of the image; timm's ``crop_pct``.
     """
 
-    def __init__(self, root: str | Path, image_size: int, *, crop_share: float, skip_corrupt: bool = False) -> None:
-        super().__init__(root, image_size, skip_corrupt=skip_corrupt)
+    def __init__(
+        self, root: str | Path, image_size: int, *, crop_share: float, skip_corrupt: bool = False,
+        reading: Reading = AS_VIEWED,
+    ) -> None:  # fmt: skip
+        super().__init__(root, image_size, skip_corrupt=skip_corrupt, reading=reading)
         self.shorter = round(image_size / crop_share)
 
-    def load(self, index: int) -> torch.Tensor:
-        return load_image(self.files[index], self.image_size, crop=self.crop)
-
-    def crop(self, image: Image.Image, image_size: int) -> Image.Image:
+    def crop(self, image: Image.Image, index: int) -> Image.Image:
         """The square in the middle of an image, as classifiers are measured."""
-        scale = self.shorter / min(image.size)
+        image_size, scale = self.image_size, self.shorter / min(image.size)
         width, height = (max(image_size, round(n * scale)) for n in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - image_size) // 2, (height - image_size) // 2

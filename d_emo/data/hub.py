@@ -1,13 +1,11 @@
 """Data sets of the Hugging Face library ``datasets``: local or from the hub, on disk or as a stream."""
 
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from d_emo.data.folder import StoredImages, load_image
+from d_emo.data.reading import AS_VIEWED, Reading
+from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError, RunError
 
 
@@ -19,7 +17,7 @@ class HubImages(StoredImages):
         image_size: Side in pixels of the centre crop.
         config, split: As ``load_dataset`` takes them; split "train" by default.
         image, label: Names of the columns. Default: the only image and the only class label column there are.
-        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        skip_corrupt, reading: See `StoredImages`.
 
     Raises:
         InputError: ``datasets`` is not installed; the data set, split or column cannot be had.
@@ -29,8 +27,8 @@ class HubImages(StoredImages):
 
     def __init__(
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
-        image: str | None = None, label: str | None = None, skip_corrupt: bool = False,
-    ):
+        image: str | None = None, label: str | None = None, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=False)
         labels = self.rows.select_columns([self.label_column])[:][self.label_column]
         if names is None and isinstance(labels[0], str):
@@ -42,10 +40,10 @@ class HubImages(StoredImages):
         if min(labels) < 0:
             raise InputError(f"{source} has images without a class in its split {split}; choose another split")
         names = names or [str(number) for number in range(max(labels) + 1)]
-        super().__init__(labels, list(names), image_size, skip_corrupt=skip_corrupt)
+        super().__init__(labels, list(names), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
-        return self._read(self.rows[index], index)
+    def source(self, index: int) -> Path | BytesIO:
+        return self._file(self.rows[index])
 
     def origin(self, index: int) -> str:
         return f"row {index} of {self.source}"
@@ -64,10 +62,9 @@ class HubImages(StoredImages):
         self.rows = two.cast_column(self.image, datasets.Image(decode=False))
         return getattr(rows.features[self.label_column], "names", None)
 
-    def _read(self, row: dict[str, Any], index: int) -> torch.Tensor:
+    def _file(self, row: dict[str, Any]) -> Path | BytesIO:
         cell = row[self.image]
-        source = Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
-        return load_image(source, self.image_size, name=partial(self.origin, index))
+        return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
 
 
 class HubStream(HubImages):
@@ -87,7 +84,8 @@ class HubStream(HubImages):
     def __init__(
         self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
         image: str | None = None, label: str | None = None, length: int | None = None, skip_corrupt: bool = False,
-    ):
+        reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=True)
         if names is None:
             raise InputError(f"the column {self.label_column} of {source} has no class names, which a stream needs")
@@ -95,10 +93,10 @@ class HubStream(HubImages):
         if not length:
             raise InputError(f"{source} does not tell how many images its split {split} has; add length=NUMBER after ?")
         self._next, self._row, self._iterator = 0, {}, iter(self.rows)
-        StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt)
+        StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
-        return self._read(self._at(index), index)
+    def source(self, index: int) -> Path | BytesIO:
+        return self._file(self._at(index))
 
     def label(self, index: int) -> int:
         return int(self._at(index)[self.label_column])

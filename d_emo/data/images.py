@@ -1,12 +1,15 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from d_emo.data.reading import Reading
 from d_emo.errors import InputError
 
 
@@ -17,7 +20,9 @@ class ClassImages(Dataset, ABC):
         name: Data set name, written into snapshots.
         class_names: One name per class id.
         image_size: Side of the square images in pixels.
-        flip: Whether a mirrored image still belongs to its class.
+        flip: Whether images are mirrored at random; a mirrored image then still belongs to its class.
+        reading: How stored pictures become RGB; None where none are read.
+        left_out: A sentence on the files beside them that are no images, if there are some.
         sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
     """
 
@@ -25,6 +30,8 @@ class ClassImages(Dataset, ABC):
     class_names: list[str]
     image_size: int
     flip: bool = False
+    reading: Reading | None = None
+    left_out: str = ""
     sequential: bool = False
 
     @abstractmethod
@@ -35,13 +42,18 @@ class ClassImages(Dataset, ABC):
         """Where image ``index`` comes from, for messages about it."""
         return f"image {index} of {self.name}"
 
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
+        """Lines on what was done to images on the way, for the end of a run; ``count`` counts over all processes."""
+        return []
+
 
 class OneClass(ClassImages):
     """Another data set with its labels taken away: every image is of class 0."""
 
     def __init__(self, images: ClassImages):
         self.images, self.name, self.class_names = images, images.name, [images.name]
-        self.image_size, self.flip, self.seed = images.image_size, images.flip, getattr(images, "seed", 0)
+        self.image_size, self.flip, self.reading = images.image_size, images.flip, images.reading
+        self.left_out, self.seed = images.left_out, getattr(images, "seed", 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,6 +63,9 @@ class OneClass(ClassImages):
 
     def origin(self, index: int) -> str:
         return self.images.origin(index)
+
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
+        return self.images.remarks(count)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.images[index][0], 0

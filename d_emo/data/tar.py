@@ -5,14 +5,13 @@ import os
 import re
 import tarfile
 from contextlib import suppress
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from d_emo.data.folder import IMAGE_SUFFIXES, StoredImages, load_image
+from d_emo.data.reading import AS_VIEWED, Reading, image_endings
+from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
 from d_emo.files import digest, replacing
 
@@ -27,7 +26,7 @@ class TarShards(StoredImages):
         pattern: Path of the shards; ``{000..015}`` stands for a range of numbers, ``*`` for anything.
         image_size: Side in pixels of the centre crop.
         class_names: File with one class name per line. Default: the numbers.
-        skip_corrupt: Take the next image in place of an unreadable or too small one, name and count it.
+        skip_corrupt, reading: See `StoredImages`.
 
     Raises:
         InputError: A shard is missing, is compressed or damaged, or holds no image with a class.
@@ -36,21 +35,21 @@ class TarShards(StoredImages):
     name = "wds"
 
     def __init__(
-        self, pattern: str, image_size: int = 256, *, class_names: str | None = None, skip_corrupt: bool = False
-    ):
+        self, pattern: str, image_size: int = 256, *, class_names: str | None = None, skip_corrupt: bool = False,
+        reading: Reading = AS_VIEWED,
+    ):  # fmt: skip
         self.shards = expand(pattern)
         table = _table(self.shards)
         self.shard, self.offset, self.size, labels = (table[:, column] for column in range(4))
         names = [str(number) for number in range(int(labels.max()) + 1)]
         if class_names is not None:
             names = _read_names(class_names, at_least=len(names))
-        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt)
+        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
-    def load(self, index: int) -> torch.Tensor:
+    def source(self, index: int) -> BytesIO:
         with self.shards[self.shard[index]].open("rb") as file:  # opened each time: no limit of open files, fork-safe
             file.seek(self.offset[index])
-            content = file.read(self.size[index])
-        return load_image(BytesIO(content), self.image_size, name=partial(self.origin, index))
+            return BytesIO(file.read(self.size[index]))
 
     def origin(self, index: int) -> str:
         shard, offset = self.shards[self.shard[index]], self.offset[index]
@@ -103,7 +102,7 @@ def _members(path: Path) -> list[tuple[int, int, int]]:
                 key = f"{folder}/{base}"
                 if member.isfile() and suffix == "cls":
                     classes[key] = int(archive.extractfile(member).read())
-                elif member.isfile() and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                elif member.isfile() and f".{suffix.lower()}" in image_endings():
                     if key in images:
                         raise InputError(f"{path} holds two images of one key, {images[key][0]} and {member.name}")
                     images[key] = member.name, member.offset_data, member.size
@@ -120,7 +119,7 @@ def _members(path: Path) -> list[tuple[int, int, int]]:
         if offset + size > path.stat().st_size:
             raise InputError(f"{path} ends within {name}; fetch it again")
     if not images:
-        raise InputError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(f"{path} holds no images ({', '.join(sorted(image_endings()))})")
     return [(offset, size, classes[key]) for key, (_, offset, size) in images.items()]
 
 

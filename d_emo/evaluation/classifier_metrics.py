@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d_emo.data import ClassImages, open_dataset, spread, to_uint8
+from d_emo.data import AS_VIEWED, ClassImages, Reading, open_dataset, spread, to_uint8
 from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.metrics import Gathered
@@ -146,7 +146,7 @@ def compare_with_real(
 
 def open_real(
     data: str | None, image_size: int, class_names: Sequence[str], *, data_dir: str | None = None,
-    validate_dir: str | None = None,
+    validate_dir: str | None = None, reading: Reading = AS_VIEWED,
 ) -> tuple[ClassImages, ClassImages | None]:
     """Open the images that a denoiser was trained on, and held-out ones where there are any.
 
@@ -155,12 +155,15 @@ def open_real(
         image_size: Side in pixels.
         class_names: Of the denoiser.
         data_dir, validate_dir: Its training images and held-out ones, if it was trained on a folder.
+        reading: How these become RGB.
 
     Raises:
         InputError: They cannot be opened or have other classes.
     """
     def opened(folder: str | None, split: str, limit: int) -> ClassImages:
-        images = open_dataset(dataset=data, data_dir=folder, split=split, image_size=image_size, num_images=limit)
+        images = open_dataset(
+            dataset=data, data_dir=folder, split=split, image_size=image_size, num_images=limit, reading=reading
+        )
         if list(images.class_names) != list(class_names):
             raise InputError(f"the images of {folder or data} have other classes than the snapshot; name its own data")
         return images

@@ -5,18 +5,17 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 
-from d_emo.data import IMAGE_SUFFIXES, is_clutter, list_files
+from d_emo.data import is_clutter, list_files
+from d_emo.data.reading import AS_VIEWED, Reading, is_image, naming, no_images
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
 from d_emo.threads import thread_count
 
-JPEG_SUFFIXES = {".jpg", ".jpeg"}
+JPEG_SUFFIXES = {".jpg", ".jpeg", ".jfif"}
 DECODING_THREADS = 8
 
 
@@ -32,31 +31,25 @@ class FolderImages:
         num_jpegs: How many of them are stored as JPEG.
 
     Raises:
-        InputError: No such folder, too few images in it, images of several sizes or modes, or a file that is no 8-bit
-            image.
+        InputError: No such folder, too few images in it, images of several sizes, or a file that is no image.
     """
 
-    def __init__(self, folder: str | Path, *, num_images: int | None = None):
-        self.name, folder = str(folder), Path(folder)
+    def __init__(self, folder: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED):
+        self.name, self.reading, folder = str(folder), reading, Path(folder)
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist")
-        self._choose([path for path in list_files(folder) if _is_image(path)], num_images, f"the folder {folder}")
+        self._choose(list_files(folder), num_images, f"the folder {folder}")
 
-    def _choose(self, found: list[Path], num_images: int | None, name: str) -> None:
+    def _choose(self, files: list[Path], num_images: int | None, name: str) -> None:
+        found = sorted(filter(is_image, files))
         if not found:
-            raise InputError(f"{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        found = sorted(found)
+            raise no_images(name, files)
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
-        self.image_size, first_mode = self._read_header(self.files[0])
+        self.image_size = self._read_size(self.files[0])
         for path in self.files[1:]:
-            size, mode = self._read_header(path)
-            if mode != first_mode:
-                raise InputError(
-                    f"{self.files[0]} is stored as {first_mode} but {path} as {mode}; bring all images of a set to one "
-                    "mode, RGB"
-                )
+            size = self._read_size(path)
             if size != self.image_size:
                 raise InputError(
                     f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; "
@@ -78,31 +71,16 @@ class FolderImages:
                 ahead = decoding
             yield torch.stack(list(ahead))
 
-    def _open(self, path: Path) -> IO[bytes]:
-        return path.open("rb")
+    def _source(self, path: Path) -> Path | io.BytesIO:
+        return path
 
-    def _read_header(self, path: Path) -> tuple[tuple[int, int], str]:
-        """Width and height, and the mode of the pixels."""
-        try:
-            with self._open(path) as stream, Image.open(stream) as image:
-                mode, size = image.mode, image.size
-        except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-            raise self._unreadable(path, error) from error
-        if mode.startswith(("I", "F")):  # 16-bit and float pixels; Pillow would clip them at 255
-            raise InputError(f"{path} has more than 8 bits per channel (mode {mode}); convert it to 8-bit RGB")
-        return size, mode
+    def _read_size(self, path: Path) -> tuple[int, int]:
+        return self.reading.size(self._source(path), lambda: str(path))
 
     def _read_image(self, path: Path) -> torch.Tensor:
-        """Decode one file; grey, palette, CMYK and alpha become RGB. Shape: (3, H, W) uint8."""
-        try:
-            with self._open(path) as stream, Image.open(stream) as image:
-                pixels = np.array(image.convert("RGB"))
-        except Exception as error:
-            raise self._unreadable(path, error) from error
+        """Decode one file. Shape: (3, H, W) uint8."""
+        pixels = np.array(self.reading.read(self._source(path), lambda: str(path)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def _unreadable(self, path: Path, error: Exception) -> InputError:
-        return InputError(f"cannot read the image {path} ({error}); repair or remove it")
 
 
 class ZipImages(FolderImages):
@@ -112,8 +90,8 @@ class ZipImages(FolderImages):
         InputError: Not an intact zip, or as for folders.
     """
 
-    def __init__(self, path: str | Path, *, num_images: int | None = None):
-        self.name = str(path)
+    def __init__(self, path: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED):
+        self.name, self.reading = str(path), reading
         try:
             self._archive = zipfile.ZipFile(path)
         except Exception as error:
@@ -121,18 +99,21 @@ class ZipImages(FolderImages):
         self._names = {
             Path(path, name.lstrip("/")): name
             for name in self._archive.namelist()
-            if _is_image(Path(name)) and name[-1] != "/" and not any(map(is_clutter, Path(name).parts))
+            if name[-1] != "/" and not any(map(is_clutter, Path(name).parts))
         }
         self._choose(list(self._names), num_images, f"the zip {path}")
 
-    def _open(self, path: Path) -> IO[bytes]:
-        return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
+    def _source(self, path: Path) -> io.BytesIO:
+        with naming(lambda: str(path)):
+            return io.BytesIO(self._archive.read(self._names[path]))  # whole, so that its checksum is checked
 
 
 ImageSource = FolderImages | NpzImages
 
 
-def open_images(source: str | Path, *, num_images: int | None = None) -> ImageSource:
+def open_images(
+    source: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED
+) -> ImageSource:
     """Open a folder, a zip or an ``.npz`` file; of ``num_images``, so many, spread evenly over its order.
 
     Raises:
@@ -144,14 +125,11 @@ def open_images(source: str | Path, *, num_images: int | None = None) -> ImageSo
     if path.is_file():
         if path.suffix.lower() != ".zip":
             raise InputError(f"{path} is neither a folder of images nor a .zip or .npz file")
-        return ZipImages(path, num_images=num_images)
-    return FolderImages(path, num_images=num_images)
+        return ZipImages(path, num_images=num_images, reading=reading)
+    return FolderImages(path, num_images=num_images, reading=reading)
 
 
 def as_text(size: tuple[int, int]) -> str:
     """Width and height as a sentence has them."""
     return f"{size[0]} x {size[1]}"
 
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from d_emo.config import PUBLISHED_COUNT, FidSettings
+from d_emo.data import AS_VIEWED, Reading
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation.feature_shards import (
@@ -43,6 +44,7 @@ class Measurement:
         output: JSON file to write; never overwritten.
         device: Where the network runs; None: the best one that is there.
         progress: Show progress bars on a terminal.
+        reading: How stored images become RGB.
 
     Raises:
         InputError: Any of these cannot be used; one sentence says which and why.
@@ -52,6 +54,7 @@ class Measurement:
         self, reference: str | Path | None, *, metrics: Sequence[str] = ("fid",), features: str = FidSettings.features,
         inception_weights: str | Path | None = None, batch_size: int = FidSettings.batch_size,
         output: str | Path | None = None, device: torch.device | str | None = None, progress: bool = True,
+        reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         self._metrics = parse_metrics(metrics)
         if batch_size < 1:
@@ -63,10 +66,10 @@ class Measurement:
             if "spatial" in METRICS[name].needs and not parse_features(features)[0].spatial:
                 raise InputError(f"{METRICS[name].title} ({name}) cannot be had of {features}; leave {name} out")
         compares = any(METRICS[name].compares for name in self._metrics)
-        self._reference = Reference(reference, self._metrics, features) if compares else None
+        self._reference = Reference(reference, self._metrics, features, reading) if compares else None
         self._features, self._inception_weights = features, inception_weights
         self._batch_size, self._output, self._progress = batch_size, output, progress
-        self._device = best_device(device)
+        self._device, self._reading = best_device(device), reading
 
     def of_images(self, samples: str | Path, *, num_images: int | None = None) -> Result:
         """Measure stored images; ``num_images`` of them, spread evenly over their order, or all.
@@ -74,7 +77,7 @@ class Measurement:
         Raises:
             InputError: The images cannot be used, or see the class.
         """
-        images = open_images(samples, num_images=num_images)
+        images = open_images(samples, num_images=num_images, reading=self._reading)
         self._prepare(images.num_images)
         with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
             sampled = self._gathered(images.num_images, Path(folder))

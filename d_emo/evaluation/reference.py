@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from d_emo.data import spread
+from d_emo.data import AS_VIEWED, Reading, spread
 from d_emo.errors import InputError
 from d_emo.evaluation import npz
 from d_emo.evaluation.features import FeatureExtractor
@@ -30,6 +30,7 @@ class Reference:
         path: Folder, zip, or ``.npz``; statistics in a file are of the features that it names, else of Inception's.
         metrics: What is to be measured.
         features: In which features.
+        reading: How stored images become RGB.
 
     Attributes:
         name: The path.
@@ -41,7 +42,7 @@ class Reference:
         InputError: It cannot be used, or lacks what a metric needs.
     """
 
-    def __init__(self, path: str | Path, metrics: Sequence[str], features: str):
+    def __init__(self, path: str | Path, metrics: Sequence[str], features: str, reading: Reading = AS_VIEWED):
         self.name, self._path = str(path), Path(path)
         metrics = [name for name in metrics if METRICS[name].compares]
 
@@ -67,9 +68,9 @@ class Reference:
                 f"{features}; write another with scripts/make_reference.py"
             )
         from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
-        self.images: ImageSource | None = open_images(path) if from_images else None
+        self.images: ImageSource | None = open_images(path, reading=reading) if from_images else None
         if from_images == {"rows"} and self.images.num_images > COMPARED:
-            self.images = open_images(path, num_images=COMPARED)
+            self.images = open_images(path, num_images=COMPARED, reading=reading)
         if from_images:
             check_count(needing(*from_images), self.images.num_images)
         self._from_images = from_images

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.config import EvaluateClassifierSettings
-from d_emo.data import ClassImages, open_dataset
+from d_emo.data import ClassImages, Reading, open_dataset
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
@@ -126,7 +126,10 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
     """
     size, built_in = settings.image_size or classifier.image_size, settings.dataset or classifier.dataset
     if settings.data_dir is not None:
-        images = open_dataset(dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share)
+        images = open_dataset(
+            dataset="", data_dir=settings.data_dir, image_size=size, crop_share=settings.crop_share,
+            reading=Reading.of(settings),
+        )
     elif built_in is not None:
         limit = {"num_images": settings.num_images or DATASETS[built_in].held_out}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)

@@ -1,5 +1,6 @@
 """Latents that were encoded before, read from disk as they are needed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch.utils.data import Dataset
 
 from d_emo.errors import InputError
 from d_emo.latents.codec import Codec
-from d_emo.latents.shards import REPEAT, ShardError, read_index, read_shard
+from d_emo.latents.shards import REPEAT, Origin, ShardError, read_index, read_shard
 
 
 class LatentDataset(Dataset):
@@ -18,25 +19,42 @@ class LatentDataset(Dataset):
 
     Args:
         folder: The folder of shards and index.
+        flip: Whether to give mirror images. Default: if they were encoded.
 
     Attributes:
         name, class_names, image_size, flip: As of the images. With ``flip`` the moments of the mirror image follow
             along the channels: a latent itself cannot be mirrored.
+        exif, background: How the images were read, see `d_emo.data.Reading`.
         codec: Name of the codec at the time.
 
     Raises:
-        InputError: The folder is missing, incomplete or damaged.
+        InputError: The folder is missing, incomplete or damaged, or has no mirror images.
     """
 
-    def __init__(self, folder: str | Path):
+    reading, left_out = None, ""  # no images are read
+
+    def __init__(self, folder: str | Path, *, flip: bool | None = None):
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.name, self.class_names = self.index["data"], self.index["class_names"]
-        self.image_size, self.flip, self.codec = (self.index[key] for key in ("image_size", "mirrored", "codec"))
+        self.image_size, mirrored, self.codec = (self.index[key] for key in ("image_size", "mirrored", "codec"))
+        self.exif, self.background = (self.index.get(key, getattr(Origin, key)) for key in ("exif", "background"))
+        if flip and not mirrored:
+            raise InputError(f"the latents in {folder} hold no mirror images (`flip`); encode again, with them")
+        self.flip = mirrored and flip is not False
+        self._only_plain = mirrored and not self.flip
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
 
-    def check(self, codec: Codec, image_size: int) -> None:
-        """Raise InputError for a codec or an image size that these latents are not of; names both values."""
+    def check(self, codec: Codec, image_size: int, *, exif: bool | None = None, background: str | None = None) -> None:
+        """Raise InputError for a codec, an image size or, where given, a way to read images that these latents are not
+        of; names both values.
+        """
+        for key, given in (("exif", exif), ("background", background)):
+            if given not in (None, getattr(self, key)):
+                raise InputError(
+                    f"the latents in {self.folder} are of images read with `{key}` {getattr(self, key)}, not {given}; "
+                    "leave it away or encode again"
+                )
         if image_size != self.image_size:
             raise InputError(
                 f"the latents in {self.folder} are of {self.image_size} px images, not `image_size` {image_size}; "
@@ -63,7 +81,12 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         shard, row = self._at(index)
-        return shard["moments"][row], int(shard["labels"][row])
+        moments = shard["moments"][row]
+        return moments.chunk(2)[0] if self._only_plain else moments, int(shard["labels"][row])
+
+    def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
+        """As of images: nothing is done to latents."""
+        return []
 
     def __getstate__(self) -> dict[str, Any]:  # a worker maps the files anew
         return {**self.__dict__, "_shards": {}}

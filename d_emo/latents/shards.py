@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from d_emo.data import ClassImages
+from d_emo.data import ClassImages, Reading
 from d_emo.errors import InputError
 from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec, Factor
@@ -34,7 +34,10 @@ class ShardError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a folder of latents was made from; the same for each of its shards."""
+    """What a folder of latents was made from; the same for each of its shards.
+
+    Older folders do not say how their images were read: not turned by EXIF, and without regard to transparency.
+    """
 
     data: str
     seed: int
@@ -49,14 +52,18 @@ class Origin:
     mirrored: bool
     shard_size: int
     format: int = FORMAT
+    exif: bool = False
+    background: str | None = None
 
     @classmethod
     def of(cls, images: ClassImages, codec: Codec, *, dtype: str, shard_size: int) -> Origin:
         """That of images encoded by a codec."""
+        reading = {} if images.reading is None else asdict(images.reading)
         return cls(
             data=images.name, seed=getattr(images, "seed", 0), images=len(images), image_size=images.image_size,
             classes=digest(json.dumps(images.class_names))[:16], mirrored=images.flip, codec=codec.name,
             encoder=codec.fingerprint, scaling=codec.scaling, shift=codec.shift, dtype=dtype, shard_size=shard_size,
+            **reading,
         )
 
     @property
@@ -70,8 +77,11 @@ class Origin:
 
     def check_same(self, other: dict[str, Any], folder: Path) -> None:
         """Raise InputError for latents of something else; a codec's name may change, its encoder may not."""
-        changed = [f"{key} {other.get(key)}, not {value}" for key, value in asdict(self).items()
-                   if key != "codec" and other.get(key) != value]
+        mine = asdict(self)
+        unsaid = mine if (folder / INDEX).exists() else {"exif": Origin.exif, "background": Origin.background}
+        made = {key: other.get(key, unsaid.get(key)) for key in mine}  # what is finished stays what it is
+        changed = [f"{key} {made[key]}, not {value}" for key, value in mine.items()
+                   if key != "codec" and made[key] != value]
         if changed:
             raise InputError(
                 f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "
@@ -79,7 +89,8 @@ class Origin:
             )
 
 
-_KEYS = (*(field.name for field in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
+_LATER = {each.name for each in fields(Reading)}  # older folders do not say how their images were read
+_KEYS = (*(each.name for each in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -153,7 +164,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:
-        [index[name] for name in _KEYS]
+        [index[name] for name in _KEYS if name not in _LATER]
         sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
         if sum(entry["images"] for entry in index["shards"]) != index["images"]:
             raise ValueError("images")

@@ -17,6 +17,7 @@ class DatasetRow:
             where ``drawn``; gives a ``d_emo.data.ClassImages``.
         num_classes: How many classes it has.
         drawn: Whether its images are drawn on the fly, as many as are asked for.
+        mirrors: Whether a mirrored image is still of its class; where not, ``flip`` is refused.
         held_out: How many images to measure on; None: all that it holds out.
         label_parts: Places of the decimal digits of a class id, by name, where they mean something.
         is_empty: Called with images (B, 3, H, W) uint8; says of which there is nothing in them, (B,) bool. None where
@@ -29,6 +30,7 @@ class DatasetRow:
     images: Reference
     num_classes: int
     drawn: bool = False
+    mirrors: bool = True
     held_out: int | None = None
     label_parts: Mapping[str, int] = field(default_factory=dict)
     is_empty: Reference | None = None
@@ -46,6 +48,7 @@ DATASETS: Table[DatasetRow] = Table(
         ),
         DatasetRow(
             name="digits", title="scikit-learn's digits", images="d_emo.data.digits:Digits", num_classes=10,
+            mirrors=False,
             licence="scikit-learn's digits are scans from the UCI repository, which gives them under CC BY 4.0.",
         ),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo.config import ClassifierSettings, folder_of, is_folder
-from d_emo.data import AugmentedFolder, ClassImages, find_splits, list_folders, open_dataset, open_held_out, spread
+from d_emo.data import (
+    AugmentedFolder,
+    ClassImages,
+    Reading,
+    find_splits,
+    list_folders,
+    open_dataset,
+    open_held_out,
+    spread,
+)
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
@@ -58,7 +68,7 @@ class ClassifierTask:
         self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         self.dataset, self.held_out = open_both(settings)
-        self.facts["images"] = len(self.dataset)
+        self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
         torch.manual_seed(settings.seed)
         options = settings.model_options or {}
@@ -75,7 +85,7 @@ class ClassifierTask:
         return [
             f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
-            *([] if settings.teacher is None else [f"teacher: {settings.teacher}"]),
+            *filter(None, [self.dataset.left_out, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
@@ -106,6 +116,9 @@ class ClassifierTask:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
         return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
+
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        return self.dataset.remarks(count)
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
@@ -165,11 +178,13 @@ def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | 
         images = AugmentedFolder(
             data_dir, size, crop_scale=settings.crop_scale, seed=settings.seed, skip_corrupt=settings.skip_corrupt,
             rand_augment=None if settings.rand_augment == "none" else settings.rand_augment,
+            reading=Reading.of(settings),
         )  # fmt: skip
+        images.flip = settings.flip is not False
     else:
         images = open_dataset(
             dataset=settings.dataset, data_dir=data_dir, image_size=size, num_images=settings.num_images,
-            skip_corrupt=settings.skip_corrupt,
+            skip_corrupt=settings.skip_corrupt, reading=Reading.of(settings), flip=settings.flip,
         )  # fmt: skip
     names = images.class_names
     if len(names) < 2:

@@ -2,6 +2,8 @@
 
 import re
 import zlib
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from d_emo.config import TrainSettings
-from d_emo.data import ClassImages, OneClass, open_dataset, open_held_out, spread
+from d_emo.data import ClassImages, OneClass, Reading, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_denoiser
@@ -84,7 +86,7 @@ class DenoiserTask:
             *lines,
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
-            *filter(None, [self.start]),
+            *filter(None, [self.images.left_out, self.start]),
         ]
 
     def prepare(self, device: torch.device, folder: Path) -> None:
@@ -136,6 +138,9 @@ class DenoiserTask:
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
 
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        return self.images.remarks(count)
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings = self.settings
         meta = {
@@ -169,11 +174,16 @@ def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Co
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
-            sequential=settings.cache_latents,
+            sequential=settings.cache_latents, reading=Reading.of(settings), flip=settings.flip,
         )
-        return images, load_codec(facts["vae"]), facts
-    latents = LatentDataset(settings.latents)
+        reading = {} if images.reading is None else asdict(images.reading)
+        return images, load_codec(facts["vae"]), {**facts, **reading, "flip": images.flip}
+    latents = LatentDataset(settings.latents, flip=settings.flip)
     codec = load_codec(settings.vae or latents.codec)
-    latents.check(codec, settings.image_size or latents.image_size)
-    facts = {"vae": latents.codec, "image_size": latents.image_size}
+    latents.check(
+        codec, settings.image_size or latents.image_size, exif=settings.exif, background=settings.background
+    )
+    facts = {"vae": latents.codec} | {
+        name: getattr(latents, name) for name in ("image_size", "exif", "background", "flip")
+    }
     return OneClass(latents) if settings.unconditional else latents, codec, facts

@@ -57,6 +57,9 @@ class Task(Protocol):
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
 
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
+
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         """Write the averaged model."""
 
@@ -138,6 +141,8 @@ class _Run:
         accelerator.wait_for_everyone()
         with StopSignal(settings.max_minutes) as stop_signal, self.progress.following(self.step, task.smaller):
             stop = self._loop(stop_signal)
+        for line in task.remarks(lambda seen: accelerator.reduce(seen.int().to(accelerator.device)).count_nonzero()):
+            self.progress.say(line)
         accelerator.end_training()
         if stop and self.step < settings.max_steps:
             self.progress.say(

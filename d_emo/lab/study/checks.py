@@ -20,7 +20,7 @@ from d_emo.files import read_json
 from d_emo.io.snapshot import kind_of, load_classifier
 from d_emo.lab.study.plan import PlannedRun, data_dir_of, fid_settings, latents_folder, read_settings
 from d_emo.latents import LatentDataset, default_codec
-from d_emo.latents.shards import INDEX, REPEAT
+from d_emo.latents.shards import INDEX, REPEAT, Origin
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, schedulers_of
 from d_emo.training.classifier import open_both
@@ -34,8 +34,8 @@ def check_same_training(run: PlannedRun) -> None:
     remedy = f"remove {run.folder}, and the study's run {run.name!r}, seed {run.seed}, is trained again"
     recorded = asdict(TrainSettings()) | read_json(path, dict, remedy)
     old, new = (_what_counts(values) for values in (recorded, asdict(run.training)))
-    if new["image_size"] is None:  # that of the latents
-        new["image_size"] = old["image_size"]
+    for name in ("image_size", "exif", "background", "flip"):  # what the data decide where the study does not
+        new[name] = old[name] if new[name] is None else new[name]
     if new["vae"] is None:
         new["vae"] = old["vae"] if run.training.latents else default_codec(run.training.data_dir)
     if run.training.schedule == "constant" and old["max_steps"] < new["max_steps"]:
@@ -67,11 +67,13 @@ def check_same_latents(settings: StudySettings) -> None:
     folder = latents_folder(settings)
     if settings.encode is None or not (folder / INDEX).exists():
         return
-    index, encode = read_json(folder / INDEX, dict, REPEAT), read_encode(settings.encode)
+    made, encode = read_json(folder / INDEX, dict, REPEAT), read_encode(settings.encode)
+    index = {"exif": Origin.exif, "background": Origin.background} | made  # older ones do not say
     wanted = {name: getattr(encode, name) for name in settings.encode if getattr(encode, name) is not None}
     if encode.data_dir is not None:
         wanted["dataset"] = "folder" if is_folder(encode.data_dir) else encode.data_dir.partition(":")[0]
-    named = {"vae": "codec", "image_size": "image_size", "dtype": "dtype", "num_images": "images", "dataset": "data"}
+    same = {name: name for name in ("image_size", "dtype", "exif", "background")}
+    named = {"vae": "codec", "flip": "mirrored", **same, "num_images": "images", "dataset": "data"}
     if index.get("data") not in DATASETS or not DATASETS[index["data"]].drawn:
         del named["num_images"]
     known = {name: index.get(key) for name, key in named.items() if name in wanted}

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from d_emo.config import StudySettings, read_sampler
-from d_emo.data import open_dataset, spread
+from d_emo.data import Reading, open_dataset, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, draw_classes, even_labels, open_real
@@ -69,10 +69,15 @@ class Meter:
             data, own = opened.meta.get("data"), data_dir_of(self.settings)
             real, self._held_out = open_real(
                 data, opened.image_size, opened.class_names, data_dir=own,
-                validate_dir=own and self.settings.train.get("validate_dir"),
+                validate_dir=own and self.settings.train.get("validate_dir"), reading=self._reading(),
             )
             self._metrics = ClassifierMetrics(self._features, real, data=data, device=self.device)
         return self._metrics
+
+    def _reading(self) -> Reading:
+        """How the images of the study's own folders become RGB."""
+        given = {**self.settings.train, **(self.settings.encode or {})}
+        return Reading(**{name: given[name] for name in ("exif", "background") if name in given})
 
     @torch.no_grad()
     def norm_gap(self, snapshot: Path) -> list[dict[str, float]]:
@@ -88,7 +93,8 @@ class Meter:
         codec, model = load_codec(opened.codec).to(self.device), opened.model.to(self.device)
         own = data_dir_of(self.settings) and self.settings.train["validate_dir"]
         held_out = open_dataset(
-            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size
+            dataset=opened.meta.get("data"), data_dir=own, split="test", image_size=opened.image_size,
+            reading=self._reading(),
         )
         objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
         found, chosen = [], spread(len(held_out), HELD_OUT)
