@@ -9,6 +9,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from d_emo.config import ClassifierBenchmarkSettings
+from d_emo.device import seconds_of
 from d_emo.errors import InputError
 from d_emo.lab.benchmark.timing import Case, forms_of
 from d_emo.lab.benchmark.transcription import transcribe
@@ -67,12 +68,9 @@ def classify(network: nn.Module, images: Tensor, *, both: bool) -> Callable[[], 
     def run(batch: Tensor) -> Tensor:
         return network(batch)
 
-    def seconds(batch: Tensor) -> float:
-        run(batch)
-        start = time.process_time()
-        run(batch)
-        return time.process_time() - start
-
-    layouts = (images, images.contiguous(memory_format=torch.channels_last))
-    images = min(layouts, key=seconds) if both else images
+    if both:
+        layouts = (images, images.contiguous(memory_format=torch.channels_last))
+        for batch in layouts:
+            run(batch)
+        images = min(layouts, key=lambda batch: seconds_of(lambda: run(batch), batch.device, time.process_time))
     return lambda: run(images)

@@ -7,6 +7,7 @@ import torch
 
 from d_emo.config import KernelsSettings
 from d_emo.errors import InputError
+from d_emo.lab.reporting import markdown_table
 
 SIDE, WINDOW, NARROW, WIDE, HEADS, KERNEL = 16, 8, 384, 1536, 6, 5
 """Tokens of a side of the map and of a window, channels of queries and of the value, heads, side of the convolution."""
@@ -84,14 +85,13 @@ def kernels_table(settings: KernelsSettings) -> str:
 
 def measured(batch: int, device: torch.device) -> str:
     """The table of `kernels_table`; the time of a kernel that fails is what it says."""
-    lines = ["| kernel | us | bytes, us | H100 at batch 256, us |", "|---|---:|---:|---:|"]
-    map_time = None
+    lines, map_time = [], None
     for row in rows(batch, device):
         try:
             time = 1e3 * milliseconds(row.run)
         except Exception as error:  # of Triton's compiler or the driver: the others are still of use
-            lines.append(f"| {row.name} | {str(error).strip().splitlines()[0][:80]} | | {row.h100} |")
+            lines.append([row.name, str(error).strip().splitlines()[0][:80], "", row.h100])
             continue
         map_time = map_time or time / row.maps
-        lines.append(f"| {row.name} | {time:.0f} | {map_time * row.maps:.0f} | {row.h100} |")
-    return "\n".join(lines)
+        lines.append([row.name, f"{time:.0f}", f"{map_time * row.maps:.0f}", row.h100])
+    return markdown_table(["kernel", "us", "bytes, us", "H100 at batch 256, us"], lines)

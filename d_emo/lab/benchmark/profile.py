@@ -20,8 +20,7 @@ SHOWN = 12
 def operator_times(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of a step by operator, without the operators inside it, on a GPU by kernel; means of the rounds."""
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         for _ in range(rounds):
             case.run()
         synchronize(device)

@@ -6,10 +6,10 @@ import json
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,14 +20,13 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations per second of GPUs, from their data sheets, for the utilisation."""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One line of the table; ``ratio`` is to the group's baseline, times in milliseconds, memory in MB."""
 
     group: str
     name: str
     milliseconds: float
-    quartiles: tuple[float, float]
+    quartiles: tuple[float, ...]
     per_second: float
     ratio: float
     gmacs_per_second: float
@@ -38,14 +37,14 @@ class Result:
     @classmethod
     def of(cls, case: Case, *, baseline: Case, batch_size: int, device: torch.device) -> Result:
         """The result of a measured case beside its group's baseline."""
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and case.macs else ""
+        time, macs = case.median, case.macs
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and macs else ""
         fastest = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
         return cls(
-            group=case.group, name=case.name, milliseconds=1e3 * case.median,
-            quartiles=tuple(1e3 * s for s in case.spread), per_second=batch_size / case.median,
-            ratio=case.median / baseline.median, gmacs_per_second=case.macs / case.median / 1e9,
+            group=case.group, name=case.name, milliseconds=1e3 * time, quartiles=tuple(1e3 * s for s in case.spread),
+            per_second=batch_size / time, ratio=time / baseline.median, gmacs_per_second=macs / time / 1e9,
             peak_megabytes=case.peak_megabytes, saved_megabytes=case.saved_megabytes,
-            utilisation=fastest and 2 * case.macs / case.median / fastest,
+            utilisation=fastest and 2 * macs / time / fastest,
         )  # fmt: skip
 
 
@@ -96,7 +95,7 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
     (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
     said = {name: value for name, value in settings.items() if name != "output"}  # which says nothing later
     record = {"machine": where, "settings": said, "baseline": report.baseline,
-              "results": [asdict(r) for r in report.results]}  # fmt: skip
+              "results": [r._asdict() for r in report.results]}  # fmt: skip
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     picture.savefig(folder / "plot.png", dpi=120)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from d_emo.device import synchronize
+from d_emo.device import seconds_of
 
 
 @dataclass
@@ -54,18 +54,15 @@ def forms_of(compiled: bool) -> dict[str, Callable[[nn.Module], Callable[..., An
 def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:
     """Run every case once to warm up, then ``rounds`` times each in turns; fills in the cases' measurements."""
     now = time.perf_counter if clock == "wall" else time.process_time
-    for measured in (False, *[True] * rounds):
+    for number in range(rounds + 1):
         for case in cases:
-            synchronize(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            start = now()
-            case.run()
-            synchronize(device)
+            seconds = seconds_of(case.run, device, now)
             if device.type == "cuda":
                 case.peak_megabytes = torch.cuda.max_memory_allocated(device) / 1e6
-            if measured:
-                case.seconds.append(now() - start)
+            if number:
+                case.seconds.append(seconds)
 
 
 def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] = ()) -> int:

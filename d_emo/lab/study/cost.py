@@ -1,8 +1,7 @@
 """Each model's speed, measured for a moment on this machine: for a study's axis of time, and for what it will cost."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from d_emo.config import StudySettings, TrainSettings, read_sampler
-from d_emo.device import best_device, synchronize
+from d_emo.device import best_device, seconds_of
 from d_emo.errors import InputError
 from d_emo.files import digest, locked, read_json, write_json
 from d_emo.io.card import describe_hardware
@@ -155,16 +154,10 @@ class Workload:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        return self._seconds(backward) * self.micro_batches + self._seconds(update)
+        return seconds_of(backward, self.device) * self.micro_batches + seconds_of(update, self.device)
 
     @torch.no_grad()
     def draw(self) -> float:
         """Seconds of a forward pass of one image; the model cannot be trained any more."""
         model, inputs = fold_batch_norms(self.model.eval()), (self.latents, self.noise.timesteps, self.labels)
-        return self._seconds(lambda: model(*inputs)) / len(self.latents)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: model(*inputs), self.device) / len(self.latents)
