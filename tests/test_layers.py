@@ -38,7 +38,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "profile", "report"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 

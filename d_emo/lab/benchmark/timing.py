@@ -4,11 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from d_emo.device import seconds_of
 
@@ -44,11 +42,6 @@ class Case:
     def spread(self) -> tuple[float, float]:
         """The quartiles."""
         return tuple(np.quantile(self.seconds, (0.25, 0.75)).tolist())
-
-
-def forms_of(compiled: bool) -> dict[str, Callable[[nn.Module], Callable[..., Any]]]:
-    """By what the name of a network gains: as it is and, where asked for, compiled."""
-    return {"": lambda network: network} | ({", compiled": torch.compile} if compiled else {})
 
 
 def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:

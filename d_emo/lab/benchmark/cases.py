@@ -1,18 +1,26 @@
-"""The denoisers that are compared: ours, its plain transcription, our DiT, and diffusers' DiT."""
+"""What is compared: our networks, their plain transcriptions, and networks of diffusers and timm."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
+import timm
 import torch
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from d_emo.config import DenoiserBenchmarkSettings
-from d_emo.lab.benchmark.timing import Case, forms_of, saved_bytes
+from d_emo.config import ClassifierBenchmarkSettings, DenoiserBenchmarkSettings
+from d_emo.device import seconds_of
+from d_emo.errors import InputError
+from d_emo.lab.benchmark.timing import Case, saved_bytes
 from d_emo.lab.benchmark.transcription import transcribe
 from d_emo.models import create_model
+from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import count_macs
 from d_emo.models.layers import fold_batch_norms
+from d_emo.models.registry import resolve_name
 from d_emo.tables import FAMILIES
 
 BASELINE = "diffusers DiT"
@@ -44,6 +52,11 @@ def cases_of(
             run = training_step(network, forward) if training else torch.no_grad()(forward)
             cases.append(Case(f"{size}-2, {pixels} px, {work}", name + suffix, run, macs, kept))
     return cases
+
+
+def forms_of(compiled: bool) -> dict[str, Callable[[nn.Module], Callable[..., Any]]]:
+    """By what the name of a network gains: as it is and, where asked for, compiled."""
+    return {"": lambda network: network} | ({", compiled": torch.compile} if compiled else {})
 
 
 def contenders(size: str, latent: int, depth: int | None) -> dict[str, tuple[Callable[[], nn.Module], ...]]:
@@ -96,3 +109,57 @@ def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> Callable
         optimizer.zero_grad()
 
     return step
+
+
+def classifier_cases(settings: ClassifierBenchmarkSettings, device: torch.device) -> list[Case]:
+    """The cases that run in turns: images classified in eval mode, in float32.
+
+    Raises:
+        InputError: for a name that is not there, or an EMOv1 (only EMOv2 has a transcription).
+    """
+    group = f"{settings.image_size} px, inference"
+    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size).to(device)
+    networks: dict[str, tuple[nn.Module, int]] = {}
+    for name in map(resolve_name, settings.models):
+        if not name.startswith("emov2"):
+            known = ", ".join(n for n in BACKBONES if n.startswith("emov2"))
+            raise InputError(f"`models` {name!r} is none of {known}")
+        network = create_model(name, img_size=settings.image_size).to(device).eval()
+        macs = count_macs(network, settings.image_size) * settings.batch_size
+        networks[f"{name}, plain transcription"] = transcribe(network).eval(), macs
+        networks[name] = fold_batch_norms(network), macs
+    for name in settings.peers:
+        networks[name] = peer(name, settings.image_size).to(device), 0
+    return [
+        Case(group, name + suffix, classify(function(network), images, both=name in settings.peers), macs)
+        for name, (network, macs) in networks.items() for suffix, function in forms_of(settings.compile).items()
+    ]  # fmt: skip
+
+
+def peer(name: str, image_size: int) -> nn.Module:
+    """A network of timm (else InputError) with random weights, fused where it has a fused form."""
+    if not timm.is_model(name):
+        raise InputError(f"`peers` {name!r} is no model of timm; timm.list_models() has them")
+    try:
+        network = timm.create_model(name, img_size=image_size)
+    except TypeError:  # most convolutional networks take any size and do not ask
+        network = timm.create_model(name)
+    return reparameterize_model(network.eval())
+
+
+def classify(network: nn.Module, images: Tensor, *, both: bool) -> Callable[[], Tensor]:
+    """A function that classifies the images; with ``both``, in the faster of the two memory layouts.
+
+    Shape: images (B, 3, H, W) -> (B, classes).
+    """
+
+    @torch.no_grad()
+    def run(batch: Tensor) -> Tensor:
+        return network(batch)
+
+    if both:
+        layouts = (images, images.contiguous(memory_format=torch.channels_last))
+        for batch in layouts:
+            run(batch)
+        images = min(layouts, key=lambda batch: seconds_of(lambda: run(batch), batch.device, time.process_time))
+    return lambda: run(images)
