@@ -8,10 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents", "models",
-    "objective", "ema", "io", "training", "sampling", "evaluation", "explain", "export", "app", "lab", "cli",
+    "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
+    "lab", "cli",
 ]
 INSIDE = {
-    "config": ["ranges", "base", "training", "sampling", "measuring", "exporting", "benchmarking", "study"],
+    "config": [
+        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+    ],
     "kernels": [
         "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
         "slices", "explaining",

@@ -282,7 +282,7 @@ def test_classes_are_found_by_id_and_by_name():
 
 def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    grid = sampling.draw_grid(images, ["0: cat", "1: dog"], 2, scale=2)
+    grid = sampling.draw_grid(images, ["cat", "dog"], 2, scale=2)
     path = sampling.free_path(None, str(tmp_path / "sub" / "grid.png"))
     sampling.save_png(grid, path, {"seed": 3})
     with Image.open(path) as picture:
@@ -296,6 +296,13 @@ def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
         sampling.save_png(grid, path / "x.png", {})
 
 
+def test_captions_fit_above_a_single_picture():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    short, long = (np.array(sampling.draw_grid(image, [text], 1)) for text in ("a", "207: red triangle on sky"))
+    assert short.shape == (22 + 128 + 4, 136, 3) and long.shape == (44 + 128 + 4, 136, 3)  # enlarged; a line, or two
+    assert (long[:44, -4:] == 255).all() and (long[22:44] < 255).any()
+
+
 def test_preview_grid_is_written(tmp_path, tiny_denoiser):
     tiny_denoiser.register_to_config(in_channels=4)
 
@@ -307,7 +314,7 @@ def test_preview_grid_is_written(tmp_path, tiny_denoiser):
         tmp_path / "p.png", tiny_denoiser, scheduler_config=CONFIG, codec=Codec(), class_names=list("0123456789"),
         guidance_scale=2.0,
     )
-    assert Image.open(tmp_path / "p.png").size[0] == 2 * 12 + 4
+    assert Image.open(tmp_path / "p.png").size[0] == 2 * (128 + 4) + 4
 
 
 def test_a_preview_without_finite_values_stops_nothing(tmp_path, tiny_denoiser, capsys):

@@ -111,10 +111,10 @@ def test_a_mixed_study_says_which_runs_have_bands(tmp_path, figures):
 
 def test_a_grid_grows_by_the_names_of_its_columns_and_is_else_the_same():
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    plain = np.array(draw_grid(images, ["a", "b"], 2))
+    plain = np.array(draw_grid(images, ["a", "b"], 2, scale=1))
     assert plain.shape == (2 * (64 + 22) + 4, 2 * (64 + 4) + 4, 3)
     for names, lines in ((["cat", "dog"], 1), (["cat", "orange circle on black"], 2)):
-        named = np.array(draw_grid(images, ["a", "b"], 2, names=names))
+        named = np.array(draw_grid(images, ["a", "b"], 2, scale=1, names=names))
         assert np.array_equal(named[lines * 22 :], plain)
         header = named[: lines * 22].min(axis=(0, 2)) < 128  # dark columns of pixels
         assert header[4:68].any() and header[72:136].any() and not header[68:72].any()

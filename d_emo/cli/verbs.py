@@ -56,6 +56,13 @@ Run it with `accelerate launch scripts/encode_latents.py` (any number of process
 latents depend on the images, their size and the VAE, not on the model that is trained on them.""",
     ),
     Verb(
+        "doctor", "doctor", "Train", "d_emo.config:DoctorSettings",
+        """Read a data set before anything is trained on it: what it holds, what looks wrong, what training would do.
+
+Prints a table (lines that begin with LOOK want a look) and writes a contact sheet of 64 images as training sees them.
+With --validate-dir it also looks for held-out images that are trained on, with --vae at the latents.""",
+    ),
+    Verb(
         "sample", "sample", "Sample", "d_emo.config:SampleSettings",
         "Sample images of classes from a trained denoiser; prints where they are and how they were made.",
     ),

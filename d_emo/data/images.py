@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,10 @@ class ClassImages(Dataset, ABC):
     def label(self, index: int) -> int:
         """Class id of image ``index``, without loading it."""
 
+    def source(self, index: int) -> Path | BytesIO | None:
+        """The file of image ``index``, or its content; None where there is none."""
+        return None
+
     def origin(self, index: int) -> str:
         """Where image ``index`` comes from, for messages about it."""
         return f"image {index} of {self.name}"
@@ -60,6 +66,9 @@ class OneClass(ClassImages):
 
     def label(self, index: int) -> int:
         return 0
+
+    def source(self, index: int) -> Path | BytesIO | None:
+        return self.images.source(index)
 
     def origin(self, index: int) -> str:
         return self.images.origin(index)

@@ -15,30 +15,35 @@ from d_emo.sampling.sampler import Sampler
 
 
 def draw_grid(
-    images: torch.Tensor, captions: Sequence[str], columns: int, *, scale: int = 1, names: Sequence[str] = (),
+    images: torch.Tensor, captions: Sequence[str], columns: int, *, scale: int | None = None, names: Sequence[str] = (),
     text_size: int = 14,
 ) -> Image.Image:
-    """One row of images per caption, the caption above its row.
+    """One row of images per caption, the caption above its row; what is too wide takes two lines.
 
     Args:
         images: Row by row. Shape: (len(captions) * columns, 3, H, W) uint8.
-        scale: Times which they are enlarged.
-        names: Of the columns, written once on top, in two lines where one would be too wide.
+        scale: Times which they are enlarged. Default: to 128 px or a little less.
+        names: Of the columns, written once on top.
         text_size: In pixels.
     """
+    scale = max(1, 128 // images.shape[-1]) if scale is None else scale
     height, width = images.shape[-2] * scale, images.shape[-1] * scale
-    gap, bar, font = 4, text_size * 22 // 14, ImageFont.load_default(text_size)
+    gap, line_height, font = 4, text_size * 22 // 14, ImageFont.load_default(text_size)
+    full = columns * (width + gap) + gap
+    captions = [two_lines(text, lambda text: font.getlength(text) <= full - 2 * gap) for text in captions]
     heads = [two_lines(name, lambda text: font.getlength(text) <= width) for name in names]
-    header = max((len(head.splitlines()) for head in heads), default=0) * bar
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, header + len(captions) * (height + bar) + gap), "white")
+    bar, header = (max((len(text.splitlines()) for text in texts), default=0) * line_height
+                   for texts in (captions, heads))
+    canvas = Image.new("RGB", (full, header + len(captions) * (height + bar) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
         for line, text in enumerate(head.splitlines()):
             middle = gap + column * (width + gap) + width / 2
-            draw.text((middle, line * bar + 3), text, fill="black", font=font, anchor="ma")
+            draw.text((middle, line * line_height + 3), text, fill="black", font=font, anchor="ma")
     for row, caption in enumerate(captions):
         top = header + row * (height + bar)
-        draw.text((gap, top + 3), caption, fill="black", font=font)
+        for line, text in enumerate(reversed(caption.splitlines()), 1):
+            draw.text((gap, top + bar - line * line_height + 3), text, fill="black", font=font)
         for column in range(columns):
             pixels = images[row * columns + column].permute(1, 2, 0).contiguous().numpy()
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)

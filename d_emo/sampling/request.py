@@ -87,20 +87,19 @@ class SampleRequest:
         Raises:
             InputError: They cannot be written.
         """
-        settings, captions = self.settings, self.captions
-        scale, columns = max(1, 128 // images.shape[-1]), settings.num_images
+        settings, captions, columns = self.settings, self.captions, self.settings.num_images
         if frames is None and settings.format == "png":
             save_pngs(images, output, self.labels, self.seeds, self.made_by)
         elif frames is None:
             images, captions = self._sweep(images)
-            save_png(draw_grid(images, captions, columns, scale=scale), output, self.made_by)
+            save_png(draw_grid(images, captions, columns), output, self.made_by)
         elif settings.trajectory == "gif":
-            grids = [draw_grid(frame, captions, columns, scale=scale) for frame in frames]
+            grids = [draw_grid(frame, captions, columns) for frame in frames]
             save_gif(grids, output, self.made_by)
         else:
             rows = [f"{captions[index // columns]}, seed {seed}" for index, seed in enumerate(self.seeds)]
             strip = frames.transpose(0, 1).flatten(0, 1)
-            save_png(draw_grid(strip, rows, len(frames), scale=scale), output, self.made_by)
+            save_png(draw_grid(strip, rows, len(frames)), output, self.made_by)
 
     def _sweep(self, images: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
         """Images of several guidance scales, class by class, and the captions of their rows."""

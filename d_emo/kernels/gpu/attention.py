@@ -14,7 +14,7 @@ in float32, takes 32 columns, and two fit. Two chunks are on their way while one
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -207,7 +207,7 @@ def chunk_of(width: int, most: int) -> int:
     return min((c for c in (64, 32, 16) if c <= most), key=lambda c: triton.cdiv(width, c) * (c + 16))
 
 
-def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], columns: int) -> None:
+def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: Sequence[Any], row_bytes: int) -> None:
     """Run a kernel over all windows of all partitions.
 
     Where images and heads alone make `ENOUGH` programs, there is one launch, and a program does all the windows of its
@@ -221,7 +221,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
         maps: its tensors.
         qk, z: which of them tell the sizes.
         options: act, heads, window, mode, repeat.
-        columns: of the value in a chunk, at most.
+        row_bytes: of a token's value in a chunk, at most.
     """
     act, heads, (tall, wide), mode, repeat = options
     (images, height, width, both), (first, last) = qk.shape, PARTS[mode]
@@ -231,7 +231,7 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     tokens = max(16, triton.next_power_of_2(tall * wide))
     sizes = dict(
         TALL=tall, WIDE=wide, TOKENS=tokens, D=dim, D_CHUNK=chunk_of(dim, 64), E=z.shape[-1] // heads,
-        E_CHUNK=chunk_of(z.shape[-1] // heads, columns), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
+        E_CHUNK=chunk_of(z.shape[-1] // heads, row_bytes // z.element_size()), ACT=act, REPEAT=repeat, SCALE=dim**-0.5,
     )  # fmt: skip
 
     for one in [(first, last)] if groups == 1 else [(part, part + 1) for part in range(first, last)]:
@@ -256,45 +256,53 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], inputs: Sequence[Any], **size
                     raise
 
 
-@torch.library.custom_op(
-    "d_emo::window_attention", mutates_args=(), schema=f"(Tensor qk, Tensor z, {OPTIONS}) -> Tensor"
-)
-def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
-    """`d_emo.kernels.attention.attend`, unless it `refuses`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
-    qk, z = qk.contiguous(), z.contiguous()
-    out = torch.empty_like(z)
-    launch(forward_kernel, (qk, z, out), qk, z, options, columns=128 // z.element_size())
-    return out
+def make_operator(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """An operator of PyTorch, with its gradients, that stands for `d_emo.kernels.attention.attend`.
 
+    Shape: of the operator, qk (B, H, W, 2C), z (B, H, W, M) -> as z.
 
-@torch.library.custom_op(
-    "d_emo::window_attention_backward", mutates_args=(),
-    schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
-)  # fmt: skip
-def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The gradients of qk and z. Shape: grad as z; gradients as their tensors."""
-    qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
-    grads = torch.empty_like(qk), torch.empty_like(z)
-    launch(backward_kernel, (grad, qk, z, *grads), qk, z, options, columns=64 // z.element_size())
-    return grads
+    Args:
+        name: what PyTorch calls it.
+        forward, backward: called as `launch` is, without its first and its last argument.
+    """
 
+    @torch.library.custom_op(
+        f"d_emo::{name}", mutates_args=(), schema=f"(Tensor qk, Tensor z, {OPTIONS}) -> Tensor"
+    )
+    def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
+        qk, z = qk.contiguous(), z.contiguous()
+        out = torch.empty_like(z)
+        forward((qk, z, out), qk, z, options)
+        return out
 
-def differentiable(forward: Any, backward: Any) -> None:
-    """Tell the library the shapes of an operator's results, and that the other one makes its gradients."""
+    @torch.library.custom_op(
+        f"d_emo::{name}_backward", mutates_args=(),
+        schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
+    )  # fmt: skip
+    def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
+        grads = torch.empty_like(qk), torch.empty_like(z)
+        backward((grad, qk, z, *grads), qk, z, options)
+        return grads
 
     def keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         qk, z, *ctx.options = inputs
         ctx.save_for_backward(qk, z)
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
+        return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
 
-    forward.register_fake(lambda qk, z, *options: z.new_empty(z.shape))
-    backward.register_fake(lambda grad, qk, z, *options: (qk.new_empty(qk.shape), z.new_empty(z.shape)))
-    forward.register_autograd(differentiate, setup_context=keep_operands)
+    attend.register_fake(lambda qk, z, *options: z.new_empty(z.shape))
+    attend_backward.register_fake(lambda grad, qk, z, *options: (qk.new_empty(qk.shape), z.new_empty(z.shape)))
+    attend.register_autograd(differentiate, setup_context=keep_operands)
+    return attend
 
 
-differentiable(attend, attend_backward)
+attend = make_operator(
+    "window_attention",
+    lambda *maps: launch(forward_kernel, *maps, row_bytes=128),
+    lambda *maps: launch(backward_kernel, *maps, row_bytes=64),
+)
 
 
 def check(device: torch.device) -> None:

@@ -26,10 +26,9 @@ from d_emo.device import synchronize
 from d_emo.kernels.autotune import tuner
 from d_emo.kernels.gpu.attention import (
     LOG2_E,
-    OPTIONS,
     activation,
     chunk_of,
-    differentiable,
+    make_operator,
     run_kernel,
 )
 from d_emo.kernels.gpu.attention import attend as two_passes
@@ -246,31 +245,11 @@ def launch(kernel: Any, maps: Sequence[Tensor], qk: Tensor, z: Tensor, options: 
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "d_emo::spanning_attention", mutates_args=(), schema=f"(Tensor qk, Tensor z, {OPTIONS}) -> Tensor"
+attend = make_operator(
+    "spanning_attention",
+    lambda *maps: launch(forward_kernel, *maps, warps=1),
+    lambda *maps: launch(backward_kernel, *maps, warps=2),
 )
-def attend(qk: Tensor, z: Tensor, *options: Any) -> Tensor:
-    """`d_emo.kernels.attention.attend`, unless it `refuses`. Shape: qk (B, H, W, 2C), z (B, H, W, M) -> as z."""
-    qk, z = qk.contiguous(), z.contiguous()
-    out = torch.empty_like(z)
-    launch(forward_kernel, (qk, z, out), qk, z, options, warps=1)
-    return out
-
-
-@torch.library.custom_op(
-    "d_emo::spanning_attention_backward", mutates_args=(),
-    schema=f"(Tensor grad, Tensor qk, Tensor z, {OPTIONS}) -> (Tensor, Tensor)",
-)  # fmt: skip
-def attend_backward(grad: Tensor, qk: Tensor, z: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The gradients of qk and z. Shape: grad as z; gradients as their tensors."""
-    qk, z, grad = qk.contiguous(), z.contiguous(), grad.to(z.dtype).contiguous()
-    grads = torch.empty_like(qk), torch.empty_like(z)
-    launch(backward_kernel, (grad, qk, z, *grads), qk, z, options, warps=2)
-    return grads
-
-
-differentiable(attend, attend_backward)
-
 
 TRIAL = (8, 8), 1, 64, 256
 """Window, images, and a head's columns of query and value: S-2's at 256 px, whose kernels are built with it."""
