@@ -26,6 +26,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _register() -> None:
+    import_module("d_emo.models.timm_registry").register_with_timm()
+
+
 class _AfterTimm:
     """An import hook that runs once, when ``timm.models`` has been imported, and registers our classifiers there."""
 
@@ -40,14 +44,13 @@ class _AfterTimm:
 
             def execute_and_register(module) -> None:
                 execute(module)
-                if "d_emo.models" not in sys.modules:  # else it is what imports timm, and registers when it is done
-                    import_module("d_emo.models")
+                _register()
 
             spec.loader.exec_module = execute_and_register
         return spec
 
 
 if "timm.models" in sys.modules:
-    import_module("d_emo.models")
+    _register()
 else:
     sys.meta_path.insert(0, _AfterTimm)

@@ -16,15 +16,16 @@ INSIDE = {
         "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
-        "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
-        "slices", "explaining",
+        "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
+        "local", "modulation", "slices", "explaining",
     ],
     "models": [
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
     "data": [
-        "reading", "images", "listing", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub", "sampler"
+        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
+        "sampler",
     ],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "card", "snapshot", "classifier", "hub"],

@@ -1,6 +1,8 @@
 """The command line: ``d-emo VERB``, ``python -m d_emo VERB``, and the scripts of the checkout, which are thin shims."""
 
 import argparse
+import atexit
+import gc
 import os
 import shlex
 import sys
@@ -15,6 +17,7 @@ from d_emo.tables import load
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run a verb, or the one that the first argument names; bad input ends in one sentence and exit code 2."""
+    atexit.register(gc.freeze)  # else the interpreter looks for garbage in all of PyTorch before it ends, for a second
     arguments = list(sys.argv[1:] if argv is None else argv)
     if verb is None and "_ARGCOMPLETE" in os.environ:
         arguments = completed_words()

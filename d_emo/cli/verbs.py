@@ -1,6 +1,12 @@
 """What `d-emo` can do: a verb each, with the script of the checkout that does the same. Free of torch."""
 
-from collections.abc import Mapping
+import gc
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from d_emo.tables import Reference, Table, load
@@ -30,7 +36,54 @@ class Verb:
 
     def run(self, settings: object) -> None:
         """Do it. The module is imported now: help and typing errors need no torch."""
-        load(f"d_emo.cli.{self.name.replace('-', '_')}:run")(settings)
+        with importing():
+            run = load(f"d_emo.cli.{self.name.replace('-', '_')}:run")
+        run(settings)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """A context for the seconds that PyTorch and others take to be imported, which a terminal is told of."""
+    waiting, fresh = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0", "torch" not in sys.modules
+    if waiting:
+        print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
+    for name in ("scipy.stats", "scipy.integrate"):  # diffusers' schedulers import them for kinds that are none of ours
+        defer(name)
+    gc.disable()  # a tenth of the time, for the little garbage that there is
+    try:
+        yield
+    finally:
+        if fresh:
+            gc.freeze()  # what is there now stays: later searches for garbage need not go through it
+        gc.enable()
+        if waiting:
+            print(" " * 19, end="\r", file=sys.stderr, flush=True)
+
+
+def defer(name: str) -> None:
+    """Let a module be loaded only when something of it is looked up.
+
+    The standard library's LazyLoader takes ``__file__`` for that, which `inspect` looks up in every module.
+    """
+    spec = None
+    with suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec(name)
+    if name in sys.modules or spec is None or spec.loader is None:
+        return
+    module, loaded, lock = importlib.util.module_from_spec(spec), False, threading.RLock()
+
+    def __getattr__(wanted: str) -> object:
+        nonlocal loaded
+        with lock:
+            if not loaded:
+                loaded = True
+                spec.loader.exec_module(module)
+        if wanted in vars(module):
+            return vars(module)[wanted]
+        raise AttributeError(f"module {name!r} has no attribute {wanted!r}")
+
+    module.__getattr__ = __getattr__
+    sys.modules[name] = module
 
 
 VERBS: Table[Verb] = Table("verb", [

@@ -123,9 +123,6 @@ class DataSettings(ReadingSettings):
         "hf:DATASET[?split=...&image=...&label=...] (README, \"Your own data\")",
         resumable=True, decisive=True, source=True
     )
-    validate_dir: str | None = setting(
-        None, "held-out images of the same classes, in the same form", resumable=True, source=True
-    )
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels")
     num_images: Count | None = setting(None, "number of different images of Shapes-1000. Default: a million")
     skip_corrupt: bool = setting(
@@ -146,6 +143,10 @@ class DataSettings(ReadingSettings):
 class TrainSettings(DataSettings, RunSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
+    validate_dir: str | None = setting(
+        None, "held-out images of the same classes, in the same form; with --data-dir or --latents, and "
+        "--validate-every", resumable=True, source=True, group="Data"
+    )
     exif: bool | None = setting(
         None, "turn images upright as their EXIF tag says; with --no-exif they stay as the file has them, as ADM, DiT "
         "and timm train on them. Default: yes, or as --latents were made", group="Images"
@@ -211,6 +212,9 @@ class TrainSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
+        _check_held_out(self.validate_dir, self.data_dir or self.latents)
+        if self.validate_dir is not None and self.validate_every is None:
+            raise InputError(f"`validate_dir` {self.validate_dir} is measured every `validate_every` steps; give both")
         family = family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
         if family is not first and self.objective not in (None, family.objective):
@@ -262,13 +266,13 @@ class EncodeSettings(DataSettings):
 class ClassifierSettings(DataSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
+    validate_dir: str | None = setting(
+        None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
+        "that has both train and val", resumable=True, source=True, group="Data"
+    )
     model: str = setting("emov2_1m", "a classifier name of list_models()", group="Model")
     model_options: dict[str, Any] | None = setting(
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
-    )
-    validate_dir: str | None = setting(
-        None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
-        "that has both train and val", resumable=True, source=True
     )
     image_size: ClassifierSide = setting(224, "side of the images in pixels")
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
@@ -317,6 +321,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
+        _check_held_out(self.validate_dir, self.data_dir)
         if self.rand_augment not in (None, "none") and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
                 f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
@@ -340,4 +345,11 @@ class ClassifierSettings(DataSettings, RunSettings):
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
             flip=facts.get("flip") if self.flip is None else self.flip, **steps,
+        )
+
+
+def _check_held_out(validate_dir: str | None, own_data: str | None) -> None:
+    if validate_dir is not None and own_data is None:
+        raise InputError(
+            f"`validate_dir` {validate_dir} belongs to a `data_dir`; the built-in data hold out their own images"
         )

@@ -27,6 +27,12 @@ HAS_ONEDNN = (
 """Whether this build of the library has oneDNN's product and this CPU AVX-512."""
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, whose import of the compiler takes a second even where none is used."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Form(NamedTuple):
     """One way to compute an operator.
 
@@ -44,7 +50,8 @@ class Form(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What `record` keeps of one call of an operator: the map's shape, the form that ran, and (form, why not) above."""
+    """What `record` keeps of one call of an operator: the map's shape, the form that ran, and (form, why not) of those
+    above it and of its rivals."""
 
     operator: str
     shape: tuple[int, ...]
@@ -56,8 +63,10 @@ _plain, _fixed = preferences.plain, False
 _calls: list[Call] | None = None
 
 
-def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tensor:
+def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any, **state: Any) -> Any:
     """The operator's result, by the first of its forms that takes the inputs.
+
+    ``state`` is what a form moves beside its result, such as running statistics; a trial does without.
 
     Shape: x (B, H, W, C); what else goes in and what comes out is the operator's.
 
@@ -77,18 +86,28 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
         if preferences.forms:
             chosen = _asked_for(operator, forms, x, inputs) or chosen
         if chosen.rival and not _fixed and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            fast, times = _fastest(operator, forms, x, inputs)
+            fast, times = _fastest(operator, forms, chosen, x, inputs)
             if fast is chosen or fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed
                 chosen = fast
     if _calls is not None:
-        refused = []
-        for form in forms:
-            if form.name == chosen.name:
-                break
-            why = standard or (form.refuses and form.refuses(x, *inputs)) or slower(form.name, chosen.name, times)
-            refused.append((form.name, why))
-        note(operator, tuple(x.shape), chosen.name, tuple(refused))
-    return chosen.run(x, *inputs)
+        note(operator, tuple(x.shape), chosen.name, _refused(forms, chosen, standard, times, x, inputs))
+    return chosen.run(x, *inputs, **state)
+
+
+def _refused(
+    forms: tuple[Form, ...], chosen: Form, standard: str | None, times: dict[str, float], x: Tensor,
+    inputs: tuple[Any, ...],
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
+    """The forms above the chosen one, and its rivals below where something was to be timed; with the reasons."""
+    refused, above = [], True
+    for form in forms:
+        if form.name == chosen.name:
+            above = False
+        elif above or (form.rival and chosen.rival and not (_fixed or tuner.fixed)):
+            why = standard or (form.refuses and form.refuses(x, *inputs))
+            if why or above or form.name in times:
+                refused.append((form.name, why or slower(form.name, chosen.name, times)))
+    return tuple(refused)
 
 
 def slower(form: str, chosen: str, times: dict[str, float]) -> str:
@@ -111,9 +130,9 @@ def _asked_for(operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[
 
 
 def _fastest(
-    operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[Any, ...]
+    operator: str, forms: tuple[Form, ...], first: Form, x: Tensor, inputs: tuple[Any, ...]
 ) -> tuple[Form, dict[str, float]]:
-    """The fastest of the rivals that take the inputs, and the times that say so."""
+    """The fastest of the rivals that take the inputs, and the times that say so; ``first`` is the first of them."""
     gradients = torch.is_grad_enabled()
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     key = (operator, torch.get_num_threads(), gradients, low, *[
@@ -122,8 +141,10 @@ def _fastest(
     ])  # fmt: skip
     found = tuner.memo.get(key)
     if found is None:
-        rivals = {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
-        choice = tuner.choose(in_words(key), list(rivals), lambda name: _try(rivals[name], x, inputs, gradients))
+        words, rivals = in_words(key), {first.name: first}
+        if not tuner.fixed or tuner.used.get(words, first.name) != first.name:  # or the others need not be there at all
+            rivals |= {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
+        choice = tuner.choose(words, list(rivals), lambda name: _try(rivals[name], x, inputs, gradients))
         found = tuner.memo[key] = rivals[choice.form], choice.times
     return found
 
@@ -141,7 +162,7 @@ def _try(form: Form, x: Tensor, inputs: tuple[Any, ...], gradients: bool) -> Non
             torch.autograd.grad(out, wanted, torch.ones_like(out))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def note(*call: Any) -> None:
     """Keep a call for `record`; of a compiled network as it is traced."""
     if _calls is not None:
@@ -208,7 +229,7 @@ def why_standard() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_exporting() -> bool:
     """Whether torch.export is at work. Asked outside of traced code: before PyTorch 2.12 it is traced as True."""
     return torch.compiler.is_exporting()
@@ -279,7 +300,7 @@ def triton_refuses(*tensors: Tensor) -> str | None:
     return None if triton_works(tensors[0].device.index) else f"Triton's kernels {BROKEN}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def triton_works(index: int) -> bool:
     """`passes_trial`; the compiler, which would look into a cached function, calls this one and takes its word.
 

@@ -185,6 +185,11 @@ def load_codec(name: str) -> Codec:
 
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     folder = expand_home(name) if looks_local else _fetch(name)
+    if folder.is_file():
+        raise InputError(
+            f"the VAE {name} is a file; `vae` takes the folder that diffusers makes of it by "
+            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
+        )
     if not folder.is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "

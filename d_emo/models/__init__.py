@@ -4,8 +4,5 @@ from d_emo.models.backbone import EMO
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.denoiser import Denoiser
 from d_emo.models.registry import create_model, list_models
-from d_emo.models.timm_registry import register_with_timm
-
-register_with_timm()
 
 __all__ = ["EMO", "Denoiser", "count_macs", "count_parameters", "create_model", "list_models"]

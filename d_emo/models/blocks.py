@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from d_emo import kernels
@@ -24,8 +23,6 @@ from d_emo.models.layers import (
     NormKind,
     make_norm,
 )
-
-kernels.known(DropPath)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "none": nn.SiLU}
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
@@ -183,6 +180,8 @@ class MetaMobileBlock(nn.Module):
         arrangement: Arrangement = "attention-conv",
         **options: Any,
     ) -> None:
+        from timm.layers import DropPath  # half a second, which denoisers do not need
+
         super().__init__()
         if arrangement not in ARRANGEMENTS:
             known = ", ".join(map(repr, ARRANGEMENTS))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -15,6 +16,7 @@ from timm.models import (
     register_notrace_module,
 )
 
+from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import WindowAttention
 from d_emo.models.backbone import BACKBONES, EMO, REDUCTION, build_backbone
@@ -74,7 +76,11 @@ def translate(model: EMO, state_dict: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def register_with_timm() -> None:
-    """Add every EMO name to timm's registry; names that are there already are left alone."""
+    """Add every EMO name to timm's registry; names that are there already are left alone.
+
+    The operators may do the work of timm's drop path, which is a block's.
+    """
+    kernels.known(DropPath)
     for module in (WindowAttention, LocalConv, ConvFirstOperator, ParallelOperator):
         register_notrace_module(module)  # what looks at shapes and devices stays whole under torch.fx
     for name in BACKBONES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from d_emo.data import (
     ClassImages,
     Reading,
     find_splits,
+    in_recorded_order,
     list_folders,
     open_dataset,
     open_held_out,
@@ -87,6 +88,10 @@ class ClassifierTask:
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
             *filter(None, [self.dataset.left_out, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = in_recorded_order(self.dataset, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.dataset.class_names)
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Images are read as they are needed; only the teacher has to move."""

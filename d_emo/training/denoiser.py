@@ -2,7 +2,8 @@
 
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from d_emo.config import TrainSettings
-from d_emo.data import ClassImages, OneClass, Reading, open_dataset, open_held_out, spread
+from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_denoiser
@@ -89,6 +90,10 @@ class DenoiserTask:
             *filter(None, [self.images.left_out, self.start]),
         ]
 
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = self.images = in_recorded_order(self.images, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.images.class_names)
+
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
         self.objective.to(device)
@@ -160,9 +165,13 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
     """Start values of the label table. Shape: table (classes + 1, C); the last row is the null class."""
     torch.nn.init.normal_(table, std=settings.label_init_std)
     if settings.label_init == "names":
+        alike: Counter[tuple[str, ...]] = Counter()
         for row, name in zip(table, class_names, strict=False):
-            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in re.findall(r"\w+", name.lower())]
-            if seeds:
+            words = tuple(re.findall(r"\w+", name.lower()))
+            apart = (f"no. {alike[words]}",) if alike[words] else ()  # a crane is a bird, and another class a machine
+            alike[words] += 1
+            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in words + apart]
+            if words:
                 parts = [torch.randn(len(row), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from d_emo.kernels.dispatch import constant
 from d_emo.kernels.gpu.convolution import multiprocessors
 from d_emo.kernels.gpu.trial import check_one
 
@@ -186,7 +187,7 @@ ENOUGH = 4
 """Programs for each multiprocessor, at least; the forward kernel has room for four at a time, the backward for two."""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def uses_tf32() -> bool:
     """Whether products of float32 may round their operands to TF32; the kernels do so."""
     matmul = torch.backends.cuda.matmul

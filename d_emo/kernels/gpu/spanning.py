@@ -24,6 +24,7 @@ from torch import Tensor
 
 from d_emo.device import synchronize
 from d_emo.kernels.autotune import tuner
+from d_emo.kernels.dispatch import constant
 from d_emo.kernels.gpu.attention import (
     LOG2_E,
     activation,
@@ -200,7 +201,7 @@ TROUBLE: dict[tuple[torch.device, bool], str] = {}
 """By GPU, in training and in inference: how these kernels failed `check`, or that they are slower than the others."""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def trouble(device: torch.device, training: bool) -> str | None:
     """Why the kernels are not for this device, or None."""
     return TROUBLE.get((device, training))
