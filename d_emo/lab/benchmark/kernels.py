@@ -44,13 +44,13 @@ def rows(batch: int, device: torch.device) -> list[Row]:
     z, a, grad = (random(batch, SIDE, SIDE, WIDE).bfloat16() for _ in range(3))
     qk, out, inner = random(batch, SIDE, SIDE, 2 * NARROW).bfloat16(), torch.empty_like(z), torch.empty_like(z)
     weight, norm = 0.2 * random(WIDE, 1, KERNEL, KERNEL), random(3, WIDE)
-    taps, options = taps_of(weight), ("gelu", HEADS, [WINDOW, WINDOW], "spanning", 1)
+    taps, options, ops = taps_of(weight), ("gelu", HEADS, [WINDOW, WINDOW], "spanning", 1), torch.ops.d_emo
     return [
         Row("copy of a wide map", lambda: out.copy_(z), 2, "139 measured"),
         Row("attention, one pass", lambda: spanning.attend(qk, z, *options), 2.5, "173 to 255 expected"),
-        Row("its gradients", lambda: spanning.attend_backward(grad, qk, z, *options), 4, "277 to 527 expected"),
+        Row("its gradients", lambda: ops.spanning_attention_backward(grad, qk, z, *options), 4, "277 to 527 expected"),
         Row("attention, two passes", lambda: attention.attend(qk, z, *options), 2.5, "436 measured"),
-        Row("its gradients", lambda: attention.attend_backward(grad, qk, z, *options), 4, "969 measured"),
+        Row("its gradients", lambda: ops.window_attention_backward(grad, qk, z, *options), 4, "969 measured"),
         Row("convolution with statistics", lambda: convolve(a, taps, statistics=True), 2, "246 measured"),
         Row("convolution", lambda: convolve(a, taps), 2, "193 measured"),
         Row("gradient of its input, plus a map", lambda: convolve(a, taps, flip=True, plus=out, out=out), 3,
