@@ -42,11 +42,9 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
-    "lab/study": [
-        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
-    ],
+    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "profile", "report"],
+    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 
 
