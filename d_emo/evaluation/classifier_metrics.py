@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d_emo.data import AS_VIEWED, ClassImages, Reading, open_dataset, spread, to_uint8
+from d_emo.data import AS_VIEWED, ClassImages, Reading, in_order_of, open_dataset, spread, to_uint8
 from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.metrics import Gathered
@@ -164,9 +164,10 @@ def open_real(
         images = open_dataset(
             dataset=data, data_dir=folder, split=split, image_size=image_size, num_images=limit, reading=reading
         )
-        if list(images.class_names) != list(class_names):
+        ordered = in_order_of(images, class_names)
+        if ordered is None:
             raise InputError(f"the images of {folder or data} have other classes than the snapshot; name its own data")
-        return images
+        return ordered
 
     if data_dir is None and validate_dir is not None:
         raise InputError(f"`validate_dir` {validate_dir} belongs to a `data_dir`; give both or neither")

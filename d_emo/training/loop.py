@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,9 @@ class Task(Protocol):
 
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        """Number the classes of the data as the training state does that is gone on from; see `in_recorded_order`."""
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
@@ -116,6 +119,8 @@ class _Run:
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
+        if state is not None:
+            task.keep_classes(state.get("class_names"))
         set_seed(settings.seed)
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
@@ -334,6 +339,7 @@ class _Run:
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
+                    "class_names": list(self.task.dataset.class_names),
                 })
         self.accelerator.wait_for_everyone()
 
