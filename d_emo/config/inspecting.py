@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from d_emo.config.base import setting
 from d_emo.config.ranges import Count, ImageSide, Whole
-from d_emo.config.training import DataSettings
+from d_emo.config.training import HeldOutSettings
 from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorSettings(DataSettings):
+class DoctorSettings(HeldOutSettings):
     """Settings of ``d-emo doctor``."""
 
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels, as training will have it")
@@ -26,5 +26,6 @@ class DoctorSettings(DataSettings):
     )
 
     def check(self) -> None:
+        super().check()
         if self.skip_corrupt:
             raise InputError("`skip_corrupt` is for training; doctor counts what cannot be read and goes on")
