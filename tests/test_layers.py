@@ -13,11 +13,12 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "study",
     ],
     "kernels": [
-        "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
-        "slices", "explaining",
+        "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
+        "local", "modulation", "slices", "explaining",
     ],
     "models": [
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
@@ -41,11 +42,9 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
-    "lab/study": [
-        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
-    ],
+    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "profile", "report"],
+    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 
 

@@ -17,12 +17,12 @@ class DoctorSettings(HeldOutSettings):
     sample: Whole = setting(1000, "images to read, from all over the data set; 0: all", group="What to look at")
     vae: str | None = setting(
         None, "also encode the images of the contact sheet: pixels, d-emo-f8, a local AutoencoderKL folder or a hub "
-        "name"
+        "name", source="or a name"
     )
     batch_size: Count = setting(256, "images per step that training will have")
     max_steps: Count = setting(400_000, "steps that training will have")
     output: str | None = setting(
-        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output"
+        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output", output="picture"
     )
 
     def check(self) -> None:

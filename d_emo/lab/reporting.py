@@ -1,0 +1,44 @@
+"""What all reports share: Markdown tables, small words, folders, empty plots."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from d_emo.errors import InputError
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A Markdown table; its first ``words`` columns are words, the others numbers."""
+    rule = "|" + "---|" * words + "---:|" * (len(head) - words)
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def plural(count: int, what: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder; an InputError says ``what`` cannot be made, and why."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {folder} cannot be made: {error.strerror}") from None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, without a window, its sides in inches; InputError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def logarithmic(panel: Any, name: str, numbers: Sequence[float]) -> None:
+    """Make the axis ``name`` of a panel logarithmic, with these numbers of each decade written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    panel.set(**{f"{name}scale": "log"})
+    axis = getattr(panel, f"{name}axis")
+    axis.set(major_locator=LogLocator(subs=numbers), minor_locator=NullLocator(), major_formatter="{x:g}")
