@@ -159,11 +159,10 @@ class Study:
             InputError: Nothing has been measured yet, or the folder cannot be made.
         """
         settings, runs, folder = self.settings, self.runs, Path(self.settings.report_dir)
-        costs = {}
         if not self._is_measured():
             raise InputError(f"nothing of the study in {settings.output_dir} is measured yet")
         make_folder(folder, "the report's folder")
-        times = read_step_times(settings, runs)
+        times, costs = read_step_times(settings, runs), {}
         for run in runs:
             parameters, macs = size_of(run.training, latent_shape_of(settings, run.training))
             seconds = times["seconds"][speed_key(run, settings)]
