@@ -13,7 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",

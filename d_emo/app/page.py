@@ -53,9 +53,10 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that no network has
+        reason = getattr(error, "strerror", None) or "it is no address"
         raise InputError(
-            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another `port` or `host`"
+            f"cannot listen on port {port} of {host} ({reason}); choose another `port` or `host`"
         ) from None
 
 
@@ -119,7 +120,7 @@ def _fields(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
         visible=len(names) > 1,
     )}
     fields["num_images"] = gr.Slider(
-        1, min(16, studio.settings.max_images), first.num_images, step=1, elem_id="count",
+        1, max(2, min(16, studio.settings.max_images)), first.num_images, step=1, elem_id="count",
         label="Pictures of each class" if len(names) > 1 else "Pictures",
     )
     with gr.Row():

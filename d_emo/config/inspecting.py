@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from d_emo.config.base import setting
 from d_emo.config.ranges import Count, ImageSide, Whole
-from d_emo.config.training import DataSettings
+from d_emo.config.training import DataSettings, check_held_out
 from d_emo.errors import InputError
 
 
@@ -12,19 +12,24 @@ from d_emo.errors import InputError
 class DoctorSettings(DataSettings):
     """Settings of ``d-emo doctor``."""
 
+    validate_dir: str | None = setting(
+        None, "held-out images of the same classes, in the same form, with --data-dir: looked at too", source=True,
+        group="Data"
+    )
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels, as training will have it")
     unconditional: bool = setting(False, "take all images as one class, as --unconditional of train does")
     sample: Whole = setting(1000, "images to read, from all over the data set; 0: all", group="What to look at")
     vae: str | None = setting(
         None, "also encode the images of the contact sheet: pixels, d-emo-f8, a local AutoencoderKL folder or a hub "
-        "name"
+        "name", source="or a name"
     )
     batch_size: Count = setting(256, "images per step that training will have")
     max_steps: Count = setting(400_000, "steps that training will have")
     output: str | None = setting(
-        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output"
+        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output", output="picture"
     )
 
     def check(self) -> None:
+        check_held_out(self.validate_dir, self.data_dir)
         if self.skip_corrupt:
             raise InputError("`skip_corrupt` is for training; doctor counts what cannot be read and goes on")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, folder_of, is_folder, setting
+from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -31,7 +32,7 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run", output="folder"
     )
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
     block_out_channels: list[Count] = setting(
@@ -46,6 +47,12 @@ class VAESettings(Settings):
     kl_weight: NotNegative = setting(1e-4, "weight of the mean Kullback-Leibler term per latent value")
     seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise", group="Run")
 
+    def check(self) -> None:
+        if not self.block_out_channels or any(width % 8 or width > 2**16 for width in self.block_out_channels):
+            raise InputError(
+                f"`block_out_channels` must be multiples of 8, for the group norms, not {self.block_out_channels}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
@@ -53,7 +60,7 @@ class RunSettings(Settings):
 
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>",
-        resumable=True, group="Run"
+        resumable=True, group="Run", output="run"
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
@@ -80,7 +87,8 @@ class RunSettings(Settings):
     ema_warmup: bool = setting(False, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     seed: Seed = setting(0, "seed of weights, data order, noise, timesteps and label dropout")
     resume: str = setting(
-        "auto", "auto (newest state in the run folder), never, or the path of a state", resumable=True
+        "auto", "auto (newest state in the run folder), never, or the path of a state", resumable=True,
+        source="or a name"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "default: bf16 on a GPU that has it, else no", resumable=True, decisive=True, group="Machine"
@@ -165,7 +173,8 @@ class TrainSettings(DataSettings, RunSettings):
     )
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
+        "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
+        source="or a name"
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
     objective: str | None = setting(
@@ -212,7 +221,7 @@ class TrainSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
-        _check_held_out(self.validate_dir, self.data_dir or self.latents)
+        check_held_out(self.validate_dir, self.data_dir or self.latents)
         if self.validate_dir is not None and self.validate_every is None:
             raise InputError(f"`validate_dir` {self.validate_dir} is measured every `validate_every` steps; give both")
         family = family_of(self.model)
@@ -247,11 +256,14 @@ class TrainSettings(DataSettings, RunSettings):
 class EncodeSettings(DataSettings):
     """Settings of ``scripts/encode_latents.py``."""
 
-    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output")
+    output: str = setting(
+        help="folder for the shards and their index; an unfinished one is resumed", group="Output", output="run"
+    )
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents"
+        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents",
+        source="or a name"
     )
     dtype: Literal["float16", "bfloat16", "float32"] = setting(
         "float16", "type of the stored means and standard deviations"
@@ -308,7 +320,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     )
     teacher: str | None = setting(
         None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
-        "of a classifier", group="Distillation"
+        "of a classifier", group="Distillation", source="or a name"
     )
     teacher_weights: str | None = setting(
         None, "weights file of a timm teacher. Default: timm's pretrained ones", source=True
@@ -321,7 +333,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
-        _check_held_out(self.validate_dir, self.data_dir)
+        check_held_out(self.validate_dir, self.data_dir)
         if self.rand_augment not in (None, "none") and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
                 f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
@@ -348,7 +360,8 @@ class ClassifierSettings(DataSettings, RunSettings):
         )
 
 
-def _check_held_out(validate_dir: str | None, own_data: str | None) -> None:
+def check_held_out(validate_dir: str | None, own_data: str | None) -> None:
+    """Raise InputError for held-out images beside built-in data."""
     if validate_dir is not None and own_data is None:
         raise InputError(
             f"`validate_dir` {validate_dir} belongs to a `data_dir`; the built-in data hold out their own images"
