@@ -70,7 +70,7 @@ WRITES = {
 }  # fmt: skip
 WRITES_NOTHING = {
     "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
-    "benchmark kernels": "it prints", "benchmark classifiers": "writes by the same function as denoisers",
+    "benchmark kernels": "it prints", "benchmark classifiers": "it writes as denoisers does",
 }
 CLOCKS = {"minutes", "training_minutes", "seconds", "images_per_second", "images_per_s", "hardware", "command", "sha256"}
 """Keys whose values tell how long something took, or are checksums of files that do."""
@@ -201,8 +201,8 @@ def tree(folder: Path) -> dict[str, object]:
             return timeless(json.loads(text))
         return text if file.suffix in (".safetensors", ".npy", ".npz", ".png", ".yaml", ".csv") else None
 
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith((".lock", "events.")))
-    return {str(file.relative_to(folder)): content(file) for file in files}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(each.relative_to(folder)): content(each) for each in files if each.name[:5] not in (".lock", "event")}
 
 
 def check(verb: str, inputs: Path, folder: Path, points) -> tuple[int, int]:
@@ -238,7 +238,8 @@ def compared(verb: str, found: dict[str, object]) -> object:
     the losses that TensorBoard had not written yet.)
     """
     if verb == "compare":
-        return {name: each for name, each in found.items() if name.endswith((".safetensors", "results.csv", "results.json"))}
+        ends = (".safetensors", "results.csv", "results.json")
+        return {name: each for name, each in found.items() if name.endswith(ends)}
     return sorted(found) if verb.startswith("benchmark") else found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from d_emo.cli.outputs import claimed_outputs
 from d_emo.cli.verbs import VERBS, Verb
-from d_emo.config import check_sources, in_flags, parse_settings, run_cli
+from d_emo.config import check_paths, in_flags, parse_settings, run_cli
 from d_emo.errors import InputError
 from d_emo.tables import load
 
@@ -46,7 +46,7 @@ def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None
     settings = load(kinds[kind])
     values = parse_settings(settings, verb.help, arguments, prog=prog)
     with in_flags(settings):
-        check_sources(values)
+        check_paths(values)
         with claimed_outputs(name, values) as values:
             verb.run(values)
 

@@ -49,9 +49,11 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field) -> Any:
             raise FileExistsError
 
     record = digest(verb, json.dumps(settings.to_record(), sort_keys=True, default=str))
-    options = {"folder": kind in ("run", "folder"), "settings": "" if kind in ("run", "part") else record, "accept": accept}
+    mark = "" if kind in ("run", "part") else record
     try:
-        stack.enter_context(claimed(path, **options, is_written=written))
+        stack.enter_context(
+            claimed(path, folder=kind in ("run", "folder"), settings=mark, accept=accept, is_written=written)
+        )
     except FileExistsError:
         if str(path) != each.default:
             raise InputError(

@@ -12,7 +12,8 @@ class ExportSettings(Settings):
 
     model: str = setting(
         help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
-        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model"
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
+        source="or a name"
     )
     image_size: ClassifierSide | None = setting(
         None, "side of a classifier's images in pixels. Default: the classifier's"

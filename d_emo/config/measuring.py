@@ -36,7 +36,7 @@ class EvaluateClassifierSettings(ReadingSettings):
 
     model: str = setting(
         help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL",
-        group="Model",
+        group="Model", source="or a name",
     )
     weights: Literal["ema", "raw"] = setting(
         "ema", "of a snapshot: the averaged weights (EMA), or the raw ones that the training state of its step keeps"
@@ -111,7 +111,7 @@ class ExplainSettings(ReadingSettings):
     image: str = setting(help="image file to explain", flag="IMAGE", group="Input", source=True)
     model: str = setting(
         help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
-        "name of list_models() with random weights"
+        "name of list_models() with random weights", source="or a name"
     )
     image_size: ClassifierSide | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
     label: Whole | None = setting(
