@@ -70,7 +70,7 @@ WRITES = {
 }  # fmt: skip
 WRITES_NOTHING = {
     "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
-    "benchmark kernels": "it prints", "benchmark classifiers": "it writes as denoisers does",
+    "benchmark kernels": "it prints", "benchmark classifiers": "as denoisers",
 }
 CLOCKS = {"minutes", "training_minutes", "seconds", "images_per_second", "images_per_s", "hardware", "command", "sha256"}
 """Keys whose values tell how long something took, or are checksums of files that do."""
