@@ -67,8 +67,8 @@ def claimed(
             raise InputError(_refusal(path, file, before))
         stays = bool(before)
         accept(stays and before.get("settings") == settings)
-        for left in _left_by(before, within, folder):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in _left_by(before, within, path):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                   "settings": settings}  # fmt: skip
         _write(descriptor, {**record, "held": True})
@@ -131,10 +131,10 @@ def _beating(file: Path, descriptor: int) -> Iterator[None]:
         heart.join()
 
 
-def _left_by(before: dict[str, Any], within: Path, folder: bool) -> list[Path]:
+def _left_by(before: dict[str, Any], within: Path, path: Path) -> list[Path]:
     """What a process that was killed had begun to write by `d_emo.files.replacing`."""
     pattern = f".tmp-{before.get('pid')}-*"
-    return list(within.rglob(pattern) if folder else within.glob(pattern)) if before.get("held") else []
+    return [*within.glob(pattern), *path.rglob(pattern)] if before.get("held") else []
 
 
 def _write(descriptor: int, record: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from d_emo.claims import claimed, is_first_rank
 from d_emo.errors import InputError
 from d_emo.files import digest, free_path, is_free
 
+_GONE_ON_WITH = ("run", "part")
+
 
 @contextmanager
 def claimed_outputs(verb: str, settings: Any) -> Iterator[Any]:
@@ -23,10 +25,11 @@ def claimed_outputs(verb: str, settings: Any) -> Iterator[Any]:
     Raises:
         InputError: Another process writes there, or something lies there that is not to be overwritten.
     """
+    named = [each for each in fields(settings) if each.metadata.get("output") and getattr(settings, each.name) is not None]
+    named.sort(key=lambda each: each.metadata["output"] in _GONE_ON_WITH)  # the others are let go last, when all is done
     with ExitStack() as stack:
-        for each in fields(settings) if is_first_rank() else ():
-            if each.metadata.get("output") and getattr(settings, each.name) is not None:
-                settings = _claim(stack, verb, settings, each)
+        for each in named if is_first_rank() else ():
+            settings = _claim(stack, verb, settings, each)
         yield settings
 
 
@@ -42,14 +45,14 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field) -> Any:
 
     def accept(unfinished: bool) -> None:
         nonlocal cut_off
-        if kind in ("run", "part") or not written():
+        if kind in _GONE_ON_WITH or not written():
             return
         cut_off = unfinished
         if not unfinished and not settings.overwrite:
             raise FileExistsError
 
     record = digest(verb, json.dumps(settings.to_record(), sort_keys=True, default=str))
-    mark = "" if kind in ("run", "part") else record
+    mark = "" if kind in _GONE_ON_WITH else record
     try:
         stack.enter_context(
             claimed(path, folder=kind in ("run", "folder"), settings=mark, accept=accept, is_written=written)
