@@ -29,7 +29,7 @@ INSIDE = {
         "sampler",
     ],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "card", "snapshot", "classifier", "hub"],
+    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",

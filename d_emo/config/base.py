@@ -121,6 +121,19 @@ def check_paths(settings: Settings) -> None:
                 check_output(each.name, path, each.metadata["output"])
 
 
+def check_values(content: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that a file holds, whose values have the types and ranges of their names; others pass.
+
+    Raises:
+        InputError: It is no mapping, or a value is of another kind.
+    """
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputError("it is no mapping of names to values")
+    for name in content.keys() & hints.keys():
+        _check_type(name, content[name], hints[name])
+    return content
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
@@ -140,6 +153,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         for key, each in value.items():
             _check_type(name, key, arguments[0])
             _check_type(name, each, arguments[1])
+    elif origin in (list, dict):
+        raise InputError(f"`{name}` must be {'a list' if origin is list else 'a mapping'}, not {value!r}")
     elif origin is Literal and value not in arguments:
         raise InputError(_one_of(name, [str(each) for each in arguments], value))
     elif hint is str and isinstance(value, str):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo import kernels
-from d_emo.config import RunSettings, write_yaml
+from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
@@ -172,7 +172,8 @@ class _Run:
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = read_json(config, dict) if config.exists() else {}
+        hints = type_hints(type(settings))
+        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
