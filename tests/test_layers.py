@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents", "models",
-    "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
+    "errors", "text", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents",
+    "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
     "lab", "cli",
 ]
 INSIDE = {

@@ -19,6 +19,7 @@ from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
 from d_emo.errors import InputError, fields_as
 from d_emo.sampling import SampleRequest
+from d_emo.text import plural
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
 
@@ -237,10 +238,8 @@ def _progress(view: View, *, stopped: bool) -> str:
 
 
 def _finished(studio: Studio, view: View) -> str:
-    count = len(view.images)
-    pictures = "1 picture" if count == 1 else f"{count} pictures"
-    speed = f"{count / view.seconds:.1f} images/s on {studio.sampler.device.type}, previews included"
-    return _status(f"{pictures} in {view.seconds:.1f} s: {speed}.", fraction=1)
+    speed = f"{len(view.images) / view.seconds:.1f} images/s on {studio.sampler.device.type}, previews included"
+    return _status(f"{plural(len(view.images), 'picture')} in {view.seconds:.1f} s: {speed}.", fraction=1)
 
 
 def _about(studio: Studio) -> str:

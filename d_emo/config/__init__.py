@@ -46,6 +46,7 @@ from d_emo.config.training import (
     ClassifierSettings,
     DataSettings,
     EncodeSettings,
+    HeldOutSettings,
     RunSettings,
     TrainSettings,
     VAESettings,

@@ -4,18 +4,14 @@ from dataclasses import dataclass
 
 from d_emo.config.base import setting
 from d_emo.config.ranges import Count, ImageSide, Whole
-from d_emo.config.training import DataSettings, check_held_out
+from d_emo.config.training import HeldOutSettings
 from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorSettings(DataSettings):
+class DoctorSettings(HeldOutSettings):
     """Settings of ``d-emo doctor``."""
 
-    validate_dir: str | None = setting(
-        None, "held-out images of the same classes, in the same form, with --data-dir: looked at too", source=True,
-        group="Data"
-    )
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels, as training will have it")
     unconditional: bool = setting(False, "take all images as one class, as --unconditional of train does")
     sample: Whole = setting(1000, "images to read, from all over the data set; 0: all", group="What to look at")
@@ -30,6 +26,6 @@ class DoctorSettings(DataSettings):
     )
 
     def check(self) -> None:
-        check_held_out(self.validate_dir, self.data_dir)
+        super().check()
         if self.skip_corrupt:
             raise InputError("`skip_corrupt` is for training; doctor counts what cannot be read and goes on")

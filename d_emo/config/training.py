@@ -148,13 +148,24 @@ class DataSettings(ReadingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(DataSettings, RunSettings):
-    """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
+class HeldOutSettings(DataSettings):
+    """Which images to train on, and which to keep for measuring."""
 
     validate_dir: str | None = setting(
-        None, "held-out images of the same classes, in the same form; with --data-dir or --latents, and "
-        "--validate-every", resumable=True, source=True, group="Data"
+        None, "held-out images of the same classes, in the same form", resumable=True, source=True, group="Data"
     )
+
+    def check(self) -> None:
+        if self.validate_dir is not None and self.data_dir is getattr(self, "latents", None) is None:
+            raise InputError(
+                f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out some of their own"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(HeldOutSettings, RunSettings):
+    """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
+
     exif: bool | None = setting(
         None, "turn images upright as their EXIF tag says; with --no-exif they stay as the file has them, as ADM, DiT "
         "and timm train on them. Default: yes, or as --latents were made", group="Images"
@@ -221,9 +232,7 @@ class TrainSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
-        check_held_out(self.validate_dir, self.data_dir or self.latents)
-        if self.validate_dir is not None and self.validate_every is None:
-            raise InputError(f"`validate_dir` {self.validate_dir} is measured every `validate_every` steps; give both")
+        super().check()
         family = family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
         if family is not first and self.objective not in (None, family.objective):
@@ -275,7 +284,7 @@ class EncodeSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(DataSettings, RunSettings):
+class ClassifierSettings(HeldOutSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(
@@ -333,7 +342,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
-        check_held_out(self.validate_dir, self.data_dir)
+        super().check()
         if self.rand_augment not in (None, "none") and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
                 f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
@@ -357,12 +366,4 @@ class ClassifierSettings(DataSettings, RunSettings):
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
             flip=facts.get("flip") if self.flip is None else self.flip, **steps,
-        )
-
-
-def check_held_out(validate_dir: str | None, own_data: str | None) -> None:
-    """Raise InputError for held-out images beside built-in data."""
-    if validate_dir is not None and own_data is None:
-        raise InputError(
-            f"`validate_dir` {validate_dir} belongs to a `data_dir`; the built-in data hold out their own images"
         )

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from d_emo.errors import InputError
-from d_emo.lab.reporting import markdown_table
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.registry import create_model, list_models
+from d_emo.text import markdown_table
 
 TRUNCATED = "The paper cuts parameters off after the first decimal, except in this row, where 5.157M became 5.2M."
 LARGE_KERNEL = (

@@ -1,21 +1,10 @@
-"""What all reports share: Markdown tables, small words, folders, empty plots."""
+"""What all reports share: their folder, and empty plots."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d_emo.errors import InputError
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """A Markdown table; its first ``words`` columns are words, the others numbers."""
-    rule = "|" + "---|" * words + "---:|" * (len(head) - words)
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def plural(count: int, what: str) -> str:
-    """ "1 seed", "3 seeds"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def make_folder(folder: Path, what: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from d_emo.config import KernelsSettings
 from d_emo.errors import InputError
-from d_emo.lab.reporting import markdown_table
+from d_emo.text import markdown_table
 
 SIDE, WINDOW, NARROW, WIDE, HEADS, KERNEL = 16, 8, 384, 1536, 6, 5
 """Tokens of a side of the map and of a window, channels of queries and of the value, heads, side of the convolution."""

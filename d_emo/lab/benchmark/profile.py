@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d_emo.device import synchronize
 from d_emo.lab.benchmark.timing import Case
-from d_emo.lab.reporting import markdown_table
+from d_emo.text import markdown_table
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from d_emo.lab.benchmark.timing import Case
-from d_emo.lab.reporting import make_folder, markdown_table, new_figure
+from d_emo.lab.reporting import make_folder, new_figure
+from d_emo.text import markdown_table
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations per second of GPUs, from their data sheets, for the utilisation."""

@@ -13,7 +13,6 @@ from d_emo.device import best_device, seconds_of
 from d_emo.errors import InputError
 from d_emo.files import digest, locked, read_json, write_json
 from d_emo.io.card import describe_hardware
-from d_emo.lab.reporting import markdown_table
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
 from d_emo.lab.study.results import REMAKE, RESUME
 from d_emo.models import create_model
@@ -22,6 +21,7 @@ from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.layers import fold_batch_norms
 from d_emo.models.registry import frame_of
 from d_emo.tables import OBJECTIVES, load
+from d_emo.text import markdown_table
 from d_emo.threads import use_threads
 from d_emo.training.optimizer import make_optimizer
 from d_emo.training.parallel import micro_batch_of, precision_of

@@ -11,7 +11,6 @@ import pandas as pd
 from d_emo.config import StudySettings
 from d_emo.files import read_json, write_file
 from d_emo.io.snapshot import load_meta
-from d_emo.lab.reporting import markdown_table, plural
 from d_emo.lab.study.plan import PlannedRun
 from d_emo.lab.study.results import (
     REMAKE,
@@ -26,6 +25,7 @@ from d_emo.lab.study.results import (
     runs_of,
 )
 from d_emo.tables import with_present_names
+from d_emo.text import markdown_table, plural
 
 HOW_TO_READ = (
     "Differences are between runs of the same seed (same data order, noise and labels); ± is half a 95 % confidence "

@@ -89,7 +89,7 @@ def collect(
     The loss of a snapshot is the mean over the last tenth of the steps so far. ``costs`` are, by the run's name,
     "seconds_per_step", "parameters" and "macs".
     """
-    rows, losses = [], [pd.DataFrame(columns=["run", "seed", "step", "loss"])]
+    rows, losses = [], []
     for run in runs:
         if not (measured := read_measurements(run, last=last)):
             continue
@@ -101,7 +101,7 @@ def collect(
             minutes = step * cost["seconds_per_step"] / 60
             rows.append({**each, "step": step, "images": step * run.training.batch_size, "minutes": minutes, **cost,
                          "loss": float(recent.mean()), "loss_over": loss_over(run.training), **values})  # fmt: skip
-    return pd.DataFrame(rows), pd.concat(losses[1:] or losses)
+    return pd.DataFrame(rows), pd.concat(losses) if losses else pd.DataFrame(columns=["run", "seed", "step", "loss"])
 
 
 def loss_over(training: TrainSettings) -> str:

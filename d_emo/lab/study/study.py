@@ -13,7 +13,7 @@ from d_emo.errors import InputError, RunError
 from d_emo.files import locked, read_json, write_json
 from d_emo.io.training_state import step_of
 from d_emo.lab.loss_curves import published_curves
-from d_emo.lab.reporting import make_folder, plural
+from d_emo.lab.reporting import make_folder
 from d_emo.lab.study.checks import check_classes, check_inputs, check_measuring, check_same_latents, check_same_training
 from d_emo.lab.study.cost import cost_table, read_step_times, size_of, speed_key
 from d_emo.lab.study.execution import VerbError, run_verb, writing
@@ -23,6 +23,7 @@ from d_emo.lab.study.plots import draw_curves, draw_gaps
 from d_emo.lab.study.report import held_out_file, introduction, write_report
 from d_emo.lab.study.results import REMAKE, RESUME, add_measurement, collect, metric_values, read_measurements
 from d_emo.latents.shards import INDEX
+from d_emo.text import plural
 
 GAPS = "norm_gap.json"
 
@@ -158,11 +159,10 @@ class Study:
             InputError: Nothing has been measured yet, or the folder cannot be made.
         """
         settings, runs, folder = self.settings, self.runs, Path(self.settings.report_dir)
-        costs = {}
         if not self._is_measured():
             raise InputError(f"nothing of the study in {settings.output_dir} is measured yet")
         make_folder(folder, "the report's folder")
-        times = read_step_times(settings, runs)
+        times, costs = read_step_times(settings, runs), {}
         for run in runs:
             parameters, macs = size_of(run.training, latent_shape_of(settings, run.training))
             seconds = times["seconds"][speed_key(run, settings)]
