@@ -173,7 +173,7 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
         "d_emo.lab.study:Study.work": _stop, "d_emo.lab.study:Study.plan": _stop,
         "d_emo.lab.study:Study.conclude": _stop,
         "d_emo.lab.benchmark:measure": _stop, "d_emo.lab.models_table:count_macs": _stop,
-        "d_emo.lab.ablations:matches": _stop, "d_emo.kernels:explain": _stop,
+        "d_emo.kernels:explain": _stop,
         "d_emo.cli.benchmark:kernels_table": _stop, "d_emo.training.classifier:measure_accuracy": _stop,
         "d_emo.evaluation.measurement:create_extractor": _extractor(create_extractor),
         "d_emo.cli.reference:create_extractor": _extractor(create_extractor),
