@@ -5,35 +5,20 @@ import os
 
 import torch
 
-from d_emo.errors import InputError
-
 
 def thread_count() -> int:
     """CPUs that this process may run on; fewer than the machine's where it has been bound to some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_launch(processes: int) -> None:
-    """Refuse processes that a launcher started and that do not know of each other.
-
-    Raises:
-        InputError: There are not ``processes`` of them, as many as this one knows of.
-    """
-    if (started := int(os.environ.get("WORLD_SIZE", 1))) != processes:
-        raise InputError(
-            f"the launcher started {started} processes, but without GPUs they do not know of each other; for several "
-            "processes on a CPU start them with `accelerate launch --cpu`"
-        )
-
-
 def use_threads(device: torch.device, processes: int) -> None:
-    """On a CPU, let torch use this process's fraction of the CPUs: `accelerate launch` sets one thread, unasked.
+    """On a CPU, let torch use this process's fraction of the CPUs: launchers set one thread, unasked.
 
     There the process also keeps its freed memory, see `keep_freed_memory`.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's mark
+    if device.type == "cpu" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():  # launchers'
         torch.set_num_threads(max(1, thread_count() // processes))
 
 

@@ -168,10 +168,3 @@ def test_nothing_is_overwritten_that_another_run_wrote(tmp_path, monkeypatch, ve
     with pytest.raises(InputError, match=f"{name} exists and is not overwritten; name another, or give --overwrite"):
         run_verb(verb, [*argv, str(path)])
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("verb", ["encode", "fid"])
-def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch, verb):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="the launcher started 2 processes, but without GPUs they do not know"):
-        run_verb(verb, [*SECOND[verb], str(tmp_path / "out")])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d_emo import kernels
 from d_emo.claims import claimed
-from d_emo.config import RunSettings, write_yaml
+from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
@@ -25,10 +25,10 @@ from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
-from d_emo.threads import check_launch, loader_workers, use_threads
+from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import Updates, micro_batch_of, open_accelerator, precision_of
+from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
 
@@ -110,7 +110,7 @@ class _Run:
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
         )
-        check_launch(self.accelerator.num_processes)
+        check_processes(self.accelerator.num_processes)
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -125,6 +125,8 @@ class _Run:
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
             self.progress.say(line)
+        if accelerator.num_processes > 1:
+            self.progress.say(f"{accelerator.num_processes} processes share the work")
         with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
@@ -170,9 +172,11 @@ class _Run:
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
+        hints = type_hints(type(settings))
         old = read_json(config, dict) if config.exists() else {}
         if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
             raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
+        old = read_json(config, lambda content: check_values(content, hints)) if old else {}
         trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
