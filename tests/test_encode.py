@@ -448,7 +448,7 @@ def test_latents_tell_how_their_images_were_read(tmp_path, pictures):
         train(background="white")
     with pytest.raises(InputError, match="exif False, not True; background red, not white"):
         encode(ImageFolder(pictures, 8), PixelCodec(), tmp_path / "l", **SMALL)
-    edit_index(tmp_path / "l", exif=None, background=None)  # of before these keys
+    edit_index(tmp_path / "l", exif=None, background=None, sha256=None)  # of before these keys
     assert train().facts["exif"] is False and train().facts["background"] is None
 
 

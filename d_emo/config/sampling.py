@@ -85,7 +85,7 @@ class SampleSettings(Settings):
     )
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
-        group="Output", output="picture",
+        group="Output", output="pictures",
     )
     overwrite: bool = overwrite_setting()
     mixed_precision: Literal["no", "bf16"] = setting(

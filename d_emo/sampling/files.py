@@ -56,6 +56,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, settings: dict[str, Any]
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
     try:
         with replacing(path) as temporary:
             write(temporary)
