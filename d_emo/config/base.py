@@ -41,7 +41,8 @@ def setting(
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
         output: Of a path that is written, what it is: a "folder" or "file" that must not be there yet; a "picture",
-            a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes on with, or a "part" of one.
+            a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes
+            on with, or a "part" of one.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
                 "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output}
