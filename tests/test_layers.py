@@ -29,8 +29,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
-        "classifier", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
+        "teacher", "classifier", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
@@ -41,7 +41,9 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
+    "lab/benchmark": [
+        "timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "step", "profile", "report",
+    ],
     "lab/study": [
         "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
     ],
