@@ -95,6 +95,7 @@ class StepSettings(Settings):
     batch_size: Count = setting(8, "latents per step", group="Measurement")
     steps: Count = setting(10, "steps in a row, of the run and bare in turns")
     rounds: Count = setting(5, "measured rounds, after one to warm up")
+    clock: Literal["wall", "cpu"] = setting("wall", "cpu: CPU time of this process, for a machine shared with others")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast", group="Machine")
 
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from torch import nn
@@ -30,8 +30,9 @@ class _InTurns(DenoiserTask):
     The bare step has a network and an optimizer of its own, and one batch that lies on the device.
     """
 
-    def __init__(self, train: TrainSettings, *, steps: int, rounds: int):
+    def __init__(self, train: TrainSettings, *, steps: int, rounds: int, clock: str):
         super().__init__(train)
+        self.now = perf_counter if clock == "wall" else process_time
         self.steps, self.left, self.seen = steps, rounds + 1, 0  # the first round warms up
         self.bare_model = copy.deepcopy(self.model)
         self.run, self.bare = (Case("a training step", name, lambda: None) for name in ("as a run makes it", "bare"))
@@ -42,11 +43,10 @@ class _InTurns(DenoiserTask):
             self._make_bare(batch, step, device)
         if self.seen % self.steps == 0:
             synchronize(device)
-            now = perf_counter()
             if self.seen:
-                self.run.seconds.append((now - self.began) / self.steps)
+                self.run.seconds.append((self.now() - self.began) / self.steps)
                 self._time_bare(device)
-            self.began = perf_counter()
+            self.began = self.now()
         self.seen += 1
         return super().loss(model, batch, step)
 
@@ -66,11 +66,11 @@ class _InTurns(DenoiserTask):
         self.bare.run = bare
 
     def _time_bare(self, device: torch.device) -> None:
-        start = perf_counter()
+        start = self.now()
         for _ in range(self.steps):
             self.bare.run()
         synchronize(device)
-        self.bare.seconds.append((perf_counter() - start) / self.steps)
+        self.bare.seconds.append((self.now() - start) / self.steps)
         self.left -= 1
         if not self.left:
             for case in (self.run, self.bare):
@@ -95,7 +95,7 @@ def step_table(settings: StepSettings) -> str:
             model=settings.model, model_options={"depth": settings.depth} if settings.depth else None,
             latents=str(latents), output_dir=str(Path(folder) / "run"), batch_size=batch, micro_batch_size=batch,
             mixed_precision="bf16" if settings.dtype == "bfloat16" else "no", compile=settings.compile,
-        ), steps=settings.steps, rounds=settings.rounds)  # fmt: skip
+        ), steps=settings.steps, rounds=settings.rounds, clock=settings.clock)  # fmt: skip
         try:
             fit(task, task.settings)
         except _Measured:
