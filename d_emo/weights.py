@@ -18,14 +18,16 @@ from d_emo.files import read_json
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
 
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_ATTENTION = re.compile(rf"(?<=\.)(?:{'|'.join(RENAMED)})(?=\.(?:weight|bias)$)")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEM, SHOWN = "diffusion_pytorch_model", 4  # as diffusers names its files; how many tensors a sentence names
 
 
 def load_pretrained(kind: type[Model], folder: Path) -> Model:
-    """A network in the layout of diffusers' ``save_pretrained``, in eval mode and float32.
+    """A network in the layout of diffusers' ``save_pretrained``, in eval mode and float32, its values unchecked.
 
-    diffusers itself gives a network whatever the memory held where a tensor is missing, and says so in a warning.
+    Where a tensor is missing, diffusers itself warns and leaves it without data, or as the memory happened to be.
 
     Args:
         kind: A ``diffusers.ModelMixin``.
@@ -37,9 +39,10 @@ def load_pretrained(kind: type[Model], folder: Path) -> Model:
     variant = check_pretrained(kind, folder)
     try:
         model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
+    except InputError:
+        raise
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
         raise InputError(f"{folder} cannot be read ({first_line(error)})") from None
-    check_finite(model.state_dict(), str(folder))
     return model.eval()
 
 
@@ -61,6 +64,9 @@ def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = 
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= _header(file)
+    if len(files) == 1:  # where diffusers renames what attention once called its layers, as Stable Diffusion's VAEs do
+        old = {name: OLD_ATTENTION.sub(lambda match: RENAMED[match[0]], name) for name in found}
+        found = {name if name in wanted else old[name]: shape for name, shape in found.items()}
     if found != wanted:
         where = files[0] if len(files) == 1 else folder
         raise InputError(f"{where} does not hold a whole {kind.__name__}: {differences(found, wanted)}")

@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +156,6 @@ def test_what_fails_while_drawing_is_told(monkeypatch, no_pause, studio):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"classes": []}, "name at least one class"),
         ({"classes": ["a nin"]}, "no class is called 'a nin': did you mean a nine"),
         ({"classes": [10]}, "class 10 is out of range"),
         ({"classes": [1, "1"]}, "chosen twice"),
@@ -277,9 +278,9 @@ def test_a_stop_ends_the_drawing_after_its_step(tmp_path, no_pause, studio):
 def test_bad_input_becomes_a_message_in_the_words_of_the_page(tmp_path, studio):
     import gradio
 
-    shown = visits(studio, tmp_path).run("me", [], 2, 0, 2, "dpm++", 3)
-    assert re.search('role="alert".*e.g. classes 4: this snapshot', next(shown)[0])
-    with pytest.raises(gradio.Error, match="Name at least one class") as caught:
+    shown = visits(studio, tmp_path).run("me", [1], 0, 0, 2, "dpm++", 3)
+    assert re.search('role="alert".*num images must be at least 1', next(shown)[0], re.IGNORECASE)
+    with pytest.raises(gradio.Error, match="(?i)num images must be at least 1") as caught:
         next(shown)
     assert not caught.value.print_exception
 
@@ -329,6 +330,26 @@ def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch, capsys):
 
 
 @needs_gradio
+@needs_gradio
+def test_nothing_can_be_uploaded(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with page.import_gradio().Blocks() as blocks:
+        pass
+    address = page.launch(blocks, AppSettings(port=port))
+    try:
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + b"0" * 99 + b"\r\n--x--"
+        request = urllib.request.Request(f"{address}/gradio_api/upload", body, {
+            "Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=20)
+        assert error.value.code == 413
+    finally:
+        blocks.close()
+
+
 def test_a_port_in_use_and_other_bad_addresses_are_named(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

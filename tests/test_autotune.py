@@ -179,7 +179,7 @@ def test_products_and_attention_of_a_network_are_timed_and_equal(tuner, tiny_den
     torch.testing.assert_close(tiny_denoiser(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
     tiny_denoiser(*inputs).sample.square().sum().backward()
     asked = {key.partition(",")[0] for key in tuner.choices}
-    assert asked == {"product", "window_attention"}
+    assert asked == {"product", "window_attention", "local_steps", "local_gradients"}
     known = len(tuner.choices)
     tiny_denoiser(*inputs).sample.square().sum().backward()
     assert len(tuner.choices) == known

@@ -39,7 +39,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     for each in fields(kind):
         if verb == "compare":  # its settings are a YAML file's, see tests/test_study_checks.py
             continue
-        assert bool(each.metadata.get("source")) == (each.name in INPUTS), each.name
+        assert (each.metadata.get("source") is True) == (each.name in INPUTS), each.name
         if each.name not in INPUTS:
             continue
         argv = [word] if word else []
@@ -50,6 +50,8 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
                   "checkpoint": ["--reference", str(tmp_path)],
                   "inception_weights": ["--samples", str(tmp_path), "--reference", str(tmp_path)]}  # fmt: skip
         argv += others.get(each.name, []) if verb == "fid" else []
+        if each.name == "validate_dir":
+            argv += ["--data-dir", str(tmp_path), *(["--validate-every", "1"] if verb.startswith("train") else [])]
         shown = flag_of(each) if flag_of(each).startswith("--") else each.name
         with pytest.raises(InputError, match=f"^({shown}|{flag_of(each)}) nowhere does not exist$"):
             run_verb(verb, argv)

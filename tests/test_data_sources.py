@@ -1,7 +1,11 @@
 """WebDataset's tar shards and data sets of the library ``datasets`` behind --data-dir."""
 
 import io
+import json
+import shutil
+import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 
 from d_emo.config import EncodeSettings, TrainSettings
 from d_emo.data import HubImages, HubStream, ImageFolder, StepSampler, TarShards, open_dataset
+from d_emo.data.names import read_class_names
 from d_emo.data.tar import expand
 from d_emo.errors import InputError, RunError
 from d_emo.latents import LatentDataset, PixelCodec, encode
@@ -78,7 +83,7 @@ def test_tar_shards_are_read_at_random(shards, tmp_path):
 
 def test_the_table_of_members_is_built_once(shards, cache, monkeypatch):
     TarShards(f"{shards}/*.tar", 8)
-    assert [path.suffix for path in (cache / "d-emo").iterdir()] == [".npy"]
+    assert [path.suffix for path in (cache / "d-emo").iterdir()] == [".npz"]
     with monkeypatch.context() as patch:
         patch.setattr("d_emo.data.tar._members", None)
         assert TarShards(f"{shards}/*.tar", 8)[9][1] == 0
@@ -122,12 +127,120 @@ def test_tar_shards_name_what_is_wrong(shards, tmp_path):
     with tarfile.open(hurt, "w") as archive:
         add(archive, "a.cls", b"1")
     refused("s-001.tar holds no images")
-    with tarfile.open(hurt, "w") as archive:
-        add(archive, "a.cls", b"cat")
-    refused("s-001.tar cannot be read.*cat")
+    for content in (b"\xff\xfe\xfa", b"-1"):
+        with tarfile.open(hurt, "w") as archive:
+            add(archive, "a.png", picture(0))
+            add(archive, "a.cls", content)
+        refused("s-001.tar cannot be read.*decode" if content != b"-1" else r"a\.png in .* has no class")
     with tarfile.open(hurt, "w:gz") as archive:
         add(archive, "a.cls", b"1")
     refused("s-001.tar cannot be read as an uncompressed tar")
+
+
+def shard(path, **members):
+    """A tar of these members; double underscores stand for dots."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            add(archive, name.replace("__", "."), content if isinstance(content, bytes) else str(content).encode())
+    return str(path)
+
+
+def read(path, **options):
+    """Class and index of the picture of each image; pictures are those of `picture`."""
+    data, found = TarShards(path, 8, **options), []
+    for index in range(len(data)):
+        with open(data.shards[0], "rb") as file:
+            file.seek(data.offset[index])
+            content = file.read(data.size[index])
+        found.append((data.class_names[data.label(index)], next(i for i in range(20) if picture(i) == content)))
+    return found
+
+
+def test_keys_of_members_may_have_dots_and_parts(tmp_path):
+    dotted = shard(tmp_path / "a.tar", x0__1__png=picture(0), x0__1__cls=1, x0__2__png=picture(1), x0__2__cls=0)
+    assert read(dotted) == [("1", 0), ("0", 1)]
+    parts = shard(
+        tmp_path / "b.tar", a__mask__png=picture(9), a__image__jpg=picture(0), a__cls=0, b__cls=1,
+        b__input__png=picture(1), c__depth__png=picture(9), c__mask__png=picture(9), c__png=picture(2), c__cls=2,
+    )
+    assert read(parts) == [("0", 0), ("1", 1), ("2", 2)]
+    unclear = shard(tmp_path / "c.tar", a__input__png=picture(0), a__target__png=picture(1), a__cls=0)
+    with pytest.raises(InputError, match=r"two images of one key, a\.input\.png and a\.target\.png"):
+        TarShards(unclear, 8)
+    mac = shard(tmp_path / "._d.tar", a__png=picture(0))
+    with tarfile.open(tmp_path / "d.tar", "w") as archive:
+        for name in ("a", "._a", ".hidden/b", "__MACOSX/a"):
+            add(archive, f"{name}.png", picture(0))
+            add(archive, f"{name}.cls", b"0")
+    assert len(TarShards(f"{tmp_path}/d*.tar", 8)) == 1 and mac not in map(str, expand(f"{tmp_path}/*.tar"))
+
+
+def test_classes_may_be_words_or_lie_in_json(tmp_path):
+    words = shard(tmp_path / "a.tar", a__png=picture(0), a__cls="dog\n", b__png=picture(1), b__cls="\ufeffcat")
+    for _ in range(2):  # the second time from the table that was kept
+        assert read(words) == [("dog", 0), ("cat", 1)] and TarShards(words, 8).class_names == ["cat", "dog"]
+    (tmp_path / "names.txt").write_text("dog\ncat\ncow\n")
+    assert TarShards(words, 8, class_names=str(tmp_path / "names.txt")).class_names == ["dog", "cat", "cow"]
+    (tmp_path / "names.txt").write_text("dog\n")
+    with pytest.raises(InputError, match="names.txt does not have the class 'cat'"):
+        TarShards(words, 8, class_names=str(tmp_path / "names.txt"))
+    objects = shard(
+        tmp_path / "b.tar", a__json='{"caption": "x", "label": 1, "breed": "pug"}', a__png=picture(0),
+        b__png=picture(1), b__json='{"label": "0", "breed": "tom", "box": [1]}',
+    )
+    assert read(objects) == [("1", 0), ("0", 1)] and read(objects, label="breed") == [("pug", 0), ("tom", 1)]
+    for field, reason in (
+        ("caption", r"b\.png in .* has no class"),
+        ("box", r"the field box of b\.json in .* is no class; name another with label=FIELD"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            TarShards(objects, 8, label=field)
+
+
+def test_labels_from_one_leave_class_zero_empty_and_are_said(tmp_path, capsys):
+    counted = shard(tmp_path / "a.tar", a__png=picture(0), a__cls=1, b__png=picture(1), b__cls=2)
+    source = f"wds:{counted}"
+
+    def opened(options=""):
+        return open_dataset(dataset="", data_dir=source + options, image_size=8)
+
+    assert opened().class_names == ["0", "1", "2"]
+    said = capsys.readouterr().err
+    assert "1 of 3 classes of" in said
+    assert "have no images, such as 0 (0); where labels count from 1, add first_class=1" in said
+    data = opened("?first_class=1")
+    assert data.class_names == ["1", "2"] and [data.label(0), data.label(1)] == [0, 1] and not capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    with pytest.raises(InputError, match="2 class names.*labels 1 to 2; if these count from 1, add first_class=1"):
+        opened(f"?class_names={tmp_path}/names.txt")
+    assert opened(f"?class_names={tmp_path}/names.txt&first_class=1").class_names == ["cat", "dog"]
+    for wrong, words in (("2", "the label 1, below first_class=2"), ("x", "first_class takes a number")):
+        with pytest.raises(InputError, match=words):
+            opened(f"?first_class={wrong}")
+
+
+def test_class_lists_are_read_in_the_forms_that_people_have(tmp_path, capsys):
+    path, cranes = tmp_path / "names.txt", ["crane", "crâne"]
+    marked = b"\xef\xbb\xbfcrane\r\ncr\xc3\xa2ne\r\n\r\n"
+    for content in (b"crane\ncr\xc3\xa2ne", marked, "crane\ncrâne\n".encode("utf-16")):
+        path.write_bytes(content)
+        assert read_class_names(str(path)) == cranes
+    assert not capsys.readouterr().err
+    path.write_bytes(b"crane\ncr\xe2ne\n")
+    assert read_class_names(str(path)) == cranes and "read as Latin-1" in capsys.readouterr().err
+    path = tmp_path / "imagenet_class_index.json"
+    for content, first in (
+        ({"0": ["n02012849", "crane"], "1": ["n03126707", "crâne"]}, 0), ({"2": "crâne", "1": "crane"}, 1),
+        ({"crâne": 1, "crane": 0}, 0), (cranes, 0), (cranes, 1),
+    ):  # fmt: skip
+        path.write_text(json.dumps(content))
+        assert read_class_names(str(path), first) == cranes
+    for content in ("{", "3", '{"0": "a", "2": "b"}', '{"0": null}', "[[]]"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="is no JSON of class names"):
+            read_class_names(str(path))
+    with pytest.raises(InputError, match="cannot read the class names in .*none: No such file"):
+        read_class_names(str(tmp_path / "none"))
 
 
 def test_a_corrupt_image_in_a_shard_is_named_or_passed_over(shards, capsys):
@@ -218,6 +331,93 @@ def test_datasets_name_what_is_wrong(hub):
             open_dataset(dataset="shapes", data_dir=f"hf:{hub}/{source}", image_size=8)
 
 
+def opened(source):
+    return open_dataset(dataset="shapes", data_dir=f"hf:{source}", image_size=8)
+
+
+def test_a_saved_data_set_has_the_splits_that_it_has(hub):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_from_disk(hub / "saved")
+    with pytest.raises(InputError, match="saved has no split test: it has no named splits"):  # not all of it instead
+        opened(f"{hub}/saved?split=test")
+    assert len(opened(f"{hub}/saved?split=train")) == len(opened(f"{hub}/saved")) == COUNT
+    held_out = datasets.load_dataset(str(hub / "hub"), split="train[:4]")
+    datasets.DatasetDict({"train": data, "test": held_out}).save_to_disk(hub / "both")
+    assert [len(opened(f"{hub}/both{split}")) for split in ("", "?split=train", "?split=test")] == [COUNT, COUNT, 4]
+    with pytest.raises(InputError, match="both has no split val: it has train, test"):
+        opened(f"{hub}/both?split=val")
+    datasets.DatasetDict({"all": data}).save_to_disk(hub / "all")
+    assert len(opened(f"{hub}/all")) == COUNT
+
+
+def test_rows_that_lack_something_are_said(hub, capsys):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"jpg": "binary", "cls": "int64", "more": "string"}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+
+    def saved(name, jpg, cls):
+        rows = {"jpg": jpg, "cls": cls, "more": ["x"] * len(jpg)}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(hub / name)
+        return f"{hub / name}"
+
+    data = opened(saved("gap", [picture(0), None, picture(2)], [1, 1, 2]))  # columns by their usual names
+    assert data.class_names == ["0", "1", "2"] and "first_class=1" in capsys.readouterr().err
+    assert torch.equal(data[2][0], expected(hub, 2))
+    with pytest.raises(InputError, match="row 1 of .*gap holds no image"):
+        data[1]
+    skipping = HubImages(str(hub / "gap"), 8, skip_corrupt=True, first_class=1)
+    assert torch.equal(skipping[1][0], skipping[2][0]) and skipping.class_names == ["1", "2"]
+    for name, jpg, cls, words in (
+        ("none", [], [], "none has no rows"), ("unlabelled", [picture(0)], [None], "images without a class"),
+        ("below", [picture(0)], [-1], "images without a class"),
+    ):
+        with pytest.raises(InputError, match=words):
+            opened(saved(name, jpg, cls))
+    (hub / "empty").mkdir()
+    datasets.Dataset.from_dict({name: [] for name in kinds}, features=features).to_parquet(hub / "empty" / "a.parquet")
+    with pytest.raises(InputError, match="empty.* (has no rows|corresponds to no data)"):
+        opened(hub / "empty")
+    with pytest.raises(InputError, match="the column cls of .*gap holds no images; add image=COLUMN"):
+        opened(f"{hub}/gap?image=cls&label=more")
+
+
+def test_names_of_data_sets_are_checked_and_can_be_given(hub):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_from_disk(hub / "saved")
+    names = datasets.ClassLabel(names=["/a/abbey", "bee", "cow"])
+    data.cast_column("kind", names).save_to_disk(hub / "places")
+    with pytest.raises(InputError, match="class 0 is called '/a/abbey', which has a path separator.*class_names=FILE"):
+        opened(f"{hub}/places")
+    (hub / "names.json").write_text('{"abbey": 0, "bee": 1, "cow": 2}')
+    assert opened(f"{hub}/places?class_names={hub}/names.json").class_names == ["abbey", "bee", "cow"]
+    words = [str(number) for number in (11, 9, 10)]
+    data.add_column("text", [words[label(index)] for index in range(COUNT)]).save_to_disk(hub / "text")
+    data = opened(f"{hub}/text?label=text")
+    assert data.class_names == ["9", "10", "11"] and [data.label(index) for index in range(3)] == [2, 0, 1]
+
+
+def test_a_folder_of_which_the_library_reads_a_part_is_refused(hub):
+    root = hub / "images"
+    for name in ("cat/0", "dog/0", "train_station/0", "train_interior/0"):
+        (root / name).parent.mkdir(parents=True)
+        (root / f"{name}.png").write_bytes(picture(0))
+    words = "the library datasets leaves out 2, such as cat/0.png"
+    with pytest.raises(InputError, match=f"of the 4 images in {root} {words}"):
+        opened(root)
+    for name in ("train_station", "train_interior"):
+        (root / name).rename(hub / name)
+    assert len(opened(root)) == 2
+    (root / "more").symlink_to(hub / "train_station", target_is_directory=True)
+    with pytest.raises(InputError, match="leaves out 1, such as more/0.png"):
+        opened(root)
+    splits = hub / "splits"
+    root.rename(hub / "old")
+    (hub / "old" / "more").unlink()
+    for split in ("train", "test", "figures"):
+        shutil.copytree(hub / "old", splits / split)
+    assert len(opened(splits)) == len(opened(f"{splits}?split=test")) == 2
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'd-emo\[datasets\]'"):
@@ -250,6 +450,19 @@ def test_a_stream_goes_through_its_rows_once(hub):
     assert data[2][1] == label(2) and len(starts) == 1
 
 
+def test_a_stream_without_class_names_takes_a_list(hub):
+    (hub / "names.txt").write_text("x\ny\nz\n")
+    source = f"hf:{hub}/hub?streaming=true&length={COUNT}&label=number"
+    with pytest.raises(InputError, match="no class names, which a stream needs; add class_names=FILE"):
+        open_dataset(dataset="", data_dir=source, image_size=8, sequential=True)
+    data = open_dataset(dataset="", data_dir=f"{source}&class_names={hub}/names.txt", image_size=8, sequential=True)
+    assert data.class_names == ["x", "y", "z"] and [data[index][1] for index in range(4)] == [0, 1, 2, 0]
+    (hub / "names.txt").write_text("x\ny\n")
+    data = open_dataset(dataset="", data_dir=f"{source}&class_names={hub}/names.txt", image_size=8, sequential=True)
+    with pytest.raises(InputError, match="row 2 of .* has the class 2, which is none of 2"):
+        [data.label(index) for index in range(3)]
+
+
 def test_a_stream_says_how_long_it_must_be(hub):
     with pytest.raises(InputError, match="does not tell how many images"):
         HubStream(f"{hub}/hub", 8)
@@ -269,3 +482,22 @@ def test_run_folders_are_named_after_the_data():
     assert TrainSettings(model="DiT-S-2").resolve().image_size == 256
     with pytest.raises(InputError, match="`shard_size` must be at least 1"):
         EncodeSettings(output="x", shard_size=0)
+
+
+def test_a_loading_script_is_refused_whatever_the_version_of_datasets(tmp_path, monkeypatch):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    (folder / "pets.py").write_text("raise SystemExit('it ran')")
+    asked = types.SimpleNamespace(HF_DATASETS_TRUST_REMOTE_CODE=True)
+
+    def builder(source, config):  # as versions before 4 do with a script on the hub
+        assert asked.HF_DATASETS_TRUST_REMOTE_CODE is False
+        raise ValueError(f"The repository for {source} contains custom code which must be executed")
+
+    library = types.SimpleNamespace(config=asked, load_dataset_builder=builder)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    for source in (folder, folder / "pets.py"):
+        with pytest.raises(InputError, match="loading script, and code that lies beside data is not run"):
+            open_dataset(dataset="", data_dir=f"hf:{source}", image_size=8)
+    with pytest.raises(InputError, match="cannot open the data set owner/pets, .*contains custom code"):
+        open_dataset(dataset="", data_dir="hf:owner/pets", image_size=8)

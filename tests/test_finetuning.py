@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from d_emo.data import OneClass, open_dataset
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_denoiser
 from d_emo.training import fit
-from d_emo.training.denoiser import DenoiserTask
+from d_emo.training.denoiser import DenoiserTask, _init_labels
+from d_emo.training.finetuning import start_from
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -122,6 +124,27 @@ def test_other_classes_change_the_label_table_alone(tmp_path, digits):
     assert torch.equal(new[TABLE][0], old[TABLE][7]) and torch.equal(new[TABLE][3], old[TABLE][10])
     assert not (new[TABLE][1:3, None] == old[TABLE]).all(dim=2).any()
     assert fit(run, run.settings) is not None
+
+
+def test_classes_of_one_name_are_kept_apart_by_id(tmp_path, digits):
+    shutil.copytree(digits.path, tmp_path / "old")
+    meta = json.loads((tmp_path / "old" / "snapshot.json").read_text())
+    meta["class_names"] = ["crane", "heron", "crane", "gull", "gull", *"56789"]
+    (tmp_path / "old" / "snapshot.json").write_text(json.dumps(meta))
+    old, model = digits.model.state_dict()[TABLE], task(tmp_path / "run", seed=1).model
+    names = ["heron", "crane", "crane", "gull", *"abcdef"]
+    said, _ = start_from(tmp_path / "old", model, class_names=names, objective="eps")
+    new = model.state_dict()[TABLE]
+    assert torch.equal(new[:3], old[[1, 0, 2]]) and not (new[3, None] == old).all(dim=1).any()
+    assert "knows 3 of the 10 classes by name (not gull, of which there are 2 there and 1 here)" in said
+    settings = TrainSettings(**TINY, label_init="names", label_init_std=1.0)
+    table = torch.zeros(5, 48)
+    _init_labels(table, ["crane", "heron", "Crane", "crane"], settings)
+    assert len({tuple(row.tolist()) for row in table}) == 5
+    assert torch.cosine_similarity(table[0], table[2], dim=0) > 0.3  # the word is still in both
+    once = torch.zeros(3, 48)
+    _init_labels(once, ["crane", "heron"], settings)
+    assert torch.equal(table[:2], once[:2])
 
 
 def test_another_image_size_recomputes_the_position_embedding(tmp_path, digits):

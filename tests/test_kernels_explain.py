@@ -28,7 +28,7 @@ def test_the_form_of_every_operator_in_every_mode(network):
     product = {"product": "oneDNN" if HAS_ONEDNN else "the library"}
     training = {
         "linear": fast, "modulated_norm": "one step", "window_attention": "CPU, in chunks",
-        "local_branch": "CPU, one step of training",
+        "local_branch": "CPU, one step of training", "local_steps": "in rows",
     }  # fmt: skip
     assert forms["training"] == training | product
     assert forms["training, compiled"] == {**training, **product, "modulated_norm": "norm, then modulation"}
@@ -42,7 +42,7 @@ def test_the_form_of_every_operator_in_every_mode(network):
     assert forms["inference, compiled"] == {**inference, "add": "a new map", "local_conv": "the modules"}
     linear = "linear", "product"
     calls = {call.operator: count for call, count in found["training"].items() if call.operator not in linear}
-    assert calls == {"modulated_norm": 3, "window_attention": 2, "local_branch": 2}
+    assert calls == {"modulated_norm": 3, "window_attention": 2, "local_branch": 2, "local_steps": 2}
     assert not network.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 

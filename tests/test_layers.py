@@ -7,27 +7,29 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents", "models",
-    "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
+    "errors", "text", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents",
+    "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
     "lab", "cli",
 ]
 INSIDE = {
     "config": [
-        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "study",
     ],
     "kernels": [
-        "autotune", "dispatch", "activation", "linear", "partitions", "attention", "depthwise", "local", "modulation",
-        "slices", "explaining",
+        "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
+        "local", "modulation", "slices", "explaining",
     ],
     "models": [
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
     "data": [
-        "reading", "images", "listing", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub", "sampler"
+        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
+        "sampler",
     ],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "card", "snapshot", "classifier", "hub"],
+    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
         "teacher", "classifier", "vae",
@@ -40,13 +42,9 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": [
-        "timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "step", "profile", "report",
-    ],
-    "lab/study": [
-        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
-    ],
+    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
+    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 
 
@@ -95,4 +93,4 @@ def test_files_inside_a_layer_are_in_order_too(folder):
 
 def test_only_the_training_loop_and_two_files_beside_it_use_accelerate_and_the_verbs_that_share_work():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
-    assert users == {"loop.py", "parallel.py", "progress.py", "encode.py", "fid.py"}
+    assert users == {"loop.py", "parallel.py", "progress.py", "encode.py"}

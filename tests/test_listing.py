@@ -5,14 +5,19 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from d_emo.config import ClassifierSettings, TrainSettings
-from d_emo.data import ImageFolder, list_files, open_dataset
-from d_emo.data.listing import in_class_order
+from d_emo.config import ClassifierSettings, DoctorSettings, EncodeSettings, TrainSettings, parse_settings
+from d_emo.data import ImageFolder, in_order_of, list_files, open_dataset
+from d_emo.data.names import check_class_names, in_class_order
 from d_emo.errors import InputError
 from d_emo.evaluation import open_images
+from d_emo.evaluation.classifier_metrics import open_real
 from d_emo.files import cache_folder, expand_home
+from d_emo.io.snapshot import load_denoiser
+from d_emo.io.training_state import save_state
+from d_emo.training import fit
 from d_emo.training.classifier import ClassifierTask
 from d_emo.training.denoiser import DenoiserTask
 
@@ -97,10 +102,49 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_classes_whose_names_are_numbers_are_in_the_order_of_numbers(tmp_path):
     root = classes(tmp_path, *(str(number) for number in range(12)), count=1)
-    assert ImageFolder(root, 8).class_names == [str(number) for number in range(12)]
+    data = ImageFolder(root, 8)
+    assert data.class_names == [str(number) for number in range(12)]
+    assert all(path.parent.name == data.class_names[label] for path, label in zip(data.files, data.labels, strict=True))
+    assert data.files == sorted(data.files)  # image i is the one that it was
     assert in_class_order(["10", "9", "009"]) == ["009", "9", "10"]
     assert in_class_order(["10", "9", "a"]) == ["10", "9", "a"]  # as text, where not all are numbers
     assert in_class_order(["²", "1"]) == ["1", "²"]
+
+
+def test_runs_and_snapshots_keep_the_order_of_classes_that_they_had(tmp_path, monkeypatch):
+    root = classes(tmp_path / "set", "2", "9", "10")
+    tiny = {
+        "model": "D-EMOv2-Ti-4", "vae": "pixels", "model_options": {"depth": 1, "hidden_size": 48}, "image_size": 8,
+        "batch_size": 2, "data_dir": str(root), "learning_rate": 1e-2, "tracker": "none",
+    }
+
+    def train(folder, steps, **changes):
+        settings = TrainSettings(**{**tiny, **changes}, max_steps=steps, output_dir=str(tmp_path / folder))
+        task = DenoiserTask(settings)
+        return load_denoiser(fit(task, settings)), task
+
+    with monkeypatch.context() as patch:  # as 0.1.0 did it
+        patch.setattr("d_emo.data.folder.in_class_order", sorted)
+        patch.setattr("d_emo.training.loop.save_state", lambda states, step, state: save_state(
+            states, step, {key: value for key, value in state.items() if key != "class_names"}
+        ))
+        whole = train("whole", 4)[0]
+        for folder in "old", "cached":
+            train(folder, 2, cache_latents=folder == "cached")
+    assert whole.class_names == ["10", "2", "9"]
+    for folder in "old", "cached":
+        for steps in 3, 4:
+            snapshot, task = train(folder, steps, cache_latents=folder == "cached", validate_every=1,
+                                   validate_dir=str(root))
+            assert snapshot.class_names == task.held_out.class_names == whole.class_names
+            assert [task.held_out.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+            assert task.held_out[4][1] == 2 and task.held_out.origin(4) == str(root / "9" / "0.png")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(load_denoiser(tmp_path / "old").model.state_dict()[name], value), name
+    assert train("new", 1)[0].class_names == ["2", "9", "10"]
+    real, _ = open_real("folder", 8, whole.class_names, data_dir=str(root))
+    assert [real.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert in_order_of(real, ["10", "2", "3"]) is None and in_order_of(real, ["10", "2", "9"]) is real
 
 
 @pytest.mark.parametrize(
@@ -155,6 +199,21 @@ def test_imagenets_layout_is_understood_by_both_trainers(tmp_path):
         ClassifierTask(ClassifierSettings(data_dir=str(root), batch_size=2, output_dir="x", **options))
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [(b"caf\xe9", "'caf.udce9', which is not UTF-8"), (b"a\nb", "control characters"), (b"a\\\\b", "path separator"),
+     (b" ", "is empty")],
+)  # fmt: skip
+def test_names_that_cannot_be_written_are_refused_before_anything_is_trained(tmp_path, name, reason):
+    for each in (name, b"dog"):
+        picture(tmp_path / os.fsdecode(each) / "0.png")
+    with pytest.raises(InputError, match=f"is called .*{reason}"):
+        open_dataset(dataset="", data_dir=str(tmp_path), image_size=8)
+    with pytest.raises(InputError, match=f"is called .*{reason}"):
+        open_dataset(dataset="", data_dir=str(tmp_path / os.fsdecode(name)), image_size=8, one_class=True)
+    check_class_names(["été", "猫", "👩‍🚀", "C++", "."])
+
+
 def test_a_home_that_cannot_be_found_is_said_or_done_without(monkeypatch):
     with pytest.raises(InputError, match="home folder in ~nobody-of-this-name/x cannot be found"):
         expand_home("~nobody-of-this-name/x")
@@ -165,3 +224,12 @@ def test_a_home_that_cannot_be_found_is_said_or_done_without(monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.home", home)
     assert cache_folder().name.startswith("d-emo-")
+
+
+def test_held_out_images_that_nobody_would_look_at_are_refused():
+    for settings in (TrainSettings, ClassifierSettings, DoctorSettings):
+        with pytest.raises(InputError, match="`validate_dir` x belongs to a `data_dir`; built-in data hold out"):
+            settings(validate_dir="x")
+    assert TrainSettings(latents="x", validate_dir="x", validate_every=1).validate_dir == "x"
+    with pytest.raises(InputError, match="there is no setting 'validate-dir'"):
+        parse_settings(EncodeSettings, "", ["--data-dir", "x", "--validate-dir", "x", "--output", "y"])

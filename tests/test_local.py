@@ -57,7 +57,7 @@ def plain_step(*args, **kwargs):
 )
 @pytest.mark.parametrize("chunk", [2**18, 100, 1])
 def test_one_step_equals_the_plain_steps(monkeypatch, forms, dtype, shape, options, chunk):
-    monkeypatch.setattr("d_emo.kernels.local.CHUNK", chunk)  # the whole map, a few pixels, one pixel at a time
+    monkeypatch.setattr("d_emo.kernels.local_steps.CHUNK", chunk)  # the whole map, a few pixels, one pixel at a time
     op = operator(dtype, **options)
     u = torch.randn(*shape, 8, dtype=dtype)
     fast, slow = training_step(op, u), plain_step(op, u)

@@ -269,15 +269,38 @@ def test_guidance_extrapolates_the_prediction_and_keeps_the_variance(tiny_denois
 def test_classes_are_found_by_id_and_by_name():
     names = ["cat", "dog", "horse"]
     assert sampling.find_classes(["1", "horse", "cat"], names) == [1, 2, 0]
-    assert sampling.find_classes(["3"], list("9876543")) == [3]  # an id goes before a name that looks like one
+    assert sampling.find_classes([torch.tensor([1])[0], np.int64(2), 0], names) == [1, 2, 0]
     assert sampling.find_classes([], ["all"]) == [0]
     with pytest.raises(InputError, match="at least one class.*3 classes"):
         sampling.find_classes([], names)
+    assert sampling.find_classes(["CAT", "Dog", "dog"], [*names, "Dog"]) == [0, 3, 1]
+    assert sampling.find_classes(["dOG", "4"], ["x", "dOG ", "dOg", "y", "z"]) == [2, 4]
+    with pytest.raises(InputError, match="2 classes are called 'DOG', 1, 3; write id:1 or id:3"):
+        sampling.find_classes(["DOG"], [*names, "Dog"])
     wrongs = {"3": "out of range.*3 classes", "-1": "out of range", "hors": "did you mean horse", "²": "called '²'",
               "--1": "called '--1'"}
     for wrong, words in wrongs.items():
         with pytest.raises(InputError, match=words):
             sampling.find_classes([wrong], names)
+
+
+def test_a_class_that_can_be_meant_twice_is_asked_about():
+    numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...: text, as 0.1.0 had them
+    with pytest.raises(InputError, match="called '8', or the one of this name, whose id is 2; write id:10 or name:10"):
+        sampling.find_classes(["10"], numbers)
+    assert sampling.find_classes(["id:10", "name:10", 10, "1"], numbers) == [10, 2, 10, 1]
+    assert [sampling.spell_class(label, numbers) for label in (1, 10)] == ["1", "id:10"]
+    assert sampling.find_classes(["30"], ["10", "20", "30"]) == [2]  # no id
+    birds = ["crane", "heron", "crane"]
+    with pytest.raises(InputError, match="2 classes are called 'crane', 0, 2; write id:0 or id:2"):
+        sampling.find_classes(["crane"], birds)
+    with pytest.raises(InputError, match="2 classes are called 'crane'"):
+        sampling.find_classes(["name:crane"], birds)
+    assert sampling.find_classes(["id:2", "name:heron"], birds) == [2, 1]
+    wrongs = {"id:3": "class 3 is out of range", "name:1": "no class is called '1'", "id:x": "called 'x'"}
+    for wrong, words in wrongs.items():
+        with pytest.raises(InputError, match=words):
+            sampling.find_classes([wrong], birds)
 
 
 def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):

@@ -1,13 +1,14 @@
 """Weights are taken whole or refused, whoever reads them; VAEs are applied as their configs say."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiTPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from d_emo import DEMOPipeline
@@ -22,7 +23,7 @@ from d_emo.sampling import Sampler
 from d_emo.tables import OBJECTIVES, load
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.teacher import load_teacher
-from d_emo.weights import STEM
+from d_emo.weights import RENAMED, STEM
 
 
 def tiny_vae(levels: int = 2, **config) -> AutoencoderKL:
@@ -143,6 +144,40 @@ def test_what_is_no_vae_to_be_read_is_named(tmp_path):
     refused("config.json makes no AutoencoderKL")
 
 
+def test_the_names_that_attention_had_in_old_vaes_are_read(tmp_path):
+    """Those of stabilityai/sd-vae-ft-ema and -mse."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae.save_pretrained(tmp_path)
+    names = {new: old for old, new in RENAMED.items()}
+    rewrite(tmp_path / f"{STEM}.safetensors", lambda tensors, first: {
+        re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], name): x for name, x in tensors.items()
+    })  # fmt: skip
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in load_file(tmp_path / f"{STEM}.safetensors")
+    opened = load_codec(str(tmp_path)).vae.state_dict()
+    assert all(torch.equal(value, opened[name]) for name, value in vae.state_dict().items())
+
+
+def test_of_a_repository_only_the_vae_is_fetched(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = ["config.json", f"{STEM}.safetensors", "unet/config.json", f"unet/{STEM}.safetensors",
+                  "vae/config.json", f"vae/{STEM}.safetensors.index.fp16.json", f"vae/{STEM}.bin",
+                  "sdxl_vae.safetensors"]  # fmt: skip
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, list(filter_repo_objects(repository, allow_patterns=allow_patterns))))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    codec = load_codec("nobody/pipeline")
+    assert codec.name == "nobody/pipeline" and asked == [("nobody/pipeline", [
+        "config.json", f"{STEM}.safetensors", "vae/config.json", f"vae/{STEM}.safetensors.index.fp16.json"
+    ])]  # fmt: skip
+
+
 # ---- VAEs ------------------------------------------------------------------------------------------------------------
 
 VAES = {
@@ -198,10 +233,17 @@ def test_a_vae_is_applied_alike_in_latents_training_sampling_and_pipeline(tmp_pa
     assert sampled.shape == (1, 3, size, size)
 
 
-def test_the_stock_pipeline_knows_no_shift():
-    """What docs/sampling.md warns of."""
-    source = Path(__import__("inspect").getfile(DiTPipeline)).read_text()
-    assert "scaling_factor" in source and "shift_factor" not in source and "latents_mean" not in source
+def test_a_codec_of_other_latents_is_refused_before_anything_is_drawn(tmp_path, tiny_denoiser):
+    tiny_vae(4, latent_channels=16).save_pretrained(tmp_path / "vae")
+    opened = load_denoiser(snapshot(tmp_path / "snapshot", tiny_denoiser, str(tmp_path / "vae")))
+    for open_it in (Sampler.open, DEMOPipeline.from_snapshot):
+        with pytest.raises(InputError, match="latents of 16 channels, the denoiser takes 4"):
+            open_it(opened)
+    with pytest.raises(InputError, match="takes images of 1 channels"):
+        DEMOPipeline(opened.model, None, tiny_vae(4, in_channels=1, out_channels=1))
+    (tmp_path / "vae.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file; .*from_single_file"):
+        load_codec(str(tmp_path / "vae.safetensors"))
 
 
 @pytest.mark.parametrize("config", [
@@ -224,6 +266,17 @@ def test_sizes_that_the_steps_of_a_vae_do_not_divide_are_refused_before_encoding
 
 
 # ---- classifiers of timm, teachers -----------------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_had_as_diffusers_users_ask_for_it(tmp_path, tiny_denoiser):
+    tiny_denoiser.save_pretrained(tmp_path)
+    options = {"num_classes": 2, "ignore_mismatched_sizes": True}
+    model = type(tiny_denoiser).from_pretrained(tmp_path, **options)
+    saved, table = tiny_denoiser.state_dict(), "y_embedder.embedding_table.weight"
+    assert 0.005 < model.state_dict()[table].std() < 0.05  # N(0, 0.02), not what the memory held
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name != table)
+    with pytest.raises(ValueError, match=table):
+        type(tiny_denoiser).from_pretrained(tmp_path, **{**options, "ignore_mismatched_sizes": False})
 
 
 def test_a_head_of_random_weights_is_refused(tmp_path):

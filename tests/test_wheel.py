@@ -64,6 +64,8 @@ def installed(tmp_path_factory):
 def test_the_installed_command_works_without_a_checkout(installed):
     where = installed("python", "-c", "import d_emo; print(d_emo.__file__)")
     assert "venv" in where, "not the checkout that is being tested"
+    sources = "from d_emo.kernels import native; print(*sorted(file.name for file in native.SOURCES.iterdir()))"
+    assert installed("python", "-c", sources).split() == ["attention.c", "local.c", "vectors.h"]
     assert "sample" in installed("d-emo", "--help")
     assert "--reference" in installed("python", "-m", "d_emo", "fid", "--help")
     assert "picture" in installed("d-emo", "sample", "--class", "207", "--num-images", "1", "--steps", "2")

@@ -90,9 +90,13 @@ def test_a_hook_fires_under_gradient_checkpointing_too(name):
 def test_a_hook_fires_on_one_module_by_itself_and_the_others_keep_their_forms(name, training):
     model, inputs = network(name)
     model.train(training)
+
+    def forms(calls):  # the steps inside of a local branch go with it
+        return {call.form for call in calls if call.operator != "local_steps"}
+
     with torch.set_grad_enabled(training), kernels.record() as calls:
         output(model, inputs)
-        before = len({call.form for call in calls})
+        before = len(forms(calls))
         for key, module in called(model).items():
             fired = []
             handle = module.register_forward_hook(functools.partial(note, fired))
@@ -100,7 +104,7 @@ def test_a_hook_fires_on_one_module_by_itself_and_the_others_keep_their_forms(na
             output(model, inputs)
             handle.remove()
             assert fired == [1], key
-            assert len({call.form for call in calls}) >= before - 1, key
+            assert len(forms(calls)) >= before - 1, key
 
 
 @pytest.mark.parametrize("register", [

@@ -14,7 +14,7 @@ from d_emo.data import to_uint8
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot
 from d_emo.models.counting import trained_parameters
-from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, decode
+from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, decode, spell_class
 from d_emo.tables import schedulers_of
 
 _PAUSE = 0.1
@@ -64,7 +64,7 @@ class Studio:
     def defaults(self) -> SampleRequest:
         """What is drawn when a visitor chooses nothing: the first class."""
         count = min(SampleSettings().num_images, self.settings.max_images)
-        return SampleRequest(SampleSettings(classes=["0"], num_images=count), self.snapshot)
+        return SampleRequest(SampleSettings(classes=["id:0"], num_images=count), self.snapshot)
 
     def read(
         self, classes: Sequence[Any], num_images: Any, seed: Any, guidance_scale: Any, scheduler: str | None, steps: Any
@@ -75,8 +75,9 @@ class Studio:
             InputError: Something of it means nothing, or is too much.
         """
         settings = SampleSettings(
-            classes=[str(name) for name in classes], checkpoint=str(self.snapshot.path),
-            num_images=_whole("the number of pictures", num_images), seed=_whole("the seed", seed),
+            classes=[f"id:{name}" if isinstance(name, int) else str(name) for name in classes],
+            checkpoint=str(self.snapshot.path), num_images=_whole("the number of pictures", num_images),
+            seed=_whole("the seed", seed),
             guidance_scale=[] if guidance_scale is None else [_number("the guidance", guidance_scale)],
             scheduler=scheduler, steps=_whole("the number of steps", steps),
             mixed_precision=self.settings.mixed_precision,
@@ -100,7 +101,7 @@ class Studio:
         settings = request.settings
         words = ["python", "scripts/sample.py", "--checkpoint", self.path]
         if len(self.snapshot.class_names) > 1:
-            words += ["--class", *request.classes]
+            words += ["--class", *(spell_class(label, self.snapshot.class_names) for label in request.classes)]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
         if self.snapshot.label_dropout:
             words += ["--guidance-scale", f"{settings.guidance_scale[0]:g}"]

@@ -3,13 +3,13 @@
 from d_emo.config.base import (
     ReadingSettings,
     Settings,
-    check_sources,
-    folder_of,
+    check_paths,
+    check_values,
     in_flags,
-    is_folder,
     parse_settings,
     run_cli,
     setting,
+    type_hints,
     write_yaml,
 )
 from d_emo.config.benchmarking import (
@@ -33,6 +33,7 @@ from d_emo.config.measuring import (
     PlotSettings,
     ReferenceSettings,
 )
+from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
@@ -46,6 +47,7 @@ from d_emo.config.training import (
     ClassifierSettings,
     DataSettings,
     EncodeSettings,
+    HeldOutSettings,
     RunSettings,
     TrainSettings,
     VAESettings,

@@ -10,13 +10,21 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from d_emo.config import DataSettings, is_folder
+from d_emo.config import HeldOutSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import ImageFolder
 from d_emo.data.hub import HubImages, HubStream
-from d_emo.data.images import ClassImages, OneClass, to_uint8
+from d_emo.data.images import (
+    ClassImages,
+    OneClass,
+    Relabelled,
+    in_order_of,
+    in_recorded_order,
+    to_uint8,
+)
 from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
+from d_emo.data.names import check_class_names
 from d_emo.data.reading import AS_VIEWED, Reading, centre_crop, describe_left_out, image_endings, is_image
 from d_emo.data.sampler import StepSampler
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
@@ -27,9 +35,10 @@ from d_emo.tables import DATASETS, load
 
 __all__ = [
     "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
-    "HubImages", "HubStream", "ImageFolder", "OneClass", "Reading", "Shapes1000", "StepSampler", "TarShards",
-    "centre_crop", "describe_left_out", "find_splits", "image_endings", "is_clutter", "is_image", "list_files",
-    "list_folders", "load_image", "open_dataset", "open_held_out", "spread", "to_uint8",
+    "HubImages", "HubStream", "ImageFolder", "OneClass", "Reading", "Relabelled", "Shapes1000", "StepSampler",
+    "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
+    "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "open_dataset",
+    "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(
@@ -63,6 +72,7 @@ def open_dataset(
     drawn = {"seed": seed, "num_images": num_images} if row.drawn else {}
     given = {name: value for name, value in drawn.items() if value is not None}
     images = load(row.images)(image_size, split=split, **given)
+    check_class_names(images.class_names)
     images.flip = images.flip if flip is None else flip
     return OneClass(images) if one_class else images
 
@@ -80,22 +90,28 @@ def open_source(
         return ImageFolder(data_dir, image_size, one_class=one_class, **stored)
     source, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    known = {"class_names"} if scheme == "wds" else {"config", "split", "image", "label", "streaming", "length"}
+    known = {"class_names", "first_class", "label"}
+    known |= {"config", "split", "image", "streaming", "length"} if scheme == "hf" else set()
     if not source or options.keys() - known:
         wrong = ", ".join(sorted(options.keys() - known)) or "no name"
         raise InputError(f"{data_dir}: {wrong} is not understood; after ? it takes {', '.join(sorted(known))}")
+    for name in {"first_class", "length"} & options.keys():
+        if not options[name].isdecimal():
+            raise InputError(f"{data_dir}: {name} takes a number")
+        options[name] = int(options[name])
     if scheme == "wds":
         return TarShards(source, image_size, **stored, **options)
     streaming, length = options.pop("streaming", "false"), options.pop("length", None)
-    if streaming not in ("true", "false") or not (length or "1").isdigit():
-        raise InputError(f"{data_dir}: streaming takes true or false, length a number")
+    if streaming not in ("true", "false"):
+        raise InputError(f"{data_dir}: streaming takes true or false")
     if streaming == "true":
-        return HubStream(source, image_size, length=length and int(length), **stored, **options)
+        return HubStream(source, image_size, length=length, **stored, **options)
     return HubImages(source, image_size, **stored, **options)
 
 
 def open_held_out(
-    settings: DataSettings, class_names: list[str], *, one_class: bool = False, crop_share: float | None = None
+    settings: HeldOutSettings, class_names: list[str], *, one_class: bool = False,
+    crop_share: float | None = None,
 ) -> ClassImages:
     """Open the images to validate on; InputError if there are none, or they have other classes."""
     own_data = settings.data_dir or getattr(settings, "latents", None)
@@ -107,13 +123,14 @@ def open_held_out(
         skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
         reading=Reading.of(settings),
     )
-    if held_out.class_names != class_names and not one_class:
+    ordered = held_out if one_class else in_order_of(held_out, class_names)
+    if ordered is None:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
         raise InputError(
             f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
-            f"are trained{f'; only one of the two has {odd}' if odd else ', or in another order'}"
+            f"are trained{f'; only one of the two has {odd}' if odd else ', and some have the same name'}"
         )
-    return held_out
+    return ordered
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from d_emo.config import folder_of
 from d_emo.data.images import check_image_size
 from d_emo.data.listing import find_splits, list_files, list_folders
+from d_emo.data.names import in_class_order
 from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, no_images
 from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
@@ -24,7 +25,7 @@ class ImageFolder(StoredImages):
             holds no image.
     """
 
-    name = "folder"
+    name, sorted_names = "folder", True
 
     def __init__(
         self, root: str | Path, image_size: int = 256, *, skip_corrupt: bool = False, one_class: bool = False,
@@ -41,20 +42,20 @@ class ImageFolder(StoredImages):
                 f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
                 "denoiser) train with `unconditional`"
             )
+        ids = {name: label for label, name in enumerate(in_class_order(folder.name for folder in folders))}
         self.files: list[Path] = []
         labels: list[int] = []
         others: list[Path] = []
-        for label, folder in enumerate(folders):
+        for folder in folders:  # by their paths, so that image i stays the same whatever the order of the classes
             files = list_files(folder)
             found = [path for path in files if is_image(path)]
             others += [path for path in files if not is_image(path)]
             if not found:
                 raise no_images(f"the class folder {folder}", files)
             self.files += found
-            labels += [label] * len(found)
+            labels += [ids[folder.name]] * len(found)
         self.left_out = describe_left_out(others)
-        names = [folder.name for folder in folders]
-        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
+        super().__init__(labels, list(ids), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
     def source(self, index: int) -> Path:
         return self.files[index]

@@ -4,9 +4,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from d_emo.data.reading import AS_VIEWED, Reading
+from d_emo.data.listing import find_splits, list_files, list_folders
+from d_emo.data.names import number_classes, read_class_names
+from d_emo.data.reading import AS_VIEWED, Reading, is_image
 from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError, RunError
+from d_emo.files import expand_home
+
+_IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+_LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "category", "target")
+"""What columns are called whose kind does not tell what they are."""
 
 
 class HubImages(StoredImages):
@@ -15,8 +22,11 @@ class HubImages(StoredImages):
     Args:
         source: Name on the hub, a local folder of data files, or a folder that ``save_to_disk`` wrote.
         image_size: Side in pixels of the centre crop.
-        config, split: As ``load_dataset`` takes them; split "train" by default.
-        image, label: Names of the columns. Default: the only image and the only class label column there are.
+        config, split: As ``load_dataset`` takes them. Default of split: "train", or the only one that was saved.
+        image, label: Names of the columns. Default: the only image and the only class label column there are, else
+            the only ones of the usual names.
+        class_names: File of class names, see `read_class_names`. Default: those of the column.
+        first_class: The number that becomes class 0.
         skip_corrupt, reading: See `StoredImages`.
 
     Raises:
@@ -26,30 +36,32 @@ class HubImages(StoredImages):
     name = "hf"
 
     def __init__(
-        self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
-        image: str | None = None, label: str | None = None, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
+        self, source: str, image_size: int = 256, *, config: str | None = None, split: str | None = None,
+        image: str | None = None, label: str | None = None, class_names: str | None = None, first_class: int = 0,
+        skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=False)
         labels = self.rows.select_columns([self.label_column])[:][self.label_column]
-        if names is None and isinstance(labels[0], str):
-            names = sorted(set(labels))
-            number_of = {name: number for number, name in enumerate(names)}
-            labels = [number_of[name] for name in labels]
-        elif not all(isinstance(value, int) for value in labels):
+        if not len(labels):
+            raise InputError(f"{source} has no rows in its split {self.split}; choose another split")
+        kinds = {type(value) for value in labels}
+        if type(None) in kinds or (kinds == {int} and min(labels) < 0):
+            raise InputError(f"{source} has images without a class in its split {self.split}; choose another split")
+        if kinds not in ({int}, {bool}, {str}):
             raise InputError(f"the column {self.label_column} of {source} holds no classes; add label=COLUMN after ?")
-        if min(labels) < 0:
-            raise InputError(f"{source} has images without a class in its split {split}; choose another split")
-        names = names or [str(number) for number in range(max(labels) + 1)]
-        super().__init__(labels, list(names), image_size, skip_corrupt=skip_corrupt, reading=reading)
+        self.sorted_names = kinds == {str} and class_names is None
+        labels, names = number_classes(labels, source, names=names, class_names=class_names, first_class=first_class)
+        super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
     def source(self, index: int) -> Path | BytesIO:
-        return self._file(self.rows[index])
+        return self._file(self.rows[index], index)
 
     def origin(self, index: int) -> str:
-        return f"row {index} of {self.source}"
+        return f"row {index} of {self.data_set}"
 
     def _open(
-        self, source: str, config: str | None, split: str, image: str | None, label: str | None, *, streaming: bool
+        self, source: str, config: str | None, split: str | None, image: str | None, label: str | None, *,
+        streaming: bool,
     ) -> list[str] | None:
         """Open the two columns, the images as the bytes of their files; the names of the classes, if it has some."""
         rows = _load(source, config, split, streaming=streaming)
@@ -57,13 +69,19 @@ class HubImages(StoredImages):
 
         if rows.features is None:
             raise InputError(f"{source} does not tell its columns as a stream; leave streaming=true away")
-        self.source, (self.image, self.label_column) = source, _columns(rows.features, source, image, label)
+        self.data_set, self.split = source, split or str(rows.split or "train")
+        self.image, self.label_column = _columns(rows.features, source, image, label)
         two = rows.select_columns([self.image, self.label_column])
-        self.rows = two.cast_column(self.image, datasets.Image(decode=False))
+        try:
+            self.rows = two.cast_column(self.image, datasets.Image(decode=False))
+        except Exception:  # pyarrow's, of many kinds
+            raise InputError(f"the column {self.image} of {source} holds no images; add image=COLUMN after ?") from None
         return getattr(rows.features[self.label_column], "names", None)
 
-    def _file(self, row: dict[str, Any]) -> Path | BytesIO:
-        cell = row[self.image]
+    def _file(self, row: dict[str, Any], index: int) -> Path | BytesIO:
+        cell = row[self.image] or {}
+        if not cell.get("bytes") and not cell.get("path"):
+            raise InputError(f"{self.origin(index)} holds no image")
         return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
 
 
@@ -73,7 +91,7 @@ class HubStream(HubImages):
     Args:
         length: Number of images, where the data set does not tell.
 
-    The others as for `HubImages`; the label column must carry its class names.
+    The others as for `HubImages`; the label column must carry its class names, unless ``class_names`` does.
 
     Raises:
         InputError: The data set does not say what a stream needs: columns, class names, its length.
@@ -82,24 +100,34 @@ class HubStream(HubImages):
     sequential = True
 
     def __init__(
-        self, source: str, image_size: int = 256, *, config: str | None = None, split: str = "train",
-        image: str | None = None, label: str | None = None, length: int | None = None, skip_corrupt: bool = False,
-        reading: Reading = AS_VIEWED,
+        self, source: str, image_size: int = 256, *, config: str | None = None, split: str | None = None,
+        image: str | None = None, label: str | None = None, length: int | None = None, class_names: str | None = None,
+        first_class: int = 0, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         names = self._open(source, config, split, image, label, streaming=True)
+        names, self.first_class = read_class_names(class_names, first_class) if class_names else names, first_class
         if names is None:
-            raise InputError(f"the column {self.label_column} of {source} has no class names, which a stream needs")
-        length = length or getattr((self.rows.info.splits or {}).get(split), "num_examples", None)
+            raise InputError(
+                f"the column {self.label_column} of {source} has no class names, which a stream needs; add "
+                "class_names=FILE after ?"
+            )
+        length = length or getattr((self.rows.info.splits or {}).get(self.split), "num_examples", None)
         if not length:
-            raise InputError(f"{source} does not tell how many images its split {split} has; add length=NUMBER after ?")
+            raise InputError(
+                f"{source} does not tell how many images its split {self.split} has; add length=NUMBER after ?"
+            )
         self._next, self._row, self._iterator = 0, {}, iter(self.rows)
         StoredImages.__init__(self, range(length), list(names), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
     def source(self, index: int) -> Path | BytesIO:
-        return self._file(self._at(index))
+        return self._file(self._at(index), index)
 
     def label(self, index: int) -> int:
-        return int(self._at(index)[self.label_column])
+        value = self._at(index)[self.label_column]
+        label = value - self.first_class if isinstance(value, int) else -1
+        if not 0 <= label < len(self.class_names):
+            raise InputError(f"{self.origin(index)} has the class {value}, which is none of {len(self.class_names)}")
+        return label
 
     def _at(self, index: int) -> dict[str, Any]:
         if index < self._next - 1:
@@ -109,44 +137,89 @@ class HubStream(HubImages):
                 self._row = next(self._iterator)
             except StopIteration:
                 raise RunError(
-                    f"the stream {self.source} ended after {self._next} of {len(self)} images; say so by "
+                    f"the stream {self.data_set} ended after {self._next} of {len(self)} images; say so by "
                     f"length={self._next} after ?"
                 ) from None
             except OSError as error:
                 raise RunError(
-                    f"the stream {self.source} broke off ({error}); re-run the same command to resume"
+                    f"the stream {self.data_set} broke off ({error}); re-run the same command to resume"
                 ) from None
             self._next += 1
         return self._row
 
 
-def _load(source: str, config: str | None, split: str, *, streaming: bool) -> Any:
+def _load(source: str, config: str | None, split: str | None, *, streaming: bool) -> Any:
     """One split, by whatever way the source asks for."""
     try:
         import datasets
     except ImportError:
         raise InputError("hf: data need the library datasets; pip install 'd-emo[datasets]'") from None
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
+    if folder.suffix == ".py" or (folder / f"{folder.resolve().name}.py").is_file():
+        raise InputError(
+            f"{source} is read by a loading script, and code that lies beside data is not run here; store it with "
+            "save_to_disk, where you trust the script, and name that folder"
+        )
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 would ask, or run what is on the hub
     source = str(folder) if folder.is_dir() else source
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             saved = datasets.load_from_disk(source)
-            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                saved = {str(saved.split or split or "train"): saved} if split in (None, "train") or saved.split else {}
+            if split is None and len(saved) == 1:
+                split = next(iter(saved))
+            if (split or "train") not in saved:
+                there = ", ".join(saved) or "no named splits"
+                raise InputError(f"{source} has no split {split or 'train'}: it has {there}")
+            rows = saved[split or "train"]
             return rows.to_iterable_dataset() if streaming else rows
-        return datasets.load_dataset(source, config, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        builder = datasets.load_dataset_builder(source, config)
+        if folder.is_dir() and builder.name == "imagefolder":
+            _check_all_are_read(folder, builder)
+        if streaming:
+            return builder.as_streaming_dataset(split=split or "train")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split or "train")
+    except InputError:
+        raise
+    except Exception as error:  # of the library, of pyarrow, of the hub: many kinds
+        if isinstance(error, IndexError):  # what the library says of a saved data set without rows
+            raise InputError(f"{source} has no rows") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"cannot open the data set {source}, split {split}: {reason}") from None
+        raise InputError(f"cannot open the data set {source}, split {split or 'train'}: {reason}") from None
+
+
+def _check_all_are_read(folder: Path, builder: Any) -> None:
+    """Refuse a folder of images of which the library reads a part.
+
+    It takes names with the words train, test, ... in them for splits (``train_station``, ``cat/test_1.jpg``), then
+    leaves out all others without a word, and does not follow links. Beside folders that are splits, others may lie.
+    """
+    folder, read = folder.resolve(), {path for paths in builder.config.data_files.values() for path in paths}
+    images = [path for path in list_files(folder) if is_image(path)]
+    left_out = [path for path in images if path.as_posix() not in read]
+    if left_out and find_splits(list_folders(folder)) is None:
+        raise InputError(
+            f"of the {len(images)} images in {folder} the library datasets leaves out {len(left_out)}, such as "
+            f"{left_out[0].relative_to(folder)}: it takes names with train, test, ... in them for splits, and follows "
+            f"no links; write `data_dir` {folder} without hf: to have all"
+        )
 
 
 def _columns(features: Any, source: str, image: str | None, label: str | None) -> tuple[str, str]:
-    """The two columns that are asked for, or the only ones that can be meant."""
+    """The two columns that are asked for, or the only ones that can be meant: by their kinds, else by their names."""
     import datasets
 
     found = []
-    for name, option, kind in ((image, "image", datasets.Image), (label, "label", datasets.ClassLabel)):
+    for name, option, kind, types, usual in (
+        (image, "image", datasets.Image, ("binary", "large_binary"), _IMAGE_NAMES),
+        (label, "label", datasets.ClassLabel, ("int8", "int16", "int32", "int64", "string"), _LABEL_NAMES),
+    ):
         candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
-        name = name or (candidates[0] if len(candidates) == 1 else None)
+        named = [column for column in features if column.lower() in usual and features[column].dtype in types]
+        only = candidates or named
+        name = name or (only[0] if len(only) == 1 else None)
         if name not in features:
             asked = f"no column {name}" if name else f"{len(candidates) or 'no'} columns of kind {kind.__name__}"
             raise InputError(f"{source} has {asked}; choose one by {option}=NAME after ?: {', '.join(features)}")

@@ -1,7 +1,7 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class ClassImages(Dataset, ABC):
         reading: How stored pictures become RGB; None where none are read.
         left_out: A sentence on the files beside them that are no images, if there are some.
         sequential: Whether images can be had in order only, so that nothing can be trained on them at random.
+        sorted_names: Whether the ids follow from the names, so that 0.1.0 had them in the order of text.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ClassImages(Dataset, ABC):
     reading: Reading | None = None
     left_out: str = ""
     sequential: bool = False
+    sorted_names: bool = False
 
     @abstractmethod
     def label(self, index: int) -> int:
@@ -53,11 +55,17 @@ class ClassImages(Dataset, ABC):
         return []
 
 
-class OneClass(ClassImages):
-    """Another data set with its labels taken away: every image is of class 0."""
+class Relabelled(ClassImages):
+    """Another data set whose classes have other ids.
 
-    def __init__(self, images: ClassImages):
-        self.images, self.name, self.class_names = images, images.name, [images.name]
+    Args:
+        images: The data set, or latents.
+        ids: The new id of each of its classes.
+        class_names: One name per new id.
+    """
+
+    def __init__(self, images: ClassImages, ids: Sequence[int], class_names: list[str]):
+        self.images, self.ids, self.name, self.class_names = images, ids, images.name, class_names
         self.image_size, self.flip, self.reading = images.image_size, images.flip, images.reading
         self.left_out, self.seed = images.left_out, getattr(images, "seed", 0)
 
@@ -65,7 +73,7 @@ class OneClass(ClassImages):
         return len(self.images)
 
     def label(self, index: int) -> int:
-        return 0
+        return self.ids[self.images.label(index)]
 
     def source(self, index: int) -> Path | BytesIO | None:
         return self.images.source(index)
@@ -77,7 +85,35 @@ class OneClass(ClassImages):
         return self.images.remarks(count)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images[index][0], 0
+        values, label = self.images[index]
+        return values, self.ids[label]
+
+
+class OneClass(Relabelled):
+    """Another data set with its labels taken away: every image is of class 0."""
+
+    def __init__(self, images: ClassImages):
+        super().__init__(images, [0] * len(images.class_names), [images.name])
+
+
+def in_order_of(images: ClassImages, class_names: Sequence[str]) -> ClassImages | None:
+    """The images with the ids that their classes have among ``class_names``; None where these are other names."""
+    ours, ids = images.class_names, {name: label for label, name in enumerate(class_names)}
+    if list(class_names) == ours:
+        return images
+    if len(ours) != len(class_names) or len(ids) < len(ours) or ids.keys() != set(ours):
+        return None
+    return Relabelled(images, [ids[name] for name in ours], list(class_names))
+
+
+def in_recorded_order(images: ClassImages, recorded: Sequence[str] | None) -> ClassImages:
+    """The images with the ids that their classes had when a run began, as its training state records them.
+
+    One of 0.1.0 records none.
+    """
+    if recorded is None:
+        recorded = sorted(images.class_names) if getattr(images, "sorted_names", False) else images.class_names
+    return in_order_of(images, recorded) or images
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

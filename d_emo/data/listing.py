@@ -1,4 +1,4 @@
-"""What a folder holds: the one walk of all who read images, and the order of its classes."""
+"""What a folder holds: the one walk of all who read images, and whether that are classes or splits."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def list_files(root: Path) -> list[Path]:
 
 
 def list_folders(root: Path) -> list[Path]:
-    """The sub-folders of a folder that can be classes, in the order of `in_class_order`; links that lead up are none.
+    """The sub-folders of a folder that can be classes, in the order of their paths; links that lead up are none.
 
     Raises:
         InputError: The folder is missing or cannot be read.
@@ -63,17 +63,10 @@ def list_folders(root: Path) -> list[Path]:
         raise InputError(f"the data folder {root} does not exist; give a folder with one sub-folder per class")
     around = {*_around(root), _identity(root)}
     try:
-        names = [entry.name for entry in root.iterdir()
-                 if not is_clutter(entry.name) and entry.is_dir() and _identity(entry) not in around]
+        return sorted(entry for entry in root.iterdir()
+                      if not is_clutter(entry.name) and entry.is_dir() and _identity(entry) not in around)
     except OSError as error:
         raise InputError(f"the folder {root} cannot be read ({error.strerror})") from None
-    return [root / name for name in in_class_order(names)]
-
-
-def in_class_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their ids: as text, but where all are numbers by their values."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(re.fullmatch("[0-9]+", name) for name in names) else names
 
 
 def find_splits(folders: Iterable[Path]) -> tuple[list[Path], list[Path]] | None:

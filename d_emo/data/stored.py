@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from d_emo.data.images import ClassImages, check_image_size, to_tensor
+from d_emo.data.names import check_class_names
 from d_emo.data.reading import AS_VIEWED, Reading, centre_crop
 from d_emo.errors import InputError
 
@@ -65,6 +66,7 @@ class StoredImages(ClassImages):
         reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         check_image_size(image_size)
+        check_class_names(class_names)
         self.labels, self.class_names = labels, class_names
         self.image_size, self.skip_corrupt, self.reading = image_size, skip_corrupt, reading
         self.enlarged, self.skipped = torch.zeros(2, len(labels), dtype=torch.bool).share_memory_()  # over all workers

@@ -1,23 +1,34 @@
 """WebDataset's tar shards, read at random: a table of where each image lies takes the place of reading in sequence."""
 
 import json
-import os
 import re
 import tarfile
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from d_emo.data.reading import AS_VIEWED, Reading, image_endings
+from d_emo.data.listing import is_clutter
+from d_emo.data.names import number_classes
+from d_emo.data.reading import AS_VIEWED, Reading, image_endings, no_images
 from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
-from d_emo.files import digest, replacing
+from d_emo.files import cache_folder, digest, expand_home, replacing
+
+_FIELDS = ("cls", "label", "class", "class_id", "class_index", "class_name", "category", "target")
+"""Where members in JSON have the class."""
+_RULES = 2
+"""Of which images a shard has; with others, tables are built again."""
+
+MOST_SHARDS = 1_000_000
+"""Files that one ``{first..last}`` may stand for."""
 
 
 class TarShards(StoredImages):
-    """Local tar files in WebDataset's layout: members ``KEY.jpg`` (or png, webp, ...) and ``KEY.cls``, a class number.
+    """Local tar files in WebDataset's layout: members ``KEY.jpg`` (or png, webp, ...) and ``KEY.cls``, a class number
+    or name; where there are none, ``KEY.json`` with it.
 
     The table of members is built once per set of files (their paths, sizes and times) and kept under
     ``$XDG_CACHE_HOME/d-emo``, nothing is written beside the shards. Image i is the i-th of the shards in their order.
@@ -25,7 +36,9 @@ class TarShards(StoredImages):
     Args:
         pattern: Path of the shards; ``{000..015}`` stands for a range of numbers, ``*`` for anything.
         image_size: Side in pixels of the centre crop.
-        class_names: File with one class name per line. Default: the numbers.
+        class_names: File of class names, see `read_class_names`. Default: the numbers.
+        first_class: The number that becomes class 0.
+        label: Field of the class in ``KEY.json``.
         skip_corrupt, reading: See `StoredImages`.
 
     Raises:
@@ -35,15 +48,16 @@ class TarShards(StoredImages):
     name = "wds"
 
     def __init__(
-        self, pattern: str, image_size: int = 256, *, class_names: str | None = None, skip_corrupt: bool = False,
-        reading: Reading = AS_VIEWED,
+        self, pattern: str, image_size: int = 256, *, class_names: str | None = None, first_class: int = 0,
+        label: str | None = None, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         self.shards = expand(pattern)
-        table = _table(self.shards)
+        table, words = _table(self.shards, label)
         self.shard, self.offset, self.size, labels = (table[:, column] for column in range(4))
-        names = [str(number) for number in range(int(labels.max()) + 1)]
-        if class_names is not None:
-            names = _read_names(class_names, at_least=len(names))
+        self.sorted_names = len(words) > 0 and class_names is None
+        labels, names = number_classes(
+            words[labels].tolist() if len(words) else labels, pattern, class_names=class_names, first_class=first_class
+        )
         super().__init__(labels, names, image_size, skip_corrupt=skip_corrupt, reading=reading)
 
     def source(self, index: int) -> BytesIO:
@@ -62,11 +76,15 @@ def expand(pattern: str) -> list[Path]:
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if numbers:
         first, last = numbers.groups()
+        if int(last) - int(first) not in range(MOST_SHARDS):
+            raise InputError(f"{pattern[:200]} names no shards, or more than {MOST_SHARDS:,}; write first..last")
         parts = [pattern[: numbers.start()] + f"{number:0{len(first)}}" + pattern[numbers.end() :]
                  for number in range(int(first), int(last) + 1)]
         return [path for part in parts for path in expand(part)]
-    path = Path(pattern).expanduser()
-    found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    path = expand_home(pattern)
+    found = [path]
+    if "*" in path.name:
+        found = sorted(each for each in path.parent.glob(re.sub(r"\*+", "*", path.name)) if not is_clutter(each.name))
     missing = [str(each) for each in found if not each.is_file()] if found else [pattern]
     if missing:
         raise InputError(
@@ -75,59 +93,111 @@ def expand(pattern: str) -> list[Path]:
     return found
 
 
-def _table(shards: list[Path]) -> np.ndarray:
-    """Shard, offset, size and class of every image, from the cache if it is there. Shape: (images, 4) int64."""
+def _table(shards: list[Path], field: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Shard, offset, size and class of every image, and the words that the classes stand for, where they are words.
+
+    They come from the cache if they are there. Shape: (images, 4) int64, (words,).
+    """
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    key = digest(json.dumps(state))[:32]
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d-emo" / f"wds-{key}.npy"
+    cached = cache_folder() / f"wds-{digest(json.dumps([_RULES, sorted(image_endings()), field, state]))[:32]}.npz"
     try:
-        return np.load(cached, allow_pickle=False)
-    except (OSError, ValueError):
+        with np.load(cached, allow_pickle=False) as file:
+            return file["table"], file["words"]
+    except Exception:  # what reading a damaged file raises is anybody's guess; it is built again
         pass
-    table = np.array([(number, *row) for number, path in enumerate(shards) for row in _members(path)], dtype=np.int64)
-    with suppress(OSError), replacing(cached) as temporary:  # where it cannot be written, it is built again next time
-        np.save(temporary, table)
-    return table
+    rows = [(number, *row) for number, path in enumerate(shards) for row in _members(path, field)]
+    labels, words = [row[3] for row in rows], np.array([], dtype=str)
+    if any(isinstance(label, str) for label in labels):
+        words, labels = np.unique([str(label) for label in labels], return_inverse=True)
+    table = np.array([(*row[:3], label) for row, label in zip(rows, labels, strict=True)], dtype=np.int64)
+    with suppress(OSError), replacing(cached) as temporary, temporary.open("wb") as file:  # else built again next time
+        np.savez(file, table=table, words=words)
+    return table, words
 
 
-def _members(path: Path) -> list[tuple[int, int, int]]:
+def _members(path: Path, field: str | None) -> list[tuple[int, int, int | str]]:
     """Offset, size and class of each image of one shard, in order."""
     images: dict[str, tuple[str, int, int]] = {}
-    classes: dict[str, int] = {}
+    classes: dict[str, int | str] = {}
+    objects: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                base, _, suffix = base.partition(".")
-                key = f"{folder}/{base}"
-                if member.isfile() and suffix == "cls":
-                    classes[key] = int(archive.extractfile(member).read())
-                elif member.isfile() and f".{suffix.lower()}" in image_endings():
-                    if key in images:
-                        raise InputError(f"{path} holds two images of one key, {images[key][0]} and {member.name}")
-                    images[key] = member.name, member.offset_data, member.size
-    except (OSError, tarfile.TarError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+                stem, _, suffix = member.name.rpartition(".")
+                if not member.isfile() or any(map(is_clutter, PurePosixPath(member.name).parts)):
+                    continue
+                if suffix == "cls":
+                    classes[stem] = _label(archive.extractfile(member).read().decode("utf-8-sig").strip())
+                elif suffix == "json":
+                    objects.append(member)
+                elif f".{suffix.lower()}" in image_endings():
+                    if stem in images:
+                        raise _several(path, images[stem][0], member.name)
+                    images[stem] = member.name, member.offset_data, member.size
+            if field is not None or not classes:
+                found = ((member.name, json.load(archive.extractfile(member))) for member in objects)
+                classes = {name.rpartition(".")[0]: label for name, content in found
+                           if (label := _label_in(content, field, f"{name} in {path}")) is not None}
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"{path} cannot be read as an uncompressed tar of images and class numbers ({error}); fetch or unpack it "
+            f"{path} cannot be read as an uncompressed tar of images and their classes ({error}); fetch or unpack it "
             "again"
         ) from None
-    for key, (name, offset, size) in images.items():
-        if classes.get(key, -1) < 0:
-            raise InputError(f"{name} in {path} has no class: a member {key.lstrip('/')}.cls with a number from 0")
+    if not images:
+        raise no_images(str(path), [])
+    rows = _match(path, images, classes)
+    for name, offset, size, _ in rows:
         if offset + size > path.stat().st_size:
             raise InputError(f"{path} ends within {name}; fetch it again")
-    if not images:
-        raise InputError(f"{path} holds no images ({', '.join(sorted(image_endings()))})")
-    return [(offset, size, classes[key]) for key, (_, offset, size) in images.items()]
+    return [row[1:] for row in rows]
 
 
-def _read_names(path: str, *, at_least: int) -> list[str]:
-    try:
-        names = Path(path).expanduser().read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the class names in {path}: {error.strerror}") from None
-    if len(names) < at_least:
-        raise InputError(f"{path} has {len(names)} class names, the data have at least {at_least} classes")
-    return names
+def _match(
+    path: Path, images: dict[str, tuple[str, int, int]], classes: dict[str, int | str]
+) -> list[tuple[str, int, int, int | str]]:
+    """Name, offset, size and class of each key's image.
+
+    The class of an image is that of its own name (``a.b.png`` and ``a.b.cls``), else of its name up to an earlier dot
+    (``a.image.png`` and ``a.cls``), where it may be one of several parts of a key: ``a.png`` and then ``a.image.png``
+    go before others.
+    """
+    parts: dict[str, list[str]] = {}
+    for stem, (name, _, _) in images.items():
+        key = stem
+        while key not in classes and "." in key.rpartition("/")[2]:
+            key = key.rpartition(".")[0]
+        label = classes.get(key, -1)
+        if isinstance(label, int) and label < 0:
+            raise InputError(
+                f"{name} in {path} has no class: a member {stem}.cls with a number from 0, or {stem}.json with a field "
+                f"{', '.join(_FIELDS)} (another one: label=FIELD after ?)"
+            )
+        parts.setdefault(key, []).append(stem)
+    rows = []
+    for key, stems in parts.items():
+        best = sorted(stems, key=lambda stem: (stem != key, stem != f"{key}.image"))
+        if len(stems) > 1 and best[0] not in (key, f"{key}.image"):
+            raise _several(path, images[best[0]][0], images[best[1]][0])
+        rows.append((*images[best[0]], classes[key]))
+    return rows
+
+
+def _label_in(content: Any, field: str | None, name: str) -> int | str | None:
+    """The class in a JSON member: under ``field``, or the first of the usual ones that it has; else None."""
+    if not isinstance(content, dict):
+        return None
+    field = field or next((each for each in _FIELDS if each in content), None)
+    label = content.get(field)
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+        raise InputError(f"the field {field} of {name} is no class; name another with label=FIELD after ?")
+    return _label(str(label)) if label is not None else None
+
+
+def _label(text: str) -> int | str:
+    return int(text) if re.fullmatch("-?[0-9]+", text) else text
+
+
+def _several(path: Path, first: str, second: str) -> InputError:
+    return InputError(f"{path} holds two images of one key, {first} and {second}")

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d_emo.data import AS_VIEWED, ClassImages, Reading, open_dataset, spread, to_uint8
+from d_emo.data import AS_VIEWED, ClassImages, Reading, in_order_of, open_dataset, spread, to_uint8
 from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.metrics import Gathered
 from d_emo.evaluation.statistics import is_constant
 from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, METRICS, MetricValue, class_values, load
+from d_emo.text import markdown_table
 
 REAL_IMAGES, HELD_OUT_IMAGES = 5000, 1000  # at most, of training and of held-out data
 BATCH = 100
@@ -164,9 +165,10 @@ def open_real(
         images = open_dataset(
             dataset=data, data_dir=folder, split=split, image_size=image_size, num_images=limit, reading=reading
         )
-        if list(images.class_names) != list(class_names):
+        ordered = in_order_of(images, class_names)
+        if ordered is None:
             raise InputError(f"the images of {folder or data} have other classes than the snapshot; name its own data")
-        return images
+        return ordered
 
     if data_dir is None and validate_dir is not None:
         raise InputError(f"`validate_dir` {validate_dir} belongs to a `data_dir`; give both or neither")
@@ -213,9 +215,7 @@ def sampler_table(values: Sequence[MetricValue], rows: Sequence[Mapping[str, Any
     """Rows of `measure_timed` of ``count`` images, each with its ``scheduler`` and ``steps``, as a Markdown table."""
     shown = [value for value in values if all(value.name in row for row in rows)]
     titles = ["sampler", "steps", *(value.title_for(count) for value in shown), "time", "images/s"]
-    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    for row in rows:
-        cells = [row["scheduler"], row["steps"], *(value.show(row) for value in shown), f"{row['seconds']:.0f} s",
-                 f"{row['images_per_second']:.2f}"]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    return markdown_table(titles, (
+        [row["scheduler"], row["steps"], *(value.show(row) for value in shown), f"{row['seconds']:.0f} s",
+         f"{row['images_per_second']:.2f}"] for row in rows
+    ))  # fmt: skip

@@ -16,7 +16,9 @@ import torch
 from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
+from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
+from d_emo.text import plural
 
 _FIGURE = ("name", "value", "remark")
 METRICS, PICTURE = "metrics.json", "samples.png"
@@ -31,7 +33,7 @@ _OWN_TERMS = "See to it that the licence named at the top of this card agrees wi
 def write_card(folder: str | Path) -> Path:
     """Write the card of a snapshot from what lies in its folder, without facts that are missing; return its path."""
     folder = Path(folder)
-    meta, settings = (read_json(folder / name, dict) for name in ("snapshot.json", "config.yaml"))
+    meta, settings = read_json(folder / "snapshot.json", snapshot_meta), read_json(folder / "config.yaml", dict)
     name, data = settings["model"], _data_name(meta, settings)
     terms = DATASETS[meta["data"]].licence if meta.get("data") in DATASETS else None
     facts = {"meta": meta, "settings": settings, "data": data, "terms": terms or _OWN_TERMS,
@@ -41,7 +43,7 @@ def write_card(folder: str | Path) -> Path:
         task, tags = "image-classification", ["image-classification"]
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"
-        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, dict))
+        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, noise_schedule))
         family = family_of(name)
         cite = [*(family.papers if family else ()), *OBJECTIVES[facts["objective"]].papers]
         task = "unconditional-image-generation"  # the hub's list of tasks has no class-conditional one
@@ -94,7 +96,7 @@ def describe_hardware(device: torch.device) -> str:
     processes = torch.distributed.get_world_size() if distributed else 1
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    threads = f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
+    threads = plural(torch.get_num_threads(), "CPU thread")
     return threads if processes == 1 else f"{processes} processes of {threads}"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.config import EvaluateClassifierSettings
-from d_emo.data import ClassImages, Reading, open_dataset
+from d_emo.data import ClassImages, Reading, in_order_of, open_dataset
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
@@ -136,9 +136,10 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
     else:
         raise InputError(f"{classifier.name} was trained on a folder of images; name one with `data_dir`")
     names, known = images.class_names, classifier.class_names
-    if len(names) != classifier.num_classes or (known is not None and known != names):
+    ordered = images if known is None else in_order_of(images, known)
+    if len(names) != classifier.num_classes or ordered is None:
         raise InputError(
             f"{classifier.name} knows {classifier.num_classes} classes, but the images have {len(names)} "
             f"({', '.join(names[:3])}, ...), or the same under other names; they have to be the same"
         )
-    return images
+    return ordered

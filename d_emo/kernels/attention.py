@@ -13,6 +13,9 @@ The CPU form gathers each operand once, in the order that the products want, for
 that the gathered windows stay in the cache and their memory is used again. Its gradient keeps the attention maps and
 the value before the activation, and makes everything else anew. In a compiled network it is an operator that the
 compiler calls as it is: what the compiler makes of the single steps, or of the library's attention, takes longer.
+
+Where there is a C compiler, a form in C goes over an image's head at a time, gathers, multiplies and sums in the cache,
+and keeps no attention maps: see `d_emo.kernels.native`.
 """
 
 import functools
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d_emo.kernels import native
 from d_emo.kernels.activation import Activation, activate, activate_backward
 from d_emo.kernels.dispatch import Form, lowered, run, triton_refuses
 from d_emo.kernels.linear import linear, unactivated
@@ -119,6 +123,31 @@ def _cpu(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
         return forward(qk, z, Layout(*options))
 
 
+def _native_refuses(z: Tensor, qk: Tensor, *_: Any) -> str | None:
+    qk, z = lowered(qk, z)
+    return native.refuses(z, qk)
+
+
+def _native(z: Tensor, qk: Tensor, *options: Any) -> Tensor:
+    qk, z = lowered(qk, z)
+    return _NativeAttention.apply(qk.contiguous(), z.contiguous(), options)
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Keeps queries, keys and the value before its activation; the maps are made anew."""
+
+    @staticmethod
+    def forward(ctx: Any, qk: Tensor, z: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(qk, z)
+        ctx.options = options
+        return native.attention(qk, z, *options)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *native.attention(*ctx.saved_tensors, *ctx.options, grad.contiguous()), None
+
+
 def _steps(q: Tensor, k: Tensor, value: Tensor) -> Tensor:
     """Attention in steps that all counters of operations know; some pass over the library's. Shape: as it."""
     return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).softmax(-1), value)
@@ -150,6 +179,7 @@ WINDOW_ATTENTION = (
     Form("Triton, both partitions in one pass", _spanning, _spanning_refuses),
     Form("Triton", _triton, _triton_refuses),
     Form("CPU, in chunks", _cpu, _cpu_refuses, rival=True),
+    Form("C, a head at a time", _native, _native_refuses, rival=True),
     Form("the library's attention", _library, lambda *_: None, rival=True),
     Form("product, softmax, product", functools.partial(_library, attention=_steps)),
 )

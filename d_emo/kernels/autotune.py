@@ -100,8 +100,8 @@ class Autotuner:
             return Choice(forms[0], {})
         if key not in self.choices:
             self._load()
-        if key in self.choices and self.choices[key].form in forms:
-            return self.choices[key]
+        if key in self.choices and self.choices[key].form in forms and set(forms) <= set(self.choices[key].times):
+            return self.choices[key]  # else there are forms that it was not measured against
         times = {form: 1000 * seconds for form, seconds in timed(forms, trial).items()}
         best = min(forms, key=times.__getitem__)
         choice = Choice(best if times[best] < MARGIN * times[forms[0]] else forms[0], times)

@@ -50,7 +50,8 @@ class Form(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What `record` keeps of one call of an operator: the map's shape, the form that ran, and (form, why not) above."""
+    """What `record` keeps of one call of an operator: the map's shape, the form that ran, and (form, why not) of those
+    above it and of its rivals."""
 
     operator: str
     shape: tuple[int, ...]
@@ -62,8 +63,10 @@ _plain, _fixed = preferences.plain, False
 _calls: list[Call] | None = None
 
 
-def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tensor:
+def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any, **state: Any) -> Any:
     """The operator's result, by the first of its forms that takes the inputs.
+
+    ``state`` is what a form moves beside its result, such as running statistics; a trial does without.
 
     Shape: x (B, H, W, C); what else goes in and what comes out is the operator's.
 
@@ -83,18 +86,28 @@ def run(operator: str, forms: tuple[Form, ...], x: Tensor, *inputs: Any) -> Tens
         if preferences.forms:
             chosen = _asked_for(operator, forms, x, inputs) or chosen
         if chosen.rival and not _fixed and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            fast, times = _fastest(operator, forms, x, inputs)
+            fast, times = _fastest(operator, forms, chosen, x, inputs)
             if fast is chosen or fast.refuses is None or fast.refuses(x, *inputs) is None:  # layers may have changed
                 chosen = fast
     if _calls is not None:
-        refused = []
-        for form in forms:
-            if form.name == chosen.name:
-                break
-            why = standard or (form.refuses and form.refuses(x, *inputs)) or slower(form.name, chosen.name, times)
-            refused.append((form.name, why))
-        note(operator, tuple(x.shape), chosen.name, tuple(refused))
-    return chosen.run(x, *inputs)
+        note(operator, tuple(x.shape), chosen.name, _refused(forms, chosen, standard, times, x, inputs))
+    return chosen.run(x, *inputs, **state)
+
+
+def _refused(
+    forms: tuple[Form, ...], chosen: Form, standard: str | None, times: dict[str, float], x: Tensor,
+    inputs: tuple[Any, ...],
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
+    """The forms above the chosen one, and its rivals below where something was to be timed; with the reasons."""
+    refused, above = [], True
+    for form in forms:
+        if form.name == chosen.name:
+            above = False
+        elif above or (form.rival and chosen.rival and not (_fixed or tuner.fixed)):
+            why = standard or (form.refuses and form.refuses(x, *inputs))
+            if why or above or form.name in times:
+                refused.append((form.name, why or slower(form.name, chosen.name, times)))
+    return tuple(refused)
 
 
 def slower(form: str, chosen: str, times: dict[str, float]) -> str:
@@ -117,9 +130,9 @@ def _asked_for(operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[
 
 
 def _fastest(
-    operator: str, forms: tuple[Form, ...], x: Tensor, inputs: tuple[Any, ...]
+    operator: str, forms: tuple[Form, ...], first: Form, x: Tensor, inputs: tuple[Any, ...]
 ) -> tuple[Form, dict[str, float]]:
-    """The fastest of the rivals that take the inputs, and the times that say so."""
+    """The fastest of the rivals that take the inputs, and the times that say so; ``first`` is the first of them."""
     gradients = torch.is_grad_enabled()
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     key = (operator, torch.get_num_threads(), gradients, low, *[
@@ -128,8 +141,10 @@ def _fastest(
     ])  # fmt: skip
     found = tuner.memo.get(key)
     if found is None:
-        rivals = {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
-        choice = tuner.choose(in_words(key), list(rivals), lambda name: _try(rivals[name], x, inputs, gradients))
+        words, rivals = in_words(key), {first.name: first}
+        if not tuner.fixed or tuner.used.get(words, first.name) != first.name:  # or the others need not be there at all
+            rivals |= {f.name: f for f in forms if f.rival and (f.refuses is None or f.refuses(x, *inputs) is None)}
+        choice = tuner.choose(words, list(rivals), lambda name: _try(rivals[name], x, inputs, gradients))
         found = tuner.memo[key] = rivals[choice.form], choice.times
     return found
 

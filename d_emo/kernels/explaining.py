@@ -1,4 +1,4 @@
-"""Which form every operator of a network takes on this machine, and why not the ones above it."""
+"""Which form every operator of a network takes on this machine, and why not another."""
 
 import contextlib
 from collections import Counter
@@ -19,7 +19,7 @@ class Explanation(dict[str, Counter[Call]]):
     """By mode, how often every call was made; printed as a markdown table."""
 
     def __str__(self) -> str:
-        lines = ["| mode | operator | map | calls | form | why not the ones above |", "|---|---|---|---:|---|---|"]
+        lines = ["| mode | operator | map | calls | form | why not another |", "|---|---|---|---:|---|---|"]
         for mode, calls in self.items():
             for call, count in calls.items():
                 shape, why = " x ".join(map(str, call.shape)), "; ".join(f"{form}: {no}" for form, no in call.refused)

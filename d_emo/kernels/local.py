@@ -7,21 +7,16 @@ pass makes the other two anew; on a CPU some rows at a time, so that they stay i
 GPU as `d_emo.kernels.gpu.local` says.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d_emo.kernels.activation import add
-from d_emo.kernels.depthwise import depthwise_gradients, folded, geometry_refuses, one_pass_refuses, triton_size_refuses
+from d_emo.kernels.depthwise import folded, geometry_refuses, one_pass_refuses, triton_size_refuses
 from d_emo.kernels.dispatch import Form, lowered, opaque, run, triton_refuses
 from d_emo.kernels.linear import linear, product
-
-CHUNK = 2**18
-"""Elements of a map that steps follow each other on: 1 MB in float32."""
-
+from d_emo.kernels.local_steps import LOCAL_GRADIENTS, LOCAL_STEPS, Running
 
 PARAMETERS = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 """The precision of the parameters that goes with that of the map; bfloat16 is autocast's."""
@@ -140,45 +135,17 @@ LOCAL_BRANCH = (
 )
 
 
-def _channels_first(x: Tensor) -> Tensor:
-    """Shape: (B, H, W, M) -> (B, M, H, W), a view."""
-    return x.permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Shape: (B, M, H, W) -> (B, H, W, M), a view."""
-    return x.permute(0, 2, 3, 1)
-
-
-def _rows(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few pixels of every map, in turns, as views. Shape: each (B, H, W, M) -> tuples of (n, M)."""
-    dim = maps[0].shape[-1]
-    return zip(*(x.view(-1, dim).split(max(1, CHUNK // dim)) for x in maps), strict=True)
-
-
-def _normed(rows: Tensor, statistics: tuple[Any, ...]) -> Tensor:
-    """BN of some pixels. Shape: (n, M) -> (n, M)."""
-    mean, var, gamma, beta, eps = statistics
-    image = _channels_first(rows[None, :, None])  # (1, M, n, 1)
-    return _channels_last(F.batch_norm(image, mean, var, gamma, beta, eps=eps)).view(rows.shape)
-
-
 def forward(
     a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float,
-    running: tuple[Tensor, Tensor, float],
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, c, and mean and variance of c; the running statistics are updated.
 
     Shape: a (B, H, W, M), projection (C, M) -> (B, H, W, C), c (B, H, W, M), (M,), (M,).
     """
     with torch.autocast("cpu", enabled=False):
-        c = F.conv2d(_channels_first(a), kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
-        mean, var = torch.batch_norm_update_stats(c, *running)
-        y, c = torch.empty_like(a), _channels_last(c)
-        for some, convolved, out in _rows(a, c, y):
-            normed = _normed(convolved, (mean, var, gamma, beta, eps))
-            torch.add(some, F.silu(normed, inplace=True), out=out)
-        return product(y, projection), c, mean, var
+        y, *kept = run("local_steps", LOCAL_STEPS, a, kernel, gamma, beta, eps, running=running)
+        return product(y, projection), *kept
 
 
 def backward(
@@ -187,23 +154,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the first five arguments of `forward`. Shape: grad (B, H, W, C); gradients as their tensors."""
     grad_y = product(grad, projection.t())  # (B, H, W, M)
-    y, inner = torch.empty_like(a), torch.empty_like(a)
-    for some, convolved, outer, out, grad_out in _rows(a, c, grad_y, y, inner):
-        normed = _normed(convolved, (mean, var, gamma, beta, eps))
-        torch.ops.aten.silu_backward.grad_input(outer, normed, grad_input=grad_out)
-        torch.add(some, F.silu(normed, inplace=True), out=out)
-    grad_projection = None
-    if needs_projection:
-        grad_projection = product(grad.flatten(0, -2).t(), y.flatten(0, -2).t())  # (C, M)
-    del y
-    grad_c, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-        _channels_first(inner), _channels_first(c), gamma, None, None, mean, torch.rsqrt(var + eps), True, eps,
-        [True] * 3,
-    )  # fmt: skip
-    del inner
-    grad_a, grad_kernel = depthwise_gradients(_channels_first(a), grad_c, kernel, (True, needs_kernel))
-    grad_y += _channels_last(grad_a)
-    return grad_y, grad_kernel, grad_gamma, grad_beta, grad_projection
+    y, *grads = run("local_gradients", LOCAL_GRADIENTS, grad_y, a, kernel, gamma, beta, c, mean, var, eps, needs_kernel)
+    grad_projection = product(grad.flatten(0, -2).t(), y.flatten(0, -2).t()) if needs_projection else None  # (C, M)
+    return *grads, grad_projection
 
 
 class _LocalProjection(torch.autograd.Function):
@@ -229,8 +182,7 @@ def _local_projection(
     a: Tensor, kernel: Tensor, gamma: Tensor, beta: Tensor, projection: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` as an operator that the compiler calls as it is; its caller updates the running statistics."""
-    running = torch.zeros_like(gamma), torch.ones_like(gamma), 0.0
-    return forward(a.contiguous(), kernel, gamma, beta, projection, eps, running)
+    return forward(a.contiguous(), kernel, gamma, beta, projection, eps)
 
 
 @_local_projection.register_fake

@@ -14,7 +14,7 @@ from torch import nn
 from d_emo.errors import InputError
 from d_emo.files import digest_of_tensors, expand_home
 from d_emo.tables import CODECS, load
-from d_emo.weights import STEM, first_line, load_pretrained
+from d_emo.weights import STEM, check_finite, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
@@ -185,6 +185,11 @@ def load_codec(name: str) -> Codec:
 
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     folder = expand_home(name) if looks_local else _fetch(name)
+    if folder.is_file():
+        raise InputError(
+            f"the VAE {name} is a file; `vae` takes the folder that diffusers makes of it by "
+            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
+        )
     if not folder.is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
@@ -194,6 +199,7 @@ def load_codec(name: str) -> Codec:
         folder = folder / "vae"
     try:
         vae = load_pretrained(AutoencoderKL, folder)
+        check_finite(vae.state_dict(), str(folder))
     except InputError as error:
         raise InputError(f"`vae` {name} does not hold a readable AutoencoderKL: {error}") from None
     return VAECodec(vae, name)

@@ -80,8 +80,8 @@ class Origin:
         mine = asdict(self)
         unsaid = mine if (folder / INDEX).exists() else {"exif": Origin.exif, "background": Origin.background}
         made = {key: other.get(key, unsaid.get(key)) for key in mine}  # what is finished stays what it is
-        changed = [f"{key} {made[key]}, not {value}" for key, value in mine.items()
-                   if key != "codec" and made[key] != value]
+        changed = ["other classes, or in another order" if key == "classes" else f"{key} {made[key]}, not {value}"
+                   for key, value in mine.items() if key != "codec" and made[key] != value]
         if changed:
             raise InputError(
                 f"{folder} holds latents made from something else ({'; '.join(changed)}); remove it or choose another "

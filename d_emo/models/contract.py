@@ -47,15 +47,24 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, output_loading_info: bool = False, **options: Any) -> Any:
-        """diffusers' own, which leaves tensors that the files lack as the memory was; these are refused here.
+        """diffusers' own, which only warns of tensors that the files lack, or that it lacks; refused here.
+
+        With ``ignore_mismatched_sizes`` those of another shape are initialised anew, as for other classes.
 
         Raises:
             InputError: The files lack tensors, have others, or hold NaN.
         """
+        anew = options.get("ignore_mismatched_sizes", False)
+        options |= {"low_cpu_mem_usage": False} if anew else {}
         model, info = super().from_pretrained(path, output_loading_info=True, **options)
         for title in ("missing", "unexpected", "mismatched"):
-            if names := sorted(map(str, info[f"{title}_keys"])):
+            names = sorted(map(str, info[f"{title}_keys"]))
+            if names and not (anew and title == "mismatched"):
                 raise InputError(f"{path} does not hold a whole {cls.__name__}; {title}: {some(names)}")
+        if info["mismatched_keys"]:  # diffusers says that it initialises them, and does not
+            fresh, state = cls.from_config(model.config).state_dict(), model.state_dict()
+            for name, *_ in info["mismatched_keys"]:
+                state[name].copy_(fresh[name])
         check_finite(model.state_dict(), str(path))
         return (model, info) if output_loading_info else model
 

@@ -141,6 +141,15 @@ def denoise(
         yield Step(index, steps, t, latents)
 
 
+def check_codec(codec: Codec, denoiser: DenoiserFrame) -> None:
+    """Raise InputError for a codec of other latents than the denoiser's."""
+    if codec.channels != denoiser.latent_shape[0]:
+        raise InputError(
+            f"the codec {codec.name} has latents of {codec.channels} channels, the denoiser takes "
+            f"{denoiser.latent_shape[0]}; the one that it was trained with is needed"
+        )
+
+
 def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1]; on a CPU one by one, so that they do not depend on their batch. Shape: -> (B, 3, H, W).
 

@@ -18,7 +18,7 @@ from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import Labels, as_list, find_classes
-from d_emo.sampling.denoising import decode, denoise
+from d_emo.sampling.denoising import check_codec, decode, denoise
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.weights import check_pretrained, find_weights
@@ -39,7 +39,7 @@ class DEMOPipeline(DiffusionPipeline):
         label_dropout: Of the training; without any there is no guidance.
 
     Raises:
-        InputError: ``id2label`` does not name all classes.
+        InputError: ``id2label`` does not name all classes; the VAE is of other latents, or not of RGB images.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -51,6 +51,8 @@ class DEMOPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None, label_dropout: float = 0.1,
     ):
         super().__init__()
+        if vae is not None:
+            check_codec(VAECodec(vae, "vae"), transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}

@@ -18,7 +18,7 @@ from d_emo.latents import Codec, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.sampling.classes import Labels, as_list
-from d_emo.sampling.denoising import Step, decode, sample
+from d_emo.sampling.denoising import Step, check_codec, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 
@@ -88,6 +88,7 @@ class Sampler:
         _settle(snapshot.scheduler_config, snapshot.objective, scheduler, steps, guidance, snapshot)
         device = best_device(device)
         codec = load_codec(snapshot.codec).to(device)
+        check_codec(codec, snapshot.model)
         model = prepare_denoiser(snapshot.model.to(device), dtype=dtype, compile=compile)
         return cls(
             model, codec, snapshot.scheduler_config, scheduler=scheduler, steps=steps, guidance=guidance,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from d_emo.data import (
     ClassImages,
     Reading,
     find_splits,
+    in_recorded_order,
     list_folders,
     open_dataset,
     open_held_out,
@@ -30,7 +31,7 @@ from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import resolve_name
+from d_emo.models.registry import check_memory, resolve_name
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
@@ -70,11 +71,13 @@ class ClassifierTask:
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
-        torch.manual_seed(settings.seed)
         options = settings.model_options or {}
-        for name in {"num_classes", "in_channels"} & options.keys():
-            raise InputError(f"`model_options`: {name} follows from the data; leave it out")
+        for name in {"name", "num_classes", "in_channels"} & options.keys():
+            raise InputError(f"`model_options`: {name} follows from the data or from `model`; leave it out")
         given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
+        if options:
+            check_memory(settings.model, **{**given, **options})
+        torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**given, **options})
         self.teacher = None
         if settings.teacher is not None:
@@ -87,6 +90,10 @@ class ClassifierTask:
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
             *filter(None, [self.dataset.left_out, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = in_recorded_order(self.dataset, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.dataset.class_names)
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Images are read as they are needed; only the teacher has to move."""

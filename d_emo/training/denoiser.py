@@ -2,7 +2,8 @@
 
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from d_emo.config import TrainSettings
-from d_emo.data import ClassImages, OneClass, Reading, open_dataset, open_held_out, spread
+from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import frame_of
+from d_emo.models.registry import check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from
@@ -51,11 +52,13 @@ class DenoiserTask:
         self.encoded = settings.latents is not None or settings.cache_latents
         size = latent_side(self.codec, settings.image_size)
         options = frame.settings_for((self.codec.channels, size, size), len(self.images.class_names))
-        taken = sorted(options.keys() & (settings.model_options or {}).keys())
+        taken = sorted({"name", *options} & (settings.model_options or {}).keys())
         if taken:
             raise InputError(
                 f"`model_options` names {', '.join(taken)}, which the data and the codec decide; leave it out"
             )
+        if settings.model_options:
+            check_memory(settings.model, **options, **settings.model_options)
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **options, **(settings.model_options or {}))
         _init_labels(self.model.label_rows(), self.images.class_names, settings)
@@ -88,6 +91,10 @@ class DenoiserTask:
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
             *filter(None, [self.images.left_out, self.start]),
         ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = self.images = in_recorded_order(self.images, recorded)
+        self.held_out = self.held_out and in_recorded_order(self.held_out, self.images.class_names)
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
@@ -160,9 +167,13 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
     """Start values of the label table. Shape: table (classes + 1, C); the last row is the null class."""
     torch.nn.init.normal_(table, std=settings.label_init_std)
     if settings.label_init == "names":
+        alike: Counter[tuple[str, ...]] = Counter()
         for row, name in zip(table, class_names, strict=False):
-            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in re.findall(r"\w+", name.lower())]
-            if seeds:
+            words = tuple(re.findall(r"\w+", name.lower()))
+            apart = (f"no. {alike[words]}",) if alike[words] else ()  # a crane is a bird, and another class a machine
+            alike[words] += 1
+            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in words + apart]
+            if words:
                 parts = [torch.randn(len(row), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
                 row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
 

@@ -54,14 +54,27 @@ def start_from(
     table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
     if len(class_names) == 1:
         table[0] = null
-    for label, name in enumerate(class_names):
-        if keep_labels and name in old.class_names:
-            table[label] = rows[old.class_names.index(name)]
-            known += 1
+    theirs, ours = _by_name(old.class_names), _by_name(class_names)
+    for name, labels in ours.items() if keep_labels else ():
+        if len(theirs.get(name, ())) == len(labels):  # of several classes of one name, the first is the first there
+            table[labels] = rows[theirs[name]]
+            known += len(labels)
+    unclear = [name for name in ours if name in theirs and len(theirs[name]) != len(ours[name])] if keep_labels else []
     own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
     model.load_state_dict({**old.model.state_dict(), **own, model.label_parameter: table})
     step = old.meta["step"]
     rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
+    if unclear:
+        name, count = unclear[0], len(ours[unclear[0]])
+        rows += f" (not {name}, of which there are {len(theirs[name])} there and {count} here)"
     trained = {key: old.meta[key] for key in ("step", "training_minutes") if key in old.meta}
     other = "" if old.objective == objective else f", trained with {old.objective}"
     return f"Weights from {old.path} (step {step:,}{other}), {rows}.", trained
+
+
+def _by_name(class_names: list[str]) -> dict[str, list[int]]:
+    """The ids of each name, which may stand more than once."""
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(class_names):
+        labels.setdefault(name, []).append(label)
+    return labels

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from d_emo import kernels
-from d_emo.config import RunSettings, write_yaml
+from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
@@ -26,7 +26,7 @@ from d_emo.threads import use_threads
 from d_emo.training.feed import Feed
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import Updates, micro_batch_of, open_accelerator, precision_of
+from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal
 
@@ -43,6 +43,9 @@ class Task(Protocol):
 
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        """Number the classes of the data as the training state does that is gone on from; see `in_recorded_order`."""
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
@@ -103,11 +106,7 @@ class _Run:
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
         )
-        if self.accelerator.num_processes != world:
-            raise InputError(
-                f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
-                "processes on a CPU start them with `accelerate launch --cpu`"
-            )
+        check_processes(self.accelerator.num_processes)
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -115,10 +114,14 @@ class _Run:
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
+        if state is not None:
+            task.keep_classes(state.get("class_names"))
         set_seed(settings.seed)
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
             self.progress.say(line)
+        if accelerator.num_processes > 1:
+            self.progress.say(f"{accelerator.num_processes} processes share the work")
         with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
@@ -168,7 +171,8 @@ class _Run:
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = read_json(config, dict) if config.exists() else {}
+        hints = type_hints(type(settings))
+        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
@@ -192,7 +196,7 @@ class _Run:
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
-        settings, stop, self.started = self.settings, Stop.NO, time.time()
+        settings, stop, self.started = self.settings, Stop.NO, time.monotonic()
         self.feed = Feed(
             self.task.dataset, self.task.draw, seed=settings.seed, batch_size=settings.batch_size,
             micro_batch_size=self.micro, device=self.accelerator.device, step=self.step,
@@ -320,6 +324,7 @@ class _Run:
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
+                    "class_names": list(self.task.dataset.class_names),
                 })
         self.accelerator.wait_for_everyone()
 
@@ -335,4 +340,4 @@ class _Run:
             raise RunError(f"cannot save the {what} of step {self.step} in {self.folder}: {reason}; {left}") from error
 
     def _minutes(self) -> float:
-        return self.minutes + (time.time() - self.started) / 60
+        return self.minutes + (time.monotonic() - self.started) / 60
