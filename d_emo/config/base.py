@@ -236,6 +236,8 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         switch = bool in (options["type"], *get_args(options["type"]))
         if switch:
             options |= {"nargs": "?", "const": True}  # --compile means --compile true
+        if "no" in _names(hints[each.name], None):
+            options["type"] = options["type"] | bool  # YAML reads a plain no as false
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
         flag = flag_of(each)
@@ -247,7 +249,7 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         if switch and each.default is not False:
             group.add_argument(flag.replace("--", "--no-", 1), dest=each.name, action="store_const", const=False,
                                default=SUPPRESS, help=f"the same as {flag} false")
-        names = _names(options["type"], each.metadata.get("choices"))
+        names = _names(hints[each.name], each.metadata.get("choices"))
         action.completer = lambda names=names, **_: names  # for shells; none: they offer files
     return parser
 
@@ -268,7 +270,9 @@ def _read(
         raise
     except Exception as error:  # the parser at its ends: numbers of 400 digits, mappings where a list belongs
         raise InputError(f"the settings cannot be read ({type(error).__name__}: {error}){advice}") from None
-    return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
+    given = {each.name: values[each.name] for each in fields(settings_class)}
+    words = [name for name, hint in get_type_hints(settings_class).items() if "no" in _names(hint, None)]
+    return settings_class(**{**given, **{name: "no" for name in words if given[name] is False}}).resolve()
 
 
 def _names(hint: Any, table: Mapping[str, Any] | None) -> list[str]:
