@@ -1,4 +1,7 @@
-"""On which device to compute."""
+"""On which device to compute, and how long it takes."""
+
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,3 +19,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was given; a CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def seconds_of(
+    work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """How long some work takes, that of the device included."""
+    synchronize(device)
+    start = clock()
+    work()
+    synchronize(device)
+    return clock() - start

@@ -3,8 +3,12 @@
 The command line writes such a name as a flag, the app as words; a Python user reads it as it is.
 """
 
+import errno
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -18,3 +22,46 @@ class RunError(RuntimeError):
 def fields_as(message: str, render: Callable[[str], str]) -> str:
     """A message with the settings that it names in backquotes written otherwise: as flags, as words."""
     return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: render(field[1]), message)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""What the operating system says where a disk, a quota, memory or the number of open files is at its end."""
+
+
+def of_the_system(error: BaseException) -> tuple[str, int] | None:
+    """What the operating system refused, in a sentence, and an exit code; None for what may be a bug of ours.
+
+    2 for a path that cannot be used, which is the user's; 1 where there is no room left on a disk or in memory.
+    """
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "allocate memory" in str(error):
+        reason = " ".join(str(error).partition("allocate memory: ")[2].split()) or "none is left"
+        return f"there is not enough memory for this ({reason}); choose less at a time, or a smaller model", 1
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    path, reason = error.filename, error.strerror or str(error)
+    if error.errno in FULL:
+        return f"cannot {'write' if path is None else f'write {_text(path)}'}: {reason}", 1
+    if not isinstance(path, str | bytes | os.PathLike) or Path(_text(path)).is_relative_to(sys.prefix):
+        return None
+    return f"cannot use {_text(path)}: {reason}", 2
+
+
+def write_error(error: Exception, path: Path) -> OSError | None:
+    """An exception of whatever writes files as an OSError that names the file; None for one of another kind.
+
+    safetensors and torch have exceptions of their own for a full disk, NumPy an OSError without a number.
+    """
+    if isinstance(error, OSError):
+        number, reason = error.errno or errno.EIO, error.strerror or str(error)
+    elif told := re.search(r"(?:I/O error: )?([^:]*) \(os error (\d+)\)", str(error)):
+        reason, number = told[1].strip(), int(told[2])
+    elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+        number, reason = errno.EIO, "the disk is full, or the file may not grow"
+    else:
+        return None
+    return OSError(number, reason, str(path))
+
+
+def _text(path: str | bytes | os.PathLike) -> str:
+    text = os.fsdecode(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-40:]}"

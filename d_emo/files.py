@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import yaml
 
-from d_emo.errors import InputError, RunError
+from d_emo.errors import InputError, RunError, write_error
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,9 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     Whatever was made there, a file or a folder, is on the disk before it is renamed, so that readers, other processes
     and a power cut meet the old or the new. Each use has a name of its own. Many small files that can be made again
     need not wait for the disk (``flush``).
+
+    Raises:
+        OSError: It cannot be written; names ``path``, also where a library has an exception of its own for that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
@@ -45,8 +48,10 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         temporary.replace(path)
         if flush:
             _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, Exception) and (refused := write_error(error, path)):
+            raise refused from error
         raise
 
 

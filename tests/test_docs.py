@@ -42,7 +42,8 @@ def flags(verb: str) -> set[str]:
     names = {"config", "help"}
     for kind in kinds:
         for field in dataclasses.fields(load(kind)):
-            names.add((field.metadata.get("flag") or field.name).lstrip("-").replace("_", "-"))
+            name = (field.metadata.get("flag") or field.name).lstrip("-").replace("_", "-")
+            names |= {name, f"no-{name}"} if "bool" in str(field.type) and field.default is not False else {name}
     return names
 
 

@@ -29,6 +29,7 @@ def test_folder_gives_every_image_of_every_class_in_path_order(tmp_path: Path) -
         "n01/deep/c.webp", "n01/z.png", "n02/a.PNG", "n02/b.BMP", "n03.png"
     ]  # fmt: skip
     assert (images.num_images, images.num_jpegs, images.image_size) == (5, 0, (8, 8))
+    assert images.left_out == "1 file of other kinds left out: .txt 1"
     expected = torch.from_numpy(pixels[[3, 1, 2, 0, 4]]).permute(0, 3, 1, 2)
     assert torch.equal(read_all(tmp_path), expected)
 

@@ -270,7 +270,7 @@ def test_stored_statistics_are_no_samples(main: Callable, good: Path, tmp_path: 
         (["--num-images", "many"], "num.images"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--output", "{tmp}/none/o.json"], "the folder .*none does not exist"),
-        (["--output", "{tmp}/good"], "exists and is not overwritten"),
+        (["--output", "{tmp}/good"], "is a folder, where a file is to be written"),
     ],
 )
 def test_bad_argument(main: Callable, good: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents", "models",
-    "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
+    "errors", "text", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents",
+    "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
     "lab", "cli",
 ]
 INSIDE = {
     "config": [
-        "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -41,11 +42,9 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["text", "drawing", "ablations", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "denoisers", "classifiers", "profile", "report"],
-    "lab/study": [
-        "plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "conclusion", "study",
-    ],
+    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "profile", "report"],
+    "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import ClassifierSettings, EncodeSettings, TrainSettings, parse_settings
+from d_emo.config import ClassifierSettings, DoctorSettings, EncodeSettings, TrainSettings, parse_settings
 from d_emo.data import ImageFolder, in_order_of, list_files, open_dataset
 from d_emo.data.names import check_class_names, in_class_order
 from d_emo.errors import InputError
@@ -227,11 +227,9 @@ def test_a_home_that_cannot_be_found_is_said_or_done_without(monkeypatch):
 
 
 def test_held_out_images_that_nobody_would_look_at_are_refused():
-    for settings in (TrainSettings, ClassifierSettings):
-        with pytest.raises(InputError, match="`validate_dir` x belongs to a `data_dir`; the built-in data hold"):
-            settings(validate_dir="x", validate_every=1)
-    with pytest.raises(InputError, match="`validate_dir` x is measured every `validate_every` steps; give both"):
-        TrainSettings(data_dir="x", validate_dir="x")
+    for settings in (TrainSettings, ClassifierSettings, DoctorSettings):
+        with pytest.raises(InputError, match="`validate_dir` x belongs to a `data_dir`; built-in data hold out"):
+            settings(validate_dir="x")
     assert TrainSettings(latents="x", validate_dir="x", validate_every=1).validate_dir == "x"
     with pytest.raises(InputError, match="there is no setting 'validate-dir'"):
         parse_settings(EncodeSettings, "", ["--data-dir", "x", "--validate-dir", "x", "--output", "y"])

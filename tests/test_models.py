@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from d_emo.errors import InputError
-from d_emo.lab.ablations import ABLATIONS, matches
-from d_emo.lab.models_table import ablations_table, models_table, published_figures
+from d_emo.lab.models_table import ABLATIONS, ablations_table, matches, models_table, published_figures
 from d_emo.models import EMO, Denoiser, count_macs, count_parameters, create_model, list_models
 
 ROOT = Path(__file__).parents[1]

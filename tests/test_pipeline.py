@@ -215,7 +215,23 @@ def test_trajectories_and_interpolations_are_drawn(script, tmp_path):
         assert gif.n_frames == 3 and json.loads(gif.info["comment"])["classes"] == [1]
     assert script("--interpolate", "1", "a nine", "--num-images", "3")[0] == 0
     with Image.open(tmp_path / "samples" / "interpolate-1-9-seed0.png") as row:
-        assert row.size == (3 * 132 + 4, 150 + 4) and json.loads(row.text["d-emo"])["interpolate"] == ["1", "a nine"]
+        assert row.size == (3 * 132 + 4, 22 + 150 + 4)  # the fractions of the second class stand on top
+        assert json.loads(row.text["d-emo"])["interpolate"] == ["1", "a nine"]
+
+
+def test_who_names_no_class_sees_some_and_how_to_choose(script, tmp_path):
+    code, printed = script("--num-images", "1")
+    lines = printed.out.splitlines()
+    assert code == 0 and (tmp_path / "samples" / "class-1-3-6-8-seed0.png").exists()
+    assert lines[2:4] == ["classes   1: 1, 3: 3, 6: 6, 8: 8", "          some of 10; choose by --class 1 or --class 1"]
+    assert script("--class", "A Nine", "--num-images", "1")[1].out.splitlines()[2] == "classes   9: a nine"
+
+
+def test_one_class_is_not_spoken_of(script, tmp_path, tiny_denoiser):
+    denoiser = type(tiny_denoiser).from_config({**tiny_denoiser.config, "num_classes": 1})
+    alone = snapshot(tmp_path / "alone", denoiser, class_names=["pets"])
+    code, printed = script("--checkpoint", str(alone), "--num-images", "1", "--guidance-scale", "1")
+    assert code == 0 and "classes" not in printed.out and (tmp_path / "samples" / "image-seed0.png").exists()
 
 
 def test_a_sweep_of_guidance_keeps_the_noise_of_its_columns(script, tmp_path):
@@ -244,7 +260,6 @@ def test_a_snapshot_of_nan_is_one_sentence(script, tmp_path, tiny_denoiser):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ((), "at least one class"),
         (("--class", "1", "--seed", "-1"), "--seed must be at least 0"),
         (("--class", "1", "--guidance-scale", "1", "-2"), "--guidance-scale must be at least 0, not -2"),
         (("--class", "1", "--guidance-scale", "1", "2", "--format", "png"), "several --guidance-scale make a grid"),

@@ -296,6 +296,18 @@ def test_what_is_not_the_files_fault_is_not_passed_over(folder, monkeypatch, err
         ImageFolder(folder, 16, skip_corrupt=True)[1]
 
 
+def test_pictures_of_hundreds_of_megapixels_are_read_and_a_limit_of_ones_own_stays(monkeypatch):
+    huge = png(1, 0, b"")  # a head without pixels is enough: the limit is looked at first
+    head = bytearray(huge.getvalue())
+    head[16:24] = struct.pack(">II", 20000, 10000)
+    head[29:33] = struct.pack(">I", zlib.crc32(head[12:29]))
+    for limit, reason in ((reading_module.PILLOWS_LIMIT, "truncated"), (10**6, "exceeds limit of 2000000 pixels")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        reading_module.prepare_pillow.__wrapped__()
+        with pytest.raises(InputError, match=reason):
+            pixels(io.BytesIO(head))
+
+
 def test_large_and_cut_pictures(folder, monkeypatch):
     path = folder / "ape" / "0.png"
     path.write_bytes(path.read_bytes()[:-400])
@@ -320,7 +332,8 @@ def test_endings_are_those_that_pillow_and_its_plug_ins_read(monkeypatch, folder
     plug_in.register_heif_opener = lambda: Image.register_extension("PNG", ".heic")
     monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
     monkeypatch.setattr(Image, "EXTENSION", dict(kinds))
-    monkeypatch.setattr(reading_module, "image_endings", reading_module.image_endings.__wrapped__)
+    for name in ("image_endings", "prepare_pillow"):
+        monkeypatch.setattr(reading_module, name, getattr(reading_module, name).__wrapped__)
     assert is_image("a.heic")
 
 

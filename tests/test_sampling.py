@@ -273,6 +273,10 @@ def test_classes_are_found_by_id_and_by_name():
     assert sampling.find_classes([], ["all"]) == [0]
     with pytest.raises(InputError, match="at least one class.*3 classes"):
         sampling.find_classes([], names)
+    assert sampling.find_classes(["CAT", "Dog", "dog"], [*names, "Dog"]) == [0, 3, 1]
+    assert sampling.find_classes(["dOG", "4"], ["x", "dOG ", "dOg", "y", "z"]) == [2, 4]
+    with pytest.raises(InputError, match="2 classes are called 'DOG', 1, 3; write id:1 or id:3"):
+        sampling.find_classes(["DOG"], [*names, "Dog"])
     wrongs = {"3": "out of range.*3 classes", "-1": "out of range", "hors": "did you mean horse", "²": "called '²'",
               "--1": "called '--1'"}
     for wrong, words in wrongs.items():

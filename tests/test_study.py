@@ -19,9 +19,15 @@ from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.errors import InputError, RunError
 from d_emo.files import locked, write_json
 from d_emo.io.snapshot import save_denoiser
-from d_emo.lab.study import Study, conclusion, study
-from d_emo.lab.study.conclusion import read_step_times
-from d_emo.lab.study.cost import cost_table, network_calls, processes_of, speed_key, step_times
+from d_emo.lab.study import Study, cost, study
+from d_emo.lab.study.cost import (
+    cost_table,
+    network_calls,
+    processes_of,
+    read_step_times,
+    speed_key,
+    step_times,
+)
 from d_emo.lab.study.execution import VerbError
 from d_emo.lab.study.measuring import Meter
 from d_emo.lab.study.plan import plan_runs
@@ -206,7 +212,7 @@ def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_
     assert seconds.keys() == set(keys) and all(0 < value < 10 for value in seconds.values())
 
     asked = []
-    monkeypatch.setattr(conclusion, "step_times", lambda settings, runs: asked.append(1) or {
+    monkeypatch.setattr(cost, "step_times", lambda settings, runs: asked.append(1) or {
         speed_key(run, settings): 1.0 for run in runs
     })  # fmt: skip
     assert read_step_times(settings, planned) == read_step_times(settings, planned) and len(asked) == 1
@@ -253,7 +259,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     report = whole.report().read_text()
     whole.work()
     assert len(called) == 6, "all is there"
-    monkeypatch.setattr(conclusion, "step_times", None)
+    monkeypatch.setattr(cost, "step_times", None)
     whole.report()  # does not time anything again
     for changes, sentence in (
         ({"train": {**TRAIN, "learning_rate": 0.1}}, "'D-EMO', seed 3, was trained with learning_rate 0.05"),
@@ -340,8 +346,6 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_the_plan_prints_hours_that_are_steps_times_seconds(tmp_path, monkeypatch, capsys):
-    from d_emo.lab.study import cost
-
     monkeypatch.setattr(cost.Workload, "step", lambda self: 1.8)  # seconds
     monkeypatch.setattr(cost.Workload, "draw", lambda self: 0.9)
     settings = settings_of(tmp_path, launch=["--num_processes=2"], guidance_scale=1.5)

@@ -124,7 +124,7 @@ def of_photos(folder, photos, **changes):
              "output_dir": str(folder / "own")}  # fmt: skip
     (folder / "own.yaml").write_text(yaml.safe_dump(judge))
     encode = {"data_dir": str(photos / "train"), "image_size": 8, "vae": "pixels"}
-    train = {**TRAIN, "validate_dir": str(photos / "val")}
+    train = {**TRAIN, "validate_dir": str(photos / "val"), "validate_every": 2}
     return {"encode": encode, "judge": str(folder / "own.yaml"), "train": train} | changes
 
 

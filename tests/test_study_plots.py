@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from d_emo.lab.loss_curves import Curve
-from d_emo.lab.study import conclusion
+from d_emo.lab.study import measuring
 from d_emo.lab.study.plots import band, draw_curves, draw_gaps
 from d_emo.lab.study.results import Estimate
 from d_emo.sampling import draw_grid
@@ -132,13 +132,13 @@ def test_a_name_breaks_where_its_lines_are_most_alike():
 def test_a_studys_samples_are_large_and_stand_under_the_names_of_their_classes(tmp_path, monkeypatch):
     asked = []
     names = [f"class {number}" for number in range(19)]
-    monkeypatch.setattr(conclusion, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
-    monkeypatch.setattr(conclusion, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
+    monkeypatch.setattr(measuring, "load_denoiser", lambda path: SimpleNamespace(class_names=names))
+    monkeypatch.setattr(measuring, "draw_grid", lambda *args, **said: asked.append(said) or draw_grid(*args, **said))
     drawn = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
     runs = [SimpleNamespace(name=name, seed=0, folder=tmp_path, norm_buffers="trained") for name in "ab"]
     rows = pd.DataFrame([{"run": run.name, "seed": 0, "step": 4} for run in runs])
     meter = SimpleNamespace(draw=lambda *args: iter([drawn]))
-    assert conclusion.draw_samples(tmp_path / "s.png", runs, rows, lambda: meter)
+    assert measuring.draw_samples(tmp_path / "s.png", runs, rows, lambda: meter)
     assert asked[0]["names"] == names[::2] and asked[0]["scale"] == 2
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.width == 10 * (128 + 4) + 4

@@ -11,9 +11,16 @@ from d_emo.config import StudySettings, parse_settings
 from d_emo.data import open_dataset, to_uint8
 from d_emo.data.shapes import is_empty
 from d_emo.files import write_json
-from d_emo.lab.study.conclusion import held_out_file, introduction
 from d_emo.lab.study.plan import plan_runs
-from d_emo.lab.study.report import course_table, findings, gap_table, main_table, write_report
+from d_emo.lab.study.report import (
+    course_table,
+    findings,
+    gap_table,
+    held_out_file,
+    introduction,
+    main_table,
+    write_report,
+)
 from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step, paired
 
 

@@ -19,6 +19,7 @@ from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
 from d_emo.errors import InputError, fields_as
 from d_emo.sampling import SampleRequest
+from d_emo.text import plural
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
 
@@ -52,9 +53,10 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that no network has
+        reason = getattr(error, "strerror", None) or "it is no address"
         raise InputError(
-            f"cannot listen on port {port} of {host} ({error.strerror or error}); choose another `port` or `host`"
+            f"cannot listen on port {port} of {host} ({reason}); choose another `port` or `host`"
         ) from None
 
 
@@ -118,7 +120,7 @@ def _fields(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
         visible=len(names) > 1,
     )}
     fields["num_images"] = gr.Slider(
-        1, min(16, studio.settings.max_images), first.num_images, step=1, elem_id="count",
+        1, max(2, min(16, studio.settings.max_images)), first.num_images, step=1, elem_id="count",
         label="Pictures of each class" if len(names) > 1 else "Pictures",
     )
     with gr.Row():
@@ -236,10 +238,8 @@ def _progress(view: View, *, stopped: bool) -> str:
 
 
 def _finished(studio: Studio, view: View) -> str:
-    count = len(view.images)
-    pictures = "1 picture" if count == 1 else f"{count} pictures"
-    speed = f"{count / view.seconds:.1f} images/s on {studio.sampler.device.type}, previews included"
-    return _status(f"{pictures} in {view.seconds:.1f} s: {speed}.", fraction=1)
+    speed = f"{len(view.images) / view.seconds:.1f} images/s on {studio.sampler.device.type}, previews included"
+    return _status(f"{plural(len(view.images), 'picture')} in {view.seconds:.1f} s: {speed}.", fraction=1)
 
 
 def _about(studio: Studio) -> str:

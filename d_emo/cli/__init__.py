@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d_emo.cli.verbs import VERBS, Verb
-from d_emo.config import check_sources, in_flags, parse_settings, run_cli
+from d_emo.config import check_paths, in_flags, parse_settings, run_cli
 from d_emo.errors import InputError
 from d_emo.tables import load
 
@@ -45,7 +45,7 @@ def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None
     settings = load(kinds[kind])
     values = parse_settings(settings, verb.help, arguments, prog=prog)
     with in_flags(settings):
-        check_sources(values)
+        check_paths(values)
         verb.run(values)
 
 

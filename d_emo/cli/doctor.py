@@ -23,12 +23,14 @@ def run(settings: DoctorSettings) -> None:
         num_images=settings.num_images, one_class=settings.unconditional, sequential=True,
         reading=Reading.of(settings), flip=settings.flip,
     )
-    found, held_out = examine(images, settings.sample or None), None
+    others = held_out = None
+    if settings.validate_dir is not None:
+        others = open_held_out(settings, images.class_names, one_class=settings.unconditional)
+    found = examine(images, settings.sample or None)
     if not found.digests:
         raise InputError(f"none of the {len(found.unreadable):,} images that were tried could be read; the first: "
                          f"{next(iter(found.unreadable.values()))}")
-    if settings.validate_dir is not None:
-        others = open_held_out(settings, images.class_names, one_class=settings.unconditional)
+    if others is not None:
         held_out = examine(others, settings.sample or None)
     lines = describe(found, batch_size=settings.batch_size, max_steps=settings.max_steps, held_out=held_out)
     chosen, pixels = sheet_of(found)

@@ -19,6 +19,8 @@ def run(settings: EvaluateClassifierSettings) -> None:
         classifier.model.to(device), images, batch_size=settings.batch_size, limit=settings.num_images,
         num_workers=settings.num_workers,
     )
+    for line in filter(None, [images.left_out, *images.remarks()]):
+        print(line)
     print(f"{classifier.name} on {settings.data_dir or images.name}, {images.image_size} px: {accuracy}")
     if settings.output is not None:
         result = {"model": settings.model, "weights": settings.weights, **asdict(accuracy)}

@@ -33,5 +33,5 @@ def run(settings: ReferenceSettings) -> None:
     )  # fmt: skip
     print(f"reference  {output} ({output.stat().st_size / 1e6:.1f} MB)")
     print(f"images     {len(chosen):,} of {dataset.name} at {settings.image_size} px, {kept:,} of them stored")
-    print(f"features   {extractor.name}", *dataset.remarks(), sep="\n")
+    print(f"features   {extractor.name}", *filter(None, [dataset.left_out, *dataset.remarks()]), sep="\n")
 

@@ -1,5 +1,6 @@
 """``d-emo sample``."""
 
+import shlex
 import time
 
 import torch
@@ -30,7 +31,13 @@ def run(settings: SampleSettings) -> None:
     request.save(output, torch.cat(drawn), trajectory.images(sampler) if settings.trajectory else None)
     step, weights = snapshot.meta["step"], snapshot.meta["weights"]
     print(f"picture   {output}\nsnapshot  {snapshot.path} (step {step:,}, {weights} weights)")
-    print(f"classes   {', '.join(request.captions)}\nseed      {settings.seed} to {request.seeds[-1]}, one per image")
+    if len(snapshot.class_names) > 1:
+        print(f"classes   {', '.join(request.captions)}")
+    if not (settings.classes or settings.interpolate) and len(snapshot.class_names) > 1:
+        name = snapshot.class_names[request.classes[0]]
+        print(f"          some of {len(snapshot.class_names):,}; choose by --class {request.classes[0]} or --class "
+              f"{shlex.quote(name)}")
+    print(f"seed      {settings.seed} to {request.seeds[-1]}, one per image")
     scales = ", ".join(map("{:g}".format, settings.guidance_scale))
     print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {scales}")
     print(f"speed     {speed:.1f} images/s on {sampler.device.type}")

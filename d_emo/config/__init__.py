@@ -3,10 +3,8 @@
 from d_emo.config.base import (
     ReadingSettings,
     Settings,
-    check_sources,
-    folder_of,
+    check_paths,
     in_flags,
-    is_folder,
     parse_settings,
     run_cli,
     setting,
@@ -32,6 +30,7 @@ from d_emo.config.measuring import (
     PlotSettings,
     ReferenceSettings,
 )
+from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
@@ -45,6 +44,7 @@ from d_emo.config.training import (
     ClassifierSettings,
     DataSettings,
     EncodeSettings,
+    HeldOutSettings,
     RunSettings,
     TrainSettings,
     VAESettings,

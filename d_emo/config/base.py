@@ -1,6 +1,7 @@
 """What every verb needs of its settings: declaring, checking, reading, writing them, and ending on a bad one."""
 
 import difflib
+import os
 import re
 import sys
 from argparse import SUPPRESS
@@ -10,21 +11,22 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from d_emo.config.paths import Source, check_config, check_output, check_source, check_text
 from d_emo.config.ranges import Colour, ColourName, Range
-from d_emo.errors import InputError, RunError, fields_as
-from d_emo.files import expand_home, write_file
+from d_emo.errors import InputError, RunError, fields_as, of_the_system
+from d_emo.files import write_file
 
 S = TypeVar("S", bound="Settings")
 
 
 def setting(
     default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None, *,
-    group: str | None = None, choices: Mapping[str, Any] | None = None, source: bool = False,
-    resumable: bool = False, decisive: bool | None = None,
+    group: str | None = None, choices: Mapping[str, Any] | None = None, source: Source = False,
+    resumable: bool = False, decisive: bool | None = None, output: str | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -38,9 +40,11 @@ def setting(
         source: Whether it is the path of an input, which the command line looks for before anything runs.
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
+        output: Of a path that is written, what it is: a "folder" or "file" that must not be there yet; a "picture",
+            a file whose folder is made; a "run", a folder that the same command goes on with, or a "part" of one.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
-                "resumable": resumable, "decisive": not resumable if decisive is None else decisive}
+                "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -102,28 +106,19 @@ def type_hints(settings_class: type[Any]) -> dict[str, Any]:
     return get_type_hints(settings_class, include_extras=True)
 
 
-def is_folder(data_dir: str) -> bool:
-    """Whether ``--data-dir`` names an image folder, not tar shards or a data set of the library ``datasets``."""
-    return data_dir.partition(":")[0] not in ("wds", "hf")
-
-
-def folder_of(data_dir: str) -> Path:
-    """The image folder that ``--data-dir`` names; ``folder:`` before it says that train, val, ... in it are classes."""
-    return expand_home(data_dir.removeprefix("folder:"))
-
-
-def check_sources(settings: Settings) -> None:
-    """Refuse paths of inputs where nothing is.
+def check_paths(settings: Settings) -> None:
+    """Refuse paths of inputs that cannot be read, and of outputs that cannot be written.
 
     Raises:
-        InputError: One does not exist.
+        InputError: There is one.
     """
     for each in fields(settings):
-        value = getattr(settings, each.name) if each.metadata.get("source") else None
-        for path in [value] if isinstance(value, str) else value or []:
-            own = folder_of if each.name in ("data_dir", "validate_dir") else Path
-            if is_folder(path) and not own(path).exists():
-                raise InputError(f"`{each.name}` {path} does not exist")
+        value = getattr(settings, each.name)
+        for path in [value] if isinstance(value, str) else value or [] if isinstance(value, list) else []:
+            if each.metadata.get("source"):
+                check_source(each.name, path, each.metadata["source"])
+            if each.metadata.get("output"):
+                check_output(each.name, path, each.metadata["output"])
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -141,8 +136,16 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     elif origin is list and isinstance(value, list | tuple):
         for each in value:
             _check_type(name, each, arguments[0])
+    elif origin is dict and isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_type(name, key, arguments[0])
+            _check_type(name, each, arguments[1])
     elif origin is Literal and value not in arguments:
         raise InputError(_one_of(name, [str(each) for each in arguments], value))
+    elif hint is str and isinstance(value, str):
+        check_text(name, value)
+    elif hint is bool and not isinstance(value, bool) or hint is str and not isinstance(value, os.PathLike):
+        raise InputError(f"`{name}` must be {in_words(hint)}, not {value!r}")
 
 
 def _one_of(name: str, known: Any, value: Any) -> str:
@@ -187,10 +190,15 @@ def flag_of(one: Field) -> str:
 
 def make_parser(settings_class: type[Any], description: str, prog: str | None = None) -> Any:
     """The parser of a settings class; ``prog`` is what its usage calls the command."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    class Config(ActionConfigFile):
+        def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+            check_config(values)
+            super().__call__(parser, cfg, values, option_string)
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser.add_argument("--config", action=Config, help="YAML file of settings; flags after it override it")
     hints, group, groups = get_type_hints(settings_class), parser, {}
     for each in fields(settings_class):
         if each.metadata.get("group"):
@@ -241,6 +249,10 @@ def _read(
     except ArgumentError as error:
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
         raise InputError(_sentence(str(error), names, hints) + advice) from None
+    except InputError:
+        raise
+    except Exception as error:  # the parser at its ends: numbers of 400 digits, mappings where a list belongs
+        raise InputError(f"the settings cannot be read ({type(error).__name__}: {error}){advice}") from None
     return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
 
 
@@ -288,16 +300,27 @@ def write_yaml(settings: Any, path: Path) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an `InputError` becomes one sentence on stderr and exit code 2."""
+    """Run a script's ``main``; an `InputError` becomes one sentence on stderr and exit code 2.
+
+    So does a path that the operating system refuses, in whatever layer; a full disk or memory ends with exit code 1.
+    Any other exception is a bug of ours and stays a traceback.
+    """
     try:
         main()
     except InputError as error:
         sentence = str(error).splitlines()[-1]  # from a data worker it arrives below that worker's traceback
-        print(f"error: {sentence.removeprefix(f'{InputError.__module__}.InputError: ')}", file=sys.stderr)
-        sys.exit(2)
+        _end(sentence.removeprefix(f"{InputError.__module__}.InputError: "), 2)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if (refusal := of_the_system(error)) is None:
+            raise
+        _end(*refusal)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -20,7 +20,8 @@ class BenchmarkSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one")
     profile: bool = setting(False, "also profile by operator, in as many further rounds", group="Measurement")
     output: str | None = setting(
-        None, "folder for table.md, results.json and plot.png. Default: print the table only", group="Output"
+        None, "folder for table.md, results.json and plot.png. Default: print the table only", group="Output",
+        output="folder",
     )
 
 

@@ -12,13 +12,15 @@ class ExportSettings(Settings):
 
     model: str = setting(
         help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
-        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model"
+        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
+        source="or a name"
     )
     image_size: ClassifierSide | None = setting(
         None, "side of a classifier's images in pixels. Default: the classifier's"
     )
     output: str = setting(
-        help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output"
+        help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",
+        output="file",
     )
     tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, relative to the largest of them")
 
@@ -31,4 +33,6 @@ class ConvertSettings(Settings):
         help="a released .pth file, or a snapshot folder of a classifier", flag="IN", group="Weights", source=True
     )
     model: str | None = setting(None, "the variant that the file should hold. Default: whatever it holds")
-    output: str = setting(help="folder to write model.safetensors and config.json to", flag="OUT", group="Output")
+    output: str = setting(
+        help="folder to write model.safetensors and config.json to", flag="OUT", group="Output", output="folder"
+    )

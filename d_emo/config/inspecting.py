@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from d_emo.config.base import setting
 from d_emo.config.ranges import Count, ImageSide, Whole
-from d_emo.config.training import DataSettings
+from d_emo.config.training import HeldOutSettings
 from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorSettings(DataSettings):
+class DoctorSettings(HeldOutSettings):
     """Settings of ``d-emo doctor``."""
 
     image_size: ImageSide = setting(256, "side of the (centre-cropped) images in pixels, as training will have it")
@@ -17,14 +17,15 @@ class DoctorSettings(DataSettings):
     sample: Whole = setting(1000, "images to read, from all over the data set; 0: all", group="What to look at")
     vae: str | None = setting(
         None, "also encode the images of the contact sheet: pixels, d-emo-f8, a local AutoencoderKL folder or a hub "
-        "name"
+        "name", source="or a name"
     )
     batch_size: Count = setting(256, "images per step that training will have")
     max_steps: Count = setting(400_000, "steps that training will have")
     output: str | None = setting(
-        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output"
+        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output", output="picture"
     )
 
     def check(self) -> None:
+        super().check()
         if self.skip_corrupt:
             raise InputError("`skip_corrupt` is for training; doctor counts what cannot be read and goes on")

@@ -36,7 +36,7 @@ class EvaluateClassifierSettings(ReadingSettings):
 
     model: str = setting(
         help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL",
-        group="Model",
+        group="Model", source="or a name",
     )
     weights: Literal["ema", "raw"] = setting(
         "ema", "of a snapshot: the averaged weights (EMA), or the raw ones that the training state of its step keeps"
@@ -54,7 +54,7 @@ class EvaluateClassifierSettings(ReadingSettings):
     )
     batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")
-    output: str | None = setting(None, "JSON file to write the result to", group="Output")
+    output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
 
     def check(self) -> None:
         if self.output is not None and not Path(self.output).parent.is_dir():
@@ -85,6 +85,7 @@ class JudgeSettings(ReadingSettings):
     output: str = setting(
         "samples/judged.png", "PNG of ten samples of each of ten classes, with the metrics as JSON beside it (with "
         "--samplers: the table as .md, with .json beside it); overwritten", group="Output",
+        output="picture",
     )
     write_card: bool = setting(False, "also put the samples and metrics into the snapshot's model card")
 
@@ -109,7 +110,7 @@ class ExplainSettings(ReadingSettings):
     image: str = setting(help="image file to explain", flag="IMAGE", group="Input", source=True)
     model: str = setting(
         help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
-        "name of list_models() with random weights"
+        "name of list_models() with random weights", source="or a name"
     )
     image_size: ClassifierSide | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
     label: Whole | None = setting(
@@ -117,7 +118,8 @@ class ExplainSettings(ReadingSettings):
     )
     stage: Stage = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
     output: str | None = setting(
-        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output"
+        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output",
+        output="folder",
     )
 
 
@@ -157,12 +159,15 @@ class FidSettings(ReadingSettings):
     )
     compile: bool = setting(False, "torch.compile the denoiser")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
-    save_npz: str | None = setting(None, "write the samples to this .npz, in ADM's layout", group=SAVING)
-    save_png: str | None = setting(None, "write the samples into this folder")
-    work_dir: str | None = setting(
-        None, "folder for the features of the samples, to resume from. Default: results/fid/<settings' digest>"
+    save_npz: str | None = setting(
+        None, "write the samples to this .npz, in ADM's layout", group=SAVING, output="part"
     )
-    output: str | None = setting(None, "JSON file to write the result to", group="Output")
+    save_png: str | None = setting(None, "write the samples into this folder", output="run")
+    work_dir: str | None = setting(
+        None, "folder for the features of the samples, to resume from. Default: results/fid/<settings' digest>",
+        output="run",
+    )
+    output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
 
     def check(self) -> None:
         if (self.samples is None) == (self.checkpoint is None):
@@ -201,7 +206,7 @@ class ReferenceSettings(ReadingSettings):
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")
     num_workers: Workers = setting(0, "data loading processes")
-    output: str = setting(help=".npz to write, in ADM's layout", group="Output")
+    output: str = setting(help=".npz to write, in ADM's layout", group="Output", output="file")
     kept_images: Whole = setting(
         10_000, "number of images stored for precision, recall and KID, spread evenly; ADM stores as many"
     )
@@ -219,7 +224,7 @@ class PlotSettings(Settings):
     runs: list[str] = setting(help="run folders", flag="runs", group="Curves", source=True)
     published: str = setting("auto", "published curve to add: auto (of the runs' models), none, or a model's name")
     smooth: Whole = setting(0, "window of a running mean, in steps")
-    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output")
+    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output", output="picture")
 
 
 @dataclass(frozen=True, kw_only=True)

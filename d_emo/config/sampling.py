@@ -52,8 +52,8 @@ class SampleSettings(Settings):
     """Settings of ``scripts/sample.py``."""
 
     classes: list[str] = setting(
-        [], "class ids or names, e.g. --class 207 or --class cat dog; where a number is both, id:207 or name:207; "
-        "unconditional snapshots need none",
+        [], "class ids or names, e.g. --class 207 or --class cat dog; where a number is both, id:207 or name:207. "
+        "Default: four from all over their order",
         flag="--class", group="Images",
     )
     checkpoint: str | None = setting(None, SNAPSHOT, source=True)
@@ -85,7 +85,7 @@ class SampleSettings(Settings):
     )
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
-        group="Output",
+        group="Output", output="picture",
     )
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"

@@ -17,8 +17,10 @@ class StudySettings(Settings):
     """Settings of ``scripts/compare.py``; ``configs/study/`` has some."""
 
     title: str = setting(help="heading of the report", group="Study")
-    output_dir: str = setting(help="folder of the study's latents and runs; what is complete there is reused")
-    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids")
+    output_dir: str = setting(
+        help="folder of the study's latents and runs; what is complete there is reused", output="run"
+    )
+    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids", output="run")
     encode: dict[str, Any] | None = setting(
         None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
         group="Training",
@@ -43,7 +45,7 @@ class StudySettings(Settings):
     )
     judge: str | None = setting(
         None, "measure by a classifier of the same classes: its training config, or the folder of its run. A config is "
-        "trained first, where its run is not complete", group="Measurement",
+        "trained first, where its run is not complete", group="Measurement", source=True,
     )
     reference: str | None = setting(
         None, "measure by scripts/fid.py against these real images (or statistics), instead of by a classifier",

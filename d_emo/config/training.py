@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, folder_of, is_folder, setting
+from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -31,7 +32,7 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run", output="folder"
     )
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
     block_out_channels: list[Count] = setting(
@@ -46,6 +47,12 @@ class VAESettings(Settings):
     kl_weight: NotNegative = setting(1e-4, "weight of the mean Kullback-Leibler term per latent value")
     seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise", group="Run")
 
+    def check(self) -> None:
+        if not self.block_out_channels or any(width % 8 or width > 2**16 for width in self.block_out_channels):
+            raise InputError(
+                f"`block_out_channels` must be multiples of 8, for the group norms, not {self.block_out_channels}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
@@ -53,7 +60,7 @@ class RunSettings(Settings):
 
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>",
-        resumable=True, group="Run"
+        resumable=True, group="Run", output="run"
     )
     max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
     max_minutes: Positive | None = setting(
@@ -80,7 +87,8 @@ class RunSettings(Settings):
     ema_warmup: bool = setting(False, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     seed: Seed = setting(0, "seed of weights, data order, noise, timesteps and label dropout")
     resume: str = setting(
-        "auto", "auto (newest state in the run folder), never, or the path of a state", resumable=True
+        "auto", "auto (newest state in the run folder), never, or the path of a state", resumable=True,
+        source="or a name"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "default: bf16 on a GPU that has it, else no", resumable=True, decisive=True, group="Machine"
@@ -140,13 +148,24 @@ class DataSettings(ReadingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(DataSettings, RunSettings):
-    """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
+class HeldOutSettings(DataSettings):
+    """Which images to train on, and which to keep for measuring."""
 
     validate_dir: str | None = setting(
-        None, "held-out images of the same classes, in the same form; with --data-dir or --latents, and "
-        "--validate-every", resumable=True, source=True, group="Data"
+        None, "held-out images of the same classes, in the same form", resumable=True, source=True, group="Data"
     )
+
+    def check(self) -> None:
+        if self.validate_dir is not None and self.data_dir is getattr(self, "latents", None) is None:
+            raise InputError(
+                f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out some of their own"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(HeldOutSettings, RunSettings):
+    """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
+
     exif: bool | None = setting(
         None, "turn images upright as their EXIF tag says; with --no-exif they stay as the file has them, as ADM, DiT "
         "and timm train on them. Default: yes, or as --latents were made", group="Images"
@@ -165,7 +184,8 @@ class TrainSettings(DataSettings, RunSettings):
     )
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir"
+        "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
+        source="or a name"
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
     objective: str | None = setting(
@@ -212,9 +232,7 @@ class TrainSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
-        _check_held_out(self.validate_dir, self.data_dir or self.latents)
-        if self.validate_dir is not None and self.validate_every is None:
-            raise InputError(f"`validate_dir` {self.validate_dir} is measured every `validate_every` steps; give both")
+        super().check()
         family = family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
         if family is not first and self.objective not in (None, family.objective):
@@ -247,11 +265,14 @@ class TrainSettings(DataSettings, RunSettings):
 class EncodeSettings(DataSettings):
     """Settings of ``scripts/encode_latents.py``."""
 
-    output: str = setting(help="folder for the shards and their index; an unfinished one is resumed", group="Output")
+    output: str = setting(
+        help="folder for the shards and their index; an unfinished one is resumed", group="Output", output="run"
+    )
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
         None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents"
+        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents",
+        source="or a name"
     )
     dtype: Literal["float16", "bfloat16", "float32"] = setting(
         "float16", "type of the stored means and standard deviations"
@@ -263,7 +284,7 @@ class EncodeSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(DataSettings, RunSettings):
+class ClassifierSettings(HeldOutSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(
@@ -308,7 +329,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     )
     teacher: str | None = setting(
         None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
-        "of a classifier", group="Distillation"
+        "of a classifier", group="Distillation", source="or a name"
     )
     teacher_weights: str | None = setting(
         None, "weights file of a timm teacher. Default: timm's pretrained ones", source=True
@@ -321,7 +342,7 @@ class ClassifierSettings(DataSettings, RunSettings):
     def check(self) -> None:
         if not (len(self.crop_scale) == 2 and self.crop_scale[0] <= self.crop_scale[1]):
             raise InputError(f"`crop_scale` must be two rising shares in (0, 1], not {self.crop_scale}")
-        _check_held_out(self.validate_dir, self.data_dir)
+        super().check()
         if self.rand_augment not in (None, "none") and self.data_dir is not None and not is_folder(self.data_dir):
             raise InputError(
                 f"`rand_augment` {self.rand_augment} needs a folder of images; with {self.data_dir} use none"
@@ -345,11 +366,4 @@ class ClassifierSettings(DataSettings, RunSettings):
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
             flip=facts.get("flip") if self.flip is None else self.flip, **steps,
-        )
-
-
-def _check_held_out(validate_dir: str | None, own_data: str | None) -> None:
-    if validate_dir is not None and own_data is None:
-        raise InputError(
-            f"`validate_dir` {validate_dir} belongs to a `data_dir`; the built-in data hold out their own images"
         )

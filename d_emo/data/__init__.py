@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from d_emo.config import ClassifierSettings, TrainSettings, is_folder
+from d_emo.config import HeldOutSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
 from d_emo.data.digits import Digits
 from d_emo.data.folder import ImageFolder
@@ -110,7 +110,7 @@ def open_source(
 
 
 def open_held_out(
-    settings: TrainSettings | ClassifierSettings, class_names: list[str], *, one_class: bool = False,
+    settings: HeldOutSettings, class_names: list[str], *, one_class: bool = False,
     crop_share: float | None = None,
 ) -> ClassImages:
     """Open the images to validate on; InputError if there are none, or they have other classes."""

@@ -29,11 +29,27 @@ KEY_OF_PIXELS: dict[str, Callable[[Any], Any]] = {
 """A PNG's transparent colour is of the file's depth, Pillow's pixels are of 8 bits; by Pillow's name of that depth."""
 
 
+PILLOWS_LIMIT, LIMIT = 1024**3 // 12, 2**29
+"""Of pixels, beyond which Pillow warns; from twice as many it refuses."""
+
+
+@cache
+def prepare_pillow() -> None:
+    """Let Pillow read HEIF, where its plug-in is installed, and large pictures, once in each process.
+
+    Its limit is for what strangers send; a scan or a satellite's picture of 200 megapixels is none of that. A limit
+    that somebody else has set stays.
+    """
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    if Image.MAX_IMAGE_PIXELS == PILLOWS_LIMIT:
+        Image.MAX_IMAGE_PIXELS = LIMIT
+
+
 @cache
 def image_endings() -> frozenset[str]:
     """Endings of the files that are taken for images: `PHOTOGRAPHS` that Pillow or an installed plug-in of it reads."""
-    with suppress(ImportError):
-        import_module("pillow_heif").register_heif_opener()
+    prepare_pillow()
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return frozenset(PHOTOGRAPHS & readable)
 
@@ -100,13 +116,13 @@ class Reading:
         Raises:
             InputError: It cannot be read, or its pixels have no range that a viewer would know; the sentence names it.
         """
-        image_endings()  # a plug-in has to be known in this process
+        prepare_pillow()
         with naming(name), Image.open(source) as image:
             return self.as_viewed(image)
 
     def size(self, source: Path | BytesIO, name: Callable[[], str]) -> tuple[int, int]:
         """Width and height of what `read` gives, from the head of the file where that tells; fails as it does."""
-        image_endings()
+        prepare_pillow()
         with naming(name), Image.open(source) as image:
             if image.width == image.height or not self.exif or _orientation(image) == 1:
                 return image.size
@@ -127,9 +143,9 @@ class Reading:
         elif image.mode == "La":
             image = image.convert("LA")
         if alpha is None and image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
             alpha = image.getchannel("A")
-        if alpha is None:
+        if alpha is None or alpha.getextrema()[0] == 255:
             return image.convert("RGB")
         viewed = Image.new("RGB", image.size, self.background)
         viewed.paste(image.convert("RGB"), mask=alpha)

@@ -22,6 +22,9 @@ _FIELDS = ("cls", "label", "class", "class_id", "class_index", "class_name", "ca
 _RULES = 2
 """Of which images a shard has; with others, tables are built again."""
 
+MOST_SHARDS = 1_000_000
+"""Files that one ``{first..last}`` may stand for."""
+
 
 class TarShards(StoredImages):
     """Local tar files in WebDataset's layout: members ``KEY.jpg`` (or png, webp, ...) and ``KEY.cls``, a class number
@@ -73,13 +76,15 @@ def expand(pattern: str) -> list[Path]:
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if numbers:
         first, last = numbers.groups()
+        if int(last) - int(first) not in range(MOST_SHARDS):
+            raise InputError(f"{pattern[:200]} names no shards, or more than {MOST_SHARDS:,}; write first..last")
         parts = [pattern[: numbers.start()] + f"{number:0{len(first)}}" + pattern[numbers.end() :]
                  for number in range(int(first), int(last) + 1)]
         return [path for part in parts for path in expand(part)]
     path = expand_home(pattern)
     found = [path]
     if "*" in path.name:
-        found = sorted(each for each in path.parent.glob(path.name) if not is_clutter(each.name))
+        found = sorted(each for each in path.parent.glob(re.sub(r"\*+", "*", path.name)) if not is_clutter(each.name))
     missing = [str(each) for each in found if not each.is_file()] if found else [pattern]
     if missing:
         raise InputError(

@@ -12,6 +12,7 @@ from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.metrics import Gathered
 from d_emo.evaluation.statistics import is_constant
 from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, METRICS, MetricValue, class_values, load
+from d_emo.text import markdown_table
 
 REAL_IMAGES, HELD_OUT_IMAGES = 5000, 1000  # at most, of training and of held-out data
 BATCH = 100
@@ -214,9 +215,7 @@ def sampler_table(values: Sequence[MetricValue], rows: Sequence[Mapping[str, Any
     """Rows of `measure_timed` of ``count`` images, each with its ``scheduler`` and ``steps``, as a Markdown table."""
     shown = [value for value in values if all(value.name in row for row in rows)]
     titles = ["sampler", "steps", *(value.title_for(count) for value in shown), "time", "images/s"]
-    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    for row in rows:
-        cells = [row["scheduler"], row["steps"], *(value.show(row) for value in shown), f"{row['seconds']:.0f} s",
-                 f"{row['images_per_second']:.2f}"]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    return markdown_table(titles, (
+        [row["scheduler"], row["steps"], *(value.show(row) for value in shown), f"{row['seconds']:.0f} s",
+         f"{row['images_per_second']:.2f}"] for row in rows
+    ))  # fmt: skip

@@ -70,13 +70,15 @@ def measure_snapshot(
     )
 
 
-def draw_classes(sampler: Sampler, labels: Sequence[int]) -> Iterator[torch.Tensor]:
+def draw_classes(sampler: Sampler, labels: Sequence[int], *, exact: bool = True) -> Iterator[torch.Tensor]:
     """Images of these classes from the noise of seeds 0, 1, 2, ..., with a progress bar on a terminal.
+
+    ``exact`` is that of `Sampler.images`.
 
     Shape: of a batch (B, 3, H, W) uint8.
     """
     title = f"{type(sampler.scheduler).__name__}, {sampler.steps} steps"
     with tqdm(total=len(labels), desc=title, unit="image", disable=None, leave=False) as bar:
-        for images in sampler.images(labels, range(len(labels)), batch_size=BATCH):
+        for images in sampler.images(labels, range(len(labels)), batch_size=BATCH, exact=exact):
             bar.update(len(images))
             yield images

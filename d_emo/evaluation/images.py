@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from d_emo.data import is_clutter, list_files
-from d_emo.data.reading import AS_VIEWED, Reading, is_image, naming, no_images
+from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, naming, no_images
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
 from d_emo.threads import thread_count
@@ -29,6 +29,7 @@ class FolderImages:
         image_size: (width, height) in pixels.
         num_images: How many there are.
         num_jpegs: How many of them are stored as JPEG.
+        left_out: A sentence on the files beside them that are no images, if there are some.
 
     Raises:
         InputError: No such folder, too few images in it, images of several sizes, or a file that is no image.
@@ -44,6 +45,8 @@ class FolderImages:
         found = sorted(filter(is_image, files))
         if not found:
             raise no_images(name, files)
+        others = (path for path in files if not is_image(path) and path.suffix != ".json")  # how they were drawn
+        self.left_out = describe_left_out(others)
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)

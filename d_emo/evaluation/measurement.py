@@ -82,7 +82,7 @@ class Measurement:
         with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
             sampled = self._gathered(images.num_images, Path(folder))
             sampled.update_all(self._run(images))
-            warnings = self._warnings(images.num_images, images.image_size, images.num_jpegs)
+            warnings = self._warnings(images.num_images, images.image_size, images.num_jpegs, images.left_out)
             return self._finish(sampled, Path(folder), str(samples), read_provenance(samples), warnings)
 
     def of_generated(
@@ -190,13 +190,17 @@ class Measurement:
             write_file(Path(self._output), result.to_json())
         return result
 
-    def _warnings(self, count: int, image_size: tuple[int, int], num_jpegs: int = 0) -> Iterator[str]:
+    def _warnings(
+        self, count: int, image_size: tuple[int, int], num_jpegs: int = 0, left_out: str = ""
+    ) -> Iterator[str]:
         reference = self._reference and self._reference.images
         if count < PUBLISHED_COUNT:
             yield (
                 f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
                 f"published tables use {PUBLISHED_COUNT} samples"
             )
+        if left_out:
+            yield f"of the samples, {left_out}"
         if num_jpegs:
             yield (
                 f"{num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "

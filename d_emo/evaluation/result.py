@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d_emo.tables import METRICS
+from d_emo.text import markdown_table
 
 NOT_RECORDED = "not recorded"
 
@@ -63,8 +64,7 @@ class Result:
     def to_markdown(self) -> str:
         """The result as a table of one row, with its head."""
         titles, cells = zip(*self._columns(), strict=True)
-        rule = "|".join("---" for _ in titles)
-        return f"| {' | '.join(titles)} |\n|{rule}|\n| {' | '.join(str(cell) for cell in cells)} |"
+        return markdown_table(titles, [cells], words=len(titles))
 
     def _columns(self) -> list[tuple[str, str]]:
         where = [("samples", self._samples()), ("reference", self._reference()), ("features", self.features)]

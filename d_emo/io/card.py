@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
 from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
+from d_emo.text import plural
 
 _FIGURE = ("name", "value", "remark")
 METRICS, PICTURE = "metrics.json", "samples.png"
@@ -94,7 +95,7 @@ def describe_hardware(device: torch.device) -> str:
     processes = torch.distributed.get_world_size() if distributed else 1
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    threads = f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
+    threads = plural(torch.get_num_threads(), "CPU thread")
     return threads if processes == 1 else f"{processes} processes of {threads}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from d_emo.errors import InputError
-from d_emo.lab.drawing import logarithmic, new_figure
+from d_emo.lab.reporting import logarithmic, new_figure
 from d_emo.tables import family_of
 
 PANELS = ("loss", "mse", "vb")
@@ -28,10 +28,8 @@ class Curve:
 
     def smoothed(self, window: int) -> Curve:
         """Each value replaced by the mean of those logged in the last ``window`` steps, itself among them."""
-        totals = np.concatenate([[0.0], np.cumsum(self.values)])
-        first = np.searchsorted(self.steps, self.steps - window, side="right")
-        last = np.arange(1, len(self.steps) + 1)
-        first = np.minimum(first, last - 1)
+        totals, last = np.cumsum([0.0, *self.values]), np.arange(1, len(self.steps) + 1)
+        first = np.minimum(np.searchsorted(self.steps, self.steps - window, side="right"), last - 1)
         return Curve(self.steps, (totals[last] - totals[first]) / (last - first))
 
 
@@ -67,8 +65,8 @@ def read_run(folder: str | Path) -> Run:
     curves = {}
     for tag in log.Tags()["scalars"]:
         points = {event.step: event.value for event in sorted(log.Scalars(tag), key=lambda event: event.wall_time)}
-        steps = sorted(points)
-        curves[tag] = Curve(np.array(steps), np.array([points[step] for step in steps]))
+        steps, values = zip(*sorted(points.items()), strict=True)
+        curves[tag] = Curve(np.array(steps), np.array(values))
     if "loss" not in curves:
         raise InputError(f"no loss is logged in {folder / 'logs'} yet; the run's `log_every` says when it will be")
     return Run(folder, yaml.safe_load((folder / "config.yaml").read_text()), curves)
@@ -95,23 +93,20 @@ def choose_published(runs: list[Run], wanted: str = "auto") -> dict[str, Curve]:
         trained = {(run.model.lower(), run.settings.get("objective")) for run in runs}
         return {name: curve for name, curve in known.items()
                 if {(name.lower(), family_of(name).objective), (name.lower(), None)} & trained}  # fmt: skip
-    chosen = {name: curve for name, curve in known.items() if name.lower() == wanted.replace("/", "-").lower()}
-    if not chosen:
-        raise InputError(f"no loss curve of {wanted} is published; there are {', '.join(known)}, auto and none")
-    return chosen
+    for name, curve in known.items():
+        if name.lower() == wanted.replace("/", "-").lower():
+            return {name: curve}
+    raise InputError(f"no loss curve of {wanted} is published; there are {', '.join(known)}, auto and none")
 
 
 def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, smooth: int = 0) -> None:
     """Draw the losses against the steps, both axes logarithmic, into a PNG.
 
-    Args:
-        runs: One line each, in every panel that they have values for.
-        published: Dashed lines in the panel of the loss, by model name.
-        output: File to write.
-        smooth: Length in steps of a running mean; the values as logged stay visible behind it.
+    Each run is a line in every panel that it has values for; published curves, by model name, are dashed. Of ``smooth``
+    steps, a running mean is drawn, with the values as logged behind it.
     """
     panels = [name for name in PANELS if any(name in run.curves for run in runs)]
-    heights = [3] + [1.4] * (len(panels) - 1)
+    heights = [3, 1.4, 1.4][: len(panels)]
     figure = new_figure(9, 1.5 * sum(heights))
     from matplotlib.ticker import EngFormatter  # after what says that it is missing
 
@@ -120,11 +115,10 @@ def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, s
         for number, run in enumerate(runs):
             if (curve := run.curves.get(panel)) is None:
                 continue
-            style = {"color": f"C{number}", "lw": 1.4, "label": f"{run.folder} ({run.model})"}
             if smooth:
-                ax.plot(curve.steps, curve.values, color=style["color"], alpha=0.2, lw=0.8)
-                curve = curve.smoothed(smooth)
-            ax.plot(curve.steps, curve.values, **style)
+                ax.plot(curve.steps, curve.values, color=f"C{number}", alpha=0.2, lw=0.8)
+            label = f"{run.folder} ({run.model})"
+            ax.plot(curve.steps, curve.smoothed(smooth).values, color=f"C{number}", lw=1.4, label=label)
         if panel == "loss":
             for name, curve in published.items():
                 ax.plot(curve.steps, curve.values, "--", color="0.25", lw=1.2, label=f"{name}, published, ImageNet 256")

@@ -14,7 +14,7 @@ from torch import nn
 from d_emo.errors import InputError
 from d_emo.files import digest_of_tensors, expand_home
 from d_emo.tables import CODECS, load
-from d_emo.weights import STEM, first_line, load_pretrained
+from d_emo.weights import STEM, check_finite, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
@@ -199,6 +199,7 @@ def load_codec(name: str) -> Codec:
         folder = folder / "vae"
     try:
         vae = load_pretrained(AutoencoderKL, folder)
+        check_finite(vae.state_dict(), str(folder))
     except InputError as error:
         raise InputError(f"`vae` {name} does not hold a readable AutoencoderKL: {error}") from None
     return VAECodec(vae, name)

@@ -16,7 +16,18 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
-from d_emo.models.layers import NORM_EPS, NormKind, checkpoint_block, fold_batch_norms, is_count, pair
+from d_emo.models.layers import (
+    LARGEST_COUNT,
+    LARGEST_RATIO,
+    MOST_BLOCKS,
+    NORM_EPS,
+    NormKind,
+    checkpoint_block,
+    fold_batch_norms,
+    is_count,
+    is_ratio,
+    pair,
+)
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
@@ -310,10 +321,16 @@ def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Se
 
     for name, values in rows.items():
         if name == "expand_ratios":
-            if not four(values) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
-                raise InputError(f"{name} must hold four positive numbers, one per stage, got {values!r}.")
-        elif not four(values) or not all(map(is_count, values)):
-            raise InputError(f"{name} must hold four positive integers, one per stage, got {values!r}.")
+            if not four(values) or not all(map(is_ratio, values)):
+                raise InputError(
+                    f"{name} must hold four positive numbers of at most {LARGEST_RATIO}, one per stage, got {values!r}."
+                )
+            continue
+        largest = MOST_BLOCKS if name == "depths" else LARGEST_COUNT
+        if not four(values) or not all(is_count(value, largest) for value in values):
+            raise InputError(
+                f"{name} must hold four positive integers of at most {largest:,}, one per stage, got {values!r}."
+            )
     if rows["dims"][0] < 2:
         raise InputError(f"dims must start with 2 or more, as the stem has half of that, got {rows['dims']!r}.")
     if not four(norms):

@@ -18,6 +18,9 @@ from d_emo.models.attention import AttentionMode
 from d_emo.models.blocks import adaln_projection
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import (
+    LARGEST_COUNT,
+    LARGEST_RATIO,
+    MOST_BLOCKS,
     NORM_EPS,
     LabelEmbedder,
     NormKind,
@@ -25,6 +28,7 @@ from d_emo.models.layers import (
     TimestepEmbedder,
     checkpoint_block,
     is_count,
+    is_ratio,
     pair,
     sincos_position_embedding,
 )
@@ -98,8 +102,13 @@ class Denoiser(DenoiserFrame):
         counts = {"patch_size": patch_size, "in_channels": in_channels, "num_classes": num_classes,
                   "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}  # fmt: skip
         for name, value in counts.items():
-            if not is_count(value):
-                raise InputError(f"{name} must be a positive integer, got {value!r}.")
+            largest = MOST_BLOCKS if name == "depth" else LARGEST_COUNT
+            if not is_count(value, largest):
+                raise InputError(f"{name} must be a positive integer of at most {largest:,}, got {value!r}.")
+        if not is_ratio(expand_ratio):
+            raise InputError(f"expand_ratio must be positive and at most {LARGEST_RATIO}, got {expand_ratio!r}.")
+        if not isinstance(learn_sigma, bool):
+            raise InputError(f"learn_sigma must be true or false, got {learn_sigma!r}.")
         height, width = self.sample_size = pair(sample_size, "sample_size")
         if height % patch_size or width % patch_size:
             raise InputError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")

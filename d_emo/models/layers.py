@@ -23,9 +23,18 @@ NORM_EPS = 1e-6
 NormKind = Literal["batch", "layer", "none"]
 
 
-def is_count(value: object) -> bool:
-    """Whether a value is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+LARGEST_COUNT, LARGEST_RATIO, MOST_BLOCKS = 1_000_000, 1000, 1000
+"""Above these no size, expand ratio or depth of a network is meant, and building it would not end."""
+
+
+def is_count(value: object, largest: int = LARGEST_COUNT) -> bool:
+    """Whether a value is a positive integer, and not beyond all measure."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
+
+
+def is_ratio(value: object) -> bool:
+    """Whether a value is a positive number, and not beyond all measure."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_RATIO
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:

@@ -3,7 +3,10 @@
 import difflib
 import fnmatch
 import inspect
+import os
 from typing import Any
+
+import torch
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
@@ -71,6 +74,22 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO:
     if foreign:
         raise InputError(f"{name} has {block.name} blocks, which know no {', '.join(foreign)}; leave it out.")
     return network(**settings)
+
+
+def check_memory(name: str, **overrides: Any) -> None:
+    """Refuse a network, as `create_model` takes it, whose weights alone are more than this machine's memory.
+
+    Raises:
+        InputError: So it is; or see `create_model`.
+    """
+    with torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in create_model(name, **overrides).parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > there:
+        raise InputError(
+            f"{name} with {overrides} has weights of {size / 1e9:,.0f} GB, and this machine {there / 1e9:,.0f} GB of "
+            "memory; choose smaller `model_options`"
+        )
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

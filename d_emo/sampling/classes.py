@@ -26,8 +26,8 @@ def as_list(values: Labels) -> list[Any]:
 def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> list[int]:
     """Class ids for ids or names; where there is only one class, it need not be named.
 
-    Numbers are ids; text is an id or a name. What can be both, as where classes 0 and 1 are called "1" and "0", has to
-    say which: ``id:1`` or ``name:1``.
+    Numbers are ids; text is an id or a name, in capitals or not where that makes no difference. What can be both, as
+    where classes 0 and 1 are called "1" and "0", has to say which: ``id:1`` or ``name:1``.
 
     Raises:
         InputError: No class named, an id out of range, an unknown name, or more than one class that can be meant; says
@@ -43,7 +43,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
         each = f"id:{operator.index(each)}" if hasattr(each, "__index__") else str(each)
         kind, text = re.fullmatch("((?:id|name):)?(.*)", each, re.DOTALL).groups()
         number = int(text) if kind != "name:" and re.fullmatch(r"-?[0-9]+", text) else None
-        named = [] if kind == "id:" else [label for label, name in enumerate(class_names) if name == text]
+        named = [] if kind == "id:" else _called(text, class_names)
         meant = {*named, *([number] if number is not None and 0 <= number <= last else [])}
         if len(meant) > 1:
             raise InputError(_ambiguous(text, number if number in meant else None, named, class_names))
@@ -55,6 +55,19 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
             raise InputError(f"no class is called {text!r}: {guess}{known}")
         ids += meant
     return ids
+
+
+def _called(text: str, class_names: Sequence[str]) -> list[int]:
+    """Classes of this name; where there is none, of this name in other cases."""
+    exact = [label for label, name in enumerate(class_names) if name == text]
+    folded = text.casefold()
+    return exact or [label for label, name in enumerate(class_names) if name.casefold() == folded]
+
+
+def some_classes(class_names: Sequence[str], count: int = 4) -> list[int]:
+    """Classes from all over their order, for who names none."""
+    count = min(count, len(class_names))
+    return [(2 * number + 1) * len(class_names) // (2 * count) for number in range(count)]
 
 
 def spell_class(label: int, class_names: Sequence[str]) -> str:

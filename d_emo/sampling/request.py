@@ -10,7 +10,7 @@ import torch
 from d_emo.config import SampleSettings
 from d_emo.data import to_uint8
 from d_emo.io.snapshot import DenoiserSnapshot
-from d_emo.sampling.classes import find_classes, mix_classes
+from d_emo.sampling.classes import find_classes, mix_classes, some_classes
 from d_emo.sampling.denoising import Step, decode
 from d_emo.sampling.files import save_gif, save_png, save_pngs
 from d_emo.sampling.grids import draw_grid
@@ -27,6 +27,7 @@ class SampleRequest:
         settings: Completed with what depends on the snapshot.
         classes: Ids of the classes.
         captions: Of the rows of a grid.
+        columns: What is written above its columns: of an interpolation, the fraction of the second class.
         labels, seeds: Of each image.
 
     Raises:
@@ -36,10 +37,13 @@ class SampleRequest:
     def __init__(self, settings: SampleSettings, snapshot: DenoiserSnapshot):
         settings = settings.resolve(objective=snapshot.objective, label_dropout=snapshot.label_dropout)
         self.settings, self.snapshot = settings, snapshot
-        self.classes = find_classes(settings.interpolate or settings.classes, snapshot.class_names)
-        self.captions = [f"{label}: {snapshot.class_names[label]}" for label in self.classes]
+        names, wanted = snapshot.class_names, settings.interpolate or settings.classes
+        self.classes = find_classes(wanted, names) if wanted else some_classes(names)
+        self.captions = [f"{label}: {names[label]}" for label in self.classes] if len(names) > 1 else list(names)
+        self.columns: list[str] = []
         if settings.interpolate:
             self.captions, self.seeds = [" to ".join(self.captions)], [settings.seed] * settings.num_images
+            self.columns = [f"{number / (settings.num_images - 1):.2f}" for number in range(settings.num_images)]
             self.labels = mix_classes(snapshot.model, *self.classes, settings.num_images)
         else:
             self.labels = [label for label in self.classes for _ in range(settings.num_images)]
@@ -54,11 +58,13 @@ class SampleRequest:
     @property
     def default_path(self) -> str:
         """Where the pictures go when the settings do not say."""
-        settings, names = self.settings, "-".join(map(str, self.classes[:10]))
+        settings, alone = self.settings, len(self.snapshot.class_names) == 1
+        names = "" if alone else "-" + "-".join(map(str, self.classes[:10]))
         kind = "interpolate" if settings.interpolate else "trajectory" if settings.trajectory else "class"
+        kind = "image" if alone and kind == "class" else kind
         kind = "guidance" if len(settings.guidance_scale) > 1 else kind
         suffix = ".gif" if settings.trajectory == "gif" else ".png" if settings.format == "grid" else ""
-        return f"samples/{kind}-{names}-seed{settings.seed}{suffix}"
+        return f"samples/{kind}{names}-seed{settings.seed}{suffix}"
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -92,9 +98,9 @@ class SampleRequest:
             save_pngs(images, output, self.labels, self.seeds, self.made_by)
         elif frames is None:
             images, captions = self._sweep(images)
-            save_png(draw_grid(images, captions, columns), output, self.made_by)
+            save_png(draw_grid(images, captions, columns, names=self.columns), output, self.made_by)
         elif settings.trajectory == "gif":
-            grids = [draw_grid(frame, captions, columns) for frame in frames]
+            grids = [draw_grid(frame, captions, columns, names=self.columns) for frame in frames]
             save_gif(grids, output, self.made_by)
         else:
             rows = [f"{captions[index // columns]}, seed {seed}" for index, seed in enumerate(self.seeds)]

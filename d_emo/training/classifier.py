@@ -31,7 +31,7 @@ from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import resolve_name
+from d_emo.models.registry import check_memory, resolve_name
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
@@ -71,11 +71,13 @@ class ClassifierTask:
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
-        torch.manual_seed(settings.seed)
         options = settings.model_options or {}
-        for name in {"num_classes", "in_channels"} & options.keys():
-            raise InputError(f"`model_options`: {name} follows from the data; leave it out")
+        for name in {"name", "num_classes", "in_channels"} & options.keys():
+            raise InputError(f"`model_options`: {name} follows from the data or from `model`; leave it out")
         given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
+        if options:
+            check_memory(settings.model, **{**given, **options})
+        torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**given, **options})
         self.teacher = None
         if settings.teacher is not None:

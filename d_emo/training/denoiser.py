@@ -20,7 +20,7 @@ from d_emo.io.snapshot import save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import frame_of
+from d_emo.models.registry import check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from
@@ -52,11 +52,13 @@ class DenoiserTask:
         self.encoded = settings.latents is not None or settings.cache_latents
         size = latent_side(self.codec, settings.image_size)
         options = frame.settings_for((self.codec.channels, size, size), len(self.images.class_names))
-        taken = sorted(options.keys() & (settings.model_options or {}).keys())
+        taken = sorted({"name", *options} & (settings.model_options or {}).keys())
         if taken:
             raise InputError(
                 f"`model_options` names {', '.join(taken)}, which the data and the codec decide; leave it out"
             )
+        if settings.model_options:
+            check_memory(settings.model, **options, **settings.model_options)
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **options, **(settings.model_options or {}))
         _init_labels(self.model.label_rows(), self.images.class_names, settings)

@@ -7,8 +7,7 @@ import torch
 from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.lab.benchmark.classifiers import classifier_cases
-from d_emo.lab.benchmark.denoisers import BASELINE, denoiser_cases
+from d_emo.lab.benchmark.cases import BASELINE, classifier_cases, denoiser_cases
 from d_emo.lab.benchmark.forms import forms_table
 from d_emo.lab.benchmark.kernels import kernels_table
 from d_emo.lab.benchmark.profile import profile_table

@@ -7,6 +7,7 @@ import torch
 
 from d_emo.config import KernelsSettings
 from d_emo.errors import InputError
+from d_emo.text import markdown_table
 
 SIDE, WINDOW, NARROW, WIDE, HEADS, KERNEL = 16, 8, 384, 1536, 6, 5
 """Tokens of a side of the map and of a window, channels of queries and of the value, heads, side of the convolution."""
@@ -43,13 +44,13 @@ def rows(batch: int, device: torch.device) -> list[Row]:
     z, a, grad = (random(batch, SIDE, SIDE, WIDE).bfloat16() for _ in range(3))
     qk, out, inner = random(batch, SIDE, SIDE, 2 * NARROW).bfloat16(), torch.empty_like(z), torch.empty_like(z)
     weight, norm = 0.2 * random(WIDE, 1, KERNEL, KERNEL), random(3, WIDE)
-    taps, options = taps_of(weight), ("gelu", HEADS, [WINDOW, WINDOW], "spanning", 1)
+    taps, options, ops = taps_of(weight), ("gelu", HEADS, [WINDOW, WINDOW], "spanning", 1), torch.ops.d_emo
     return [
         Row("copy of a wide map", lambda: out.copy_(z), 2, "139 measured"),
         Row("attention, one pass", lambda: spanning.attend(qk, z, *options), 2.5, "173 to 255 expected"),
-        Row("its gradients", lambda: spanning.attend_backward(grad, qk, z, *options), 4, "277 to 527 expected"),
+        Row("its gradients", lambda: ops.spanning_attention_backward(grad, qk, z, *options), 4, "277 to 527 expected"),
         Row("attention, two passes", lambda: attention.attend(qk, z, *options), 2.5, "436 measured"),
-        Row("its gradients", lambda: attention.attend_backward(grad, qk, z, *options), 4, "969 measured"),
+        Row("its gradients", lambda: ops.window_attention_backward(grad, qk, z, *options), 4, "969 measured"),
         Row("convolution with statistics", lambda: convolve(a, taps, statistics=True), 2, "246 measured"),
         Row("convolution", lambda: convolve(a, taps), 2, "193 measured"),
         Row("gradient of its input, plus a map", lambda: convolve(a, taps, flip=True, plus=out, out=out), 3,
@@ -84,14 +85,13 @@ def kernels_table(settings: KernelsSettings) -> str:
 
 def measured(batch: int, device: torch.device) -> str:
     """The table of `kernels_table`; the time of a kernel that fails is what it says."""
-    lines = ["| kernel | us | bytes, us | H100 at batch 256, us |", "|---|---:|---:|---:|"]
-    map_time = None
+    lines, map_time = [], None
     for row in rows(batch, device):
         try:
             time = 1e3 * milliseconds(row.run)
         except Exception as error:  # of Triton's compiler or the driver: the others are still of use
-            lines.append(f"| {row.name} | {str(error).strip().splitlines()[0][:80]} | | {row.h100} |")
+            lines.append([row.name, str(error).strip().splitlines()[0][:80], "", row.h100])
             continue
         map_time = map_time or time / row.maps
-        lines.append(f"| {row.name} | {time:.0f} | {map_time * row.maps:.0f} | {row.h100} |")
-    return "\n".join(lines)
+        lines.append([row.name, f"{time:.0f}", f"{map_time * row.maps:.0f}", row.h100])
+    return markdown_table(["kernel", "us", "bytes, us", "H100 at batch 256, us"], lines)

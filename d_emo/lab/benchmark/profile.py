@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d_emo.device import synchronize
 from d_emo.lab.benchmark.timing import Case
-from d_emo.lab.text import markdown_table
+from d_emo.text import markdown_table
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
 
@@ -20,8 +20,7 @@ SHOWN = 12
 def operator_times(case: Case, rounds: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of a step by operator, without the operators inside it, on a GPU by kernel; means of the rounds."""
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         for _ in range(rounds):
             case.run()
         synchronize(device)

@@ -6,30 +6,28 @@ import json
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from d_emo.errors import InputError
 from d_emo.lab.benchmark.timing import Case
-from d_emo.lab.drawing import new_figure
-from d_emo.lab.text import markdown_table
+from d_emo.lab.reporting import make_folder, new_figure
+from d_emo.text import markdown_table
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations per second of GPUs, from their data sheets, for the utilisation."""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One line of the table; ``ratio`` is to the group's baseline, times in milliseconds, memory in MB."""
 
     group: str
     name: str
     milliseconds: float
-    quartiles: tuple[float, float]
+    quartiles: tuple[float, ...]
     per_second: float
     ratio: float
     gmacs_per_second: float
@@ -40,15 +38,14 @@ class Result:
     @classmethod
     def of(cls, case: Case, *, baseline: Case, batch_size: int, device: torch.device) -> Result:
         """The result of a measured case beside its group's baseline."""
-        peak = case.peak_bytes and case.peak_bytes / 1e6
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and case.macs else ""
+        time, macs = case.median, case.macs
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and macs else ""
         fastest = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
         return cls(
-            group=case.group, name=case.name, milliseconds=1e3 * case.median,
-            quartiles=tuple(1e3 * s for s in case.spread), per_second=batch_size / case.median,
-            ratio=case.median / baseline.median, gmacs_per_second=case.macs / case.median / 1e9, peak_megabytes=peak,
-            saved_megabytes=None if case.saved_bytes is None else case.saved_bytes / 1e6,
-            utilisation=fastest and 2 * case.macs / case.median / fastest,
+            group=case.group, name=case.name, milliseconds=1e3 * time, quartiles=tuple(1e3 * s for s in case.spread),
+            per_second=batch_size / time, ratio=time / baseline.median, gmacs_per_second=macs / time / 1e9,
+            peak_megabytes=case.peak_megabytes, saved_megabytes=case.saved_megabytes,
+            utilisation=fastest and 2 * macs / time / fastest,
         )  # fmt: skip
 
 
@@ -93,19 +90,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None:
     """Write ``table.md``, with the profiles, ``results.json`` and ``plot.png`` into a folder; else InputError."""
     picture = plot(report.results)  # first, as it needs what may be missing
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"`output` {folder} cannot be made: {error.strerror}") from None
+    make_folder(folder, "`output`")
     where = machine(report.device)
     about = ", ".join(f"{key} {value}" for key, value in where.items())
     (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
-    record = {
-        "machine": where,
-        "settings": {name: value for name, value in settings.items() if name != "output"},  # which says nothing later
-        "baseline": report.baseline,
-        "results": [asdict(r) for r in report.results],
-    }
+    said = {name: value for name, value in settings.items() if name != "output"}  # which says nothing later
+    record = {"machine": where, "settings": said, "baseline": report.baseline,
+              "results": [r._asdict() for r in report.results]}  # fmt: skip
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     picture.savefig(folder / "plot.png", dpi=120)
 
@@ -117,7 +108,7 @@ def plot(results: Sequence[Result]) -> Any:
     figure = new_figure(8, sum(heights))
     panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)[:, 0]
     for axes, (group, rows) in zip(panels, groups, strict=True):
-        ours = [row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows]
+        ours = (row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows)
         colours = ["tab:blue" if mine else "0.7" for mine in ours]
         bars = axes.barh([row.name for row in rows], [row.per_second for row in rows], color=colours)
         axes.bar_label(bars, fmt=" {:,.1f}", fontsize=8)

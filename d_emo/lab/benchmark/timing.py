@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from d_emo.device import synchronize
+from d_emo.device import seconds_of
 
 
 @dataclass
@@ -20,18 +20,18 @@ class Case:
         name: whose network it is.
         run: does the work once.
         macs: multiply-accumulates of the work; 0 if they are not known.
+        saved_megabytes: what the forward pass keeps for the backward pass; None in inference.
+        peak_megabytes: the most GPU memory in use while it ran, filled in by `measure`; None on a CPU.
         seconds: filled in by `measure`.
-        peak_bytes: the most GPU memory in use while it ran, filled in by `measure`; None on a CPU.
-        saved_bytes: what the forward pass keeps for the backward pass; None in inference.
     """
 
     group: str
     name: str
     run: Callable[[], object]
     macs: int = 0
+    saved_megabytes: float | None = None
+    peak_megabytes: float | None = None
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -47,18 +47,15 @@ class Case:
 def measure(cases: Sequence[Case], *, rounds: int, device: torch.device, clock: str = "wall") -> None:
     """Run every case once to warm up, then ``rounds`` times each in turns; fills in the cases' measurements."""
     now = time.perf_counter if clock == "wall" else time.process_time
-    for measured in (False, *[True] * rounds):
+    for number in range(rounds + 1):
         for case in cases:
-            synchronize(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            start = now()
-            case.run()
-            synchronize(device)
+            seconds = seconds_of(case.run, device, now)
             if device.type == "cuda":
-                case.peak_bytes = torch.cuda.max_memory_allocated(device)
-            if measured:
-                case.seconds.append(now() - start)
+                case.peak_megabytes = torch.cuda.max_memory_allocated(device) / 1e6
+            if number:
+                case.seconds.append(seconds)
 
 
 def saved_bytes(forward: Callable[[], object], exclude: Sequence[torch.Tensor] = ()) -> int:

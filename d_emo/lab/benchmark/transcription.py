@@ -20,8 +20,7 @@ from d_emo.models.layers import ChannelsLastBatchNorm, LayerScale, LocalConv
 
 def transcribe(network: nn.Module) -> nn.Module:
     """The plain transcription of a D-EMO denoiser or EMOv2 classifier, with a copy of its weights."""
-    kinds = {Denoiser: PlainDenoiser, EMO: PlainClassifier}
-    return kinds[type(network)](copy.deepcopy(network))
+    return {Denoiser: PlainDenoiser, EMO: PlainClassifier}[type(network)](copy.deepcopy(network))
 
 
 def pointwise(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -103,12 +102,16 @@ def adaln_block(block: AdaLNMobileBlock, x: Tensor, c: Tensor) -> Tensor:
     return x + gate * operator(block.operator, norm(x, block.norm) * (1 + scale) + shift)
 
 
-class PlainDenoiser(nn.Module):
-    """Shape: latents (B, C_in, H, W), timestep (B,), class_labels (B,) -> (B, C_out, H, W)."""
+class Plain(nn.Module):
+    """Another way through the weights of a network."""
 
-    def __init__(self, network: Denoiser) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+
+class PlainDenoiser(Plain):
+    """Shape: latents (B, C_in, H, W), timestep (B,), class_labels (B,) -> (B, C_out, H, W)."""
 
     def forward(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         net = self.network
@@ -121,12 +124,8 @@ class PlainDenoiser(nn.Module):
             return net.unpatchify(net.final_layer(x.permute(0, 2, 3, 1), c))
 
 
-class PlainClassifier(nn.Module):
+class PlainClassifier(Plain):
     """Shape: (B, C_in, H, W) -> (B, classes)."""
-
-    def __init__(self, network: EMO) -> None:
-        super().__init__()
-        self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
         net, stem = self.network, self.network.stem

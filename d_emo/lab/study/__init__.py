@@ -1,7 +1,7 @@
 """Studies: models, objectives and seeds trained and measured alike, and a report of what came out.
 
 Reading order: ``plan`` (which runs), ``execution`` (other verbs as children), ``measuring``, ``results`` (all
-measurements, intervals), ``report`` and ``plots``, ``cost``, ``study`` (the work) and ``conclusion`` (its report).
+measurements, intervals), ``report`` and ``plots``, ``cost``, ``study`` (all of it wired together).
 """
 
 from importlib.util import find_spec

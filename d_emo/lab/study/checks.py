@@ -1,11 +1,19 @@
 """What a study refuses before it trains anything: settings that cannot work, and results of other settings."""
 
 import os
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from d_emo.config import ClassifierSettings, EncodeSettings, StudySettings, TrainSettings, check_guidance, is_folder
+from d_emo.config import (
+    ClassifierSettings,
+    EncodeSettings,
+    StudySettings,
+    TrainSettings,
+    check_guidance,
+    is_folder,
+    read_sampler,
+)
 from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
 from d_emo.files import read_json
@@ -24,31 +32,34 @@ def check_same_training(run: PlannedRun) -> None:
     if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
         return
     remedy = f"remove {run.folder}, and the study's run {run.name!r}, seed {run.seed}, is trained again"
-    recorded = read_json(path, dict, remedy)
-    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainSettings)}
-    old, new = (_what_counts(values) for values in (defaults | recorded, asdict(run.training)))
+    recorded = asdict(TrainSettings()) | read_json(path, dict, remedy)
+    old, new = (_what_counts(values) for values in (recorded, asdict(run.training)))
     for name in ("image_size", "exif", "background", "flip"):  # what the data decide where the study does not
         new[name] = old[name] if new[name] is None else new[name]
     if new["vae"] is None:
         new["vae"] = old["vae"] if run.training.latents else default_codec(run.training.data_dir)
     if run.training.schedule == "constant" and old["max_steps"] < new["max_steps"]:
         old["max_steps"] = new["max_steps"]  # a run that goes on, not another run
-    changed = [f"{name} {old[name]}, where the study says {new[name]}" for name in new if old[name] != new[name]]
-    if changed:
+    if changed := _changes(old, new):
         raise InputError(
-            f"the study's run {run.name!r}, seed {run.seed}, was trained with {'; '.join(changed)}; give the study "
-            f"another output_dir, or remove {run.folder} to train it again"
+            f"the study's run {run.name!r}, seed {run.seed}, was trained with {changed}; give the study another "
+            f"output_dir, or remove {run.folder} to train it again"
         )
 
 
 def _what_counts(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's result; latents as seen from the run's folder, so that a study can be moved."""
     decisive = TrainSettings.marked("decisive")
-    kept = {each.name: values[each.name] for each in fields(TrainSettings) if each.name in decisive}
+    kept = {name: value for name, value in values.items() if name in decisive}
     for name in ("data_dir", "init_from"):
         kept[name] = kept[name] and os.path.abspath(kept[name])
     kept["latents"] = kept["latents"] and os.path.relpath(kept["latents"], values["output_dir"])
     return kept
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What is not as it was, in words."""
+    return "; ".join(f"{name} {old[name]}, where the study says {new[name]}" for name in new if old[name] != new[name])
 
 
 def check_same_latents(settings: StudySettings) -> None:
@@ -58,20 +69,16 @@ def check_same_latents(settings: StudySettings) -> None:
         return
     made, encode = read_json(folder / INDEX, dict, REPEAT), read_encode(settings.encode)
     index = {"exif": Origin.exif, "background": Origin.background} | made  # older ones do not say
-    wanted = {name: getattr(encode, name) for name in settings.encode}
-    named = {"vae": "codec", "flip": "mirrored"}
-    named |= {name: name for name in ("image_size", "dtype", "exif", "background")}
+    wanted = {name: getattr(encode, name) for name in settings.encode if getattr(encode, name) is not None}
     if encode.data_dir is not None:
         wanted["dataset"] = "folder" if is_folder(encode.data_dir) else encode.data_dir.partition(":")[0]
-    if index.get("data") in DATASETS and DATASETS[index["data"]].drawn:
-        named["num_images"] = "images"
-    named["dataset"] = "data"
-    changed = [f"{name} {index.get(key)}, where the study says {wanted[name]}" for name, key in named.items()
-               if wanted.get(name) is not None and wanted[name] != index.get(key)]  # fmt: skip
-    if changed:
-        raise InputError(
-            f"the study's latents {folder} were encoded with {'; '.join(changed)}; give the study another output_dir"
-        )
+    same = {name: name for name in ("image_size", "dtype", "exif", "background")}
+    named = {"vae": "codec", "flip": "mirrored", **same, "num_images": "images", "dataset": "data"}
+    if index.get("data") not in DATASETS or not DATASETS[index["data"]].drawn:
+        del named["num_images"]
+    known = {name: index.get(key) for name, key in named.items() if name in wanted}
+    if changed := _changes(known, {name: wanted[name] for name in known}):
+        raise InputError(f"the study's latents {folder} were encoded with {changed}; give the study another output_dir")
 
 
 def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
@@ -83,8 +90,7 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
     for objective, each in settings.samplers.items():
         if objective not in OBJECTIVES:
             raise InputError(f"the study's samplers are by objective ({', '.join(OBJECTIVES)}), not by {objective!r}")
-        name, _, steps = each.rpartition(":")
-        _check_sampler(name, int(steps), objective, f"the study's sampler {each}")
+        _check_sampler(*read_sampler(each), objective, f"the study's sampler {each}")
     fid = None
     if settings.reference is not None:
         if given := {"samples", "checkpoint", "reference", "output"} & (settings.fid or {}).keys():

@@ -1,21 +1,27 @@
 """Each model's speed, measured for a moment on this machine: for a study's axis of time, and for what it will cost."""
 
 import json
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from d_emo.config import StudySettings, TrainSettings
-from d_emo.device import best_device, synchronize
+from d_emo.config import StudySettings, TrainSettings, read_sampler
+from d_emo.device import best_device, seconds_of
+from d_emo.errors import InputError
+from d_emo.files import digest, locked, read_json, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
-from d_emo.lab.study.results import new_model, size_of
-from d_emo.lab.text import markdown_table
+from d_emo.lab.study.results import REMAKE, RESUME
+from d_emo.models import create_model
+from d_emo.models.contract import DenoiserFrame
+from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.layers import fold_batch_norms
+from d_emo.models.registry import frame_of
 from d_emo.tables import OBJECTIVES, load
+from d_emo.text import markdown_table
 from d_emo.threads import use_threads
 from d_emo.training.optimizer import make_optimizer
 from d_emo.training.parallel import micro_batch_of, precision_of
@@ -32,24 +38,37 @@ def cost_table(settings: StudySettings, runs: Sequence[PlannedRun]) -> str:
     """
     device, processes, seeds = best_device(), processes_of(settings.launch), len(settings.seeds)
     lines, total = [], 0.0
-    for run in (run for run in runs if run.seed == settings.seeds[0] and run.norm_buffers == "trained"):
-        shape = latent_shape_of(settings, run.training)
-        parameters, macs = size_of(run, shape)
-        work = Workload(run.training, shape, device, processes)
+    for run in runs[: len(settings.runs)]:  # the first seed's
+        if run.norm_buffers != "trained":
+            continue
+        training, shape = run.training, latent_shape_of(settings, run.training)
+        parameters, macs = size_of(training, shape)
+        work = Workload(training, shape, device, processes)
         step, image = (median([measured() for _ in range(WARM + TIMED)][WARM:]) for measured in (work.step, work.draw))
-        training = step * run.training.max_steps / 3600
-        snapshots = -(-run.training.max_steps // run.training.snapshot_every)
-        measuring = image * settings.num_images * network_calls(settings, run.training) * snapshots / processes / 3600
-        total += seeds * (training + measuring)
-        lines.append([
-            run.name, f"{parameters / 1e6:.2f}M", f"{macs / 1e6:,.0f}M", f"{1000 * step:,.0f}", f"{training:,.2f}",
-            f"{measuring:,.2f}", str(seeds),
-        ])  # fmt: skip
+        images = settings.num_images * -(-training.max_steps // training.snapshot_every) / processes
+        hours = [step * training.max_steps / 3600, image * images * network_calls(settings, training) / 3600]
+        total += seeds * sum(hours)
+        lines.append([run.name, f"{parameters / 1e6:.2f}M", f"{macs / 1e6:,.0f}M", f"{1000 * step:,.0f}",
+                      *(f"{each:,.2f}" for each in hours), str(seeds)])  # fmt: skip
         print(" | ".join(lines[-1]), flush=True)
     return (
         f"\n{markdown_table(HEAD, lines)}\n\n{total:,.1f} hours on {processes} x {describe_hardware(device)}, as far "
         "as counted: no exchange of gradients, no reading of data, no decoding."
     )
+
+
+def read_step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """How long a step of each of this study's models takes, timed together and once: "hardware" and "seconds"."""
+    keys, folder = "\n".join(sorted({speed_key(run, settings) for run in runs})), Path(settings.output_dir)
+    path = folder / f"step_times-{digest(keys)[:8]}.json"
+    with locked(folder, wait=True):
+        if not path.exists():
+            print("timing a training step of every model, in turns", flush=True)
+            seconds = step_times(settings, runs)
+            write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
+    return read_json(path, lambda kept: {
+        "hardware": kept["hardware"], "seconds": {key: kept["seconds"][key] for key in keys.splitlines()}
+    }, REMAKE)  # fmt: skip
 
 
 def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str, float]:
@@ -61,7 +80,7 @@ def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str,
     different = {speed_key(run, settings): run.training for run in runs}
     works = {key: Workload(training, latent_shape_of(settings, training), device, processes)
              for key, training in different.items()}  # fmt: skip
-    seconds: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = {key: [] for key in works}
     for turn in range(WARM + ROUNDS):
         for key in list(works)[:: -1 if turn % 2 else 1]:
             seconds[key].append(works[key].step())
@@ -83,11 +102,26 @@ def processes_of(launch: Sequence[str]) -> int:
 
 def network_calls(settings: StudySettings, training: TrainSettings) -> int:
     """Forward passes of one image of a measurement."""
-    steps, guidance = settings.samplers[training.objective].rpartition(":")[2], settings.guidance_scale
+    steps, guidance = read_sampler(settings.samplers[training.objective])[1], settings.guidance_scale
     if settings.reference is not None:
         fid = fid_settings(settings)
         steps, guidance = fid.steps, fid.guidance_scale
-    return int(steps) * (1 if guidance == 1 else 2)
+    return steps * (1 if guidance == 1 else 2)
+
+
+def size_of(training: TrainSettings, latent_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters (with a label table for 1000 classes) and multiply-accumulates of a run's model, for one latent."""
+    with torch.device("meta"):
+        model = new_model(training, latent_shape)
+        return count_parameters(model), count_macs(model)
+
+
+def new_model(training: TrainSettings, latent_shape: tuple[int, ...]) -> DenoiserFrame:
+    """A run's model before its training, for 1000 classes; InputError for a classifier."""
+    frame = frame_of(training.model)
+    if frame is None:
+        raise InputError(f"{training.model} is a classifier; a study compares denoisers")
+    return create_model(training.model, **frame.settings_for(latent_shape, 1000) | (training.model_options or {}))
 
 
 class Workload:
@@ -99,8 +133,7 @@ class Workload:
         use_threads(device, processes)
         self.model, self.device = new_model(training, latent_shape).to(device), device
         self.micro_batches = per_rank // micro
-        objective = load(OBJECTIVES[training.objective].loss)
-        self.objective = objective(null_class=self.model.null_class).to(device)
+        self.objective = load(OBJECTIVES[training.objective].loss)(null_class=self.model.null_class).to(device)
         self.optimizer = make_optimizer(self.model, training, {}, device)
         self.latents = torch.randn(micro, *latent_shape, device=device)
         self.labels = torch.zeros(micro, dtype=torch.long, device=device)
@@ -121,17 +154,10 @@ class Workload:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        return self._seconds(backward) * self.micro_batches + self._seconds(update)
+        return seconds_of(backward, self.device) * self.micro_batches + seconds_of(update, self.device)
 
+    @torch.no_grad()
     def draw(self) -> float:
         """Seconds of a forward pass of one image; the model cannot be trained any more."""
-        fold_batch_norms(self.model.eval())
-        inputs = {"timestep": self.noise.timesteps, "class_labels": self.labels}
-        with torch.no_grad():
-            return self._seconds(lambda: self.model(self.latents, **inputs)) / len(self.latents)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        model, inputs = fold_batch_norms(self.model.eval()), (self.latents, self.noise.timesteps, self.labels)
+        return seconds_of(lambda: model(*inputs), self.device) / len(self.latents)

@@ -20,13 +20,9 @@ class VerbError(RunError):
 def run_verb(
     verb: str, settings: dict[str, Any], config: Path, *, launch: Sequence[str] = (), lock: TextIO | None = None
 ) -> None:
-    """Run ``d-emo VERB --config FILE`` to its end, on one process or through ``accelerate launch``.
+    """Run ``d-emo VERB --config FILE`` to its end, with these settings, and arguments of ``accelerate launch`` or none.
 
-    Args:
-        verb: Such as "train".
-        settings: Written to the file ``config`` as YAML.
-        launch: Arguments of accelerate launch; none: without it.
-        lock: Held by the child as well, so that its folder stays claimed if this process is killed and it is not.
+    The child holds the ``lock`` as well, so that its folder stays claimed if this process is killed and it is not.
 
     Raises:
         VerbError: It failed.

@@ -1,42 +1,42 @@
 """Measuring the snapshots of a study's runs, all alike: same labels, same noise, same classifier."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import torch
-from tqdm import tqdm
 
-from d_emo.config import StudySettings
-from d_emo.data import ClassImages, Reading, open_dataset, spread
+from d_emo.config import StudySettings, read_sampler
+from d_emo.data import Reading, open_dataset, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
-from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, classifier_metrics
+from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, draw_classes, even_labels, open_real
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
-from d_emo.lab.study.plan import data_dir_of
+from d_emo.lab.study.plan import PlannedRun, data_dir_of
 from d_emo.latents import load_codec, sample_moments
 from d_emo.models.layers import batch_norms, scratch_statistics
 from d_emo.objective import StepNoise
-from d_emo.sampling import Sampler
+from d_emo.sampling import Sampler, draw_grid
 from d_emo.tables import OBJECTIVES, load
 
 HELD_OUT, LEVELS = 1024, 10  # images and noise levels of the norm gap
+COLUMNS, TILE = 10, 96  # classes in the grid of samples, and the least side of a drawing in pixels
 
 
 class Meter:
     """Draws from a study's snapshots, and measures them by the classifier in a folder against the same real images."""
 
     def __init__(self, settings: StudySettings, classifier: Path | None):
-        self.settings = settings
-        self.device = best_device()
+        self.settings, self.device = settings, best_device()
         self._features = None if classifier is None else ClassifierFeatures(classifier, device=self.device)
         self._metrics: ClassifierMetrics | None = None
-        self._held_out: ClassImages | None = None
 
     def measure(self, snapshot: Path, norm_buffers: str = "trained") -> dict[str, float]:
         """Metric values of drawn images, see `ClassifierMetrics.measure`."""
         opened = load_denoiser(snapshot)
         metrics = self._open_metrics(opened)
-        labels = classifier_metrics.even_labels(self.settings.num_images, len(opened.class_names))
+        labels = even_labels(self.settings.num_images, len(opened.class_names))
         return metrics.measure(self.draw(opened, labels.tolist(), norm_buffers), labels)
 
     def measure_real(self, snapshot: Path) -> dict[str, float] | None:
@@ -57,20 +57,17 @@ class Meter:
         if norm_buffers == "initial":
             for norm in batch_norms(opened.model):
                 norm.reset_running_stats()
-        name, _, steps = self.settings.samplers[opened.objective].rpartition(":")
+        name, steps = read_sampler(self.settings.samplers[opened.objective])
         guidance = self.settings.guidance_scale
-        sampler = Sampler.open(opened, scheduler=name, steps=int(steps), guidance=guidance, device=self.device)
-        with tqdm(total=len(labels), desc=f"{name}, {steps} steps", unit="image", disable=None, leave=False) as bar:
-            for images in sampler.images(labels, range(len(labels)), batch_size=classifier_metrics.BATCH, exact=False):
-                bar.update(len(images))
-                yield images
+        sampler = Sampler.open(opened, scheduler=name, steps=steps, guidance=guidance, device=self.device)
+        return draw_classes(sampler, labels, exact=False)
 
     def _open_metrics(self, opened: DenoiserSnapshot) -> ClassifierMetrics:
         if self._metrics is None:
             if opened.class_names != self._features.class_names:
                 raise InputError(f"the classifier {self._features.name} knows other classes than {opened.path}")
             data, own = opened.meta.get("data"), data_dir_of(self.settings)
-            real, self._held_out = classifier_metrics.open_real(
+            real, self._held_out = open_real(
                 data, opened.image_size, opened.class_names, data_dir=own,
                 validate_dir=own and self.settings.train.get("validate_dir"), reading=self._reading(),
             )
@@ -100,24 +97,39 @@ class Meter:
             reading=self._reading(),
         )
         objective = load(OBJECTIVES[opened.objective].loss)(null_class=model.null_class).to(self.device)
-        errors = {mode: torch.zeros(LEVELS) for mode in ("train", "eval")}
-        counts, chosen = torch.zeros(LEVELS), spread(len(held_out), HELD_OUT)
+        found, chosen = [], spread(len(held_out), HELD_OUT)
         for start in range(0, len(chosen) - 63, 64):
             images, labels = zip(*(held_out[index] for index in chosen[start : start + 64]), strict=True)
             draws = objective.draw(torch.Generator().manual_seed(start), 64, model.latent_shape)
-            draws = StepNoise(*(part.to(self.device) for part in draws._asdict().values()))
+            draws = StepNoise(*(part.to(self.device) for part in draws))
             moments = codec.moments(torch.stack(images).to(self.device))
             noisy = objective.noised(sample_moments(moments, draws.posterior_noise), draws)
-            levels = (draws.timesteps * LEVELS // objective.num_train_timesteps).cpu()
-            counts += levels.bincount(minlength=LEVELS)
             given = {"timestep": draws.timesteps, "class_labels": torch.tensor(labels, device=self.device)}
-            for mode in errors:
+            errors = {"level": (draws.timesteps * LEVELS // objective.num_train_timesteps).tolist()}
+            for mode in ("train", "eval"):
                 with scratch_statistics(model.train(mode == "train")):
                     output = model(noisy, **given).sample[:, : noisy.shape[1]]
-                errors[mode].index_add_(0, levels, (output - draws.noise).square().mean(dim=(1, 2, 3)).cpu())
-        means = {mode: (total / counts).tolist() for mode, total in errors.items()}
-        width = objective.num_train_timesteps / LEVELS
-        return [
-            {"timestep": (i + 0.5) * width, **{mode: values[i] for mode, values in means.items()}}
-            for i in range(LEVELS)
-        ]
+                errors[mode] = (output - draws.noise).square().mean(dim=(1, 2, 3)).tolist()
+            found.append(pd.DataFrame(errors))
+        means = pd.concat(found).groupby("level").mean().reindex(range(LEVELS))
+        means.insert(0, "timestep", (means.index + 0.5) * objective.num_train_timesteps / LEVELS)
+        return means.to_dict("records")
+
+
+def draw_samples(path: Path, runs: list[PlannedRun], rows: pd.DataFrame, open_meter: Callable[[], Meter]) -> bool:
+    """Ten classes, named on top, from the same noise by each run at its last measured step; False without any."""
+    drawn, captions, classes = [], [], []
+    for run in runs:
+        steps = rows.step[(rows.run == run.name) & (rows.seed == run.seed)]
+        if steps.empty or run.name in captions:
+            continue
+        opened = load_denoiser(run.folder / "snapshots" / f"step-{steps.max()}")
+        labels = [i * (len(opened.class_names) - 1) // (COLUMNS - 1) for i in range(COLUMNS)]
+        drawn += open_meter().draw(opened, labels, run.norm_buffers)
+        classes = [opened.class_names[label] for label in labels]
+        captions.append(run.name)
+    if drawn:
+        scale = math.ceil(TILE / drawn[0].shape[-1])
+        text_size = drawn[0].shape[-1] * scale // 7
+        draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size).save(path)
+    return bool(drawn)

@@ -53,39 +53,40 @@ class PlannedRun:
 
 
 def plan_runs(settings: StudySettings) -> list[PlannedRun]:
-    """All runs, the first seed's of every model before the second's; InputError if two would share a folder."""
-    folders: dict[str, str] = {}
-    for name in (name for name, own in settings.runs.items() if "of" not in own):
-        other = folders.setdefault(slug(name), name)
-        if other != name:
-            raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug(name)}; rename one")
+    """All runs, the first seed's of every model before the second's.
+
+    Raises:
+        InputError: Two would share a folder; one cannot be trained, or measures the weights of none that is.
+    """
     measured_by = ("judge", "reference", "fid", "num_images", "guidance_scale", "samplers")
     protocol = digest(json.dumps([getattr(settings, name) for name in measured_by], sort_keys=True))[:8]
     latents = {} if settings.encode is None else {"latents": str(latents_folder(settings))}
-    planned: list[PlannedRun] = []
-    for seed in settings.seeds:
-        trained: dict[str, PlannedRun] = {}
-        for name, own in settings.runs.items():
-            if "of" in own:
-                continue
-            options = {**(settings.train.get("model_options") or {}), **(own.get("model_options") or {})}
-            folder = Path(settings.output_dir) / "runs" / f"{slug(name)}-seed{seed}"
-            values = settings.train | latents | own | {"seed": seed, "output_dir": str(folder)}
-            training = read_settings(
-                TrainSettings, {**values, "model_options": options or None}, f"the run {name!r} of the study"
+    folders: dict[str, str] = {}
+    planned: dict[tuple[int, str], PlannedRun] = {}
+    for name, own in settings.runs.items():
+        if "of" in own:
+            continue
+        slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        if (other := folders.setdefault(slug, name)) != name:
+            raise InputError(f"the study's runs {other!r} and {name!r} would share a folder, {slug}; rename one")
+        options = {**(settings.train.get("model_options") or {}), **(own.get("model_options") or {})}
+        for seed in settings.seeds:
+            folder = Path(settings.output_dir) / "runs" / f"{slug}-seed{seed}"
+            more = {"model_options": options or None, "seed": seed, "output_dir": str(folder)}
+            values = settings.train | latents | own | more
+            training = read_settings(TrainSettings, values, f"the run {name!r} of the study")
+            planned[seed, name] = PlannedRun(name, seed, folder, training, protocol)
+    for name, own in settings.runs.items():
+        other = own.get("of")
+        if other is None:
+            continue
+        if own != {"of": other, "norm_buffers": "initial"} or "of" in settings.runs[other]:
+            raise InputError(
+                f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}"
             )
-            trained[name] = PlannedRun(name, seed, folder, training, protocol)
-        for name, own in settings.runs.items():
-            planned.append(trained[name] if name in trained else variant(name, own, trained))
-    return planned
-
-
-def variant(name: str, own: dict[str, Any], trained: dict[str, PlannedRun]) -> PlannedRun:
-    """A run that measures another one's weights; InputError if it names no trained run, or another variant."""
-    if set(own) != {"of", "norm_buffers"} or own["norm_buffers"] != "initial" or own["of"] not in trained:
-        raise InputError(f"the study's run {name!r} must be {{of: A TRAINED RUN, norm_buffers: initial}}, not {own}")
-    other = trained[own["of"]]
-    return replace(other, name=name, norm_buffers="initial")
+        for seed in settings.seeds:
+            planned[seed, name] = replace(planned[seed, other], name=name, norm_buffers="initial")
+    return [planned[seed, name] for seed in settings.seeds for name in settings.runs]
 
 
 def read_settings(kind: type[S], values: dict[str, Any], what: str) -> S:
@@ -132,8 +133,3 @@ def _latents_of(vae: str) -> tuple[int, int]:
     """Channels of a codec's latents, and pixels along the side of one."""
     codec = load_codec(vae)
     return codec.channels, codec.downsample
-
-
-def slug(name: str) -> str:
-    """A name as part of a path."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

@@ -1,24 +1,24 @@
 """The plots of a study."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from d_emo.lab.drawing import logarithmic, new_figure
 from d_emo.lab.loss_curves import Curve
+from d_emo.lab.reporting import logarithmic, new_figure
 from d_emo.lab.study.results import half_width, runs_of
 from d_emo.tables import family_of
 
-AXES = {
-    "step": "optimizer steps",
-    "images": "images seen",
-    "training_macs": "multiply-accumulates\nof training",
-    "minutes": "minutes of training\n(steps × a step's time)",
+AXES: dict[str, Callable[[pd.Series], float]] = {
+    "optimizer steps": lambda row: 1,
+    "images seen": lambda row: row.images / row.step,
+    "multiply-accumulates\nof training": lambda row: 3 * row.macs * row.images / row.step,
+    "minutes of training\n(steps × a step's time)": lambda row: row.seconds_per_step / 60,
 }
-"""What FID and losses are drawn against. A training step counts as three forward passes."""
+"""What FID and losses are drawn against, and how much of it a step of a row's run is: three forward passes, say."""
 
 BAND_SEEDS = 3
 """So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
@@ -42,7 +42,7 @@ def draw_curves(
     }
     shown = pd.concat(by_run.values())
     once, kinds = shown.step.nunique() == 1, list(shown.loss_over.unique())
-    heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]
+    heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]  # in inches
     figure = new_figure(10, sum(heights))
     upper, lower = figure.subfigures(2, height_ratios=heights)
     if once:
@@ -72,14 +72,9 @@ def draw_courses(
     styles: dict[str, dict[str, Any]], what: str, *, name_axes: bool, **style: Any,
 ) -> None:
     """Values by step and seed of some runs, against each of `AXES`."""
-    for name, course in courses.items():
-        one = by_run[name].iloc[0]
-        images = one.images / one.step
-        units = {"step": 1, "images": images, "training_macs": 3 * one.macs * images,
-                 "minutes": one.seconds_per_step / 60}  # fmt: skip
-        for axis, panel in zip(AXES, panels, strict=True):
-            band(panel, course.set_axis(course.index * units[axis]), **style, **styles[name])
-    for title, panel in zip(AXES.values(), panels, strict=True):
+    for (title, unit), panel in zip(AXES.items(), panels, strict=True):
+        for name, course in courses.items():
+            band(panel, course.set_axis(course.index * unit(by_run[name].iloc[0])), **style, **styles[name])
         dress(panel)
         logarithmic(panel, "y", DECADE)
         if name_axes:
@@ -90,11 +85,9 @@ def draw_courses(
 
 def running_means(losses: pd.DataFrame) -> pd.DataFrame:
     """A run's loss by step and seed, as far as all seeds go: means over the last twentieth of the training."""
-    smooth = {}
-    for seed, mine in losses.groupby("seed"):
-        curve = Curve(mine.step.to_numpy(), mine.loss.to_numpy())
-        smooth[seed] = pd.Series(curve.smoothed(int(curve.steps[-1]) // 20).values, curve.steps)
-    return pd.DataFrame(smooth).dropna()
+    curves = {seed: Curve(mine.step.to_numpy(), mine.loss.to_numpy()) for seed, mine in losses.groupby("seed")}
+    smooth = {seed: curve.smoothed(int(curve.steps[-1]) // 20).values for seed, curve in curves.items()}
+    return pd.DataFrame({seed: pd.Series(smooth[seed], curve.steps) for seed, curve in curves.items()}).dropna()
 
 
 def draw_dots(panel: Any, by_run: dict[str, pd.DataFrame], styles: dict[str, dict[str, Any]]) -> None:

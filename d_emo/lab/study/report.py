@@ -1,24 +1,31 @@
-"""The report of a study: what did not win first, then tables with intervals, then plots and samples."""
+"""The report of a study: how it was made, what did not win first, then tables with intervals, then plots."""
 
+import itertools
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from d_emo.files import write_file
+from d_emo.config import StudySettings
+from d_emo.files import read_json, write_file
+from d_emo.io.snapshot import load_meta
+from d_emo.lab.study.plan import PlannedRun
 from d_emo.lab.study.results import (
+    REMAKE,
     RESUME,
     Estimate,
     at_time,
     difference,
-    digits_of,
     last_common_step,
     metric_values,
     minutes_by_step,
     paired,
     runs_of,
 )
-from d_emo.lab.text import markdown_table, plural
+from d_emo.tables import with_present_names
+from d_emo.text import markdown_table, plural
 
 HOW_TO_READ = (
     "Differences are between runs of the same seed (same data order, noise and labels); ± is half a 95 % confidence "
@@ -26,25 +33,69 @@ HOW_TO_READ = (
 )
 
 
+def introduction(
+    settings: StudySettings, runs: list[PlannedRun], rows: pd.DataFrame, timed_on: str, classifier: str
+) -> list[str]:
+    """What was done, measured by a ``classifier`` in words, and the command that does it again."""
+    training, counts = runs[0].training, rows.groupby("run").seed.nunique()
+    seeds = plural(counts.max(), "seed")
+    if counts.nunique() > 1:
+        seeds = f"{counts.min()} to {seeds}, as the tables say"
+    snapshots = [run.snapshots()[-1] for run in runs if run.name in counts and run.snapshots()]
+    hardware = ", ".join(dict.fromkeys(load_meta(snapshot)["hardware"] for snapshot in snapshots))
+    configs = shlex.join(part for pair in itertools.pairwise(sys.argv) if pair[0] == "--config" for part in pair)
+    done = (
+        f"Made by `python scripts/compare.py {configs}`: {seeds}, {training.max_steps:,} steps of "
+        f"{training.batch_size}, trained on {hardware}. Time is the number of steps times the median time of one, "
+        f"measured of all models in turns, step by step, on {timed_on}, without reading data."
+    )
+    if training.schedule == "cosine":
+        done += (
+            " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the "
+            "end: that speaks against it."
+        )
+    if settings.reference is not None:
+        return [done, f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."]
+    samplers = " and ".join(f"{sampler} ({objective})" for objective, sampler in settings.samplers.items())
+    seen = (
+        ", shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
+        "drawings without a shape." if "empty" in rows else
+        " is the share of drawings that it takes for what was asked for."
+    )  # fmt: skip
+    measured = (
+        f"Measured with {settings.num_images:,} drawings of each snapshot (averaged weights), classes in turn, "
+        f"guidance {settings.guidance_scale:g}, {samplers}. FID, precision and recall are in the features of a "
+        f"classifier of the same classes ({classifier}) and compare with nothing outside this study; class{seen}"
+    )
+    path, values = held_out_file(settings, runs), metric_values()
+    if path.exists() and (real := read_json(path, remedy=REMAKE)):
+        count, real = real.pop("images"), with_present_names(real)
+        shown = (f"{values[name].title} {value:.{values[name].digits}f}" for name, value in real.items())
+        measured += f" {count:,} real held-out images measure: {', '.join(shown)}."
+    return [done, measured]
+
+
+def held_out_file(settings: StudySettings, runs: list[PlannedRun]) -> Path:
+    """Where the metric values of real held-out images are kept."""
+    return Path(settings.output_dir) / f"held-out-{runs[0].protocol}.json"
+
+
 def findings(rows: pd.DataFrame, heading: str, names: Sequence[str]) -> str:
     """What a table says of its first run: first where it loses, then what is not decided, then where it wins."""
     first, lines = names[0], []
     for other in names[1:]:
         step = last_common_step(rows, [first, other])
-        pairs = None if step is None else paired(rows, first, other, step)
-        if pairs is None or pairs.empty:
+        pairs = paired(rows, first, other, step)
+        if pairs.empty:
             continue
-        outcomes: dict[str, list[str]] = {f"**{first} loses** in": [], "Not decided:": [], "It wins in": []}
-        loses, undecided, wins = outcomes.values()
+        loses, undecided, wins = f"**{first} loses** in", "Not decided:", "It wins in"
+        outcomes: dict[str, list[str]] = {loses: [], undecided: [], wins: []}
         for name, value in metric_values().items():
-            gap, digits = difference(pairs, name), digits_of(value)
-            if not gap.count:
-                continue
-            ours, theirs = pairs[[name, f"{name}_other"]].dropna().mean()
-            outcome = undecided if not gap.decided else wins if gap.mean * value.better > 0 else loses
-            outcome.append(
-                f"{value.title} {ours:.{digits}f} against {theirs:.{digits}f} ({gap.show(digits, sign=True)})"
-            )
+            gap, digits = difference(pairs, name), value.digits
+            if gap.count:
+                ours, theirs = pairs[[name, f"{name}_other"]].dropna().mean()
+                text = f"{value.title} {ours:.{digits}f} against {theirs:.{digits}f} ({gap.show(digits, sign=True)})"
+                outcomes[undecided if not gap.decided else wins if gap.mean * value.better > 0 else loses].append(text)
         said = [f"{title} {'; '.join(those) or 'nothing'}." for title, those in outcomes.items()]
         over = [set(pairs[column]) for column in ("loss_over", "loss_over_other")]
         if over[0] != over[1]:
@@ -63,36 +114,28 @@ def main_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     if step is None:
         return "These runs have not been measured at a common step."
     measured = rows[rows.run.isin(names)].dropna(axis="columns", how="all")
-    values = [value for name, value in metric_values().items() if name in measured]
-    first, several = next(iter(shown)), len(shown) > 1
+    values, first = [value for name, value in metric_values().items() if name in measured], next(iter(shown))
     head = ["run", "seeds", "parameters", "MACs", "ms/step", *(value.title for value in values)]
     lines = []
     for name, mine in shown.items():
         mine = mine[mine.step == step]
-        one = mine.iloc[0]
-        lines.append([
-            name, str(len(mine)), f"{one.parameters / 1e6:.2f}M", f"{one.macs / 1e6:,.1f}M",
-            f"{1000 * one.seconds_per_step:,.0f}",
-            *(Estimate.of(mine[value.name]).show(digits_of(value)) for value in values),
-        ])  # fmt: skip
-        if several:
-            gap = difference(paired(rows, name, first, step), "fid")
-            lines[-1].append("-" if name == first else gap.show(sign=True))
-    return f"Step {step:,}.\n\n" + markdown_table(head + [f"FID minus {first}'s"] * several, lines)
+        one, estimates = mine.iloc[0], (Estimate.of(mine[value.name]).show(value.digits) for value in values)
+        gap = "-" if name == first else difference(paired(rows, name, first, step), "fid").show(sign=True)
+        lines.append([name, str(len(mine)), f"{one.parameters / 1e6:.2f}M", f"{one.macs / 1e6:,.1f}M",
+                      f"{1000 * one.seconds_per_step:,.0f}", *estimates, *[gap] * (len(shown) > 1)])  # fmt: skip
+    return f"Step {step:,}.\n\n" + markdown_table(head + [f"FID minus {first}'s"] * (len(shown) > 1), lines)
 
 
 def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
     """FID at every measured step, and after the time that the fastest run takes: means over seeds, 95 % intervals."""
     shown = runs_of(rows, names)
-    steps = sorted(set().union(*(mine.step for mine in shown.values())))
+    steps = sorted(rows.step[rows.run.isin(names)].unique())
     time = min(minutes_by_step(mine).max() for mine in shown.values())
     minutes = f"{time:.1f}" if time >= 1 else f"{time:.2g}"
+    courses = {name: [*(mine.fid[mine.step == step] for step in steps), at_time(mine, time)]
+               for name, mine in shown.items()}  # fmt: skip
     head = ["FID at step", *(f"{step:,}" for step in steps), f"after {minutes} minutes"]
-    courses = {name: [mine.fid[mine.step == step] for step in steps] for name, mine in shown.items()}
-    return markdown_table(head, (
-        [name, *(Estimate.of(values).show() for values in (*courses[name], at_time(mine, time)))]
-        for name, mine in shown.items()
-    ))  # fmt: skip
+    return markdown_table(head, ([name, *(Estimate.of(each).show() for each in row)] for name, row in courses.items()))
 
 
 def gap_table(gaps: pd.DataFrame) -> str:
@@ -120,8 +163,8 @@ def write_report(
     for name, table in files.items():
         write_file(folder / name, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"), RESUME)
     some = {head: names for head, names in tables.items() if len(runs_of(rows, names)) >= min(2, len(set(names)))}
-    said = [text for heading, names in some.items() if (text := findings(rows, heading, names))]
-    parts = [f"# {title}", *introduction, "## What it says", "\n".join(said) or "Nothing to compare yet.", HOW_TO_READ]
+    said = "\n".join(text for heading, names in some.items() if (text := findings(rows, heading, names)))
+    parts = [f"# {title}", *introduction, "## What it says", said or "Nothing to compare yet.", HOW_TO_READ]
     for heading, names in some.items():
         parts += [f"## {heading}", main_table(rows, names)]
         if rows.step[rows.run.isin(names)].nunique() > 1:

@@ -8,18 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import t as student
 
 from d_emo.config import TrainSettings
-from d_emo.errors import InputError
 from d_emo.files import read_json, write_json
 from d_emo.lab.loss_curves import read_run
 from d_emo.lab.study.plan import PlannedRun
-from d_emo.models import create_model
-from d_emo.models.contract import DenoiserFrame
-from d_emo.models.counting import count_macs, count_parameters
-from d_emo.models.registry import frame_of
 from d_emo.tables import DATASETS, MetricValue, class_values, with_present_names
 from d_emo.tables import metric_values as all_metric_values
 
@@ -28,17 +22,17 @@ REMAKE = "remove it and re-run the same command to make it again"
 
 
 def metric_values() -> dict[str, MetricValue]:
-    """What the tables of a report show, in their order: the loss, FID, class accuracy, then the other metrics."""
+    """What the tables of a report show, in their order: the loss, FID, class accuracy, then the other metrics.
+
+    A mean over seeds has a digit less than a single measurement.
+    """
     by_classes = {value.name for data in DATASETS for value in class_values(data)}
     measured = sorted(all_metric_values().values(), key=lambda each: (each.name != "fid", each.name not in by_classes))
-    loss = MetricValue(name="loss", title="loss", digits=5, better=-1)
-    titled = (replace(value, title=f"{value.title} {value.unit}".strip()) for value in measured)
-    return {value.name: value for value in (loss, *titled)}
-
-
-def digits_of(value: MetricValue) -> int:
-    """After the point of a mean over seeds: one less than a single measurement shows."""
-    return 2 if value.digits is None else value.digits - 1
+    loss = MetricValue(name="loss", title="loss", digits=4, better=-1)
+    return {"loss": loss} | {
+        value.name: replace(value, title=f"{value.title} {value.unit}".strip(), digits=(value.digits or 3) - 1)
+        for value in measured
+    }
 
 
 class Estimate(NamedTuple):
@@ -87,46 +81,26 @@ def add_measurement(run: PlannedRun, step: int, values: dict[str, float]) -> Non
     write_json(run.results, dict(sorted({**read_measurements(run), step: values}.items())), RESUME)
 
 
-def size_of(run: PlannedRun, latent_shape: Sequence[int]) -> tuple[int, int]:
-    """Parameters (with a label table for 1000 classes) and multiply-accumulates of a run's model, for one latent."""
-    with torch.device("meta"):
-        model = new_model(run.training, latent_shape)
-        return count_parameters(model), count_macs(model)
-
-
-def new_model(training: TrainSettings, latent_shape: Sequence[int]) -> DenoiserFrame:
-    """A run's model before its training, for 1000 classes; InputError for a classifier."""
-    frame = frame_of(training.model)
-    if frame is None:
-        raise InputError(f"{training.model} is a classifier; a study compares denoisers")
-    options = frame.settings_for(tuple(latent_shape), 1000)
-    return create_model(training.model, **options | (training.model_options or {}))
-
-
 def collect(
-    runs: Iterable[PlannedRun], sizes: dict[str, tuple[int, int]], seconds: dict[str, float], *, last: bool = False
+    runs: Iterable[PlannedRun], costs: dict[str, dict[str, float]], *, last: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row for every measured snapshot, and one for every logged loss of every trained run.
+    """A row for every measured snapshot (with ``last``, at the end of a run only), and one for every logged loss.
 
-    The loss of a snapshot is the mean over the last tenth of the steps so far. ``sizes`` are parameters and
-    multiply-accumulates by name, ``seconds`` those of a training step; with ``last``, only the snapshots at the end.
+    The loss of a snapshot is the mean over the last tenth of the steps so far. ``costs`` are, by the run's name,
+    "seconds_per_step", "parameters" and "macs".
     """
     rows, losses = [], []
     for run in runs:
-        measured = read_measurements(run, last=last)
-        if not measured:
+        if not (measured := read_measurements(run, last=last)):
             continue
-        curve, each = read_run(run.folder).curves["loss"], {"run": run.name, "seed": run.seed}
+        each, cost, curve = {"run": run.name, "seed": run.seed}, costs[run.name], read_run(run.folder).curves["loss"]
         if run.norm_buffers == "trained":
             losses.append(pd.DataFrame({**each, "step": curve.steps, "loss": curve.values}))
-        parameters, macs = sizes[run.name]
-        rows += [
-            {**each, "step": step, "images": step * run.training.batch_size, "minutes": step * seconds[run.name] / 60,
-             "seconds_per_step": seconds[run.name], "parameters": parameters, "macs": macs,
-             "loss": float(curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)].mean()),
-             "loss_over": loss_over(run.training), **values}
-            for step, values in measured.items()
-        ]  # fmt: skip
+        for step, values in measured.items():
+            recent = curve.values[(curve.steps > 0.9 * step) & (curve.steps <= step)]
+            minutes = step * cost["seconds_per_step"] / 60
+            rows.append({**each, "step": step, "images": step * run.training.batch_size, "minutes": minutes, **cost,
+                         "loss": float(recent.mean()), "loss_over": loss_over(run.training), **values})  # fmt: skip
     return pd.DataFrame(rows), pd.concat(losses) if losses else pd.DataFrame(columns=["run", "seed", "step", "loss"])
 
 
@@ -145,12 +119,11 @@ def runs_of(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]
 
 def last_common_step(rows: pd.DataFrame, names: Sequence[str]) -> int | None:
     """The last step at which all of these runs have been measured; None if there is none."""
-    found = runs_of(rows, names)
-    common = set.intersection(*(set(mine.step) for mine in found.values())) if len(found) == len(names) else set()
-    return max(common, default=None)
+    counts = rows[rows.run.isin(names)].groupby("step").run.nunique()
+    return max(counts.index[counts == len(set(names))], default=None)
 
 
-def paired(rows: pd.DataFrame, name: str, other: str, step: int) -> pd.DataFrame:
+def paired(rows: pd.DataFrame, name: str, other: str, step: int | None) -> pd.DataFrame:
     """Two runs at one step side by side, a row for each seed that both have; the other's columns end in "_other"."""
     at = rows[rows.step == step]
     return at[at.run == name].merge(at[at.run == other], on="seed", suffixes=("", "_other"))

@@ -1,17 +1,22 @@
-"""What all plots have in common."""
+"""What all reports share: their folder, and empty plots."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from d_emo.errors import InputError
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib, without a window. Width and height in inches.
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder; an InputError says ``what`` cannot be made, and why."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {folder} cannot be made: {error.strerror}") from None
 
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, without a window, its sides in inches; InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -23,8 +28,6 @@ def logarithmic(panel: Any, name: str, numbers: Sequence[float]) -> None:
     """Make the axis ``name`` of a panel logarithmic, with these numbers of each decade written out."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    getattr(panel, f"set_{name}scale")("log")
+    panel.set(**{f"{name}scale": "log"})
     axis = getattr(panel, f"{name}axis")
-    axis.set_major_locator(LogLocator(subs=numbers))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
+    axis.set(major_locator=LogLocator(subs=numbers), minor_locator=NullLocator(), major_formatter="{x:g}")
