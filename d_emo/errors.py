@@ -31,11 +31,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.
 def of_the_system(error: BaseException) -> tuple[str, int] | None:
     """What the operating system refused, in a sentence, and an exit code; None for what may be a bug of ours.
 
-    2 for a path that cannot be used, which is the user's; 1 where there is no room left on a disk or in memory.
+    2 for a path that cannot be used, which is the user's; 1 where there is no room left on a disk or in memory, and
+    where a process that shares the work is gone.
     """
     if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "allocate memory" in str(error):
         reason = " ".join(str(error).partition("allocate memory: ")[2].split()) or "none is left"
         return f"there is not enough memory for this ({reason}); choose less at a time, or a smaller model", 1
+    if type(error).__name__.startswith("Dist") or re.search(r"\b(gloo|NCCL)\b", str(error)):
+        return "another process of this run ended, which its own message explains; re-run the same command to resume", 1
     if not isinstance(error, OSError) or error.errno is None:
         return None
     path, reason = error.filename, error.strerror or str(error)

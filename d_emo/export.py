@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
+from d_emo.files import write_file
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
@@ -131,7 +132,9 @@ def traced(network: Portable) -> torch.export.ExportedProgram:
 
 def write_torch(network: Portable, path: Path) -> Runner:
     """A ``.pt2`` file, for ``torch.export.load``."""
-    torch.export.save(traced(network), path)
+    archive = io.BytesIO()  # where a disk is full, torch's own writer of files ends the process
+    torch.export.save(traced(network), archive)
+    write_file(path, archive.getvalue())
     return torch.export.load(path).module()
 
 

@@ -100,8 +100,8 @@ def read_json(path: Path, read: Callable[[Any], T] = lambda content: content, re
             problem = f"has format {content['format']}, which a later D-EMO wrote; this one reads {FORMAT}"
         else:
             return read(content)
-    except InputError:
-        raise
+    except InputError as error:
+        problem = f"cannot be used: {error}"
     except FileNotFoundError:
         problem = "is missing"
     except KeyError as error:

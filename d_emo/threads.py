@@ -12,13 +12,13 @@ def thread_count() -> int:
 
 
 def use_threads(device: torch.device, processes: int) -> None:
-    """On a CPU, let torch use this process's fraction of the CPUs: `accelerate launch` sets one thread, unasked.
+    """On a CPU, let torch use this process's fraction of the CPUs: launchers set one thread, unasked.
 
     There the process also keeps its freed memory, see `keep_freed_memory`.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher's mark
+    if device.type == "cpu" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():  # launchers'
         torch.set_num_threads(max(1, thread_count() // processes))
 
 

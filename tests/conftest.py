@@ -63,6 +63,16 @@ def colours(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def fuzz_world(tmp_path_factory):
+    """A run, a classifier, images and odd files, for tests that take every verb in turn."""
+    from fuzz_world import make_world
+
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_inception(tmp_path_factory):
     """Weights file of a random Inception, He-initialised: with torch's own initialisation the features vanish."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -165,7 +165,7 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
     places = {
         "d_emo.training.loop:_Run._loop": _first_image, "d_emo.training.vae:_batch": _stop,
         "d_emo.latents.encode:_encode_rows": _first_rows, "d_emo.sampling.request:SampleRequest.draw": _stop,
-        "d_emo.app.page:launch": _stop, "d_emo.cli.doctor:examine": _stop,
+        "d_emo.app.page:launch": _stop, "d_emo.cli.doctor:describe": _stop,
         "d_emo.evaluation.feature_shards:FeatureShards.write": _stop,
         "d_emo.evaluation.measurement:Measurement._run": _stop, "d_emo.cli.reference:write_reference": _stop,
         "d_emo.cli.class_accuracy:draw_classes": _stop, "d_emo.cli.evaluate:measure_accuracy": _of_images,
@@ -173,7 +173,7 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
         "d_emo.lab.study:Study.work": _stop, "d_emo.lab.study:Study.plan": _stop,
         "d_emo.lab.study:Study.conclude": _stop,
         "d_emo.lab.benchmark:measure": _stop, "d_emo.lab.models_table:count_macs": _stop,
-        "d_emo.lab.ablations:matches": _stop, "d_emo.kernels:explain": _stop,
+        "d_emo.kernels:explain": _stop,
         "d_emo.cli.benchmark:kernels_table": _stop, "d_emo.training.classifier:measure_accuracy": _stop,
         "d_emo.evaluation.measurement:create_extractor": _extractor(create_extractor),
         "d_emo.cli.reference:create_extractor": _extractor(create_extractor),

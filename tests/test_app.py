@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +330,26 @@ def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch, capsys):
 
 
 @needs_gradio
+@needs_gradio
+def test_nothing_can_be_uploaded(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with page.import_gradio().Blocks() as blocks:
+        pass
+    address = page.launch(blocks, AppSettings(port=port))
+    try:
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + b"0" * 99 + b"\r\n--x--"
+        request = urllib.request.Request(f"{address}/gradio_api/upload", body, {
+            "Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=20)
+        assert error.value.code == 413
+    finally:
+        blocks.close()
+
+
 def test_a_port_in_use_and_other_bad_addresses_are_named(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

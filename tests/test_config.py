@@ -151,6 +151,8 @@ def test_every_number_has_its_range_and_a_value_outside_is_refused():
     for kind in kinds():
         given = {each.name: REQUIRED.get(each.name, "x") for each in fields(kind)
                  if each.default is MISSING and each.default_factory is MISSING}
+        if type_hints(kind).get("runs") == list[str]:  # folders, where a study's have settings
+            given["runs"] = ["x"]
         for name, hint in type_hints(kind).items():
             bare = get_type_hints(kind)[name]
             if not {int, float} & {bare, *get_args(bare)}:
@@ -187,3 +189,16 @@ def test_what_a_resumed_run_may_change():
     assert {"max_steps", "data_dir", "latents", "mixed_precision", "preview_guidance", "snapshot_every"} <= free
     assert not {"seed", "batch_size", "model", "learning_rate", "image_size"} & free
     assert {"max_steps", "snapshot_every", "validate_dir"} <= ClassifierSettings.marked("resumable")
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, SampleSettings, FidSettings])
+def test_a_plain_no_of_yaml_means_no(tmp_path, kind):
+    more = ["--reference", "b", "--checkpoint", "a"] if kind is FidSettings else []
+    for text, wanted in (("no", "no"), ("'no'", "no"), ("bf16", "bf16")):
+        (tmp_path / "c.yaml").write_text(f"mixed_precision: {text}\n")
+        read = parse_settings(kind, "", ["--config", str(tmp_path / "c.yaml"), *more])
+        assert read.mixed_precision == wanted
+    assert parse_settings(kind, "", ["--mixed-precision", "no", *more]).mixed_precision == "no"
+    for wrong in ("yes", "true", "fp8"):
+        with pytest.raises(InputError, match="mixed.precision.? must be one of no, bf16"):
+            parse_settings(kind, "", ["--mixed-precision", wrong, *more])

@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -480,3 +482,22 @@ def test_run_folders_are_named_after_the_data():
     assert TrainSettings(model="DiT-S-2").resolve().image_size == 256
     with pytest.raises(InputError, match="`shard_size` must be at least 1"):
         EncodeSettings(output="x", shard_size=0)
+
+
+def test_a_loading_script_is_refused_whatever_the_version_of_datasets(tmp_path, monkeypatch):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    (folder / "pets.py").write_text("raise SystemExit('it ran')")
+    asked = types.SimpleNamespace(HF_DATASETS_TRUST_REMOTE_CODE=True)
+
+    def builder(source, config):  # as versions before 4 do with a script on the hub
+        assert asked.HF_DATASETS_TRUST_REMOTE_CODE is False
+        raise ValueError(f"The repository for {source} contains custom code which must be executed")
+
+    library = types.SimpleNamespace(config=asked, load_dataset_builder=builder)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    for source in (folder, folder / "pets.py"):
+        with pytest.raises(InputError, match="loading script, and code that lies beside data is not run"):
+            open_dataset(dataset="", data_dir=f"hf:{source}", image_size=8)
+    with pytest.raises(InputError, match="cannot open the data set owner/pets, .*contains custom code"):
+        open_dataset(dataset="", data_dir="hf:owner/pets", image_size=8)

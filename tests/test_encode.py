@@ -95,13 +95,13 @@ def test_processes_together_write_what_one_writes(tmp_path):
 
 def test_the_script_on_two_processes_writes_what_one_writes(tmp_path):
     encode(Digits(8), PixelCodec(), tmp_path / "one", **{**SMALL, "dtype": "float16", "shard_size": 400})
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, "scripts/encode_latents.py", "--dataset", "digits", "--image-size", "8",
                "--vae", "pixels", "--shard-size", "400", "--output", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "1,438 images of 10 classes" in done.stdout, done.stderr
+    assert "2 processes shared the work" in done.stdout
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

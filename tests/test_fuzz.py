@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzz_inputs import OUTPUTS, SOURCES, cases, problem, run
-from fuzz_world import HEAVY, make_world, warm_up
+from fuzz_world import HEAVY, warm_up
 
 from d_emo.cli.verbs import VERBS
 from d_emo.tables import load
@@ -17,13 +17,6 @@ from d_emo.tables import load
 TESTS = Path(__file__).parent
 EVERY = 79
 """Of so many cases one is in the suite; a prime number, so that all kinds of values come in."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture
@@ -36,12 +29,12 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_a_sample_of_wrong_values_is_refused(world, little_memory):
-    everything = list(cases(world))
+def test_a_sample_of_wrong_values_is_refused(fuzz_world, little_memory):
+    everything = list(cases(fuzz_world))
     assert len(everything) > 2500
     with HEAVY():
-        warm_up(world)
-        became = {str(case): problem(case, run(case, world, seconds=30)) for case in everything[::EVERY]}
+        warm_up(fuzz_world)
+        became = {str(case): problem(case, run(case, fuzz_world, seconds=30)) for case in everything[::EVERY]}
     assert not {case: what for case, what in became.items() if what}
     assert {case.split()[0] for case in became} == set(VERBS) and len(became) > 100
 

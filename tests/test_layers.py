@@ -29,7 +29,7 @@ INSIDE = {
         "sampler",
     ],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "card", "snapshot", "classifier", "hub"],
+    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
         "classifier", "vae",
@@ -93,4 +93,4 @@ def test_files_inside_a_layer_are_in_order_too(folder):
 
 def test_only_the_training_loop_and_two_files_beside_it_use_accelerate_and_the_verbs_that_share_work():
     users = {file.name for file in PACKAGE.glob("**/*.py") if imported(file, "accelerate")}
-    assert users == {"loop.py", "parallel.py", "progress.py", "encode.py", "fid.py"}
+    assert users == {"loop.py", "parallel.py", "progress.py", "encode.py"}

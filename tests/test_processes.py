@@ -1,5 +1,6 @@
 """Several processes and accumulation only divide the global batch: the result is that of one process."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from d_emo.config import TrainSettings
+from d_emo.config import TrainSettings, run_cli
 from d_emo.ema import EMA
 from d_emo.io.training_state import gather_training, restore_training
 from d_emo.models import create_model
@@ -245,16 +246,40 @@ def test_bf16_in_a_sharded_model_is_autocast_over_float32(tmp_path, monkeypatch)
     assert in_processes(2, work) == [0, 0]
 
 
-def test_accelerate_launches_two_processes(tmp_path):
+def test_a_process_whose_fellow_is_killed_ends_with_one_sentence(tmp_path):
+    def killed(rank):
+        from d_emo.training import loop
+
+        done = loop.Progress.step_done
+
+        def die(self, step, figures):
+            done(self, step, figures)
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loop.Progress.step_done = die
+        with (tmp_path / f"{rank}.txt").open("w") as file, contextlib.redirect_stderr(file):
+            try:
+                run_cli(lambda: train(tmp_path / "run", max_steps=8, tracker="none"))
+            except SystemExit as error:
+                file.flush()
+                os._exit(error.code)
+
+    assert in_processes(2, killed) == [1, -signal.SIGKILL]
+    said = (tmp_path / "0.txt").read_text()
+    assert "error: another process of this run ended" in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_torchrun_starts_two_processes_that_share_the_work(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({**TINY, "max_steps": 4, "model_options": LAYER_NORM,
                                       "output_dir": str(tmp_path / "two")}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision",
-               "no", "--num_machines", "1", "--dynamo_backend", "no", str(ROOT / "scripts" / "train_dit.py"),
-               "--config", str(config)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "scripts" / "train_dit.py"), "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained parameters") == 1  # one process speaks
+    assert "2 processes share the work" in done.stdout
     train(tmp_path / "one", model_options=LAYER_NORM, max_steps=4)
     close(last_state(tmp_path / "two", 4), last_state(tmp_path / "one", 4))

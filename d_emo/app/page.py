@@ -268,8 +268,8 @@ def launch(page: Any, settings: AppSettings) -> str:
     try:
         _, local, public = page.launch(
             server_name=settings.host, server_port=settings.port, share=settings.share, prevent_thread_lock=True,
-            quiet=True, ssr_mode=False, footer_links=[], css=_STYLE,
-            theme=gr.themes.Default(primary_hue="indigo", font=fonts[0], font_mono=fonts[1]),
+            quiet=True, ssr_mode=False, footer_links=[], max_file_size="1b",  # nothing is uploaded here
+            css=_STYLE, theme=gr.themes.Default(primary_hue="indigo", font=fonts[0], font_mono=fonts[1]),
         )
     except OSError:  # taken since it was checked
         check_address(settings.host, settings.port)

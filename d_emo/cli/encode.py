@@ -1,17 +1,17 @@
 """``d-emo encode``."""
 
-from accelerate import PartialState
 from accelerate.utils import reduce
 
 from d_emo.config import EncodeSettings
 from d_emo.data import Reading, open_dataset
 from d_emo.latents import default_codec, encode, load_codec
 from d_emo.threads import loader_workers, use_threads
+from d_emo.training.parallel import open_processes
 
 
 def run(settings: EncodeSettings) -> None:
     """Do it."""
-    process = PartialState()
+    process = open_processes()
     use_threads(process.device, process.num_processes)
     workers = loader_workers(settings.num_workers, process.device, process.num_processes)
     with process.local_main_process_first():
@@ -32,6 +32,8 @@ def run(settings: EncodeSettings) -> None:
     process.destroy_process_group()
     for line in filter(None, [images.left_out, *remarks]) if process.is_main_process else ():
         print(line)
+    if process.num_processes > 1 and process.is_main_process:
+        print(f"{process.num_processes} processes shared the work")
     if complete:
         print(f"latents   {settings.output}  ({len(images):,} images of {len(images.class_names)} classes)\n"
               f"train     accelerate launch scripts/train_dit.py --latents {settings.output}")

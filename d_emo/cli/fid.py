@@ -2,18 +2,17 @@
 
 import sys
 
-from accelerate import PartialState
-
 from d_emo.config import FidSettings
 from d_emo.data import Reading
 from d_emo.evaluation import Measurement, Ranks, measure_snapshot
 from d_emo.io.snapshot import load_denoiser
 from d_emo.threads import use_threads
+from d_emo.training.parallel import open_processes
 
 
 def run(settings: FidSettings) -> None:
     """Measure images that are there, or a snapshot's; print the result and what to know before comparing it."""
-    state = PartialState()
+    state = open_processes()
     use_threads(state.device, state.num_processes)
     options = ("metrics", "features", "inception_weights", "batch_size", "output")
     measurement = Measurement(
@@ -27,6 +26,8 @@ def run(settings: FidSettings) -> None:
     elif state.is_main_process:
         result = measurement.of_images(settings.samples, num_images=settings.num_images)
     if state.is_main_process:
+        if state.num_processes > 1:
+            print(f"{state.num_processes} processes shared the work", file=sys.stderr)
         for warning in result.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"{result}\n\n{result.to_markdown()}")

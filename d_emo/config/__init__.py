@@ -4,10 +4,12 @@ from d_emo.config.base import (
     ReadingSettings,
     Settings,
     check_paths,
+    check_values,
     in_flags,
     parse_settings,
     run_cli,
     setting,
+    type_hints,
     write_yaml,
 )
 from d_emo.config.benchmarking import (

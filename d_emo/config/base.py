@@ -121,6 +121,19 @@ def check_paths(settings: Settings) -> None:
                 check_output(each.name, path, each.metadata["output"])
 
 
+def check_values(content: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that a file holds, whose values have the types and ranges of their names; others pass.
+
+    Raises:
+        InputError: It is no mapping, or a value is of another kind.
+    """
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputError("it is no mapping of names to values")
+    for name in content.keys() & hints.keys():
+        _check_type(name, content[name], hints[name])
+    return content
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
@@ -140,6 +153,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         for key, each in value.items():
             _check_type(name, key, arguments[0])
             _check_type(name, each, arguments[1])
+    elif origin in (list, dict):
+        raise InputError(f"`{name}` must be {'a list' if origin is list else 'a mapping'}, not {value!r}")
     elif origin is Literal and value not in arguments:
         raise InputError(_one_of(name, [str(each) for each in arguments], value))
     elif hint is str and isinstance(value, str):
@@ -221,6 +236,8 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         switch = bool in (options["type"], *get_args(options["type"]))
         if switch:
             options |= {"nargs": "?", "const": True}  # --compile means --compile true
+        if "no" in _names(hints[each.name], None):
+            options["type"] = options["type"] | bool  # YAML reads a plain no as false
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
         flag = flag_of(each)
@@ -232,7 +249,7 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         if switch and each.default is not False:
             group.add_argument(flag.replace("--", "--no-", 1), dest=each.name, action="store_const", const=False,
                                default=SUPPRESS, help=f"the same as {flag} false")
-        names = _names(options["type"], each.metadata.get("choices"))
+        names = _names(hints[each.name], each.metadata.get("choices"))
         action.completer = lambda names=names, **_: names  # for shells; none: they offer files
     return parser
 
@@ -253,7 +270,9 @@ def _read(
         raise
     except Exception as error:  # the parser at its ends: numbers of 400 digits, mappings where a list belongs
         raise InputError(f"the settings cannot be read ({type(error).__name__}: {error}){advice}") from None
-    return settings_class(**{each.name: values[each.name] for each in fields(settings_class)}).resolve()
+    given = {each.name: values[each.name] for each in fields(settings_class)}
+    words = [name for name, hint in get_type_hints(settings_class).items() if "no" in _names(hint, None)]
+    return settings_class(**{**given, **{name: "no" for name in words if given[name] is False}}).resolve()
 
 
 def _names(hint: Any, table: Mapping[str, Any] | None) -> list[str]:

@@ -64,11 +64,12 @@ def check_output(name: str, path: str, kind: str) -> None:
     if long := [part for part in Path(path).parts if len(os.fsencode(part)) > LONGEST_NAME]:
         raise InputError(f"`{name}` {_shown(path)} cannot be written: {_shown(long[0])} is too long for a name")
     target = place = Path(path)
-    wanted = {"folder": "a folder", "run": "a folder", "picture": "either"}.get(kind, "a file")
+    wanted = {"folder": "a folder", "run": "a folder"}.get(kind, "a file")
     try:
         if (mode := _mode(target)) is not None:
             found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "neither file nor folder"
-            if wanted not in ("either", found) or found == "neither file nor folder":
+            if wanted != found:
+                wanted += " or a new folder" if kind == "picture" else ""
                 raise InputError(f"`{name}` {path} is {found}, where {wanted} is to be written")
             place = target if stat.S_ISDIR(mode) else target.parent
         while _mode(place) is None:

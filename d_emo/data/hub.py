@@ -155,6 +155,12 @@ def _load(source: str, config: str | None, split: str | None, *, streaming: bool
     except ImportError:
         raise InputError("hf: data need the library datasets; pip install 'd-emo[datasets]'") from None
     folder = expand_home(source)
+    if folder.suffix == ".py" or (folder / f"{folder.resolve().name}.py").is_file():
+        raise InputError(
+            f"{source} is read by a loading script, and code that lies beside data is not run here; store it with "
+            "save_to_disk, where you trust the script, and name that folder"
+        )
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 would ask, or run what is on the hub
     source = str(folder) if folder.is_dir() else source
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

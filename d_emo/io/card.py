@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
+from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
 from d_emo.text import plural
 
@@ -32,7 +33,7 @@ _OWN_TERMS = "See to it that the licence named at the top of this card agrees wi
 def write_card(folder: str | Path) -> Path:
     """Write the card of a snapshot from what lies in its folder, without facts that are missing; return its path."""
     folder = Path(folder)
-    meta, settings = (read_json(folder / name, dict) for name in ("snapshot.json", "config.yaml"))
+    meta, settings = read_json(folder / "snapshot.json", snapshot_meta), read_json(folder / "config.yaml", dict)
     name, data = settings["model"], _data_name(meta, settings)
     terms = DATASETS[meta["data"]].licence if meta.get("data") in DATASETS else None
     facts = {"meta": meta, "settings": settings, "data": data, "terms": terms or _OWN_TERMS,
@@ -42,7 +43,7 @@ def write_card(folder: str | Path) -> Path:
         task, tags = "image-classification", ["image-classification"]
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"
-        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, dict))
+        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, noise_schedule))
         family = family_of(name)
         cite = [*(family.papers if family else ()), *OBJECTIVES[facts["objective"]].papers]
         task = "unconditional-image-generation"  # the hub's list of tasks has no class-conditional one

@@ -18,6 +18,7 @@ from d_emo.config import write_yaml
 from d_emo.errors import InputError
 from d_emo.files import read_json, write_folder, write_json
 from d_emo.io.card import write_card
+from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
@@ -97,7 +98,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
     with _refusing(path):
         frame = read_json(path / "transformer" / "config.json", lambda config: FRAMES[config["_class_name"]])
         model = load_pretrained(load(frame.denoiser), path / "transformer")
-        scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", dict)
+        scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         meta.get("objective") or objective_of(scheduler_config)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
@@ -153,20 +154,10 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
         state = " (a training state, made for `resume`)" if (path / MANIFEST).exists() else ""
         raise InputError(f"{path} is not a snapshot{state}: it has no {_META}")
     with _refusing(path):
-        meta = read_json(path / _META, _checked)
+        meta = read_json(path / _META, snapshot_meta)
     if meta["kind"] != kind:
         raise InputError(f"the snapshot {path} holds a {meta['kind']}, not a {kind}")
     return path, meta
-
-
-def _checked(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a snapshot says of itself; a KeyError or TypeError where something is missing or of another type."""
-    wanted = {"class_names": list, "image_size": int, "step": int, "weights": str}
-    if meta["kind"] == "denoiser":
-        wanted["codec"] = str
-    if odd := [name for name, kind in wanted.items() if not isinstance(meta[name], kind)]:
-        raise TypeError(odd[0])
-    return meta
 
 
 def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from d_emo.config import check_values
 from d_emo.errors import InputError
+from d_emo.files import read_json
 from d_emo.lab.reporting import logarithmic, new_figure
 from d_emo.tables import family_of
 
@@ -69,7 +70,9 @@ def read_run(folder: str | Path) -> Run:
         curves[tag] = Curve(np.array(steps), np.array(values))
     if "loss" not in curves:
         raise InputError(f"no loss is logged in {folder / 'logs'} yet; the run's `log_every` says when it will be")
-    return Run(folder, yaml.safe_load((folder / "config.yaml").read_text()), curves)
+    hints = {"model": str, "objective": str | None}
+    settings = read_json(folder / "config.yaml", lambda found: check_values({"model": found["model"], **found}, hints))
+    return Run(folder, settings, curves)
 
 
 def published_curves() -> dict[str, Curve]:

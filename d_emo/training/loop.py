@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo import kernels
-from d_emo.config import RunSettings, write_yaml
+from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
@@ -27,7 +27,7 @@ from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
-from d_emo.training.parallel import Updates, micro_batch_of, open_accelerator, precision_of
+from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
 
@@ -107,11 +107,7 @@ class _Run:
         self.accelerator = open_accelerator(
             settings, accumulation=self.per_rank // self.micro, precision=self.precision
         )
-        if self.accelerator.num_processes != world:
-            raise InputError(
-                f"the launcher started {world} processes, but without GPUs they do not know of each other; for several "
-                "processes on a CPU start them with `accelerate launch --cpu`"
-            )
+        check_processes(self.accelerator.num_processes)
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -125,6 +121,8 @@ class _Run:
         self.progress = Progress(accelerator, settings)
         for line in task.introduction():
             self.progress.say(line)
+        if accelerator.num_processes > 1:
+            self.progress.say(f"{accelerator.num_processes} processes share the work")
         with accelerator.main_process_first():
             task.prepare(accelerator.device, self.folder)
         model = task.model.to(accelerator.device)
@@ -174,7 +172,8 @@ class _Run:
         if found is None:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        old = read_json(config, dict) if config.exists() else {}
+        hints = type_hints(type(settings))
+        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed:
@@ -199,7 +198,7 @@ class _Run:
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
         settings, batches, stop = self.settings, self._batches(), Stop.NO
-        self.started = time.time()
+        self.started = time.monotonic()
         first = self.step
         while self.step < settings.max_steps and not stop:
             try:
@@ -355,4 +354,4 @@ class _Run:
             raise RunError(f"cannot save the {what} of step {self.step} in {self.folder}: {reason}; {left}") from error
 
     def _minutes(self) -> float:
-        return self.minutes + (time.time() - self.started) / 60
+        return self.minutes + (time.monotonic() - self.started) / 60

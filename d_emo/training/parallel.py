@@ -4,12 +4,13 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from d_emo.config import RunSettings
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.training_state import gather_training, restore_training
 
@@ -25,6 +26,33 @@ def precision_of(settings: RunSettings, device: torch.device) -> str:
 def micro_batch_of(settings: RunSettings, per_rank: int, device: torch.device) -> int:
     """How many of a process's images go through the network at once."""
     return min(settings.micro_batch_size or (8 if device.type == "cpu" else per_rank), per_rank)
+
+
+def open_processes() -> PartialState:
+    """The processes that share the work of a verb that does not train: those of `accelerate launch` or torchrun.
+
+    Raises:
+        InputError: They do not know of each other.
+    """
+    state = PartialState(cpu=_share_cpus())
+    check_processes(state.num_processes)
+    if state.device.type == "cpu":
+        state.device = torch.device("cpu")  # safetensors knows no cpu:0
+    return state
+
+
+def check_processes(found: int) -> None:
+    """Raise InputError unless accelerate found as many processes as were started."""
+    if found != (started := int(os.environ.get("WORLD_SIZE", 1))):
+        raise InputError(
+            f"the launcher started {started} processes, of which {found} know of each other; start them with `torchrun "
+            "--nproc_per_node` or `accelerate launch`"
+        )
+
+
+def _share_cpus() -> bool:
+    """Whether several processes were started where there is no GPU; accelerate would take each for the only one."""
+    return best_device().type == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def open_accelerator(settings: RunSettings, *, accumulation: int, precision: str) -> Accelerator:
@@ -45,7 +73,7 @@ def open_accelerator(settings: RunSettings, *, accumulation: int, precision: str
         precision = "no"
     accelerator = Accelerator(
         mixed_precision=precision, log_with=None if settings.tracker == "none" else settings.tracker,
-        project_dir=settings.output_dir,
+        project_dir=settings.output_dir, cpu=_share_cpus(),
     )
     accelerator.gradient_accumulation_steps = accumulation  # the launcher's files may hold another number
     return accelerator

@@ -37,7 +37,7 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     peak, steps = settings.learning_rate, settings.max_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.05)
-    started = time.time()
+    started = time.monotonic()
     bar = tqdm(range(settings.max_steps), desc="VAE", unit="step")
     for step in bar:
         images = _batch(shapes, digits, settings, step).to(device, memory_format=torch.channels_last)
@@ -63,7 +63,7 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     vae.half().save_pretrained(output)
     vae = AutoencoderKL.from_pretrained(output, use_safetensors=True).to(device)  # measured as shipped
     psnr = {name: reconstruction_psnr(vae, dataset, device) for name, dataset in held_out.items()}
-    _write_card(output, settings, vae, psnr, minutes=(time.time() - started) / 60)
+    _write_card(output, settings, vae, psnr, minutes=(time.monotonic() - started) / 60)
     codec, rows = VAECodec(vae, "vae"), []
     for dataset in held_out.values():
         images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)

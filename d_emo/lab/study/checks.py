@@ -11,8 +11,10 @@ from d_emo.config import (
     StudySettings,
     TrainSettings,
     check_guidance,
+    check_values,
     is_folder,
     read_sampler,
+    type_hints,
 )
 from d_emo.data import ClassImages, open_dataset
 from d_emo.errors import InputError
@@ -32,7 +34,8 @@ def check_same_training(run: PlannedRun) -> None:
     if not path.exists() or not any(run.folder.glob("s*s/step-*")):  # no snapshots and no states
         return
     remedy = f"remove {run.folder}, and the study's run {run.name!r}, seed {run.seed}, is trained again"
-    recorded = asdict(TrainSettings()) | read_json(path, dict, remedy)
+    hints = type_hints(TrainSettings)
+    recorded = asdict(TrainSettings()) | read_json(path, lambda found: check_values(found, hints), remedy)
     old, new = (_what_counts(values) for values in (recorded, asdict(run.training)))
     for name in ("image_size", "exif", "background", "flip"):  # what the data decide where the study does not
         new[name] = old[name] if new[name] is None else new[name]

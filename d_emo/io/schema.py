@@ -1,0 +1,37 @@
+"""What snapshots and noise schedules say of themselves: names, types and ranges. It is data, and may be damaged."""
+
+from typing import Annotated, Any, Literal
+
+from d_emo.config import check_values
+from d_emo.config.ranges import Fraction, ImageSide, NotNegative, Range, Whole
+
+_Switch = bool | None
+SNAPSHOT: dict[str, Any] = {
+    "kind": Literal["denoiser", "classifier"], "class_names": list[str], "image_size": ImageSide, "step": Whole,
+    "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
+    "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
+    "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
+}  # fmt: skip
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": Annotated[int, Range(1, 100_000)], "beta_start": Fraction, "beta_end": Fraction,
+    "beta_schedule": str, "prediction_type": str, "trained_betas": list[Fraction] | None, "variance_type": str | None,
+    "clip_sample": _Switch, "clip_sample_range": NotNegative, "thresholding": _Switch, "timestep_spacing": str,
+    "steps_offset": Whole, "rescale_betas_zero_snr": _Switch, "shift": NotNegative,
+    "stochastic_sampling": _Switch, "invert_sigmas": _Switch, "use_dynamic_shifting": _Switch,
+    "use_karras_sigmas": _Switch, "use_beta_sigmas": _Switch, "use_exponential_sigmas": _Switch,
+}  # fmt: skip
+
+
+def snapshot_meta(content: Any) -> dict[str, Any]:
+    """What ``snapshot.json`` holds, or InputError; KeyError for what every snapshot has and this one lacks."""
+    meta = check_values(content, SNAPSHOT)
+    for name in ("class_names", "image_size", "step", "weights", *["codec"] * (meta["kind"] == "denoiser")):
+        meta[name]
+    return meta
+
+
+def noise_schedule(content: Any) -> dict[str, Any]:
+    """What ``scheduler_config.json`` holds, or InputError; KeyError without a number of timesteps."""
+    schedule = check_values(content, SCHEDULE)
+    schedule["num_train_timesteps"]
+    return schedule
