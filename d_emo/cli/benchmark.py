@@ -3,17 +3,16 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from d_emo.config import BenchmarkSettings, FormsSettings, KernelsSettings
-from d_emo.lab.benchmark import forms_table, kernels_table, run_benchmark, table, write_report
+from d_emo.config import BenchmarkSettings, FormsSettings, KernelsSettings, StepSettings
+from d_emo.lab.benchmark import forms_table, kernels_table, run_benchmark, step_table, table, write_report
+
+TABLES = {FormsSettings: forms_table, KernelsSettings: kernels_table, StepSettings: step_table}
 
 
-def run(settings: BenchmarkSettings | FormsSettings | KernelsSettings) -> None:
+def run(settings: BenchmarkSettings | FormsSettings | KernelsSettings | StepSettings) -> None:
     """Measure, print the table and, where a folder is named, write it."""
-    if isinstance(settings, FormsSettings):
-        print(forms_table(settings))
-        return
-    if isinstance(settings, KernelsSettings):
-        print(kernels_table(settings))
+    if type(settings) in TABLES:
+        print(TABLES[type(settings)](settings))
         return
     report = run_benchmark(settings)
     print("\n\n".join([table(report), *report.profiles]))
