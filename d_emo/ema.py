@@ -63,7 +63,7 @@ class EMA:
         """
         if self._followed is not model:
             self._followed, self._pairs = model, pairs(self.model, model)
-        averaged, sources = [], []
+        averaged, sources, counts, copied = [], [], [], []
         for (mine, theirs), name in self._pairs:
             value, source = mine[name], theirs[name]
             source = source.full_tensor() if hasattr(source, "full_tensor") else source  # sharded
@@ -71,7 +71,10 @@ class EMA:
                 averaged.append(value)
                 sources.append(source.to(value))
             else:
-                value.copy_(source)
+                counts.append(value)
+                copied.append(source)
+        if counts:
+            torch._foreach_copy_(counts, copied)
         torch._foreach_lerp_(averaged, sources, 1 - self.current_decay)
         self.step += 1
 

@@ -144,6 +144,14 @@ def test_a_gpu_that_is_not_there_is_named():
         run_benchmark(DenoiserBenchmarkSettings(device="cuda"))
 
 
+def test_a_runs_step_is_measured_beside_the_bare_one(capsys):
+    run_verb("benchmark", ["step", "--model", "D-EMOv2-Ti-4", "--depth", "1", "--image-size", "64", "--batch-size", "2",
+                           "--steps", "2", "--rounds", "1"])  # fmt: skip
+    head, _, bare, run = capsys.readouterr().out.splitlines()[-4:]
+    assert head.startswith("| D-EMOv2-Ti-4, 64 px, batch 2, float32 | ms |")
+    assert bare.startswith("| bare | ") and bare.endswith(" | 1.000 |") and run.startswith("| as a run makes it | ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_want_a_gpu():
     with pytest.raises(InputError, match="PyTorch finds no NVIDIA GPU here"):

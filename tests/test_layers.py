@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "text", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents",
-    "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
-    "lab", "cli",
+    "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
+    "latents", "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export",
+    "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
@@ -31,8 +31,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy", "teacher",
-        "classifier", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
+        "teacher", "classifier", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
@@ -43,7 +43,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 

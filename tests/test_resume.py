@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch, error):
         save(content, path)
 
     monkeypatch.setattr(torch, "save", full)
-    words = "training state of step 10 in .*(No space left|failed writing).*last good state is .*step-5"
+    words = "training state of step 10 in .*(No space left|the disk is full).*last good state is .*step-5"
     with pytest.raises(RunError, match=words):
         train(tmp_path)
     assert [folder.name for folder in (tmp_path / "states").iterdir()] == ["step-5"]

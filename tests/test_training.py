@@ -12,14 +12,17 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.io.training_state import find_state, load_state, save_state, step_of
-from d_emo.training import fit
+from d_emo.training import fit, loop
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment
 from d_emo.training.denoiser import DenoiserTask
+from d_emo.training.feed import Feed
 from d_emo.training.optimizer import learning_rate
 from d_emo.training.progress import Progress
 
@@ -65,6 +68,64 @@ def test_resume_equals_a_run_that_never_stopped(tmp_path):
     train(tmp_path / "parts", max_steps=2)
     parts = train(tmp_path / "parts")
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_a_step_fetched_ahead_as_on_a_gpu_is_the_same_step(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", micro_batch_size=4)
+    prepare, fetched = Feed.prepare, []
+
+    def ahead(feed, step):
+        feed.ahead = True
+        prepare(feed, step)
+        fetched.append(step)
+
+    monkeypatch.setattr(Feed, "prepare", ahead)
+    train(tmp_path / "parts", max_steps=2, micro_batch_size=4)
+    torch.testing.assert_close(train(tmp_path / "parts", micro_batch_size=4), whole, rtol=0, atol=0)
+    assert fetched == [1, 3]  # the last step of a run has none after it
+
+
+WAITS = {
+    *(getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "nonzero", "equal", "unique",
+                                               "__bool__", "__float__", "__int__", "__index__")),
+    torch.nonzero, torch.equal, torch.unique, torch.masked_select,
+}  # fmt: skip
+"""What has to wait for a GPU's result, of the functions called in Python, and of the operators."""
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+def test_a_step_waits_for_its_device_once(tmp_path, monkeypatch):
+    seen, counts = [], []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.extend([function.__name__] if function in WAITS else [])
+            return function(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.extend([str(operator)] if operator in WAITING else [])
+            return operator(*args, **(kwargs or {}))
+
+    step, next_batch = loop._Run._train_step, Feed._next
+
+    def watched(run, *args):
+        seen.clear()
+        with Functions(), Operators():
+            result = step(run, *args)
+        counts.append(list(seen))
+        return result
+
+    def unwatched(feed):  # the images are read on the CPU, whatever the device
+        before = list(seen)
+        batch = next_batch(feed)
+        seen[:] = before
+        return batch
+
+    monkeypatch.setattr(loop._Run, "_train_step", watched)
+    monkeypatch.setattr(Feed, "_next", unwatched)
+    train(tmp_path)
+    assert counts == [["tolist"]] * 4
 
 
 def test_accumulation_and_cached_latents_change_nothing_but_rounding(tmp_path):

@@ -176,8 +176,9 @@ nobody works on.""",
             "classifiers": "d_emo.config:ClassifierBenchmarkSettings",
             "forms": "d_emo.config:FormsSettings",
             "kernels": "d_emo.config:KernelsSettings",
+            "step": "d_emo.config:StepSettings",
         },
         "Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run; "
-        "`kernels`: their times on a GPU.",
+        "`kernels`: their times on a GPU; `step`: what a run adds to a bare training step.",
     ),
 ])  # fmt: skip

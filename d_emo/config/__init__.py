@@ -19,6 +19,7 @@ from d_emo.config.benchmarking import (
     DenoiserBenchmarkSettings,
     FormsSettings,
     KernelsSettings,
+    StepSettings,
 )
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.inspecting import DoctorSettings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import Settings, overwrite_setting, setting
 from d_emo.config.ranges import ClassifierSide, Count, Depth, ImageSide, Threads
 from d_emo.errors import InputError
 from d_emo.tables.models import SIZES
@@ -23,6 +23,7 @@ class BenchmarkSettings(Settings):
         None, "folder for table.md, results.json and plot.png. Default: print the table only", group="Output",
         output="folder",
     )
+    overwrite: bool = overwrite_setting()
 
 
 
@@ -85,7 +86,22 @@ class KernelsSettings(Settings):
     batch_size: Count = setting(256, "latents of 256 px, of D-EMOv2-S", group="Measurement")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(Settings):
+    """Settings of ``d-emo benchmark step``: what a run adds to forward, backward and the optimizer's step."""
+
+    model: str = setting("D-EMOv2-S-2", "name of a denoiser", group="Network")
+    depth: Depth | None = setting(None, "blocks, for quick trials. Default: the model's own")
+    image_size: ImageSide = setting(256, "side of the square images in pixels; the latents are an eighth of them")
+    compile: bool = setting(False, "compile the network")
+    batch_size: Count = setting(8, "latents per step", group="Measurement")
+    steps: Count = setting(10, "steps in a row, of the run and bare in turns")
+    rounds: Count = setting(5, "measured rounds, after one to warm up")
+    clock: Literal["wall", "cpu"] = setting("wall", "cpu: CPU time of this process, for a machine shared with others")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast", group="Machine")
+
+
 BENCHMARKS: dict[str, type[Any]] = {
     "denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings, "forms": FormsSettings,
-    "kernels": KernelsSettings,
+    "kernels": KernelsSettings, "step": StepSettings,
 }  # fmt: skip

@@ -8,28 +8,28 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from d_emo import kernels
+from d_emo.claims import claimed
 from d_emo.config import RunSettings, check_values, type_hints, write_yaml
-from d_emo.data import StepSampler
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.files import read_json
-from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
-from d_emo.threads import loader_workers, use_threads
+from d_emo.threads import use_threads
+from d_emo.training.feed import Feed
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
-from d_emo.training.stop import Stop, StopSignal, ignore_interrupts
+from d_emo.training.stop import Stop, StopSignal
 
 
 class Task(Protocol):
@@ -83,7 +83,9 @@ def fit(task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module
         RunError: A loss or gradient is not finite, or something cannot be saved; the last good state stays.
         SystemExit: After a signal or the time limit: code 143 for SIGTERM, else 0; the state is saved.
     """
-    return _Run(task, settings, preview).go()
+    run = _Run(task, settings, preview)
+    with claimed(run.folder, folder=True) if run.accelerator.is_main_process else nullcontext():
+        return run.go()
 
 
 class _Run:
@@ -112,6 +114,7 @@ class _Run:
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
+        self.states: list[Path] = []  # that this run has written
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
@@ -167,22 +170,23 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        say = print if self.accelerator.is_main_process else lambda line: None
-        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
-        if found is None:
-            return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
         hints = type_hints(type(settings))
-        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
+        old = read_json(config, dict) if config.exists() else {}
+        if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
+            raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
+        old = read_json(config, lambda content: check_values(content, hints)) if old else {}
+        trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
-        if changed:
+        if changed and trained:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
-        self.resumed_from = found
-        return load_state(found)
+        say = print if self.accelerator.is_main_process else lambda line: None
+        self.resumed_from = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
+        return None if self.resumed_from is None else load_state(self.resumed_from)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -190,6 +194,7 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -197,13 +202,19 @@ class _Run:
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""
-        settings, batches, stop = self.settings, self._batches(), Stop.NO
-        self.started = time.monotonic()
+        settings, stop, self.started = self.settings, Stop.NO, time.monotonic()
+        self.feed = Feed(
+            self.task.dataset, self.task.draw, seed=settings.seed, batch_size=settings.batch_size,
+            micro_batch_size=self.micro, device=self.accelerator.device, step=self.step,
+            rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
+            num_workers=settings.num_workers,
+        )  # fmt: skip
+        self.updates.model.train()
         first = self.step
         while self.step < settings.max_steps and not stop:
             try:
                 with kernels.record() if self.step == first else nullcontext() as calls:
-                    figures, stop = self._train_step(batches, stop_signal)
+                    figures, stop = self._train_step(stop_signal)
             except Exception as error:
                 wish = stop_signal.received  # a signal, which reaches the compiler's processes too
                 if isinstance(error, RunError) or not wish:
@@ -225,31 +236,26 @@ class _Run:
             self._save_snapshot()  # a run resumed after its last step, its snapshot removed
         return stop
 
-    def _train_step(self, batches: Iterator, stop_signal: StopSignal) -> tuple[dict[str, float], Stop]:
+    def _train_step(self, stop_signal: StopSignal) -> tuple[dict[str, float], Stop]:
         """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
-        task, accelerator, settings, rank = self.task, self.accelerator, self.settings, self.accelerator.process_index
-        began, waited, parts = time.perf_counter(), 0.0, []
-        model = self.updates.model
-        model.train()
+        settings, model, waited, parts = self.settings, self.updates.model, self.feed.waited, []
+        began = asked = time.perf_counter()
         self.guard.remember()
         rate = learning_rate(settings, self.step)
         self.updates.set_learning_rate(rate)
-        seed = int(np.random.SeedSequence([settings.seed, self.step]).generate_state(1, np.uint64)[0]) >> 1
-        draws = task.draw(torch.Generator(accelerator.device).manual_seed(seed), settings.batch_size)
-        torch.manual_seed((seed + rank) % 2**63)  # for drop path and the like
-        start = rank * self.per_rank
-        for row in range(start, start + self.per_rank, self.micro):
-            asked = time.perf_counter()
-            batch = [part.to(accelerator.device, non_blocking=True) for part in next(batches)]
-            waited += time.perf_counter() - asked
-            with accelerator.accumulate(model):
-                losses = task.loss(model, batch, draws[row : row + self.micro])  # autocast inside the model
+        for batch, draws in self.feed.step(self.step):
+            with self.accelerator.accumulate(model):
+                losses = self.task.loss(model, batch, draws)  # autocast inside the model
                 self.updates.backward(losses["loss"])
             parts.append({name: value.detach().float() for name, value in losses.items()})
             self.progress.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
-        means, stop = self._agree(parts, self.updates.gradient_norm(), stop_signal.wish)
+            asked = time.perf_counter()
+        norm = self.updates.gradient_norm()
+        if self.step + 1 < settings.max_steps:
+            self.feed.prepare(self.step + 1)
+        means, stop = self._agree(parts, norm, stop_signal.wish)
         self._update(means, rate)
-        took = time.perf_counter() - began
+        took, waited = time.perf_counter() - began, self.feed.waited - waited
         return {
             **means, "learning_rate": rate, "images_per_second": settings.batch_size / took,
             "data_wait_share": waited / took, "ema_decay": self.ema.current_decay, "skipped_steps": self.guard.skipped,
@@ -276,7 +282,7 @@ class _Run:
                     self.ema.update(self.updates.bare_model)
             else:
                 self.progress.say(self.guard.record(
-                    self.folder, self.step, rate, means, self._sampler().indices(self.step),
+                    self.folder, self.step, rate, means, self.feed.sampler.indices(self.step),
                     write=accelerator.is_main_process,
                 ))
                 self.guard.insist()
@@ -286,20 +292,6 @@ class _Run:
             raise
         finally:
             self.updates.clear()
-
-    def _sampler(self) -> StepSampler:
-        return StepSampler(
-            len(self.task.dataset), self.settings.batch_size, self.micro, seed=self.settings.seed, start_step=self.step,
-            rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
-        )
-
-    def _batches(self) -> Iterator:
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        workers = loader_workers(self.settings.num_workers, device, processes)
-        return iter(DataLoader(
-            self.task.dataset, batch_sampler=self._sampler(), num_workers=workers, worker_init_fn=ignore_interrupts,
-            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        ))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -339,7 +331,7 @@ class _Run:
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
                     "class_names": list(self.task.dataset.class_names),
-                })
+                }, own=self.states)
         self.accelerator.wait_for_everyone()
 
     @contextmanager

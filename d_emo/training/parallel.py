@@ -4,10 +4,11 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from d_emo.config import RunSettings
 from d_emo.device import best_device
@@ -110,17 +111,24 @@ class Updates:
 
     def gradient_norm(self) -> torch.Tensor:
         """Norm of the whole gradient, which is clipped. Shape: -> ()."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        if self.clip or self.accelerator.distributed_type == DistributedType.FSDP:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        else:  # clipping to infinity would go over all gradients once more
+            self.accelerator.unscale_gradients()
+            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def step(self) -> bool:
         """Update the weights; whether it was done, which an overflow under fp16 prevents."""
+        if self.accelerator.scaler is None:
+            self.optimizer.optimizer.step()  # accelerate's own looks for packages at every step
+            return True
         self.optimizer.step()
         return not self.accelerator.optimizer_step_was_skipped
 
     def clear(self) -> None:
         """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.optimizer.zero_grad()
 
     def gather(self) -> dict[str, Any]:
         """Model, optimizer and scaler for a state, whole; a joint act of all processes."""
