@@ -24,7 +24,7 @@ export DEFAULTS
 demo: $(READY)
 	$(LAUNCH) scripts/train_classifier.py --config configs/demo_classifier.yaml
 	$(LAUNCH) scripts/train_dit.py --config configs/demo.yaml
-	$(BIN)/python scripts/judge.py --checkpoint demo/denoiser --classifier demo/classifier --output demo/digits.png
+	$(BIN)/python scripts/judge.py --checkpoint demo/denoiser --classifier demo/classifier --output demo/digits.png --overwrite
 
 test: $(DEV)
 	$(BIN)/python -m pytest

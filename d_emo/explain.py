@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
+from d_emo.files import replacing
 from d_emo.models import EMO
 from d_emo.models.attention import WindowAttention
 from d_emo.models.layers import LocalConv
@@ -155,7 +156,6 @@ def explain(
     with without(model, LocalConv):
         compared["attention only"] = diagonal_similarity(network, model, image)
     photo = (image * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("grad_cam.png", "receptive_field.png", "diagonal_similarity.png")]
     heat = colormaps["jet"](grad_cam(network, model, image, label, stage=stage).numpy())[..., :3]
     draw_maps(paths[0], {"image": photo, f"Grad-CAM, stage {stage}: {title}": 0.55 * photo + 0.45 * heat}, scale=False)
@@ -181,4 +181,5 @@ def draw_maps(
         drawing.colorbar(shown, ax=list(axes), shrink=0.8)
     if above:
         drawing.suptitle(above, fontsize=10)
-    drawing.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        drawing.savefig(temporary, format="png", dpi=110)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
-from d_emo.files import write_file
+from d_emo.files import filling, write_file
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
@@ -104,7 +104,8 @@ def export(network: Portable, path: Path) -> float | None:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
     try:
-        run = writers[path.suffix](network, path)
+        with filling(path.parent) as folder:  # under its own name, which ONNX writes down where it needs a second file
+            run = writers[path.suffix](network, folder / path.name)
     except ImportError as error:
         extra = "coreml" if path.suffix == ".mlpackage" else "export"
         raise InputError(f'{path.suffix} needs a package ({error}): pip install "d-emo[{extra}]"') from error

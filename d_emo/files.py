@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -38,14 +39,18 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         OSError: It cannot be written; names ``path``, also where a library has an exception of its own for that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = _temporary(path)
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary) if flush else ():
             _flush(file)
         if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            old = _temporary(path)
+            path.replace(old)
+            temporary.replace(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
         if flush:
             _flush(path.parent)
     except BaseException as error:
@@ -53,6 +58,25 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         if isinstance(error, Exception) and (refused := write_error(error, path)):
             raise refused from error
         raise
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder within ``folder``, whose files take their places there, each whole, when all went well."""
+    temporary = _temporary(folder / "files")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        for file in sorted(temporary.iterdir()):
+            place = folder / file.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            file.replace(place)
+        _flush(folder)
+    finally:
+        _remove(temporary)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -65,8 +89,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def remove_left(path: Path) -> None:
     """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now."""
-    for left in path.parent.glob(f".tmp-*-{path.name}"):
-        _remove(left)
+    for left in path.parent.glob(".tmp-*"):
+        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{re.escape(path.name)}", left.name):
+            _remove(left)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is there, or a folder without anything in it but what `replacing` and claims leave."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(each.name.startswith((".tmp-", ".claim")) for each in path.iterdir())
+
+
+def free_path(path: str | Path) -> Path:
+    """The path, numbered if it is taken."""
+    free, number = Path(path), 1
+    while not is_free(free):
+        number += 1
+        free = Path(path).with_stem(f"{Path(path).stem}-{number}")
+    return free
 
 
 def write_file(path: Path, content: bytes | str, remedy: str = "") -> None:
@@ -179,6 +220,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
             print(f"waiting for another process that works on {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _remove(path: Path) -> None:

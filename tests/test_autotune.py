@@ -269,7 +269,7 @@ def test_a_state_from_before_there_were_choices_goes_on_with_the_first_forms(new
     train(tmp_path / "run", max_steps=2)
     state = load_state(tmp_path / "run" / "states" / "step-2")
     del state["kernels"]
-    save_state(tmp_path / "run" / "states", 2, state)
+    save_state(tmp_path / "run" / "states", 2, state, own=[])
     new_process(-1)
     train(tmp_path / "run", max_steps=3)  # the state that this saves knows them
     new_process(-1)

@@ -15,7 +15,7 @@ from d_emo.io.snapshot import (
     save_classifier,
     save_denoiser,
 )
-from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.models import Denoiser, create_model
 from d_emo.tables import FRAMES, FrameRow
 
@@ -107,9 +107,13 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
 
 
 def test_states_round_trip_and_rotate(tmp_path):
+    own, others = [], ("step-4-backup", "step-7", "step-old")
+    for name in others:  # which this run did not write
+        (tmp_path / name).mkdir()
     for step in (1, 2, 10):
-        save_state(tmp_path, step, {"step": step, "x": torch.arange(step)})
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-10", "step-2"]
+        save_state(tmp_path, step, {"step": step, "x": torch.arange(step)}, own=own)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(["step-10", "step-2", *others])
+    assert [folder.name for folder in states_until(tmp_path, 7)] == ["step-2", "step-7"]
     assert find_state(tmp_path) == tmp_path / "step-10"
     assert torch.equal(load_state(tmp_path / "step-10")["x"], torch.arange(10))
 
@@ -117,7 +121,7 @@ def test_states_round_trip_and_rotate(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "no state", "no manifest", "bad manifest"])
 def test_a_damaged_state_is_named_and_passed_over(tmp_path, capsys, damage):
     for step in (1, 2):
-        save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)})
+        save_state(tmp_path, step, {"step": step, "x": torch.zeros(1000)}, own=[])
     file, manifest = tmp_path / "step-2" / "state.pt", tmp_path / "step-2" / "manifest.json"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

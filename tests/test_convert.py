@@ -88,7 +88,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_overwritten(tmp_path, monkeypa
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for argv, words in (
         ((path, tmp_path / "out", "--model", "emov2_2m"), f"{path} holds the weights of emov2_5m, not of emov2_2m"),
-        ((path, tmp_path / "full"), "already exists"),
+        ((path, tmp_path / "full"), "full exists and is not overwritten; name another, or give --overwrite"),
         ((path, tmp_path / "out", "--model", "DiT-S-2"), "no EMO classifier"),
         ((tmp_path / "other.pth", tmp_path / "out"), "none of the released"),
         ((tmp_path / "none.pth", tmp_path / "out"), "does not exist"),

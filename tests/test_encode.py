@@ -163,6 +163,28 @@ def test_every_kind_of_damage_is_named_and_repaired(tmp_path, capsys):
         assert contents(tmp_path) == whole
 
 
+def test_an_index_that_says_something_else_than_the_shards_is_written_anew(tmp_path, capsys):
+    encode(shapes(), HalfCodec(), tmp_path, **SMALL)
+    whole, file = contents(tmp_path), tmp_path / "index.json"
+    for damaged in (b"", b"{", b"[]", whole["index.json"].replace(b'"images": 10', b'"images": 11', 1)):
+        file.write_bytes(damaged)
+        assert encode(shapes(), HalfCodec(), tmp_path, **SMALL) and contents(tmp_path) == whole
+        assert "index.json" in capsys.readouterr().err
+    file.unlink()
+    assert encode(shapes(), HalfCodec(), tmp_path, **SMALL) and contents(tmp_path) == whole
+    assert capsys.readouterr().err == ""
+
+
+def test_a_shard_that_cannot_be_opened_is_named_and_kept(tmp_path):
+    encode(shapes(), HalfCodec(), tmp_path, **SMALL)
+    hurt = tmp_path / "shard-00001.safetensors"
+    hurt.rename(tmp_path / "elsewhere")
+    hurt.mkdir()  # fails to open for everybody; permissions do not stop the superuser
+    with pytest.raises(RunError, match=r"shard-00001.safetensors cannot be read \(Is a directory\) and is kept"):
+        encode(shapes(), HalfCodec(), tmp_path, **SMALL)
+    assert hurt.is_dir()
+
+
 def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
     encode(shapes(), HalfCodec(), tmp_path, **SMALL)
     hurt = tmp_path / "shard-00001.safetensors"
@@ -178,6 +200,7 @@ def test_a_missing_or_cut_shard_is_refused_in_training(tmp_path):
         LatentDataset(tmp_path)
     hurt.write_bytes(content)
     index = json.loads((tmp_path / "index.json").read_text())
+    del index["sha256"]  # older versions wrote none
     LatentDataset(tmp_path)
     for key in index.keys() - {"exif", "background"}:
         (tmp_path / "index.json").write_text(json.dumps({name: each for name, each in index.items() if name != key}))
@@ -360,6 +383,10 @@ def test_latents_of_another_size_vae_or_scaling_are_refused_with_both_values(tmp
         train(data_dir="images")
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "scaling": 0.18215}))
+    with pytest.raises(InputError, match=r"index\.json is damaged"):
+        train()
+    del index["sha256"]  # as older versions wrote it
+    (folder / "index.json").write_text(json.dumps({**index, "scaling": 0.18215}))
     with pytest.raises(InputError, match=r"scaling 0\.18215, but pixels now has scaling 1\.0"):
         train()
 
@@ -421,7 +448,7 @@ def test_latents_tell_how_their_images_were_read(tmp_path, pictures):
         train(background="white")
     with pytest.raises(InputError, match="exif False, not True; background red, not white"):
         encode(ImageFolder(pictures, 8), PixelCodec(), tmp_path / "l", **SMALL)
-    edit_index(tmp_path / "l", exif=None, background=None)  # of before these keys
+    edit_index(tmp_path / "l", exif=None, background=None, sha256=None)  # of before these keys
     assert train().facts["exif"] is False and train().facts["background"] is None
 
 

@@ -88,6 +88,9 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, reference: Path, capsys: 
     with pytest.raises(KeyboardInterrupt):
         run(reference, tmp_path / "work", Drawer(breaks_at=20), ranks=Ranks())
     (tmp_path / "work" / ".tmp-1-features-0000016.safetensors").write_bytes(b"left by a kill")
+    (tmp_path / "early").mkdir()  # by a process that was killed while it wrote the settings
+    (tmp_path / "early" / ".tmp-1-settings.json").write_text("{")
+    assert run(reference, tmp_path / "early", Drawer(), count=8, metrics=["fid"]).num_samples == 8
     capsys.readouterr()
     drawer = Drawer()
     result = run(reference, tmp_path / "work", drawer, ranks=Ranks(0, 1))
@@ -103,9 +106,13 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, reference: Path, capsys: 
 def test_a_damaged_shard_is_made_again(tmp_path: Path, reference: Path) -> None:
     whole = run(reference, tmp_path / "work", Drawer())
     part = tmp_path / "work" / "features-0000008.safetensors"
-    part.write_bytes(part.read_bytes()[:300])
-    drawer = Drawer()
-    assert run(reference, tmp_path / "work", drawer).values == whole.values and drawer.drawn == list(range(8, 16))
+    content = part.read_bytes()
+    flipped = [content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :] for place in (3, 40, 150, -50)]
+    for damaged in (b"", content[:300], *flipped):
+        part.write_bytes(damaged)
+        drawer = Drawer()
+        assert run(reference, tmp_path / "work", drawer).values == whole.values and drawer.drawn == list(range(8, 16))
+        assert part.read_bytes() == content
 
 
 def test_features_of_other_settings_are_never_taken(tmp_path: Path, reference: Path, monkeypatch) -> None:
@@ -135,14 +142,22 @@ def test_images_are_written(tmp_path: Path, reference: Path) -> None:
         again = measure(path, reference, progress=False)
         assert again.sampling == SAMPLING and again.fid == pytest.approx(result.fid, rel=1e-6)
     assert not list((tmp_path / "work").glob("pixels*"))
+    drawer = Drawer()
+    run(reference, tmp_path / "work", drawer, save_npz=npz)  # it says that it holds these images
     with pytest.raises(InputError, match="samples.npz exists and is not overwritten"):
-        run(reference, tmp_path / "work", Drawer(), save_npz=npz)
+        run(reference, tmp_path / "work", drawer, count=40, save_npz=npz)
+    assert drawer.drawn == []
+    content = npz.read_bytes()
+    npz.write_bytes(content[:5000] + bytes([content[5000] ^ 4]) + content[5001:])
+    run(reference, tmp_path / "work", Drawer(), save_npz=npz)
+    assert npz.read_bytes() == content
     with pytest.raises(InputError, match="reference exists and is not overwritten"):
         run(reference, tmp_path / "work", Drawer(), save_png=reference)
-    (png / "000009.png").unlink()
-    drawer = Drawer()
-    run(reference, tmp_path / "work", drawer, metrics=["fid"], save_png=png)
-    assert drawer.drawn == list(range(8, 16)) and (png / "000009.png").is_file()
+    for damage in (Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\x89PNG")):
+        damage(png / "000009.png")
+        drawer = Drawer()
+        run(reference, tmp_path / "work", drawer, metrics=["fid"], save_png=png)
+        assert drawer.drawn == list(range(8, 16)) and torch.equal(read_all(png), expected)
 
 
 def test_nothing_but_finite_features_is_kept(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,5 +298,5 @@ def test_exit_code_and_nothing_overwritten(good: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 2
-    assert run.stderr == f"error: the output {output} exists and is not overwritten; remove it or name another\n"
+    assert run.stderr == f"error: --output {output} exists and is not overwritten; name another, or give --overwrite\n"
     assert run.stdout == "" and output.read_text() == "precious"

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
-    "errors", "text", "files", "tables", "config", "threads", "device", "weights", "kernels", "data", "latents",
-    "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export", "app",
-    "lab", "cli",
+    "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
+    "latents", "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export",
+    "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [

@@ -12,6 +12,7 @@ from PIL import Image
 
 from d_emo import sampling
 from d_emo.errors import InputError
+from d_emo.files import free_path
 from d_emo.latents import PixelCodec, load_codec
 from d_emo.sampling.denoising import decode
 from d_emo.sampling.guidance import guided
@@ -306,15 +307,13 @@ def test_a_class_that_can_be_meant_twice_is_asked_about():
 def test_png_carries_its_settings_and_is_never_overwritten(tmp_path):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     grid = sampling.draw_grid(images, ["cat", "dog"], 2, scale=2)
-    path = sampling.free_path(None, str(tmp_path / "sub" / "grid.png"))
+    path = free_path(tmp_path / "sub" / "grid.png")
     sampling.save_png(grid, path, {"seed": 3})
     with Image.open(path) as picture:
         assert json.loads(picture.text["d-emo"]) == {"seed": 3}
         pixels = np.array(picture)
     assert np.array_equal(pixels[22:38:2, 4:20:2], images[0].permute(1, 2, 0).numpy())
-    assert sampling.free_path(None, str(path)).name == "grid-2.png"
-    with pytest.raises(InputError, match="exists already"):
-        sampling.free_path(str(path), "unused.png")
+    assert free_path(path).name == "grid-2.png"
     with pytest.raises(InputError, match="cannot write"):
         sampling.save_png(grid, path / "x.png", {})
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from d_emo.cli.outputs import claimed_outputs
 from d_emo.cli.verbs import VERBS, Verb
 from d_emo.config import check_paths, in_flags, parse_settings, run_cli
 from d_emo.errors import InputError
@@ -46,7 +47,8 @@ def run_verb(name: str, argv: Sequence[str], *, prog: str | None = None) -> None
     values = parse_settings(settings, verb.help, arguments, prog=prog)
     with in_flags(settings):
         check_paths(values)
-        verb.run(values)
+        with claimed_outputs(name, values) as values:
+            verb.run(values)
 
 
 def completed_words() -> list[str]:

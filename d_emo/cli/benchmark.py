@@ -1,6 +1,5 @@
 """``d-emo benchmark``."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from d_emo.config import BenchmarkSettings, FormsSettings, KernelsSettings, StepSettings
@@ -17,5 +16,5 @@ def run(settings: BenchmarkSettings | FormsSettings | KernelsSettings | StepSett
     report = run_benchmark(settings)
     print("\n\n".join([table(report), *report.profiles]))
     if settings.output:
-        write_report(Path(settings.output), report, asdict(settings))
+        write_report(Path(settings.output), report, settings.to_record())
         print(f"\nwrote {settings.output}/table.md, results.json and plot.png")

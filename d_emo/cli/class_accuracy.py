@@ -1,7 +1,6 @@
 """``d-emo class-accuracy``."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def run(settings: JudgeSettings) -> None:
     )
     metrics = ClassifierMetrics(features, real, data=data, device=sampler.device)
     labels = even_labels(settings.num_images, len(snapshot.class_names))
-    record = {"command": command_line(), "settings": vars(settings), "step": snapshot.meta["step"],
+    record = {"command": command_line(), "settings": settings.to_record(), "step": snapshot.meta["step"],
               "features": features.name}  # fmt: skip
     if settings.samplers:
         return compare_samplers(metrics, runs, samplers, labels, record, Path(settings.output))
@@ -67,14 +66,14 @@ def run(settings: JudgeSettings) -> None:
     record["figures"] = [each.to_dict() for each in compared]
     output = Path(settings.output)
     grid = class_grid(sampler.class_names, 10, 10, lambda labels: draw_classes(sampler, labels))
-    save_png(grid, output, vars(settings))
+    save_png(grid, output, settings.to_record())
     write_json(output.with_suffix(".json"), record)
     print(f"picture         {output}  (seeds 0 to 99; the values beside it as JSON)")
     print(f"settings        {record['conditions']}\nfeatures        {features.name}")
     for each in compared:
         print(f"{each.name:<15} {each.shown:<8} {each.remark}".rstrip())
     if settings.write_card:
-        shutil.copy(output, snapshot.path / card.PICTURE)
+        write_file(snapshot.path / card.PICTURE, output.read_bytes())
         print(f"card            {card.add_measurement(snapshot.path, record)}")
 
 

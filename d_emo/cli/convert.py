@@ -16,10 +16,10 @@ def run(settings: ConvertSettings) -> None:
         model, half = snapshot.model, (0.5, 0.5, 0.5)
         check_variant(model.config["name"], settings.model, source)
         write_timm_folder(model, output, input_size=snapshot.image_size, mean=half, std=half,
-                          class_names=snapshot.class_names)
+                          class_names=snapshot.class_names, overwrite=settings.overwrite)
     else:
         model = read_released_classifier(source, settings.model)
-        write_timm_folder(model, output)
+        write_timm_folder(model, output, overwrite=settings.overwrite)
     print(f"{source} holds {model.config['name']}: {count_parameters(model):,} parameters, {model.num_classes} classes")
     print(f"wrote    {output}/model.safetensors and {output}/config.json")
     print(f"load it  import d_emo, timm; timm.create_model('local-dir:{output}', pretrained=True)")

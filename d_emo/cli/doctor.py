@@ -7,7 +7,7 @@ from d_emo.data import Reading, open_dataset, open_held_out
 from d_emo.device import best_device
 from d_emo.doctor import contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError
-from d_emo.files import replacing
+from d_emo.files import free_path, replacing
 from d_emo.latents import load_codec
 
 
@@ -36,7 +36,7 @@ def run(settings: DoctorSettings) -> None:
     chosen, pixels = sheet_of(found)
     if codec is not None:
         lines += describe_latents(codec, pixels.to(best_device()))
-    output = Path(settings.output or f"samples/{Path(settings.run_folder('doctor')).name}.png")
+    output = Path(settings.output or free_path(f"samples/{Path(settings.run_folder('doctor')).name}.png"))
     with replacing(output) as temporary:
         contact_sheet(found, chosen, pixels).save(temporary, format="PNG")
     lines.append(("sheet", f"{output}  ({len(chosen)} images as training sees them)"))

@@ -1,11 +1,11 @@
 """``d-emo evaluate``."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from d_emo.config import EvaluateClassifierSettings
 from d_emo.device import best_device
+from d_emo.files import write_json
 from d_emo.io.classifier import open_classifier, open_images
 from d_emo.training.accuracy import measure_accuracy
 
@@ -24,5 +24,5 @@ def run(settings: EvaluateClassifierSettings) -> None:
     print(f"{classifier.name} on {settings.data_dir or images.name}, {images.image_size} px: {accuracy}")
     if settings.output is not None:
         result = {"model": settings.model, "weights": settings.weights, **asdict(accuracy)}
-        Path(settings.output).write_text(json.dumps(result) + "\n")
+        write_json(Path(settings.output), result)
 

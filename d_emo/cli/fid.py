@@ -14,9 +14,10 @@ def run(settings: FidSettings) -> None:
     """Measure images that are there, or a snapshot's; print the result and what to know before comparing it."""
     state = open_processes()
     use_threads(state.device, state.num_processes)
-    options = ("metrics", "features", "inception_weights", "batch_size", "output")
+    options = ("metrics", "features", "inception_weights", "batch_size", "overwrite")
     measurement = Measurement(
         settings.reference, device=state.device, reading=Reading.of(settings),
+        output=settings.output if state.is_main_process else None,
         **{name: getattr(settings, name) for name in options},
     )
     if settings.checkpoint is not None:

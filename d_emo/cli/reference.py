@@ -15,7 +15,7 @@ from d_emo.evaluation.npz import choose_evenly
 def run(settings: ReferenceSettings) -> None:
     """Write a reference of real images, and say what it holds."""
     output = Path(settings.output)
-    check_output(output)
+    check_output(output, overwrite=settings.overwrite)
     built_in = None if settings.data_dir else settings.num_images or PUBLISHED_COUNT
     dataset = open_dataset(
         dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=settings.split,

@@ -2,20 +2,22 @@
 
 import shlex
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from d_emo.config import SampleSettings
+from d_emo.files import free_path
 from d_emo.io.snapshot import load_denoiser, newest_denoiser
-from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, Trajectory, free_path
+from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, Trajectory
 
 
 def run(settings: SampleSettings) -> None:
     """Draw, write the files and say what was drawn."""
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
     request = SampleRequest(settings, snapshot)
-    settings, output = request.settings, free_path(settings.output, request.default_path)
+    settings, output = request.settings, Path(settings.output or free_path(request.default_path))
     dtype = PRECISIONS[settings.mixed_precision]
     sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile)
     steps, count = len(sampler.scheduler.timesteps), len(settings.guidance_scale) * len(request.labels)

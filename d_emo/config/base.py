@@ -41,13 +41,22 @@ def setting(
         resumable: Whether a run that is resumed may have another value.
         decisive: Whether it may change a run's result. Default: unless it is resumable.
         output: Of a path that is written, what it is: a "folder" or "file" that must not be there yet; a "picture",
-            a file whose folder is made; a "run", a folder that the same command goes on with, or a "part" of one.
+            a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes
+            on with, or a "part" of one.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
                 "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+OVERWRITE = "overwrite"
+
+
+def overwrite_setting() -> Any:
+    """The field ``overwrite`` of settings with outputs that must not be there yet."""
+    return setting(False, "replace what is there already; without this it is left alone and the command refused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,14 @@ class Settings:
     def resolve(self: S, **facts: Any) -> S:
         """Settings in which nothing is left open that the others and ``facts`` decide."""
         return self
+
+    def files_of(self, output: Path) -> list[Path]:
+        """What is written for one of its outputs."""
+        return [output]
+
+    def to_record(self) -> dict[str, Any]:
+        """The settings as they are written down: without the one that says what may be overwritten."""
+        return {name: value for name, value in asdict(self).items() if name != OVERWRITE}
 
     @classmethod
     def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
@@ -313,9 +330,9 @@ def in_words(kind: Any) -> str:
     return words.get(get_origin(kind) or kind, "text")
 
 
-def write_yaml(settings: Any, path: Path) -> None:
-    """Write resolved settings (a dataclass) for ``--config`` to read back; a kill leaves the old file or the new."""
-    write_file(path, yaml.safe_dump(asdict(settings), sort_keys=False))
+def write_yaml(settings: Settings, path: Path) -> None:
+    """Write resolved settings for ``--config`` to read back; a kill leaves the old file or the new."""
+    write_file(path, yaml.safe_dump(settings.to_record(), sort_keys=False))
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import Settings, overwrite_setting, setting
 from d_emo.config.ranges import ClassifierSide, Count, Depth, ImageSide, Threads
 from d_emo.errors import InputError
 from d_emo.tables.models import SIZES
@@ -23,6 +23,7 @@ class BenchmarkSettings(Settings):
         None, "folder for table.md, results.json and plot.png. Default: print the table only", group="Output",
         output="folder",
     )
+    overwrite: bool = overwrite_setting()
 
 
 

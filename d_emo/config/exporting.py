@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import Settings, overwrite_setting, setting
 from d_emo.config.ranges import ClassifierSide, Positive
 
 
@@ -22,6 +22,7 @@ class ExportSettings(Settings):
         help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",
         output="file",
     )
+    overwrite: bool = overwrite_setting()
     tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, relative to the largest of them")
 
 
@@ -36,3 +37,4 @@ class ConvertSettings(Settings):
     output: str = setting(
         help="folder to write model.safetensors and config.json to", flag="OUT", group="Output", output="folder"
     )
+    overwrite: bool = overwrite_setting()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from d_emo.config.base import setting
+from d_emo.config.base import overwrite_setting, setting
 from d_emo.config.ranges import Count, ImageSide, Whole
 from d_emo.config.training import HeldOutSettings
 from d_emo.errors import InputError
@@ -22,8 +22,10 @@ class DoctorSettings(HeldOutSettings):
     batch_size: Count = setting(256, "images per step that training will have")
     max_steps: Count = setting(400_000, "steps that training will have")
     output: str | None = setting(
-        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png", group="Output", output="picture"
+        None, "the contact sheet, a PNG. Default: samples/doctor-<data>.png, numbered if it exists", group="Output",
+        output="picture",
     )
+    overwrite: bool = overwrite_setting()
 
     def check(self) -> None:
         super().check()

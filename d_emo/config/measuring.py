@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.base import ReadingSettings, Settings, overwrite_setting, setting
 from d_emo.config.ranges import (
     ClassifierSide,
     Count,
@@ -55,10 +55,7 @@ class EvaluateClassifierSettings(ReadingSettings):
     batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")
     output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
-
-    def check(self) -> None:
-        if self.output is not None and not Path(self.output).parent.is_dir():
-            raise InputError(f"`output` {self.output}: its folder does not exist; make it first")
+    overwrite: bool = overwrite_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +81,19 @@ class JudgeSettings(ReadingSettings):
     )
     output: str = setting(
         "samples/judged.png", "PNG of ten samples of each of ten classes, with the metrics as JSON beside it (with "
-        "--samplers: the table as .md, with .json beside it); overwritten", group="Output",
+        "--samplers: the table as .md, with .json beside it). The default is numbered if it exists", group="Output",
         output="picture",
     )
+    overwrite: bool = overwrite_setting()
     write_card: bool = setting(False, "also put the samples and metrics into the snapshot's model card")
 
     def check(self) -> None:
         if self.samplers and self.write_card:
             raise InputError("`samplers` makes a table, `write_card` a card; run the two apart")
         self.sampler_steps()
+
+    def files_of(self, output: Path) -> list[Path]:
+        return [output.with_suffix(".md") if self.samplers else output, output.with_suffix(".json")]
 
     def sampler_steps(self) -> list[tuple[str, int]]:
         """Name and steps of each sampler to compare.
@@ -118,9 +119,10 @@ class ExplainSettings(ReadingSettings):
     )
     stage: Stage = setting(4, "stage whose map Grad-CAM and the receptive field show; 3 has twice the resolution of 4")
     output: str | None = setting(
-        None, "folder for the images, overwritten. Default: samples/explain-<image>", group="Output",
+        None, "folder for the images. Default: samples/explain-<image>, numbered if it exists", group="Output",
         output="folder",
     )
+    overwrite: bool = overwrite_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,7 @@ class FidSettings(ReadingSettings):
         output="run",
     )
     output: str | None = setting(None, "JSON file to write the result to", group="Output", output="file")
+    overwrite: bool = overwrite_setting()
 
     def check(self) -> None:
         if (self.samples is None) == (self.checkpoint is None):
@@ -207,6 +210,7 @@ class ReferenceSettings(ReadingSettings):
     batch_size: Count = setting(64, "images per forward pass")
     num_workers: Workers = setting(0, "data loading processes")
     output: str = setting(help=".npz to write, in ADM's layout", group="Output", output="file")
+    overwrite: bool = overwrite_setting()
     kept_images: Whole = setting(
         10_000, "number of images stored for precision, recall and KID, spread evenly; ADM stores as many"
     )
@@ -224,7 +228,10 @@ class PlotSettings(Settings):
     runs: list[str] = setting(help="run folders", flag="runs", group="Curves", source=True)
     published: str = setting("auto", "published curve to add: auto (of the runs' models), none, or a model's name")
     smooth: Whole = setting(0, "window of a running mean, in steps")
-    output: str = setting("samples/loss.png", "PNG to write, overwritten", group="Output", output="picture")
+    output: str = setting(
+        "samples/loss.png", "PNG to write. The default is numbered if it exists", group="Output", output="picture"
+    )
+    overwrite: bool = overwrite_setting()
 
 
 @dataclass(frozen=True, kw_only=True)

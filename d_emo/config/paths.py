@@ -68,7 +68,8 @@ def check_output(name: str, path: str, kind: str) -> None:
     try:
         if (mode := _mode(target)) is not None:
             found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "neither file nor folder"
-            if wanted != found:
+            own = kind == "pictures" and found == "a folder"  # claims refuse it, unless it is the command's own
+            if wanted != found and not own:
                 wanted += " or a new folder" if kind == "picture" else ""
                 raise InputError(f"`{name}` {path} is {found}, where {wanted} is to be written")
             place = target if stat.S_ISDIR(mode) else target.parent

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d_emo.config.base import Settings, setting
+from d_emo.config.base import Settings, overwrite_setting, setting
 from d_emo.config.ranges import BelowOne, Count, Fraction, NotNegative, Port, Seed, Steps
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS
@@ -85,8 +85,9 @@ class SampleSettings(Settings):
     )
     output: str | None = setting(
         None, "PNG, GIF or folder to write. Default: samples/class-<classes>-seed<seed>, numbered if it exists",
-        group="Output", output="picture",
+        group="Output", output="pictures",
     )
+    overwrite: bool = overwrite_setting()
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; images change slightly", group="Machine"
     )

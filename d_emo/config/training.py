@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.base import ReadingSettings, Settings, overwrite_setting, setting
 from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.ranges import (
     BelowOne,
@@ -32,8 +32,10 @@ class VAESettings(Settings):
     """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
 
     output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions", group="Run", output="folder"
+        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if "
+        "it exists", group="Run", output="folder"
     )
+    overwrite: bool = overwrite_setting()
     image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
     block_out_channels: list[Count] = setting(
         [24, 48, 96, 128], "channels from full to eighth resolution", group="Model"

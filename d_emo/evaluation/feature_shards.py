@@ -1,8 +1,9 @@
 """Features of images drawn on the spot, in shards: many processes share the work and any can be stopped.
 
-A shard is 256 consecutive images. Its features are one file that is written whole, so that a file that is there is
-complete; the same call again makes only what is missing. Shard k is drawn by process k % world_size, but nothing of its
-content depends on that: the numbers are the same for any number of processes. A folder serves one command at a time.
+A shard is 256 consecutive images. Its features are one file that is written whole and last, with checksums of itself
+and of the images beside it; the same call again makes only what is missing or damaged. Shard k is drawn by process
+k % world_size, but nothing of its content depends on that: the numbers are the same for any number of processes. A
+folder serves one command at a time.
 """
 
 import json
@@ -22,10 +23,11 @@ from tqdm import tqdm
 from d_emo.errors import InputError, RunError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.npz import read_text, write_npz
-from d_emo.files import digest, replacing, write_file
+from d_emo.files import digest, digest_of_file, digest_of_tensors, is_free, replacing, write_file
 
 SHARD_SIZE = 256
-SAMPLING_KEY = "sampling"
+SAMPLING_KEY, IDENTITY_KEY = "sampling", "identity"  # of an .npz: how its images were drawn, and a digest of it
+CHECKSUMS = "sha256"
 SETTINGS_FILE = "settings.json"
 
 Generate = Callable[[int, int], Iterator[torch.Tensor]]
@@ -87,17 +89,15 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         InputError: It holds something else, or files of other settings.
     """
     file, text = folder / SETTINGS_FILE, _as_json(settings)
-    if file.is_file():
-        if file.read_text() == text:
-            for left in folder.glob(".tmp-*"):  # by a process that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            return
+    if file.is_file() and file.read_text() != text:
         raise InputError(f"{folder} holds images or features of other settings, see {file}; name another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not file.is_file() and not is_free(folder):
         raise InputError(f"{folder} exists and is not overwritten; name another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(file, text)
+        for left in folder.glob(".tmp-*"):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not file.is_file():
+            write_file(file, text)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
 
@@ -120,6 +120,7 @@ class FeatureShards:
         self._png_folder, self._keep_pixels = png_folder, keep_pixels
         starts = range(0, num_images, SHARD_SIZE)
         self._shards = [range(first, min(first + SHARD_SIZE, num_images)) for first in starts]
+        self._complete: set[int] = set()  # shards that were found or made so
 
     def missing(self, ranks: Ranks = ALONE) -> list[range]:
         """The shards of a process that are not there yet; of all processes by default."""
@@ -155,12 +156,16 @@ class FeatureShards:
         for shard in self._shards:
             yield load_file(self._file(shard), device=str(device))
 
-    def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any]) -> None:
-        """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn; delete their shards."""
+    def write_npz(self, path: Path, image_size: tuple[int, int], sampling: dict[str, Any], identity: str) -> None:
+        """Collect the images into an ``.npz`` file in ADM's layout, with how they were drawn."""
         pixels = (torch.from_numpy(np.load(self._pixel_file(shard))) for shard in self._shards)
-        write_npz(path, pixels, self.num_images, image_size, lambda: {SAMPLING_KEY: json.dumps(sampling)})
-        for shard in self._shards:
-            self._pixel_file(shard).unlink()
+        about = {SAMPLING_KEY: json.dumps(sampling), IDENTITY_KEY: identity}
+        write_npz(path, pixels, self.num_images, image_size, lambda: about)
+
+    def drop_pixels(self) -> None:
+        """Delete the images kept for `write_npz`."""
+        for file in self.folder.glob("pixels-*.npy"):
+            file.unlink()
 
     def _write_shard(self, shard: range, features: list[dict[str, torch.Tensor]], pixels: torch.Tensor) -> None:
         """Features last: their file says that the shard is complete."""
@@ -178,19 +183,44 @@ class FeatureShards:
                 _write(self._png(index), lambda file, picture=picture: picture.save(file, format="PNG"), flush=False)
         if self._keep_pixels:
             _write(self._pixel_file(shard), lambda file: np.save(file, pixels.numpy()))
-        _write(self._file(shard), lambda file: save_file(joined, file))
+        earlier = self._read(shard)[1]
+        kept = {"pngs": earlier["pngs"]} if "pngs" in earlier else {}  # of a command that wanted them
+        checksums = {**kept, "features": digest_of_tensors(joined.items()), **self._images_there(shard)}
+        _write(self._file(shard), lambda file: save_file(joined, file, metadata={CHECKSUMS: json.dumps(checksums)}))
+        self._complete.add(shard.start)
 
     def _is_complete(self, shard: range) -> bool:
-        if self._png_folder and not all(self._png(index).is_file() for index in shard):
-            return False
-        if self._keep_pixels and not self._pixel_file(shard).is_file():
+        """Whether features, and the images that are wanted, are there and match their checksums."""
+        if shard.start in self._complete:
+            return True
+        found, checksums = self._read(shard)
+        if {name: list(layer.shape) for name, layer in found.items()} != {
+            name: [len(shard), dim] for name, dim in self.layers.items()
+        }:
             return False
         try:
-            with safe_open(self._file(shard), framework="pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            wanted = {"features": digest_of_tensors(found.items()), **self._images_there(shard)}
+        except FileNotFoundError:
             return False
-        return shapes == {name: [len(shard), dim] for name, dim in self.layers.items()}
+        if wanted.items() <= checksums.items():
+            self._complete.add(shard.start)
+        return shard.start in self._complete
+
+    def _read(self, shard: range) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Features and checksums as a file has them; nothing where it is missing or damaged."""
+        try:
+            with safe_open(self._file(shard), framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in self.layers}
+                return found, dict(json.loads((file.metadata() or {})[CHECKSUMS]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return {}, {}
+
+    def _images_there(self, shard: range) -> dict[str, str]:
+        """Checksums of the images that are written beside the features."""
+        found = {"pixels": digest_of_file(self._pixel_file(shard))} if self._keep_pixels else {}
+        if self._png_folder:
+            found["pngs"] = digest(*(self._png(index).read_bytes() for index in shard))
+        return found
 
     def _file(self, shard: range) -> Path:
         return self.folder / f"features-{shard.start:07d}.safetensors"

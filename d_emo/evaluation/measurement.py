@@ -3,18 +3,21 @@
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from d_emo.claims import claimed
 from d_emo.config import PUBLISHED_COUNT, FidSettings
 from d_emo.data import AS_VIEWED, Reading
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation.feature_shards import (
     ALONE,
+    IDENTITY_KEY,
     FeatureShards,
     Generate,
     Ranks,
@@ -25,6 +28,7 @@ from d_emo.evaluation.feature_shards import (
 from d_emo.evaluation.features import create_extractor
 from d_emo.evaluation.images import ImageSource, as_text, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
+from d_emo.evaluation.npz import is_intact, read_text
 from d_emo.evaluation.reference import Reference
 from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import is_constant
@@ -41,7 +45,8 @@ class Measurement:
         metrics: Names in ``d_emo.tables.METRICS``.
         features, inception_weights: As ``create_extractor`` takes them.
         batch_size: Images per call of the network.
-        output: JSON file to write; never overwritten.
+        output: JSON file to write.
+        overwrite: Whether files that exist may be replaced: ``output`` here, ``save_npz`` later.
         device: Where the network runs; None: the best one that is there.
         progress: Show progress bars on a terminal.
         reading: How stored images become RGB.
@@ -53,14 +58,14 @@ class Measurement:
     def __init__(
         self, reference: str | Path | None, *, metrics: Sequence[str] = ("fid",), features: str = FidSettings.features,
         inception_weights: str | Path | None = None, batch_size: int = FidSettings.batch_size,
-        output: str | Path | None = None, device: torch.device | str | None = None, progress: bool = True,
-        reading: Reading = AS_VIEWED,
+        output: str | Path | None = None, overwrite: bool = False, device: torch.device | str | None = None,
+        progress: bool = True, reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         self._metrics = parse_metrics(metrics)
         if batch_size < 1:
             raise InputError(f"`batch_size` {batch_size} is too small; use at least 1")
         if output is not None:
-            check_output(Path(output))
+            check_output(Path(output), overwrite=overwrite)
         check_compared(self._metrics, reference)
         for name in self._metrics:
             if "spatial" in METRICS[name].needs and not parse_features(features)[0].spatial:
@@ -68,7 +73,7 @@ class Measurement:
         compares = any(METRICS[name].compares for name in self._metrics)
         self._reference = Reference(reference, self._metrics, features, reading) if compares else None
         self._features, self._inception_weights = features, inception_weights
-        self._batch_size, self._output, self._progress = batch_size, output, progress
+        self._batch_size, self._output, self._overwrite, self._progress = batch_size, output, overwrite, progress
         self._device, self._reading = best_device(device), reading
 
     def of_images(self, samples: str | Path, *, num_images: int | None = None) -> Result:
@@ -92,6 +97,9 @@ class Measurement:
     ) -> Result | None:  # fmt: skip
         """Draw images and measure them in one go; the same call again resumes where an earlier one stopped.
 
+        Parts are recognised by their checksums and by the settings that are written down beside them, an ``.npz`` file
+        by the digest of these in it; nothing that is there is drawn again.
+
         Args:
             generate: Draws images by their indices; an image must depend on nothing but its index.
             num_images: How many.
@@ -108,16 +116,28 @@ class Measurement:
         Raises:
             InputError: As of the class; or a folder holds something else.
         """
-        if save_npz is not None:
-            check_output(Path(save_npz))
         self._prepare(num_images)
         identity = {**identity, "sampling": sampling, "features": self.extractor.name}
+        own = digest_of_settings({**identity, "features": None, "num_images": num_images})
+        if save_npz is not None and is_own(Path(save_npz), own, overwrite=self._overwrite):
+            save_npz = None  # it is there
         folder = Path(work_dir or Path("results", "fid", digest_of_settings(identity)))
-        if ranks.rank == 0:
-            claim_folder(folder, identity)
-            if save_png is not None:
-                claim_folder(Path(save_png), {**identity, "features": None})
-        ranks.wait()
+        with ExitStack() as claims:
+            if ranks.rank == 0:
+                claims.enter_context(claimed(folder, folder=True))
+                claim_folder(folder, identity)
+                if save_png is not None:
+                    claims.enter_context(claimed(Path(save_png), folder=True))
+                    claim_folder(Path(save_png), {**identity, "features": None})
+            ranks.wait()
+            return self._draw(generate, num_images, folder, own, image_size=image_size, name=name, sampling=sampling,
+                              save_npz=save_npz, save_png=save_png, ranks=ranks)  # fmt: skip
+
+    def _draw(
+        self, generate: Generate, num_images: int, folder: Path, identity: str, *, image_size: tuple[int, int],
+        name: str, sampling: dict[str, Any], save_npz: str | Path | None, save_png: str | Path | None, ranks: Ranks,
+    ) -> Result | None:  # fmt: skip
+        """What `of_generated` does once its folders are claimed."""
         layers = {"pooled": self.extractor.dim, "spatial": self.extractor.spatial_dim}
         shards = FeatureShards(
             folder, num_images, {layer: dim for layer, dim in layers.items() if dim},
@@ -133,7 +153,8 @@ class Measurement:
         if ranks.rank != 0:
             return None
         if save_npz is not None:
-            shards.write_npz(Path(save_npz), image_size, sampling)
+            shards.write_npz(Path(save_npz), image_size, sampling, identity)
+        shards.drop_pixels()
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as rows:
             sampled = self._gathered(num_images, Path(rows)).update_all(shards.read(self._device))
             return self._finish(sampled, Path(rows), name, sampling, self._warnings(num_images, image_size), speed)
@@ -220,14 +241,28 @@ def measure(samples: str | Path, reference: str | Path | None, *, num_images: in
     return Measurement(reference, **options).of_images(samples, num_images=num_images)
 
 
-def check_output(path: Path) -> None:
-    """Refuse a file that exists or cannot be written.
+def is_own(path: Path, identity: str, *, overwrite: bool = False) -> bool:
+    """Whether images of this identity are in an ``.npz`` file, intact; if not, it may be written.
+
+    Raises:
+        InputError: It holds something else, or cannot be written.
+    """
+    try:
+        found = path.is_file() and read_text(path, IDENTITY_KEY)
+    except InputError:  # not an .npz file at all
+        found = None
+    check_output(path, overwrite=overwrite or found == identity)
+    return found == identity and is_intact(path)
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file that exists, unless it may be replaced, or that cannot be written.
 
     Raises:
         InputError: The file exists, or its folder does not, or cannot be written to.
     """
-    if path.exists():
-        raise InputError(f"the output {path} exists and is not overwritten; remove it or name another")
+    if path.exists() and not overwrite:
+        raise InputError(f"the output {path} exists and is not overwritten; name another, or give `overwrite`")
     if not path.parent.is_dir():
         raise InputError(f"the output {path} cannot be written: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -17,8 +17,11 @@ from d_emo.weights import differences, shapes_of
 MANIFEST = "manifest.json"
 
 
-def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write the state of one step, then delete all but the newest ``keep``."""
+def save_state(states: Path, step: int, state: dict[str, Any], *, own: list[Path], keep: int = 2) -> Path:
+    """Write the state of one step and add it to ``own``, of which all but the last ``keep`` are deleted.
+
+    ``own`` are the folders that the run has written, the newest last: see `states_until`. No other is touched.
+    """
 
     def write(temporary: Path) -> None:
         torch.save(state, temporary / "state.pt")
@@ -27,14 +30,21 @@ def save_state(states: Path, step: int, state: dict[str, Any], *, keep: int = 2)
 
     folder = states / f"step-{step}"
     write_folder(folder, write)
-    for old in sorted(states.glob("step-*"), key=step_of)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    own[:] = [each for each in own if each != folder] + [folder]
+    while len(own) > keep:
+        shutil.rmtree(own.pop(0), ignore_errors=True)
     return folder
+
+
+def states_until(states: Path, last: int | None = None) -> list[Path]:
+    """The folders ``step-N`` of a run by step, up to one; copies under other names are not among them."""
+    found = sorted((each for each in states.glob("step-*") if step_of(each) >= 0), key=step_of)
+    return [each for each in found if last is None or step_of(each) <= last]
 
 
 def find_state(states: Path, *, say: Callable[[str], None] = print) -> Path | None:
     """The newest complete state of a run, or None; a damaged one is named (by ``say``) and passed over."""
-    for folder in sorted(states.glob("step-*"), key=step_of, reverse=True):
+    for folder in reversed(states_until(states)):
         problem = _state_problem(folder)
         if problem is None:
             return folder

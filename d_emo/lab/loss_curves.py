@@ -12,7 +12,7 @@ import numpy as np
 
 from d_emo.config import check_values
 from d_emo.errors import InputError
-from d_emo.files import read_json
+from d_emo.files import read_json, replacing
 from d_emo.lab.reporting import logarithmic, new_figure
 from d_emo.tables import family_of
 
@@ -135,4 +135,5 @@ def plot_losses(runs: list[Run], published: dict[str, Curve], output: Path, *, s
         ax.grid(alpha=0.3)
     axes[-1].set_xlabel("step" + (f" (running means over {smooth:,} steps)" if smooth else ""))
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png", dpi=120)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from d_emo.errors import InputError
+from d_emo.errors import InputError, RunError
 from d_emo.latents.codec import Codec
 from d_emo.latents.shards import REPEAT, Origin, ShardError, read_index, read_shard
 
@@ -103,7 +103,7 @@ class LatentDataset(Dataset):
         path = self.folder / entry["file"]
         try:
             _, tensors = read_shard(path)
-        except ShardError:
+        except (ShardError, RunError):
             raise InputError(f"the shard {path} cannot be read; {REPEAT}") from None
         if list(tensors["moments"].shape) != [entry["images"], *self.index["moments_shape"]]:
             raise InputError(f"the shard {path} does not hold what the index says; {REPEAT}")

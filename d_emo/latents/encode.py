@@ -10,7 +10,7 @@ from tqdm import tqdm
 from d_emo.data import ClassImages
 from d_emo.errors import InputError, RunError
 from d_emo.latents.codec import Codec, latent_side
-from d_emo.latents.shards import INDEX, Origin, is_finished, shard_path, write_index, write_shard
+from d_emo.latents.shards import Origin, is_finished, shard_path, write_index, write_shard
 
 
 def encode(
@@ -56,9 +56,8 @@ def encode(
         for shard in pending:
             moments, labels = _encode_rows(images, codec, origin, origin.rows(shard), loader, device, bar)
             write_shard(shard_path(folder, shard), moments, labels, origin)
-    if (folder / INDEX).exists() and not pending:
-        return rank == 0
-    return write_index(folder, origin, images.class_names)
+    written = write_index(folder, origin, images.class_names)
+    return written is not None and (written or rank == 0 or bool(pending))
 
 
 def _encode_rows(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from d_emo.data import ClassImages, Reading
-from d_emo.errors import InputError
+from d_emo.errors import InputError, RunError
 from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec, Factor
 
@@ -29,7 +29,7 @@ REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes 
 
 
 class ShardError(Exception):
-    """A file that is not a readable shard."""
+    """A file that is not there, or not a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,19 @@ def is_finished(path: Path, origin: Origin) -> bool:
 
 
 def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Header and tensors of a shard, which are maps of the file, not read until they are looked at; or ShardError."""
+    """Header and tensors of a shard, which are maps of the file, not read until they are looked at.
+
+    Raises:
+        ShardError: It is missing or damaged.
+        RunError: It is there and cannot be opened, for want of permission, say.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise ShardError(type(error).__name__) from None
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror}) and is kept"
+        raise RunError(f"the shard {path} {reason}; see to it, then {RESUME}") from None
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
@@ -138,19 +150,36 @@ def read_shard(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise ShardError(type(error).__name__) from None
 
 
-def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool:
-    """Write ``index.json`` if every shard is there, and say whether."""
+def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool | None:
+    """Write ``index.json`` if every shard is there, unless it says already what they hold.
+
+    Returns:
+        Whether it was written; None if a shard is missing.
+    """
     shards, shape, paths = [], None, [shard_path(folder, shard) for shard in range(origin.num_shards)]
     for path in paths:
         try:
             header, tensors = read_shard(path)
         except ShardError:  # another process is not done yet
-            return False
+            return None
         shape = list(tensors["moments"].shape[1:])
         shards.append({"file": path.name, "images": len(tensors["labels"]), "bytes": path.stat().st_size,
                        "sha256_of_content": header["sha256"]})
     index = {**asdict(origin), "moments_shape": shape, "class_names": class_names, "shards": shards}
-    write_json(folder / INDEX, index, RESUME)
+    index = json.loads(json.dumps(index))
+    index["sha256"] = _seal(index)
+    file = folder / INDEX
+    try:
+        if json.loads(file.read_text()) == index:
+            return False
+        problem = "does not say what the shards hold"
+    except FileNotFoundError:
+        problem = ""
+    except (OSError, ValueError):
+        problem = "cannot be read"
+    if problem:
+        print(f"{file} {problem}; writing it anew", file=sys.stderr, flush=True)
+    write_json(file, index, RESUME)
     return True
 
 
@@ -168,6 +197,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
         if sum(entry["images"] for entry in index["shards"]) != index["images"]:
             raise ValueError("images")
+        if index.get("sha256") not in (None, _seal(index)):  # older ones have none
+            raise ValueError("sha256")
         return index
 
     index = {} if missing else read_json(folder / INDEX, read, REPEAT)
@@ -177,6 +208,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         if (folder / name).stat().st_size != size:
             raise InputError(f"the shard {folder / name} is not of its size; {REPEAT}")
     return index
+
+
+def _seal(index: dict[str, Any]) -> str:
+    """A checksum of all else that an index says."""
+    return digest(json.dumps({key: value for key, value in index.items() if key != "sha256"}, sort_keys=True))
 
 
 def _checksum(made_from: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from d_emo.errors import InputError
-from d_emo.files import replacing, write_json
+from d_emo.files import is_free, replacing, write_json
 from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
@@ -51,7 +51,7 @@ def check_variant(found: str | None, wanted: str | None, path: Path) -> None:
 
 def write_timm_folder(
     model: EMO, folder: Path, *, input_size: int = 224, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, class_names: Sequence[str] | None = None,
+    std: Sequence[float] | None = None, class_names: Sequence[str] | None = None, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write ``model.safetensors`` and ``config.json`` in timm's layout.
 
@@ -61,11 +61,12 @@ def write_timm_folder(
         input_size: side of the images in pixels.
         mean, std: normalisation of images in [0, 1]. Default: ImageNet's, that of the released weights.
         class_names: one name per class.
+        overwrite: write into the folder whatever it holds.
 
     Raises:
         InputError: if the folder already holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder) and not overwrite:
         raise InputError(f"{folder} already exists and is not an empty folder; name another place to write to.")
     settings = dict(model.config)
     name = settings.pop("name")
@@ -88,7 +89,6 @@ def write_timm_folder(
         config["model_args"] = options
     if class_names:
         cfg["label_names"] = list(class_names)
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     write_json(folder / "config.json", config)

@@ -5,7 +5,7 @@ The diffusers pipeline is ``d_emo.DEMOPipeline``, in ``d_emo.sampling.pipeline``
 
 from d_emo.sampling.classes import find_classes, mix_classes, spell_class
 from d_emo.sampling.denoising import Step, decode, denoise, sample
-from d_emo.sampling.files import free_path, save_gif, save_png, save_pngs
+from d_emo.sampling.files import save_gif, save_png, save_pngs
 from d_emo.sampling.grids import class_grid, draw_grid, preview_grid
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.request import SampleRequest, Trajectory

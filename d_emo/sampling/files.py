@@ -10,23 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from d_emo.errors import InputError
-
-
-def free_path(wanted: str | None, default: str) -> Path:
-    """The path asked for, or the default one, numbered if it is taken.
-
-    Raises:
-        InputError: The path asked for exists already.
-    """
-    if wanted is not None:
-        if Path(wanted).exists():
-            raise InputError(f"{wanted} exists already; choose another `output`")
-        return Path(wanted)
-    path, number = Path(default), 1
-    while path.exists():
-        number += 1
-        path = Path(default).with_stem(f"{Path(default).stem}-{number}")
-    return path
+from d_emo.files import replacing
 
 
 def save_png(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
@@ -37,7 +21,7 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None
     """
     info = PngInfo()
     info.add_text("d-emo", json.dumps(settings))
-    _write(path, lambda: picture.save(path, format="PNG", pnginfo=info))
+    _write(path, lambda file: picture.save(file, format="PNG", pnginfo=info))
 
 
 def save_pngs(
@@ -65,15 +49,17 @@ def save_gif(frames: Sequence[Image.Image], path: Path, settings: dict[str, Any]
         InputError: The file cannot be written.
     """
     durations = [120] * (len(frames) - 1) + [1500]  # milliseconds
-    _write(path, lambda: frames[0].save(
-        path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0,
+    _write(path, lambda file: frames[0].save(
+        file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0,
         comment=json.dumps(settings).encode(),
     ))
 
 
-def _write(path: Path, write: Callable[[], None]) -> None:
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write()
+        with replacing(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

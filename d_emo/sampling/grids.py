@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from d_emo.errors import InputError
+from d_emo.files import replacing
 from d_emo.latents import Codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.sampler import Sampler
@@ -94,4 +95,5 @@ def preview_grid(
     except InputError as error:  # values that are not finite: no reason to stop a training run
         print(f"no sample grid {path}: {error}", file=sys.stderr, flush=True)
         return
-    grid.save(path)
+    with replacing(path) as temporary:
+        grid.save(temporary, format="PNG")

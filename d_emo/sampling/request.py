@@ -71,7 +71,7 @@ class SampleRequest:
         """The settings that the files carry."""
         scales, meta = self.settings.guidance_scale, self.snapshot.meta
         return {
-            **dataclasses.asdict(self.settings), "guidance_scale": scales if len(scales) > 1 else scales[0],
+            **self.settings.to_record(), "guidance_scale": scales if len(scales) > 1 else scales[0],
             "classes": self.classes, "checkpoint": str(self.snapshot.path), "step": meta["step"],
             "weights": meta["weights"],
         }

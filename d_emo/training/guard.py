@@ -1,6 +1,5 @@
 """What happens when a loss or a gradient is not finite: no update is made with it."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from d_emo.errors import RunError
+from d_emo.files import write_json
 
 _MOST_IN_A_ROW = 10
 _MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; from 65,536 it takes 16 to reach 1
@@ -68,10 +68,9 @@ class NonFiniteGuard:
             torch._foreach_copy_(self.buffers, self.kept)
         evidence = run / "nonfinite" / f"step-{step}.json"
         if write:
-            evidence.parent.mkdir(exist_ok=True)
             figures = {name: value if math.isfinite(value) else str(value) for name, value in means.items()}
             known = {"step": step, "learning_rate": learning_rate, "figures": figures, "indices": indices}
-            evidence.write_text(json.dumps(known) + "\n")
+            write_json(evidence, known)
         return (
             f"step {step}: loss {means['loss']:.4g}, gradient norm {means['gradient_norm']:.4g}, learning rate "
             f"{learning_rate:.2e}; no update was made, its images are listed in {evidence}"

@@ -14,12 +14,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from d_emo import kernels
+from d_emo.claims import claimed
 from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.errors import InputError, RunError
 from d_emo.files import read_json
-from d_emo.io.training_state import find_state, load_state, save_state
+from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import use_threads
@@ -82,7 +83,9 @@ def fit(task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module
         RunError: A loss or gradient is not finite, or something cannot be saved; the last good state stays.
         SystemExit: After a signal or the time limit: code 143 for SIGTERM, else 0; the state is saved.
     """
-    return _Run(task, settings, preview).go()
+    run = _Run(task, settings, preview)
+    with claimed(run.folder, folder=True) if run.accelerator.is_main_process else nullcontext():
+        return run.go()
 
 
 class _Run:
@@ -111,6 +114,7 @@ class _Run:
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes = 0, 0.0
+        self.states: list[Path] = []  # that this run has written
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
@@ -166,22 +170,23 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        say = print if self.accelerator.is_main_process else lambda line: None
-        found = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
-        if found is None:
-            return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
         hints = type_hints(type(settings))
-        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
+        old = read_json(config, dict) if config.exists() else {}
+        if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
+            raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
+        old = read_json(config, lambda content: check_values(content, hints)) if old else {}
+        trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
-        if changed:
+        if changed and trained:
             raise InputError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
-        self.resumed_from = found
-        return load_state(found)
+        say = print if self.accelerator.is_main_process else lambda line: None
+        self.resumed_from = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
+        return None if self.resumed_from is None else load_state(self.resumed_from)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -189,6 +194,7 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
         except (KeyError, RuntimeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -325,7 +331,7 @@ class _Run:
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
                     "class_names": list(self.task.dataset.class_names),
-                })
+                }, own=self.states)
         self.accelerator.wait_for_everyone()
 
     @contextmanager

@@ -1,6 +1,5 @@
 """Trains the small VAE that ships with the package: f8, 4 latent channels, on Shapes-1000 and digits."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from d_emo.config import VAESettings, write_yaml
 from d_emo.data import ClassImages, Digits, Shapes1000
 from d_emo.device import best_device
+from d_emo.files import filling, write_json
 from d_emo.io.card import describe_hardware, write_card_file
 from d_emo.latents import VAECodec
 
@@ -58,17 +58,16 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     held_out = {"shapes": Shapes1000(settings.image_size, num_images=1000, split="test", seed=settings.seed),
                 "digits": Digits(settings.image_size, split="test")}
-    output = Path(settings.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    vae.half().save_pretrained(output)
-    vae = AutoencoderKL.from_pretrained(output, use_safetensors=True).to(device)  # measured as shipped
-    psnr = {name: reconstruction_psnr(vae, dataset, device) for name, dataset in held_out.items()}
-    _write_card(output, settings, vae, psnr, minutes=(time.monotonic() - started) / 60)
-    codec, rows = VAECodec(vae, "vae"), []
-    for dataset in held_out.values():
-        images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)
-        rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
-    save_image(torch.cat(rows) * 0.5 + 0.5, output / "reconstructions.png", nrow=12, padding=2)
+    with filling(Path(settings.output_dir)) as output:
+        vae.half().save_pretrained(output)
+        vae = AutoencoderKL.from_pretrained(output, use_safetensors=True).to(device)  # measured as shipped
+        psnr = {name: reconstruction_psnr(vae, dataset, device) for name, dataset in held_out.items()}
+        _write_card(output, settings, vae, psnr, minutes=(time.monotonic() - started) / 60)
+        codec, rows = VAECodec(vae, "vae"), []
+        for dataset in held_out.values():
+            images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)
+            rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
+        save_image(torch.cat(rows) * 0.5 + 0.5, output / "reconstructions.png", nrow=12, padding=2)
     return psnr
 
 
@@ -99,7 +98,7 @@ def _psnr(mean_squared_error: float) -> float:
 def _write_card(output: Path, settings: VAESettings, vae, psnr: dict[str, float], minutes: float) -> None:
     millions = sum(p.numel() for p in vae.parameters()) / 1e6
     write_yaml(settings, output / "config.yaml")
-    (output / "psnr.json").write_text(json.dumps({k: round(v, 2) for k, v in psnr.items()}) + "\n")
+    write_json(output / "psnr.json", {k: round(v, 2) for k, v in psnr.items()})
     about = f"""An `AutoencoderKL` (diffusers) with {millions:.2f} M parameters that maps an RGB image to 4 channels
 at an eighth of its side; scaling factor {vae.config.scaling_factor}, weights in float16. It serves the built-in data
 sets of D-EMO and is no VAE for photographs: use one such as `stabilityai/sd-vae-ft-mse` there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from d_emo.files import replacing, write_file, write_json
 from d_emo.lab.benchmark.timing import Case
 from d_emo.lab.reporting import make_folder, new_figure
 from d_emo.text import markdown_table
@@ -93,12 +93,13 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
     make_folder(folder, "`output`")
     where = machine(report.device)
     about = ", ".join(f"{key} {value}" for key, value in where.items())
-    (folder / "table.md").write_text("\n\n".join([table(report), about, *report.profiles]) + "\n")
+    write_file(folder / "table.md", "\n\n".join([table(report), about, *report.profiles]) + "\n")
     said = {name: value for name, value in settings.items() if name != "output"}  # which says nothing later
     record = {"machine": where, "settings": said, "baseline": report.baseline,
               "results": [r._asdict() for r in report.results]}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    picture.savefig(folder / "plot.png", dpi=120)
+    write_json(folder / "results.json", record)
+    with replacing(folder / "plot.png") as temporary:
+        picture.savefig(temporary, format="png", dpi=120)
 
 
 def plot(results: Sequence[Result]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import yaml
 
 from d_emo.errors import RunError
+from d_emo.files import write_file
 
 
 class VerbError(RunError):
@@ -28,7 +29,7 @@ def run_verb(
         VerbError: It failed.
         SystemExit: It was stopped; with its exit code.
     """
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_file(config, yaml.safe_dump(settings, sort_keys=False))
     launcher = ["-m", "accelerate.commands.launch", "--quiet", *launch] if launch else []
     arguments = [verb, "--config", str(config)]
     print(f"$ d-emo {' '.join(arguments)}", flush=True)

@@ -12,6 +12,7 @@ from d_emo.data import Reading, open_dataset, spread
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.evaluation import ClassifierFeatures, ClassifierMetrics, draw_classes, even_labels, open_real
+from d_emo.files import replacing
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.lab.study.plan import PlannedRun, data_dir_of
 from d_emo.latents import load_codec, sample_moments
@@ -131,5 +132,7 @@ def draw_samples(path: Path, runs: list[PlannedRun], rows: pd.DataFrame, open_me
     if drawn:
         scale = math.ceil(TILE / drawn[0].shape[-1])
         text_size = drawn[0].shape[-1] * scale // 7
-        draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size).save(path)
+        grid = draw_grid(torch.cat(drawn), captions, COLUMNS, scale=scale, names=classes, text_size=text_size)
+        with replacing(path) as temporary:
+            grid.save(temporary, format="PNG")
     return bool(drawn)

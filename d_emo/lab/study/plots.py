@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from d_emo.files import replacing
 from d_emo.lab.loss_curves import Curve
 from d_emo.lab.reporting import logarithmic, new_figure
 from d_emo.lab.study.results import half_width, runs_of
@@ -64,7 +65,8 @@ def draw_curves(
     lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
                  fontsize="small")  # fmt: skip
     figure.supxlabel(seeds_words(shown), fontsize="small")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
 
 
 def draw_courses(
@@ -161,4 +163,5 @@ def draw_gaps(path: Path, gaps: pd.DataFrame) -> None:
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     figure.supxlabel(seeds_words(gaps), fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

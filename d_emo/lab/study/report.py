@@ -174,5 +174,5 @@ def write_report(
     parts += [f"![{about}]({name})" for name, about in plots.items()]
     parts.append(f"Raw metric values: {', '.join(f'[{name}]({name})' for name in files)}.")
     report = folder / "report.md"
-    report.write_text("\n\n".join(parts) + "\n")
+    write_file(report, "\n\n".join(parts) + "\n", RESUME)
     return report

@@ -131,7 +131,7 @@ class Study:
     def _fid(self, snapshot: Path, lock: TextIO) -> dict[str, float]:
         """The metric values that ``d-emo fid`` gives a snapshot."""
         output = snapshot.with_name(f".{snapshot.name}-fid.json")
-        options = {**fid_options(self.settings), "checkpoint": str(snapshot), "output": str(output)}
+        options = {**fid_options(self.settings), "checkpoint": str(snapshot), "output": str(output), "overwrite": True}
         self._run("fid", options, output, lock)
         return read_json(output, lambda found: {name: found[name] for name in metric_values() if name in found}, REMAKE)
 
