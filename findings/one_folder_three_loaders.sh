@@ -7,6 +7,8 @@
 # another is right about classes 0 and 1 only, and a label drawn as "class 10" is another picture.
 # EXIF orientation: datasets turns a JPEG upright when it decodes it, torchvision and timm leave it lying on its side.
 # Hidden folders: torchvision and timm take .ipynb_checkpoints for a class (and so shift all others), datasets does not.
+# Links: torchvision and timm follow links to folders until the system stops them: two pictures beside a link to the
+# folder that they are in train as 82. datasets follows no link to a folder and reads two.
 #
 # Seen with torchvision 0.29.1 (torch 2.14.1), timm 1.0.31, datasets 5.2.0, Pillow 12.3.0 on Python 3.11: as said.
 set -euo pipefail
@@ -69,5 +71,17 @@ found = {name: classes for name, classes, _ in loaders(hidden)}
 print("beside .ipynb_checkpoints:", found)
 assert found["torchvision"] == found["timm"] == [".ipynb_checkpoints", "cat", "dog"], found
 assert found["datasets"] == ["cat", "dog"], found
+
+linked = folder / "linked"
+for name in ("cat", "dog"):
+    picture(linked / name / "a.jpg")
+(linked / "cat" / "again").symlink_to(linked, target_is_directory=True)
+found = {
+    "torchvision": len(torchvision.datasets.ImageFolder(linked)), "timm": len(create_dataset("", str(linked))),
+    "datasets": len(datasets.load_dataset("imagefolder", data_dir=str(linked), split="train",
+                                          cache_dir=str(folder / "cache"))),
+}
+print("two pictures and a link upwards:", found)
+assert found == {"torchvision": 82, "timm": 82, "datasets": 2}, found
 PY
 "$folder/venv/bin/python" "$folder/try.py" "$folder"

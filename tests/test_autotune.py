@@ -226,9 +226,9 @@ def test_a_form_can_be_forced_by_its_name(monkeypatch, tuner):
         dispatch.run("toy", table, torch.randn(4, 4))
 
 
-def test_a_wrong_value_is_one_sentence_of_the_command_line():
+def test_a_wrong_value_is_one_sentence_of_the_command_line(tmp_path):
     environment = {**os.environ, "D_EMO_KERNELS": "fast"}
-    command = [sys.executable, "-m", "d_emo", "sample", "--class", "1", "--output", os.devnull]
+    command = [sys.executable, "-m", "d_emo", "sample", "--class", "1", "--output", tmp_path / "x.png"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "D_EMO_KERNELS is 'plain'" in done.stderr and "Traceback" not in done.stderr
 

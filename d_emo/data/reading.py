@@ -17,10 +17,10 @@ from d_emo.config import ReadingSettings
 from d_emo.errors import InputError
 
 PHOTOGRAPHS = {
-    ".avif", ".bmp", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
-    ".webp",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
 }  # fmt: skip
-"""Kinds of single pictures; a GIF, say, is most often a film or a drawing of 256 colours."""
+"""Kinds of pictures, of a film the first; what else Pillow opens (PSD, ICNS) is most often no picture to train on."""
 HEIF = {".heic", ".heif"}
 KEY_OF_PIXELS: dict[str, Callable[[Any], Any]] = {
     "1": lambda key: 255 * bool(key), "L;2": lambda key: key * 85, "L;4": lambda key: key * 17,

@@ -99,15 +99,15 @@ def _refused(
     inputs: tuple[Any, ...],
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
     """The forms above the chosen one, and its rivals below where something was to be timed; with the reasons."""
-    refused, above = [], True
+    refused, above = {}, True
     for form in forms:
         if form.name == chosen.name:
             above = False
         elif above or (form.rival and chosen.rival and not (_fixed or tuner.fixed)):
             why = standard or (form.refuses and form.refuses(x, *inputs))
             if why or above or form.name in times:
-                refused.append((form.name, why or slower(form.name, chosen.name, times)))
-    return tuple(refused)
+                refused[form.name] = why or slower(form.name, chosen.name, times)
+    return tuple(refused.items())
 
 
 def slower(form: str, chosen: str, times: dict[str, float]) -> str:
