@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -42,8 +43,8 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        for file in (*temporary.rglob("*"), temporary) if flush else ():
-            _flush(file)
+        for file in (*temporary.rglob("*"), temporary):
+            _settle(file, flush=flush)
         if path.is_dir():
             old = _temporary(path)
             path.replace(old)
@@ -68,7 +69,7 @@ def filling(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _flush(file)
+            _settle(file)
         for file in sorted(temporary.iterdir()):
             place = folder / file.name
             if place.is_dir():
@@ -236,6 +237,22 @@ def _digest(parts: Iterable[Any]) -> str:
     for part in parts:
         total.update(part.encode() if isinstance(part, str) else part)
     return total.hexdigest()
+
+
+def _settle(path: Path, *, flush: bool = True) -> None:
+    """Flush a file and let those read it who may read the user's other new files: safetensors shuts all others out."""
+    if path.is_file():
+        path.chmod(path.stat().st_mode | (0o666 & ~_umask()))
+    if flush:
+        _flush(path)
+
+
+@cache
+def _umask() -> int:
+    """Permissions that this process's new files lack; they can be asked for only by setting them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

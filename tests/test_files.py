@@ -34,6 +34,18 @@ def test_a_folder_takes_the_place_of_the_old_one_and_leftovers_go(tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["2"] and os.listdir(tmp_path) == ["folder"]
 
 
+def test_who_may_read_other_new_files_may_read_ours(tmp_path):
+    (tmp_path / "plain").touch()
+    with files.replacing(tmp_path / "a") as file, files.replacing(tmp_path / "b", flush=False) as other:
+        for each in (file, other):  # as safetensors' save_file leaves it
+            each.touch(0o600)
+    with files.replacing(tmp_path / "folder") as folder:
+        folder.mkdir()
+        (folder / "c").touch(0o600)
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "a", "b", "folder/c")}
+    assert len(modes) == 1
+
+
 def test_writers_of_one_file_do_not_meet(tmp_path):
     with files.replacing(tmp_path / "a") as one, files.replacing(tmp_path / "a") as other:
         one.write_text("one")
