@@ -128,6 +128,7 @@ def in_child(verb: str, argv: list[str], root: Path, *, before: int | None = Non
     if child == 0:
         code = 70
         try:
+            torch.set_num_threads(1)  # OpenMP's do not survive a fork: the first use of several would wait for ever
             os.close(reader)
             with (root.parent / f"{root.name}.log").open("a") as log:
                 os.dup2(log.fileno(), 1)
