@@ -71,6 +71,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
     ("benchmark", "forms"): lambda world: {
         "model": ["emov2_1m"], "image_size": ["64"], "batch_size": ["1"], "compile": ["false"]},
     ("benchmark", "kernels"): lambda world: {"batch_size": ["1"]},
+    ("benchmark", "step"): lambda world: {
+        "model": ["D-EMOv2-Ti-4"], "depth": ["1"], "image_size": ["64"], "batch_size": ["2"]},
 }  # fmt: skip
 """By verb and word: settings with which it would run, as the words after the flags."""
 
@@ -160,6 +162,8 @@ def _extractor(real: Callable) -> Callable:
 @contextlib.contextmanager
 def HEAVY() -> Iterator[None]:  # noqa: N802
     """Every verb ends with `Reached` where its heavy work begins."""
+    from d_emo.cli.benchmark import TABLES
+    from d_emo.config import KernelsSettings
     from d_emo.evaluation.features import create_extractor
 
     places = {
@@ -174,7 +178,8 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
         "d_emo.lab.study:Study.conclude": _stop,
         "d_emo.lab.benchmark:measure": _stop, "d_emo.lab.models_table:count_macs": _stop,
         "d_emo.kernels:explain": _stop,
-        "d_emo.cli.benchmark:kernels_table": _stop, "d_emo.training.classifier:measure_accuracy": _stop,
+        "d_emo.cli.benchmark:TABLES": {**TABLES, KernelsSettings: _stop},
+        "d_emo.training.classifier:measure_accuracy": _stop,
         "d_emo.evaluation.measurement:create_extractor": _extractor(create_extractor),
         "d_emo.cli.reference:create_extractor": _extractor(create_extractor),
     }  # fmt: skip

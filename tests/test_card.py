@@ -188,7 +188,7 @@ def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     assert all(f"{row['value']:.1f}"[:-1] in printed and row["remark"] in printed for row in measured["figures"])
     assert measured["step"] == 30 and measured["command"].startswith("python scripts/judge.py --checkpoint")
     assert not (snapshot / "metrics.json").exists()
-    judge(monkeypatch, *arguments, "--output", tmp_path / "o.png", "--write-card")
+    judge(monkeypatch, *arguments, "--output", tmp_path / "o.png", "--write-card", "--overwrite")
     (written,) = json.loads((snapshot / "metrics.json").read_text())
     assert written == json.loads((tmp_path / "o.json").read_text())
     assert f"`{written['command']}` (guidance 1.5, 2 steps of dpm++, images 20)" in text_of(snapshot)

@@ -338,7 +338,7 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
         ((snapshot, *output, "--batch-size", 0), "--batch-size must be at least 1"),
         ((snapshot, *output, "--crop-share", 0), "--crop-share must be above 0"),
         ((snapshot, *output, "--image-size", 31), "--image-size must be at least 32"),
-        ((snapshot, "--output", tmp_path / "none" / "a.json"), "its folder does not exist"),
+        ((snapshot, "--output", tmp_path / "none" / "a.json"), "a.json cannot be written: the folder"),
         ((tmp_path / "released.pth", *options, "--weights", "raw"), "holds one set of weights"),
         ((snapshot, "--dataset", "digits"), "knows 2 classes, but the images have 10"),
         ((tmp_path / "none.pth", *options), "does not exist"),

@@ -125,8 +125,8 @@ def test_runs_and_snapshots_keep_the_order_of_classes_that_they_had(tmp_path, mo
 
     with monkeypatch.context() as patch:  # as 0.1.0 did it
         patch.setattr("d_emo.data.folder.in_class_order", sorted)
-        patch.setattr("d_emo.training.loop.save_state", lambda states, step, state: save_state(
-            states, step, {key: value for key, value in state.items() if key != "class_names"}
+        patch.setattr("d_emo.training.loop.save_state", lambda states, step, state, **own: save_state(
+            states, step, {key: value for key, value in state.items() if key != "class_names"}, **own
         ))
         whole = train("whole", 4)[0]
         for folder in "old", "cached":

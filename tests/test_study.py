@@ -331,7 +331,7 @@ def test_with_a_reference_fid_measures(tmp_path, monkeypatch):
     ((verb, asked, launch),) = calls
     assert verb == "fid" and launch == ["--cpu"]
     expected = {"checkpoint": str(snapshot), "reference": str(real), "num_images": 20, "guidance_scale": 1.0,
-                "steps": 3, "metrics": ["fid", "prc"]}  # fmt: skip
+                "steps": 3, "metrics": ["fid", "prc"], "overwrite": True}  # fmt: skip
     assert asked == {**expected, "output": str(tmp_path / ".step-4-fid.json")}
 
 

@@ -53,7 +53,10 @@ class Feed:
         self._ready: tuple[list[torch.Tensor], Any] | None = None
 
     def step(self, step: int) -> Iterator[tuple[list[torch.Tensor], Any]]:
-        """The micro-batches of this process, each with its rows of the step's draws."""
+        """The micro-batches of this process, each with its rows of the step's draws.
+
+        Shape: images, or moments of latents, (B, C, H, W) and labels (B,), where B is ``micro_batch_size``.
+        """
         batch, draws = self._ready or self._start(step)
         self._ready = None
         torch.manual_seed((self._seed_of(step) + self.rank) % 2**63)  # for drop path and the like

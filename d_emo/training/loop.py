@@ -172,10 +172,9 @@ class _Run:
             return None
         config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
         hints = type_hints(type(settings))
-        old = read_json(config, dict) if config.exists() else {}
+        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
         if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
             raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
-        old = read_json(config, lambda content: check_values(content, hints)) if old else {}
         trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
