@@ -117,7 +117,7 @@ def describe(
     size = f"{len(images):,} images of {len(images.class_names):,} classes"
     lines = [("data", f"{images.name}: {size}; {seen:,} looked at")]
     if images.left_out:
-        lines.append(("left out", images.left_out))
+        lines.append(("beside", images.left_out))
     lines += _files(found) + _classes(counts, images.class_names)
     if found.unreadable:
         reasons = _some(found.unreadable.values(), "; ")
@@ -126,10 +126,10 @@ def describe(
     lines += _copies(found)
     if held_out is not None:
         lines += _held_out(found, held_out)
-    passes = max_steps * batch_size / len(images)
-    lines.append(("training", f"{math.ceil(len(images) / batch_size):,} steps of {batch_size:,} images an epoch; "
-                              f"{max_steps:,} steps pass over the data {passes:,.4g} times; images are "
-                              f"{'mirrored at random' if images.flip else 'not mirrored'}"))
+    passes, epoch = max_steps * batch_size / len(images), math.ceil(len(images) / batch_size)
+    lines.append(("training", f"{epoch:,} step{'s' * (epoch > 1)} of {batch_size:,} images an epoch; "
+                              f"{max_steps:,} steps pass over the data {passes:,.{0 if passes > 100 else 1}f} times; "
+                              f"images are {'mirrored at random' if images.flip else 'not mirrored'}"))
     return lines
 
 

@@ -61,7 +61,7 @@ def test_everything_that_is_wrong_is_said(folder, tmp_path):
     assert said["EXIF"] == "1 carry an orientation" and "alpha" not in said
     assert said["classes"] == "1 (dog) to 13 (cat) images, median 7"
     assert said["duplicates"].startswith("2 are the same as another, such as ")
-    assert said["training"] == "4 steps of 4 images an epoch; 30 steps pass over the data 8.571 times; images are " \
+    assert said["training"] == "4 steps of 4 images an epoch; 30 steps pass over the data 8.6 times; images are " \
                                "mirrored at random"
     look = [text for topic, text in lines if topic == "LOOK"]
     starts = ("1 are smaller than 16 px", "cat has 13 times the images of dog", "1 unreadable", "1 of them are in sev")
@@ -107,6 +107,7 @@ def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatc
     run_verb("doctor", ["--data-dir", str(folder), "--image-size", "16", "--vae", "pixels", "--sample", "0"])
     out = capsys.readouterr().out
     assert out.startswith("data         folder: 14 images") and "of pixels, 13 images" in out
+    assert "training stops at them unless --skip-corrupt passes over them" in out
     assert Image.open(tmp_path / "samples" / "doctor-pets-16.png").size == (8 * 132 + 4, 2 * (128 + 22) + 4)
     with pytest.raises(InputError, match="--skip-corrupt is for training"):
         run_verb("doctor", ["--data-dir", str(folder), "--skip-corrupt"])
