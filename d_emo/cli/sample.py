@@ -11,6 +11,7 @@ from d_emo.config import SampleSettings
 from d_emo.files import free_path
 from d_emo.io.snapshot import load_denoiser, newest_denoiser
 from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, Trajectory
+from d_emo.sampling.classes import spell_class
 
 
 def run(settings: SampleSettings) -> None:
@@ -36,9 +37,9 @@ def run(settings: SampleSettings) -> None:
     if len(snapshot.class_names) > 1:
         print(f"classes   {', '.join(request.captions)}")
     if not (settings.classes or settings.interpolate) and len(snapshot.class_names) > 1:
-        name = snapshot.class_names[request.classes[0]]
-        print(f"          some of {len(snapshot.class_names):,}; choose by --class {request.classes[0]} or --class "
-              f"{shlex.quote(name)}")
+        label, name = spell_class(request.classes[0], snapshot.class_names), snapshot.class_names[request.classes[0]]
+        by_name = "" if name.isdecimal() else f" or --class {shlex.quote(name)}"
+        print(f"          some of {len(snapshot.class_names):,}; choose by --class {label}{by_name}")
     print(f"seed      {settings.seed} to {request.seeds[-1]}, one per image")
     scales = ", ".join(map("{:g}".format, settings.guidance_scale))
     print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {scales}")
