@@ -45,10 +45,10 @@ class EMA:
         """What to set where the average has seen too few steps to forget its start; None where it has."""
         if self.start_share <= START_SHARE:
             return None
-        tenth = f", or --ema-decay {1 - 10 / self.step:.4g}, which averages over a tenth" if self.step > 20 else ""
+        tenth = f", or `ema_decay` {1 - 10 / self.step:.4g}, which averages over a tenth" if self.step > 20 else ""
         return (
             f"the averaged weights are still to {100 * self.start_share:.1f} % those before training, as {self.step} "
-            f"steps are few for --ema-decay {self.decay:g}; give --ema-warmup{tenth}"
+            f"steps are few for `ema_decay` {self.decay:g}; give `ema_warmup`{tenth}"
         )
 
     def _decay_at(self, step: int) -> float:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 
@@ -17,6 +18,16 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
+
+
+in_words_of: ContextVar[Callable[[str], str] | None] = ContextVar("in_words_of", default=None)
+"""What writes the name of a setting for whoever reads now; None: in backquotes, for a Python user."""
+
+
+def said(text: str) -> str:
+    """A text that is printed, with its settings named for whoever reads."""
+    render = in_words_of.get()
+    return text if render is None else fields_as(text, render)
 
 
 def fields_as(message: str, render: Callable[[str], str]) -> str:

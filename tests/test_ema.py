@@ -71,5 +71,5 @@ def test_the_share_of_the_start_is_what_the_average_kept_of_it(decay, warmup, st
     advice = ema.advice()
     assert (advice is not None) == (ema.start_share > 0.05) == (decay == 0.9999 and not warmup)
     if steps == 60 and advice:
-        assert "to 99.4 % those before training" in advice and "--ema-warmup, or --ema-decay 0.8333" in advice
+        assert "to 99.4 % those before training" in advice and "`ema_warmup`, or `ema_decay` 0.8333" in advice
         assert EMA(model, 1 - 10 / steps).decay ** steps < 1e-4, "what it says would have helped"

@@ -6,7 +6,7 @@ from d_emo.config import DoctorSettings
 from d_emo.data import Reading, open_dataset, open_held_out
 from d_emo.device import best_device
 from d_emo.doctor import contact_sheet, describe, describe_latents, examine, sheet_of
-from d_emo.errors import InputError, fields_as
+from d_emo.errors import InputError, said
 from d_emo.files import free_path, replacing
 from d_emo.latents import load_codec
 
@@ -41,5 +41,4 @@ def run(settings: DoctorSettings) -> None:
         contact_sheet(found, chosen, pixels).save(temporary, format="PNG")
     lines.append(("sheet", f"{output}  ({len(chosen)} images as training sees them)"))
     width = max(len(topic) for topic, _ in lines)
-    table = "\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)
-    print(fields_as(table, lambda name: f"--{name.replace('_', '-')}"))
+    print(said("\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)))

@@ -17,7 +17,7 @@ import yaml
 
 from d_emo.config.paths import Source, check_config, check_output, check_source, check_text
 from d_emo.config.ranges import Colour, ColourName, Range
-from d_emo.errors import InputError, RunError, fields_as, of_the_system
+from d_emo.errors import InputError, RunError, in_words_of, of_the_system, said
 from d_emo.files import write_file
 
 S = TypeVar("S", bound="Settings")
@@ -206,13 +206,16 @@ def parse_settings(
 
 @contextmanager
 def in_flags(settings_class: type[Any]) -> Iterator[dict[str, str]]:
-    """Errors that name settings name their flags instead, as a user of the command line knows them; gives the flags."""
+    """What is said of settings names their flags instead, as a user of the command line knows them; gives the flags."""
     flags = {each.name: flag_of(each) for each in fields(settings_class)}
+    before = in_words_of.set(lambda name: flags.get(name, name))
     try:
         yield flags
     except (InputError, RunError) as error:
-        error.args = (fields_as(str(error), lambda name: flags.get(name, name)), *error.args[1:])
+        error.args = (said(str(error)), *error.args[1:])
         raise
+    finally:
+        in_words_of.reset(before)
 
 
 def flag_of(one: Field) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from d_emo.config import RunSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, said
 
 
 class Progress:
@@ -39,7 +39,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(said(text))
 
     @contextmanager
     def following(self, step: int, smaller: str) -> Iterator[None]:
