@@ -274,7 +274,9 @@ def test_the_second_of_two_processes_ends_with_exit_code_2_and_the_first_goes_on
     first = os.fork()
     if first == 0:
         os._exit(in_child(verb, argv, tmp_path)[0])  # whose child it is that claims the folder
+    until = time.monotonic() + 60
     while not ((claim := tmp_path / "run" / ".claim").exists() and claim.read_bytes().endswith(b"\n")):
+        assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
     holder = json.loads(claim.read_text())["pid"]
     second = in_child(verb, argv, tmp_path)

@@ -1,5 +1,6 @@
 """Operators in C equal the library's steps, with all gradients, and give way where they cannot be built."""
 
+import functools
 import multiprocessing
 import shutil
 
@@ -108,7 +109,9 @@ def test_an_operator_takes_the_forms_in_c_and_equals_its_plain_form(in_c, autoca
         assert error(fast[name], expected.double()) < (0.02 if autocast else 1e-5), name
 
 
-def test_threads_change_no_bit(in_c, one_thread):
+def test_threads_change_no_bit(in_c, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     alone = step_of(*operator())
     torch.set_num_threads(3)
     assert all(torch.equal(value, alone[name]) for name, value in step_of(*operator()).items())
