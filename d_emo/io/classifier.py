@@ -17,7 +17,7 @@ from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.tables import DATASETS, family_of
-from d_emo.weights import check_finite, load_weights
+from d_emo.weights import check_finite, load_weights, without_adapters
 
 
 class Normalized(nn.Module):
@@ -93,7 +93,8 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             state = snapshot.path.parent.parent / "states" / snapshot.path.name
             if not state.is_dir():
                 raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            load_weights(snapshot.model, load_state(state)["model"], f"the training state {state}")
+            raw = without_adapters(load_state(state)["model"])
+            load_weights(snapshot.model, raw, f"the training state {state}")
             name += ", raw weights"
         built_in = snapshot.meta.get("data")
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,
