@@ -90,15 +90,11 @@ class Studio:
             raise InputError(f"the seed must be from 0 to {2**53 - 1}, not {settings.seed}")
         request = SampleRequest(settings, self.snapshot)
         self.sampler.replace(**request.how)  # refuses what cannot be drawn
-        found, rows = request.classes, len(request.settings.guidance_scale)
-        count = len(request.labels) * rows
-        if len(set(found)) < len(found):
+        if len(set(request.classes)) < len(request.classes):
             raise InputError("the same class was chosen twice")
-        if count > self.settings.max_images:
-            raise InputError(
-                f"{len(found)} classes of {settings.num_images} pictures{f' at {rows} guidances' * (rows > 1)} are "
-                f"{count}, more than the {self.settings.max_images} that are drawn at once; choose fewer"
-            )
+        count, most = len(request.labels) * len(request.settings.guidance_scale), self.settings.max_images
+        if count > most:
+            raise InputError(f"{count} pictures are more than the {most} that are drawn at once; choose fewer")
         return request
 
     def command(self, request: SampleRequest) -> str:
