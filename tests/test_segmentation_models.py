@@ -118,5 +118,5 @@ def test_strides_of_segmentation_models_pytorch_are_those_of_the_maps(network, s
     for stride in strides:
         model = getattr(smp, network)("tu-emov2_1m", encoder_weights=None, encoder_output_stride=stride, classes=5)
         with torch.no_grad():
-            assert model.eval().encoder(torch.zeros(1, 3, 128, 128))[-1].shape[-1] == 128 // stride
-            assert model(torch.zeros(1, 3, 128, 128)).shape == (1, 5, 128, 128)
+            assert model.eval().encoder(torch.zeros(1, 3, 256, 256))[-1].shape[-1] == 256 // stride
+            assert model(torch.zeros(1, 3, 256, 256)).shape == (1, 5, 256, 256)
