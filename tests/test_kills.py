@@ -155,6 +155,8 @@ def run(verb: str, argv: list[str]) -> int:
     except (InputError, RunError) as error:
         print(f"error: {error}")
         return 2 if isinstance(error, InputError) else 1
+    except SystemExit as ended:
+        return ended.code
     except BaseException:
         traceback.print_exc()
         return 70
