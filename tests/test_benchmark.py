@@ -92,7 +92,8 @@ def test_denoisers_are_measured_and_reported(tmp_path):
 
 def test_groups_are_drawn_two_side_by_side_with_the_names_on_the_left():
     rows = [Result(group, name, 1.0, (), speed, 1.0, 1.0, None, None, None)
-            for group in ("training", "inference", "more") for name, speed in (("D-EMO", 0.254), ("DiT", 63.0))]  # fmt: skip
+            for group in ("training", "inference", "more")
+            for name, speed in (("D-EMO", 0.254), ("DiT", 63.0))]  # fmt: skip
     panels = plot(rows).axes
     assert [panel.get_title(loc="left") for panel in panels] == ["training", "inference", "more", ""]
     assert [[text.get_text() for text in panel.texts] for panel in panels] == [[" 0.254", " 63.0"]] * 3 + [[]]
