@@ -31,7 +31,7 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "task", "loop", "finetuning", "denoiser", "accuracy",
         "teacher", "classifier", "vae",
     ],
     "sampling": [

@@ -17,6 +17,9 @@ from tqdm import tqdm
 from d_emo.config import RunSettings
 from d_emo.errors import InputError, said
 
+LONG_STEP = 5
+"""Seconds of a step from which on the bar shows its micro-batches."""
+
 
 class Progress:
     """Reports a run; only the main process speaks.
@@ -58,9 +61,14 @@ class Progress:
         finally:
             self.bar.close()
 
-    def micro_batch_took(self, seconds: float, micro_batches: int) -> None:
-        """After the second micro-batch (the first one pays for warming up), warn if the run would take days."""
+    def micro_batch_took(self, seconds: float, number: int, micro_batches: int) -> None:
+        """Show where in a long step the run is.
+
+        After the second micro-batch (the first one pays for warming up), warn if the run would take days.
+        """
         self.micro_batches_seen += 1
+        if seconds * micro_batches > LONG_STEP and micro_batches > 1:
+            self.bar.set_description(f"micro-batch {number}/{micro_batches}" if number < micro_batches else "training")
         days = seconds * micro_batches * self.settings.max_steps / 86400
         if self.micro_batches_seen == 2 and days > 3:
             self.say(
