@@ -202,6 +202,15 @@ def test_a_long_step_shows_its_micro_batches(tmp_path, monkeypatch, capsys):
     assert "micro-batch 1/2:   0%" in bar and "micro-batch 2/2" not in bar and "training: 100%" in bar
 
 
+def test_a_step_that_takes_far_longer_than_others_says_once_what_to_try(capsys):
+    run = progress.Progress(mock.Mock(is_main_process=True, device=torch.device("cpu")), TrainSettings(batch_size=8))
+    run.bar = mock.Mock()
+    for step, seconds in enumerate((30, 2, 2.5, 9, 40), 1):
+        run.step_done(step, {"loss": 0.5, "images_per_second": 8 / seconds})
+    said = capsys.readouterr().out
+    assert said.startswith("step 4 took 9.0 s, 4 times as long as others") and said.count("OMP_WAIT_POLICY") == 1
+
+
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
