@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -134,7 +134,7 @@ def test_one_process_that_wants_to_stop_breaks_the_step_off_in_both(tmp_path):
             return plain(self, *args)
 
         DenoiserTask.loss = loss
-        with contextlib.suppress(SystemExit):
+        with suppress(SystemExit):
             train(tmp_path / "parts", **options)
         assert len(seen) == 3
 
