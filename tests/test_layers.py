@@ -24,17 +24,17 @@ INSIDE = {
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks"],
+    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
-        "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
+        "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
-        "teacher", "classifier", "vae",
+        "teacher", "classifier", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

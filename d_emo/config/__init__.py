@@ -49,6 +49,7 @@ from d_emo.config.training import (
     EncodeSettings,
     HeldOutSettings,
     RunSettings,
+    SegmenterSettings,
     TrainSettings,
     VAESettings,
 )

@@ -60,6 +60,9 @@ class Task(Protocol):
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
 
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is reported of the sums of `validate` over all processes, its "count" left in."""
+
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
 
@@ -299,9 +302,8 @@ class _Run:
             broadcast(buffer)
         sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        totals = dict(zip(sums, totals, strict=True))
-        count = totals.pop("count")
-        self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
+        figures = self.task.figures(dict(zip(sums, totals, strict=True)))
+        self.progress.validated(self.step, {f"validation_{name}": value for name, value in figures.items()})
 
     def _snapshot_folder(self) -> Path:
         return self.folder / "snapshots" / f"step-{self.step}"

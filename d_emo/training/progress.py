@@ -18,6 +18,11 @@ from d_emo.config import RunSettings
 from d_emo.errors import InputError, said
 
 
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over images as means; "count" is the number of images."""
+    return {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+
+
 class Progress:
     """Reports a run; only the main process speaks.
 
