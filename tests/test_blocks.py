@@ -146,7 +146,7 @@ def test_position_embedding_equals_the_plain_reference(grid):
     "settings, words",
     [
         ({"kernel_size": 4}, "kernel_size must be odd.*4"),
-        ({"kernel_size": -1}, "kernel_size must be odd.*-1"),
+        ({"kernel_size": -1}, "kernel_size must be a positive integer.*-1"),
         ({"expand_ratio": 0}, "expand_ratio.*0"),
         ({"local_norm": "group"}, "norm 'group'"),
         ({"stride": 2}, "inner skip"),

@@ -5,6 +5,7 @@ Sources: EMOv2 paper, section III and tables V and XX; EMOv1 paper, tables 4 and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from d_emo.models.layers import (
     is_count,
     is_ratio,
     pair,
+    sizes,
 )
 from d_emo.models.stem import SqueezeExcite, Stem
 
@@ -62,6 +64,14 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "emov2_50m": row("i2rmb", "5 8 20 7", "64 128 384 512", "2 3 4 4", "16 32 32 32", 0.2),
 }
 """Every named classifier as the constructor arguments that make it."""
+
+
+VIDEO_BACKBONES: dict[str, dict[str, Any]] = {
+    f"v-{name}": {**row, "spatial_dims": 3, "num_classes": 400, "img_size": 160, "drop_rate": 0.5, "drop_path_rate": 0.05}
+    for name, row in BACKBONES.items() if row["block"] == "i2rmb"
+}  # fmt: skip
+"""V-EMO for Kinetics-400 (EMOv2 paper, table XV, which has the 5M), for 4 frames of 160 px. Its code was never released:
+the parameters of the log say how large each kernel is; the frames' stride and the window follow from the MACs."""
 
 
 def window_for(img_size: int | tuple[int, int]) -> int:
@@ -106,15 +116,16 @@ class Stage(nn.Sequential):
 
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
-    drop_paths: Sequence[float], **options: Any,
+    drop_paths: Sequence[float], spatial_dims: int = 2, **options: Any,
 ) -> Stage:  # fmt: skip
     """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
     heads = max(1, dim // head_dim)
+    down = 2 if spatial_dims == 2 else (1, 2, 2)  # of a video's frames only the stem leaves some out
     return Stage(*(
-        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention, num_heads=heads,
-                     drop_path=drop_paths[i], **options)
+        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else down, attention=attention, num_heads=heads,
+                     drop_path=drop_paths[i], spatial_dims=spatial_dims, **options)
         for i in range(depth)
     ))  # fmt: skip
 
@@ -139,8 +150,10 @@ class EMO(nn.Module):
         attention_mode: "none", "near", "far" or "spanning". Default: the block's.
         attention_order: "post" or "pre". Default: the block's.
         arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
+        spatial_dims: 2 for images; 3 for videos, with kernels in all three directions (V-EMO): the stem's stride halves
+            the frames too, the stages' do not, and the window is (frames, height, width), two frames unless given.
 
-    Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free.
+    Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free. Videos: (B, in_channels, T, H, W).
 
     Raises:
         InputError: for a combination that cannot work.
@@ -151,11 +164,11 @@ class EMO(nn.Module):
         dims: Sequence[int] = (48, 72, 160, 288), expand_ratios: Sequence[float] = (2, 3, 4, 4),
         head_dims: Sequence[int] = (16, 24, 32, 32), kernel_sizes: Sequence[int] = (5, 5, 5, 5),
         num_classes: int = 1000, in_channels: int = 3, img_size: int | tuple[int, int] = 224,
-        window_size: int | tuple[int, int] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        window_size: int | tuple[int, ...] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
         global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
         norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
         attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
-        arrangement: Arrangement = "attention-conv",
+        arrangement: Arrangement = "attention-conv", spatial_dims: Literal[2, 3] = 2,
     ) -> None:  # fmt: skip
         super().__init__()
         rows = {
@@ -174,18 +187,22 @@ class EMO(nn.Module):
             stem_dim, first_act, gate = 24, nn.Identity(), SqueezeExcite(24)
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (EMOv2) or 'irmb' (EMOv1).")
+        if spatial_dims not in (2, 3) or (spatial_dims == 3 and block != "i2rmb"):
+            raise InputError(f"spatial_dims must be 2, or 3 with block 'i2rmb', got {spatial_dims!r} with {block!r}.")
         self.block, self.config = block, {}
-        self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
+        self.axes = tuple(range(2, 2 + spatial_dims))  # of an NCHW or NCTHW map
+        self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate, spatial_dims=spatial_dims)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        size = window_for(img_size)
-        window = pair(size if window_size is None else window_size, "window_size")
+        if window_size is None:
+            window_size = (window_for(img_size),) * 2 if spatial_dims == 2 else (2, *(window_for(img_size),) * 2)
+        window = sizes(window_size, "window_size", spatial_dims)
         options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
         self.stages = nn.ModuleList(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
-                **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                spatial_dims=spatial_dims, **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
@@ -243,7 +260,7 @@ class EMO(nn.Module):
         """Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
-        return kernels.in_slices(stage, x, x.shape[1] * x.shape[2] * stage[0].operator.mid_dim)
+        return kernels.in_slices(stage, x, math.prod(x.shape[1:-1]) * stage[0].operator.mid_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.
@@ -253,7 +270,7 @@ class EMO(nn.Module):
         x = self.stem(x)  # (B, H / 2, W / 2, C_stem)
         for stage in self.stages:
             x = self.run_stage(stage, x)  # (B, H / 4, W / 4, C_1) ... (B, H / 32, W / 32, C_4)
-        return self.norm(x).permute(0, 3, 1, 2)  # (B, C_4, H / 32, W / 32)
+        return self.norm(x).movedim(-1, 1)  # (B, C_4, H / 32, W / 32)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map and classify it.
@@ -261,10 +278,10 @@ class EMO(nn.Module):
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
         pooled = self.global_pool == "avg"
-        x = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)  # (B, C) or (B, H, W, C)
+        x = x.mean(dim=self.axes) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
         if not pre_logits:
             x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-        return x if pooled else x.permute(0, 3, 1, 2)  # (B, num_classes or C), or (B, C', H, W)
+        return x if pooled else x.movedim(-1, 1)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -286,10 +303,10 @@ class EMO(nn.Module):
         for i, stage in enumerate(stages):
             x = self.run_stage(stage, x)  # (B, H', W', C_i)
             if i in wanted:
-                maps.append((self.norm(x) if norm and i == last else x).permute(0, 3, 1, 2))  # (B, C_i, H', W')
+                maps.append((self.norm(x) if norm and i == last else x).movedim(-1, 1))  # (B, C_i, H', W')
         if intermediates_only:
             return maps
-        return (self.norm(x) if len(stages) - 1 == last else x).permute(0, 3, 1, 2), maps
+        return (self.norm(x) if len(stages) - 1 == last else x).movedim(-1, 1), maps
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Read timm's ``indices``: None means all stages, an integer the last so many, negatives count from the end."""
@@ -341,6 +358,6 @@ def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Se
 
 def build_backbone(name: str, **overrides: Any) -> EMO:
     """The classifier called ``name`` with some settings replaced; its ``config`` rebuilds it through create_model."""
-    model = EMO(**{**BACKBONES[name], **overrides})
+    model = EMO(**{**(BACKBONES | VIDEO_BACKBONES)[name], **overrides})
     model.config = {"name": name, **overrides, "num_classes": model.num_classes}
     return model

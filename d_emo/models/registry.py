@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from d_emo.errors import InputError
-from d_emo.models.backbone import BACKBONES, EMO, build_backbone
+from d_emo.models.backbone import BACKBONES, EMO, VIDEO_BACKBONES, build_backbone
 from d_emo.models.contract import DenoiserFrame
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load
 
@@ -21,7 +21,7 @@ def list_models(pattern: str | None = None) -> list[str]:
         pattern: keep the names that match this shell pattern ("emov2_*"), or contain it if it has no wildcard; case
             does not matter.
     """
-    names = [*denoisers(), *BACKBONES]
+    names = [*denoisers(), *BACKBONES, *VIDEO_BACKBONES]
     if pattern is None:
         return names
     wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
