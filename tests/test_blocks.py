@@ -6,7 +6,8 @@ from torch import nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.blocks import ARRANGEMENTS, AdaLNMobileBlock, DiTBlock, MetaMobileBlock, MobileOperator, mobile_block
-from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm, sincos_position_embedding
+from d_emo.models.embeddings import sincos_position_embedding
+from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm
 
 NAMES = {"qk": "expand.qk", "v": "expand.v", "local": "local.conv", "norm": "local.norm.bn", "proj": "proj"}
 MODES = {"near": ("near",), "far": ("far",), "spanning": ("near", "far")}

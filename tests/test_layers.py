@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
-    "latents", "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export",
-    "app", "lab", "cli",
+    "latents", "models", "detection", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor",
+    "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
@@ -28,6 +28,7 @@ INSIDE = {
         "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
         "sampler",
     ],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [

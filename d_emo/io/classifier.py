@@ -15,6 +15,7 @@ from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
+from d_emo.models.registry import model_kind
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.tables import DATASETS, family_of
 from d_emo.weights import check_finite, load_weights
@@ -80,10 +81,10 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
         raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
-        if family_of(source) is not None:
-            raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
-        if "/" in source:
+        if "/" in source and family_of(source) is None:
             raise InputError(f"the classifier {source} does not exist")
+        if (kind := model_kind(source)) != "classifier":
+            raise InputError(f"{source} is a {kind}; name a classifier such as emov2_5m")
         torch.manual_seed(0)
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():

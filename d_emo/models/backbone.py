@@ -66,14 +66,6 @@ BACKBONES: dict[str, dict[str, Any]] = {
 """Every named classifier as the constructor arguments that make it."""
 
 
-VIDEO_BACKBONES: dict[str, dict[str, Any]] = {
-    f"v-{name}": {**row, "spatial_dims": 3, "num_classes": 400, "img_size": 160, "drop_rate": 0.5, "drop_path_rate": 0.05}
-    for name, row in BACKBONES.items() if row["block"] == "i2rmb"
-}  # fmt: skip
-"""V-EMO for Kinetics-400 (EMOv2 paper, table XV, which has the 5M), for 4 frames of 160 px. Its code was never released:
-the parameters of the log say how large each kernel is; the frames' stride and the window follow from the MACs."""
-
-
 def window_for(img_size: int | tuple[int, int]) -> int:
     """The window for images of a size: one that divides the last two stages' maps, up to 8 and as near to it as can be.
 
@@ -190,7 +182,9 @@ class EMO(nn.Module):
         if spatial_dims not in (2, 3) or (spatial_dims == 3 and block != "i2rmb"):
             raise InputError(f"spatial_dims must be 2, or 3 with block 'i2rmb', got {spatial_dims!r} with {block!r}.")
         self.block, self.config = block, {}
-        self.axes = tuple(range(2, 2 + spatial_dims))  # of an NCHW or NCTHW map
+        self.spatial_dims = spatial_dims
+        if spatial_dims == 3:
+            self.input_size = (4, *pair(img_size, "img_size"))
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate, spatial_dims=spatial_dims)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         if window_size is None:
@@ -278,7 +272,7 @@ class EMO(nn.Module):
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
         pooled = self.global_pool == "avg"
-        x = x.mean(dim=self.axes) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
+        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
         if not pre_logits:
             x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
         return x if pooled else x.movedim(-1, 1)  # (B, num_classes or C), or (B, C', H, W)
@@ -356,8 +350,8 @@ def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Se
         raise InputError(f"attention_stages must be a list of stages from 1 to 4, got {attention_stages!r}.")
 
 
-def build_backbone(name: str, **overrides: Any) -> EMO:
+def build_backbone(name: str, row: dict[str, Any] | None = None, **overrides: Any) -> EMO:
     """The classifier called ``name`` with some settings replaced; its ``config`` rebuilds it through create_model."""
-    model = EMO(**{**(BACKBONES | VIDEO_BACKBONES)[name], **overrides})
+    model = EMO(**{**(row or BACKBONES[name]), **overrides})
     model.config = {"name": name, **overrides, "num_classes": model.num_classes}
     return model

@@ -29,9 +29,8 @@ from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
-from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, resolve_name
+from d_emo.models.registry import check_memory, model_kind
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.teacher import distillation_loss, load_teacher
@@ -64,8 +63,9 @@ class ClassifierTask:
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: ClassifierSettings):
-        if resolve_name(settings.model) not in BACKBONES:
-            raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
+        if (kind := model_kind(settings.model)) != "classifier":
+            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
+            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
         self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         self.dataset, self.held_out = open_both(settings)

@@ -19,7 +19,7 @@ from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.layers import fold_batch_norms
-from d_emo.models.registry import frame_of
+from d_emo.models.registry import frame_of, model_kind
 from d_emo.tables import OBJECTIVES, load
 from d_emo.text import markdown_table
 from d_emo.threads import use_threads
@@ -120,7 +120,7 @@ def new_model(training: TrainSettings, latent_shape: tuple[int, ...]) -> Denoise
     """A run's model before its training, for 1000 classes; InputError for a classifier."""
     frame = frame_of(training.model)
     if frame is None:
-        raise InputError(f"{training.model} is a classifier; a study compares denoisers")
+        raise InputError(f"{training.model} is a {model_kind(training.model)}; a study compares denoisers")
     return create_model(training.model, **frame.settings_for(latent_shape, 1000) | (training.model_options or {}))
 
 
