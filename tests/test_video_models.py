@@ -122,8 +122,8 @@ def test_v_emo_takes_clips_of_any_size_and_learns_from_their_order():
     assert model(clip).shape == (2, 3) and model.forward_features(clip).shape == (2, 16, 3, 2, 2)
     maps = model.forward_intermediates(clip, intermediates_only=True)
     assert [tuple(each.shape[2:]) for each in maps] == [(3, 10, 9), (3, 5, 5), (3, 3, 3), (3, 2, 2)]
-    reference.randomize(model)
-    assert not torch.allclose(model(clip.double()), model(clip.double().flip(2)), atol=1e-3)
+    there = model.forward_features(clip)  # in training mode, where batch norm keeps up the signal
+    assert not torch.allclose(there, model.forward_features(clip.flip(2)).flip(2), rtol=0, atol=0.1)
     with pytest.raises(InputError, match="spatial_dims"):
         EMO("irmb", **TINY, spatial_dims=3)
     with pytest.raises(InputError, match=r"\(frames, height, width\) triple"):

@@ -33,7 +33,9 @@ from d_emo.models.layers import (
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
-"""Pixels of the image for one token of the last stage's map, in each direction."""
+"""Pixels of the image for one token of the last stage's map, in each direction, unless it is dilated."""
+
+OUTPUT_STRIDES = (8, 16, REDUCTION)
 
 
 def row(
@@ -108,16 +110,21 @@ class Stage(nn.Sequential):
 
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
-    drop_paths: Sequence[float], spatial_dims: int = 2, **options: Any,
+    drop_paths: Sequence[float], output_stride: int, dilation: int, spatial_dims: int = 2, **options: Any,
 ) -> Stage:  # fmt: skip
-    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
+    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width.
+
+    A stage beyond ``output_stride`` keeps the map: in place of the stride that it and stages before it lack, its
+    convolutions are dilated, the first by what was missing before.
+    """
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
-    heads = max(1, dim // head_dim)
+    heads, missing = max(1, dim // head_dim), max(1, 2 ** (stage + 2) // output_stride)
     down = 2 if spatial_dims == 2 else (1, 2, 2)  # of a video's frames only the stem leaves some out
+    first = {"stride": down if missing == 1 else 1, "down": True, "dilation": max(1, missing // 2)}
     return Stage(*(
-        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else down, attention=attention, num_heads=heads,
-                     drop_path=drop_paths[i], spatial_dims=spatial_dims, **options)
+        mobile_block(block, dim if i else dim_in, dim, attention=attention, num_heads=heads, drop_path=drop_paths[i],
+                     spatial_dims=spatial_dims, **({"dilation": dilation * missing} if i else first), **options)
         for i in range(depth)
     ))  # fmt: skip
 
@@ -142,6 +149,8 @@ class EMO(nn.Module):
         attention_mode: "none", "near", "far" or "spanning". Default: the block's.
         attention_order: "post" or "pre". Default: the block's.
         arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
+        output_stride: 32; with 16 or 8 the last stage or two keep the map and are dilated instead, with the same
+            weights. Windows have as many tokens as before.
         spatial_dims: 2 for images; 3 for videos, with kernels in all three directions (V-EMO): the stem's stride halves
             the frames too, the stages' do not, and the window is (frames, height, width), two frames unless given.
 
@@ -160,9 +169,15 @@ class EMO(nn.Module):
         global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
         norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
         attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
-        arrangement: Arrangement = "attention-conv", spatial_dims: Literal[2, 3] = 2,
+        arrangement: Arrangement = "attention-conv", output_stride: Literal[8, 16, 32] = 32,
+        spatial_dims: Literal[2, 3] = 2,
     ) -> None:  # fmt: skip
         super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise InputError(
+                f"output_stride must be 8, 16 or 32, got {output_stride!r}: the last two stages can keep their map by "
+                "dilation, those before cannot; with features_only=True out_indices chooses among the maps"
+            )
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
             "kernel_sizes": kernel_sizes, "dilations": dilations,
@@ -179,8 +194,11 @@ class EMO(nn.Module):
             stem_dim, first_act, gate = 24, nn.Identity(), SqueezeExcite(24)
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (EMOv2) or 'irmb' (EMOv1).")
-        if spatial_dims not in (2, 3) or (spatial_dims == 3 and block != "i2rmb"):
-            raise InputError(f"spatial_dims must be 2, or 3 with block 'i2rmb', got {spatial_dims!r} with {block!r}.")
+        if spatial_dims != 2 and (spatial_dims, block, output_stride) != (3, "i2rmb", 32):
+            raise InputError(
+                f"spatial_dims must be 2, or 3 with block 'i2rmb' and output_stride 32, got {spatial_dims!r} with "
+                f"{block!r} and {output_stride!r}."
+            )
         self.block, self.config = block, {}
         self.spatial_dims = spatial_dims
         if spatial_dims == 3:
@@ -196,13 +214,15 @@ class EMO(nn.Module):
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
-                spatial_dims=spatial_dims, **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                output_stride=output_stride, spatial_dims=spatial_dims, **options,
+                **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
         self.in_chans, self.num_features, self.head_hidden_size = in_channels, dims[-1], dims[-1]  # as timm calls them
         self.feature_info = [  # timm's description of the four maps
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": min(4 * 2**i, output_stride), "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
         self.drop_rate = drop_rate

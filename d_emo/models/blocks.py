@@ -166,6 +166,8 @@ class MetaMobileBlock(nn.Module):
         norm: norm before the operator; decides the activation too.
         stride: 1 keeps the map. 2, or (1, 2, 2) of a video, makes a down-sampling block: the expand ratio is doubled,
             attention, inner skip and residual are off; LayerScale stays.
+        down: Whether it is a down-sampling block. Default: where it has a stride; one that has none keeps the map, in
+            dilated networks.
         layer_scale: start value of LayerScale, or None for no LayerScale (EMOv1).
         drop_path: probability of dropping the residual branch of an image in training.
         arrangement: a key of `ARRANGEMENTS`; blocks without attention have nothing to arrange.
@@ -185,6 +187,7 @@ class MetaMobileBlock(nn.Module):
         norm: NormKind = "layer",
         stride: int | tuple[int, ...] = 1,
         spatial_dims: int = 2,
+        down: bool | None = None,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         expand_ratio: float = 4.0,
@@ -199,11 +202,11 @@ class MetaMobileBlock(nn.Module):
             known = ", ".join(map(repr, ARRANGEMENTS))
             raise InputError(f"Unknown arrangement {arrangement!r}; choose one of {known}.")
         out_dim = out_dim or dim
-        down = is_strided(stride)
+        down = is_strided(stride) if down is None else down
         self.residual = not down and out_dim == dim
         self.norm = make_norm(norm, dim, spatial_dims)
         attention = attention and not down
-        if down:
+        if is_strided(stride):
             options["dilation"] = 1
         self.operator = ARRANGEMENTS[arrangement if attention else "attention-conv"](
             dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention, stride=stride,
