@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
-        "study",
+        "paths", "ranges", "base", "finetuning", "training", "inspecting", "sampling", "measuring", "exporting",
+        "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -33,7 +33,7 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "task", "loop", "finetuning", "denoiser",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
         "accuracy", "teacher", "classifier", "vae",
     ],
     "sampling": [

@@ -84,6 +84,7 @@ class Denoiser(DenoiserFrame):
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
     label_parameter = "y_embedder.embedding_table.weight"
+    head = ("final_layer.",)
     fixed_tensors = ("pos_embed",)
     free_settings = ("num_classes", "sample_size", "window_size")
 
