@@ -21,8 +21,8 @@ INSIDE = {
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
-        "timm_registry", "convert",
+        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "registry", "released", "timm_registry", "convert",
     ],
     "segmentation": ["heads", "networks"],
     "data": [

@@ -205,8 +205,9 @@ class EMO(nn.Module):
             self.input_size = (4, *pair(img_size, "img_size"))
         self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate, spatial_dims=spatial_dims)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        side = window_for(img_size)
         if window_size is None:
-            window_size = (window_for(img_size),) * 2 if spatial_dims == 2 else (2, *(window_for(img_size),) * 2)
+            window_size = side if spatial_dims == 2 else (2, side, side)
         window = sizes(window_size, "window_size", spatial_dims)
         options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
