@@ -48,15 +48,16 @@ class SegmenterTask:
         InputError: Settings that cannot work together; data, a model or a classifier that cannot be opened.
     """
 
-    facts: dict[str, Any] = {}
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: SegmenterSettings):
         if (kind := model_kind(settings.model)) != "segmenter":
             script = "train_dit" if kind == "denoiser" else f"train_{kind}"
             raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
-        self.settings = settings = settings.resolve()
+        settings = settings.resolve()
         self.images, self.held_out = open_labelled(settings)
+        self.facts = {"images": len(self.images)}
+        self.settings = settings = settings.resolve(**self.facts)
         self.dataset = TrainingCrops(
             self.images, settings.image_size, scale_range=tuple(settings.scale_range), colours=settings.colours,
             largest_share=settings.largest_share, flip=settings.flip, seed=settings.seed,
