@@ -17,20 +17,17 @@ from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
 from d_emo.models.blocks import adaln_projection
 from d_emo.models.contract import DenoiserFrame
+from d_emo.models.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from d_emo.models.layers import (
     LARGEST_COUNT,
     LARGEST_RATIO,
     MOST_BLOCKS,
     NORM_EPS,
-    LabelEmbedder,
     NormKind,
-    PatchEmbed,
-    TimestepEmbedder,
     checkpoint_block,
     is_count,
     is_ratio,
     pair,
-    sincos_position_embedding,
 )
 from d_emo.tables import BLOCKS, load
 

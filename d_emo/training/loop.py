@@ -285,9 +285,8 @@ class _Run:
             broadcast(buffer)
         sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        totals = dict(zip(sums, totals, strict=True))
-        count = totals.pop("count")
-        self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
+        figures = self.task.figures(dict(zip(sums, totals, strict=True)))
+        self.progress.validated(self.step, {f"validation_{name}": value for name, value in figures.items()})
 
     def _snapshot_folder(self) -> Path:
         return self.folder / "snapshots" / f"step-{self.step}"
