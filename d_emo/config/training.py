@@ -47,7 +47,7 @@ class RunSettings(Settings):
     )
     batch_size: Count = setting(256, "images per step over all processes (global)", group="Optimisation")
     micro_batch_size: Count | None = setting(
-        None, "images that a process takes at once; gradients accumulate. Default: 8 on a CPU, all on a GPU",
+        None, "images that a process takes at once; gradients accumulate. Default: up to 8 on a CPU, all on a GPU",
         resumable=True, decisive=True
     )
     learning_rate: Positive = setting(1e-4, "peak learning rate of AdamW", aliases=["--lr"])
