@@ -9,10 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from tiny_study import settings_of
 
 from d_emo import claims
 from d_emo.claims import claimed
 from d_emo.cli import run_verb
+from d_emo.cli.outputs import claimed_outputs
 from d_emo.config import VAESettings, write_yaml
 from d_emo.errors import InputError
 
@@ -137,6 +139,16 @@ def test_the_second_of_a_verb_is_refused_and_touches_nothing(tmp_path, verb):
         with pytest.raises(InputError, match=f"out is being written by process {child}"):
             run_verb(verb, [*SECOND[verb], str(tmp_path / "out")])
         assert sorted(os.listdir(tmp_path / "out")) == [".claim", "first"]
+    finally:
+        end(child)
+
+
+def test_processes_share_a_study(tmp_path):
+    """Each takes runs that nobody works on, by locks of their own."""
+    child = held_by_a_child(tmp_path / "study")
+    try:
+        with claimed_outputs("compare", settings_of(tmp_path)) as settings:
+            assert settings.output_dir == str(tmp_path / "study")
     finally:
         end(child)
 
