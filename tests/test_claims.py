@@ -171,13 +171,16 @@ def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     ("explain", [__file__, "--model", "x", "--output"], "e"),
     ("benchmark", ["denoisers", "--output"], "table"), ("doctor", ["--output"], "sheet.png"),
 ])  # fmt: skip
-def test_nothing_is_overwritten_that_another_run_wrote(tmp_path, monkeypatch, verb, argv, name):
+def test_nothing_is_overwritten_that_another_run_wrote_or_writes(tmp_path, monkeypatch, verb, argv, name):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
-    if path.suffix:
-        path.write_text("precious")
-    else:
-        path.mkdir()
+    child = held_by_a_child(path, write="precious" if path.suffix else None)
+    try:
+        with pytest.raises(InputError, match=f"{name} is being written by process {child}"):
+            run_verb(verb, [*argv, str(path)])
+    finally:
+        end(child)
+    if not path.suffix:
         (path / "config.yaml").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=f"{name} exists and is not overwritten; name another, or give --overwrite"):

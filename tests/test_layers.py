@@ -30,7 +30,7 @@ INSIDE = {
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
         "teacher", "classifier", "vae",

@@ -20,7 +20,9 @@ class StudySettings(Settings):
     output_dir: str = setting(
         help="folder of the study's latents and runs; what is complete there is reused", output="shared"
     )
-    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids", output="shared")
+    report_dir: str = setting(
+        help="folder of the report: report.md, CSV files, plots and sample grids", output="shared"
+    )
     encode: dict[str, Any] | None = setting(
         None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
         group="Training",
