@@ -15,6 +15,7 @@ from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import read_run
 from d_emo.latents import load_codec
 from d_emo.latents.codec import SHIPPED, SHIPPED_VAE
+from d_emo.latents.shards import read_index
 
 ARTEFACTS = Path(__file__).parent / "data" / "artefacts"
 DEEP = "[" * 100_000
@@ -104,6 +105,20 @@ def test_a_state_is_read_by_a_schema(tmp_path, run, change, said):
     with pytest.raises(InputError) as error:
         train(tmp_path / "run", max_steps=2)
     assert said in str(error.value) and str(state) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"codec": 5}, "`codec` must be text"), ({"class_names": 5}, "`class_names` must be a list"),
+    ({"shard_size": 0}, "`shard_size` must be at least 1"), ({"shard_size": "a"}, "`shard_size` must be a whole"),
+    ({"dtype": "float7"}, "`dtype` must be one of"), ({"mirrored": 7}, "`mirrored` must be true or false"),
+    ({"shards": [5]}, "`shards` must be a mapping"), ({"moments_shape": ["a"]}, "`moments_shape` must be a whole"),
+], ids=str)  # fmt: skip
+def test_the_index_of_latents_is_read_by_a_schema(tmp_path, change, said):
+    index = json.loads((ARTEFACTS / "latents" / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(InputError) as error:
+        read_index(tmp_path)
+    assert said in str(error.value) and "index.json" in str(error.value)
 
 
 def test_the_config_of_a_codec_is_read_by_a_schema(tmp_path):
