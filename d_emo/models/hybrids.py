@@ -30,6 +30,8 @@ KERNELS = {"irmb": 3, "i2rmb": 5}
 class TokenBlock(nn.Module):
     """A Meta Mobile Block of tokens: attention of all, depthwise convolution of those that lie on the image.
 
+    In the last block nothing comes of that convolution where the class token alone is classified.
+
     Args:
         dim: channels C.
         num_heads: heads.
