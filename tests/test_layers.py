@@ -33,8 +33,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "task", "loop", "finetuning", "denoiser",
-        "accuracy", "teacher", "classifier", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "task", "rehearsal", "loop", "finetuning",
+        "denoiser", "accuracy", "teacher", "classifier", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -107,8 +107,12 @@ class RunSettings(Settings):
     num_workers: Workers | None = setting(
         None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU", resumable=True
     )
+    dry_run: bool = setting(
+        False, "train nothing: print what the data hold, steps an epoch, memory and time by trying a few images, and "
+        "write a picture of these as the network sees them", resumable=True, group="Output"
+    )
     tracker: Literal["tensorboard", "wandb", "none"] = setting(
-        "tensorboard", "logger of metrics and sample grids", resumable=True, group="Output"
+        "tensorboard", "logger of metrics and sample grids", resumable=True
     )
     log_every: Count = setting(50, "steps between logged metrics", resumable=True)
     snapshot_every: Count = setting(
