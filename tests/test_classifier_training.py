@@ -242,7 +242,7 @@ def test_measuring_leaves_the_model_in_its_mode_and_its_statistics():
 
 
 def test_epochs_become_steps(photos):
-    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "epochs": 30}))
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "epochs": 30, "max_steps": None}))
     assert (task.settings.max_steps, task.settings.warmup_steps) == (45, 4)  # 6 images in batches of 4
 
 

@@ -13,28 +13,28 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
-        "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "segmenting", "inspecting", "sampling",
+        "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
-        "timm_registry", "convert",
+        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "registry", "released", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks"],
+    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
-        "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
+        "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "task", "rehearsal", "loop", "finetuning",
-        "denoiser", "accuracy", "teacher", "classifier", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "denoiser", "accuracy", "teacher", "classifier", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -8,15 +8,14 @@ from pathlib import Path
 from PIL import Image
 
 from d_emo.cli.outputs import claimed_default
-from d_emo.config import DoctorSettings, RunSettings
+from d_emo.config import DoctorSettings
 from d_emo.data import Reading, open_dataset, open_held_out
 from d_emo.device import best_device
 from d_emo.doctor import SHEET_SIDE, Findings, contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError, said
 from d_emo.files import free_path, replacing
 from d_emo.latents import load_codec
-from d_emo.training.rehearsal import rehearse
-from d_emo.training.task import Task
+from d_emo.training.rehearsal import Rehearsable, rehearse
 
 MOST_CLASSES = 8
 """Of the classes, the largest first, how many are listed with their images."""
@@ -57,9 +56,9 @@ def look(settings: DoctorSettings, output: Path) -> None:
     _print([*lines, ("sheet", f"{output}  ({len(chosen)} images as training sees them)")])
 
 
-def dry_run(task: Task, settings: RunSettings) -> None:
+def dry_run(task: Rehearsable) -> None:
     """What ``--dry-run`` of training does: the doctor's lines, a few images through the network, a picture of them."""
-    images, held_out, settings = task.dataset, task.held_out, settings.resolve(**task.facts)
+    images, held_out, settings = task.dataset, task.held_out, task.settings
     lines = [("run", line) for line in task.introduction() if line != images.left_out]
     if getattr(settings, "latents", None) is None:
         found, others = (each and examine(each, DoctorSettings.sample) for each in (images, held_out))
@@ -67,7 +66,7 @@ def dry_run(task: Task, settings: RunSettings) -> None:
     counts = Counter(map(images.label, range(len(images)))).most_common(MOST_CLASSES)
     named = [f"{images.class_names[label]} {count:,}" for label, count in counts]
     _print([*lines, ("by class", ", ".join(named + ["..."] * (len(images.class_names) > MOST_CLASSES)))])
-    tried = rehearse(task, settings)
+    tried = rehearse(task)
     whole = timedelta(seconds=round(tried.seconds * settings.max_steps))
     lines = [("time", f"{tried.seconds:.3g} s a step of {settings.batch_size:,} images by one process here; all "
                       f"{settings.max_steps:,} steps: {whole} (h:mm:ss)"), ("memory", f"{tried.gib:.2g} GiB")]

@@ -14,7 +14,7 @@ from d_emo.training.denoiser import DenoiserTask
 def run(settings: TrainSettings) -> None:
     """Do it."""
     if settings.dry_run:
-        return dry_run(DenoiserTask(replace(settings, cache_latents=False)), settings)
+        return dry_run(DenoiserTask(replace(settings, cache_latents=False)))
     prepare_push(settings.push_to_hub)
     task = DenoiserTask(settings)
     preview = partial(

@@ -19,7 +19,7 @@ from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import model_kind
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.tables import DATASETS, family_of
-from d_emo.weights import check_finite, load_weights
+from d_emo.weights import check_finite, load_weights, without_adapters
 
 
 class Normalized(nn.Module):
@@ -103,7 +103,8 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             state = snapshot.path.parent.parent / "states" / snapshot.path.name
             if not state.is_dir():
                 raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            load_weights(snapshot.model, load_state(state)["model"], f"the training state {state}")
+            raw = without_adapters(load_state(state)["model"])
+            load_weights(snapshot.model, raw, f"the training state {state}")
             name += ", raw weights"
         built_in, config = snapshot.meta.get("data"), snapshot.path / "config.yaml"
         settings = read_json(config, lambda found: check_values(found, VALIDATE_DIR)) if config.exists() else {}

@@ -2,11 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils.data import Dataset
 
-from d_emo.config import RunSettings
 from d_emo.device import best_device
 from d_emo.ema import EMA
 from d_emo.threads import use_threads
@@ -34,9 +34,18 @@ class Rehearsal(NamedTuple):
     gib: float
 
 
-def rehearse(task: Task, settings: RunSettings) -> Rehearsal:
+class Rehearsable(Task, Protocol):
+    """A task that can show what its network sees."""
+
+    held_out: Dataset | None  # to validate on
+
+    def seen(self, batch: Any, draws: Any) -> torch.Tensor:
+        """The images of a micro-batch as the network sees them, latents decoded. Shape: -> (B, 3, H, W)."""
+
+
+def rehearse(task: Rehearsable) -> Rehearsal:
     """Take two micro-batches through a task whose data set is not to be encoded first; its model is changed."""
-    device = best_device()
+    device, settings = best_device(), task.settings
     use_threads(device, 1)
     micro, precision = micro_batch_of(settings, settings.batch_size, device), precision_of(settings, device)
     task.prepare(device, Path(settings.output_dir))

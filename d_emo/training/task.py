@@ -16,7 +16,6 @@ class Task(Protocol):
 
     model: nn.Module
     dataset: Dataset
-    held_out: Dataset | None  # to validate on
     settings: RunSettings  # resolved
     facts: dict[str, Any]  # what its settings are resolved with
     smaller: str  # a configuration to try where this one would take too long
@@ -37,11 +36,11 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
         """Scalars of a micro-batch, under "loss" the one to minimise."""
 
-    def seen(self, batch: Any, draws: Any) -> torch.Tensor:
-        """The images of a micro-batch as the network sees them, latents decoded. Shape: -> (B, 3, H, W)."""
-
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is reported of the sums of `validate` over all processes, its "count" left in."""
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
