@@ -22,7 +22,7 @@ INSIDE = {
     ],
     "models": [
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
-        "registry", "released", "timm_registry", "convert",
+        "registry", "released", "hybrids", "timm_registry", "convert",
     ],
     "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
