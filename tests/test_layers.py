@@ -33,8 +33,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
-        "accuracy", "teacher", "classifier", "segmenter", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "denoiser", "accuracy", "teacher", "classifier", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
