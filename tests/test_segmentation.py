@@ -249,7 +249,7 @@ def write_photos(folder):
     return folder
 
 
-@pytest.mark.parametrize("source, names", [("", ["a-1", "a-2"]), ("a.png", ["a"]), ("b/*", ["a"])])
+@pytest.mark.parametrize("source, names", [("", ["a-1", "a-2"]), ("a.png", ["a"]), ("b/a.jpg", ["a"])])
 def test_segment_writes_a_picture_a_mask_and_json_for_each_image(tmp_path, source, names, capsys):
     photos, run = write_photos(tmp_path / "photos"), tmp_path / "run"
     train(run, max_steps=1)
@@ -271,7 +271,7 @@ def test_segment_writes_a_picture_a_mask_and_json_for_each_image(tmp_path, sourc
 @pytest.mark.parametrize(
     "image, model, words",
     [
-        ("nowhere*.png", "pspnet-emov2_1m", "nowhere.*does not exist, nor does anything match it"),
+        ("nowhere.png", "pspnet-emov2_1m", "images nowhere.png does not exist"),
         ("photos", "emov2_1m", "emov2_1m is a classifier; name a segmenter"),
         ("photos/notes.txt", "pspnet-emov2_1m", "cannot read the image .*notes.txt"),
         ("empty", "pspnet-emov2_1m", "empty holds no images"),

@@ -1,6 +1,5 @@
 """``d-emo segment``."""
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from d_emo.config import SegmentSettings
 from d_emo.data.listing import list_files
 from d_emo.data.reading import Reading, is_image, no_images
 from d_emo.device import best_device
-from d_emo.errors import InputError
 from d_emo.files import write_json
 from d_emo.io.segmenter import OpenSegmenter, open_segmenter
 from d_emo.segmentation.measures import segment
@@ -23,7 +21,7 @@ from d_emo.segmentation.pictures import overlay, palette, side_by_side
 
 def run(settings: SegmentSettings) -> None:
     """Do it."""
-    files, segmenter = find_images(settings.image), open_segmenter(settings.model)
+    files, segmenter = find_images(settings.images), open_segmenter(settings.model)
     segmenter.model.to(best_device())
     reading, size = Reading.of(settings), settings.image_size or segmenter.image_size
     with claimed_default("segment", settings, f"samples/segment-{files[0].stem}") as folder:
@@ -36,7 +34,10 @@ def run(settings: SegmentSettings) -> None:
 def write(
     folder: Path, name: str, file: Path, pixels: torch.Tensor, segmenter: OpenSegmenter, logits: torch.Tensor
 ) -> None:
-    """The picture beside its classes in colour, the classes as a mask, and their shares in words."""
+    """The picture beside its classes in colour, the classes as a mask, and their shares in words.
+
+    Shape: pixels (3, H, W) uint8, logits (num_classes, H, W).
+    """
     likely, found = logits.softmax(dim=0).cpu().max(dim=0)  # (H, W) each
     colours = palette(len(segmenter.class_names))
     side_by_side([[pixels.permute(1, 2, 0).numpy(), overlay(pixels, found, colours)]]).save(folder / f"{name}.png")
@@ -55,19 +56,16 @@ def write(
     })  # fmt: skip
 
 
-def find_images(source: str) -> list[Path]:
-    """The images that a file's path, a folder or a pattern names; InputError where there are none."""
-    path = Path(source)
-    if path.is_dir():
-        files = list_files(path)
-    else:
-        files = [path] if path.exists() else [Path(each) for each in sorted(glob.glob(source, recursive=True))]
-        if not files:
-            raise InputError(f"`image` {source} does not exist, nor does anything match it")
-    images = [file for file in files if is_image(file)] if path.is_dir() or len(files) > 1 else files
-    if not images:
-        raise no_images(source, files)
-    return images
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """The files that paths name, and the images in folders; InputError for a folder without any."""
+    found = []
+    for path in map(Path, sources):
+        files = list_files(path) if path.is_dir() else [path]
+        images = [file for file in files if is_image(file)] if path.is_dir() else files
+        if not images:
+            raise no_images(str(path), files)
+        found += images
+    return found
 
 
 def free_names(files: Sequence[Path]) -> list[str]:

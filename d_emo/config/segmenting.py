@@ -97,8 +97,7 @@ class SegmenterSettings(RunSettings):
 class SegmentSettings(ReadingSettings):
     """Settings of ``scripts/segment.py``."""
 
-    image: str = setting(help="image file, folder or pattern such as 'photos/*.jpg'", flag="IMAGE", group="Input",
-                         source="or a name")
+    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
     model: str = setting(
         help="segmenter: a snapshot or run folder, or a name of list_models() with random weights",
         source="or a name"
@@ -107,7 +106,7 @@ class SegmentSettings(ReadingSettings):
         None, "pixels of the shorter side that the network sees. Default: as it was trained"
     )
     output: str | None = setting(
-        None, "folder for pictures, masks and JSON. Default: samples/segment-<image>, numbered if it exists",
+        None, "folder for pictures, masks and JSON. Default: samples/segment-<first image>, numbered if it exists",
         group="Output", output="folder"
     )
     overwrite: bool = overwrite_setting()
