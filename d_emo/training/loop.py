@@ -24,7 +24,7 @@ from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import use_threads
 from d_emo.training.feed import Feed
-from d_emo.training.finetuning import merged
+from d_emo.training.finetuning import adapted, merged
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
@@ -164,7 +164,7 @@ class _Run:
             self.saved = self.step if self.resumed_from.parent == self.folder / "states" else None
             self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a state that another program wrote makes of PyTorch
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
@@ -190,7 +190,7 @@ class _Run:
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
-            for slow in kernels.avoidable(calls or []):
+            for slow in () if calls is None or adapted(self.updates.bare_model) else kernels.avoidable(calls):
                 self.progress.say(f"slower than this machine could: {slow}")
             self.step += 1
             last = self.step == settings.max_steps
