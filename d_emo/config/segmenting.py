@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, Settings, overwrite_setting, setting
-from d_emo.config.paths import folder_of
+from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -85,7 +85,7 @@ class SegmenterSettings(RunSettings):
         Args:
             facts: "images", how many there are to train on.
         """
-        data = "digit-scenes" if self.data_dir is None else folder_of(self.data_dir).resolve().name
+        data = "digit-scenes" if self.data_dir is None else followed(folder_of(self.data_dir)).name
         return replace(
             self, output_dir=self.output_dir or f"results/{self.model}-{data}-{self.image_size}",
             flip=self.data_dir is not None if self.flip is None else self.flip,
