@@ -73,8 +73,7 @@ WRITES = {
                            "--output OUT/table",
 }  # fmt: skip
 WRITES_NOTHING = {
-    "app": "its files live in a temporary folder", "models": "it prints",
-    "demo segment": "as train-classifier and train-segmenter", "benchmark forms": "it prints",
+    "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
     "benchmark kernels": "it prints", "benchmark step": "it prints",
     "benchmark classifiers": "as denoisers",
 }

@@ -44,7 +44,7 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["reporting", "models_table", "segmentation_demo", "loss_curves", "benchmark", "study"],
+    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
     "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }

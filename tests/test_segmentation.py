@@ -14,7 +14,6 @@ from d_emo.errors import InputError
 from d_emo.export import SegmenterOutput, export, portable_classifier, stir
 from d_emo.io.snapshot import load_classifier, save_classifier
 from d_emo.io.training_state import load_state
-from d_emo.lab import segmentation_demo
 from d_emo.models import create_model
 from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.images import IGNORED, LabelledScenes, MaskFolder
@@ -284,26 +283,6 @@ def test_segment_refuses_what_it_cannot_use(tmp_path, monkeypatch, image, model,
     with pytest.raises(InputError, match=words):
         run_verb("segment", [image, "--model", model, "--output", "out", "--image-size", "32"])
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demo_trains_measures_and_draws(tmp_path, monkeypatch, capsys):
-    small = {"batch_size": 2, "micro_batch_size": 2, "image_size": 32}
-    monkeypatch.setattr(segmentation_demo, "CLASSIFIER", {
-        **segmentation_demo.CLASSIFIER, **small, "model_options": {**BACKBONE, "window_size": 2},
-    })  # fmt: skip
-    monkeypatch.setattr(segmentation_demo, "SEGMENTER", {
-        **segmentation_demo.SEGMENTER, **small, "num_images": 4, "validate_images": 2,
-        "model_options": {"width": 8, "backbone_options": BACKBONE},
-    })  # fmt: skip
-    steps = ["--classifier-steps", "1", "--max-steps", "1"]
-    run_verb("demo", ["segment", "--output-dir", str(tmp_path / "demo"), *steps])
-    printed = capsys.readouterr().out
-    assert "| segmenter |" in printed and "| floor |" in printed and "starts from the weights of" in printed
-    with Image.open(tmp_path / "demo" / "segmentation.png") as picture:
-        assert picture.size == (4 * 68 + 4, 5 * 68 + 4)
-    floor = load_state(tmp_path / "demo/floor/states/step-1")["model"]
-    assert all(value.abs().max() == 0 for name, value in floor.items() if name.endswith("running_mean")
-               and name.startswith("backbone"))  # fmt: skip
 
 
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])

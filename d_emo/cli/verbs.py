@@ -162,10 +162,6 @@ The images exist (--samples), or are drawn here from a snapshot (--checkpoint), 
         "Export a classifier or denoiser (ONNX, torch.export, Core ML) and compare it with PyTorch.",
     ),
     Verb(
-        "demo", "demo", "Study", {"segment": "d_emo.config:SegmentationDemoSettings"},
-        "Train a small segmenter from a small classifier and print its mIoU beside that of an untrained backbone.",
-    ),
-    Verb(
         "models", "models_table", "Study", "d_emo.config:ModelsSettings",
         "Print every model's parameters and MACs beside the published ones, as a markdown table.",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, overwrite_setting, setting
+from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
@@ -15,7 +15,6 @@ from d_emo.config.ranges import (
     NotNegative,
     Positive,
     PositiveFraction,
-    Seed,
     Whole,
 )  # fmt: skip
 from d_emo.config.training import RunSettings
@@ -110,15 +109,3 @@ class SegmentSettings(ReadingSettings):
         group="Output", output="folder"
     )
     overwrite: bool = overwrite_setting()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentationDemoSettings(Settings):
-    """Settings of ``d-emo demo segment``."""
-
-    output_dir: str = setting(
-        "demo/segmentation", "folder of the three runs and the picture", group="Run", output="run"
-    )
-    classifier_steps: Count = setting(250, "training steps of the classifier", resumable=True, decisive=True)
-    max_steps: Count = setting(250, "training steps of the segmenter, and of the floor", resumable=True, decisive=True)
-    seed: Seed = setting(0, "seed of all three runs")
