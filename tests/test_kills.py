@@ -155,6 +155,8 @@ def run(verb: str, argv: list[str]) -> int:
     except (InputError, RunError) as error:
         print(f"error: {error}")
         return 2 if isinstance(error, InputError) else 1
+    except SystemExit as ended:
+        return ended.code
     except BaseException:
         traceback.print_exc()
         return 70
@@ -234,15 +236,11 @@ def check(verb: str, inputs: Path, folder: Path, points) -> tuple[int, int]:
 
 
 def compared(verb: str, found: dict[str, object]) -> object:
-    """Of a benchmark, which measures times, names of files; of a study weights and measurements.
-
-    (A study whose run was killed after its last snapshot does not train it again, so its last state may be missing, and
-    the losses that TensorBoard had not written yet.)
-    """
-    if verb == "compare":
-        ends = (".safetensors", "results.json")
-        return {name: each for name, each in found.items() if name.endswith(ends)}
-    return sorted(found) if verb.startswith("benchmark") else found
+    """Of a benchmark, which measures times, names of files; of a study, whose report tells times, these and results."""
+    if verb != "compare":
+        return sorted(found) if verb.startswith("benchmark") else found
+    whole = (".safetensors", "results.json", ".npy")
+    return {name: each if name.endswith(whole) else None for name, each in found.items()}
 
 
 def test_every_verb_is_in_the_table():

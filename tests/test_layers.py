@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
-    "latents", "models", "detection", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor",
-    "explain", "export", "app", "lab", "cli",
+    "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
+    "doctor", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
@@ -24,6 +24,7 @@ INSIDE = {
         "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
         "timm_registry", "convert",
     ],
+    "segmentation": ["heads", "networks"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
         "sampler",

@@ -24,6 +24,7 @@ from d_emo.config.ranges import (
     Workers,
 )  # fmt: skip
 from d_emo.errors import InputError
+from d_emo.files import read_json
 from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
 
 
@@ -54,6 +55,13 @@ class VAESettings(Settings):
             raise InputError(
                 f"`block_out_channels` must be multiples of 8, for the group norms, not {self.block_out_channels}"
             )
+
+    def is_made(self, output: Path) -> bool:
+        try:
+            made = read_json(output / "config.yaml")
+        except InputError:
+            return False
+        return made == self.to_record() and (output / "reconstructions.png").exists()  # the last file of all
 
 
 @dataclass(frozen=True, kw_only=True)

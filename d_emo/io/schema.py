@@ -11,6 +11,7 @@ SNAPSHOT: dict[str, Any] = {
     "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
+    "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": Annotated[int, Range(1, 100_000)], "beta_start": Fraction, "beta_end": Fraction,

@@ -2,7 +2,7 @@
 
 A snapshot is a folder with ``snapshot.json`` (kind, step, codec, class names, ...), the model's weights (the moving
 average) as safetensors with the model's config, for a denoiser also its noise schedule, and a card. It is written
-under a temporary name and renamed.
+under a temporary name and renamed. ``snapshot.json`` has a checksum of each file that decides what the model does.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
-from d_emo.files import read_json, write_folder, write_json
+from d_emo.files import digest_of_file, matches, read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST, step_of
@@ -100,6 +100,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         model = load_pretrained(load(frame.denoiser), path / "transformer")
         scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         meta.get("objective") or objective_of(scheduler_config)
+        _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
@@ -120,6 +121,7 @@ def load_classifier(path: str | Path) -> ClassifierSnapshot:
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
         load_weights(model, weights, str(weights))
+        _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return ClassifierSnapshot(path, model.eval(), meta["class_names"], meta["image_size"], meta)
 
@@ -160,6 +162,22 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     return path, meta
 
 
+def _sealed(folder: Path) -> dict[str, Path]:
+    """The files that have checksums, by what ``snapshot.json`` calls them."""
+    files = [*folder.rglob("*.safetensors"), *folder.glob("*/*.json")]
+    return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+
+
+def _check_sums(path: Path, meta: dict[str, Any]) -> None:
+    """Refuse files that are not what they were written as; older snapshots do not say what that was."""
+    sums = meta.get("sha256", {})
+    if odd := [name for name, file in _sealed(path).items() if name in sums and not matches(file, sums[name])]:
+        raise InputError(
+            f"the checksum of {', '.join(odd)} is not the one in {_META}; if it was changed on purpose, remove "
+            "\"sha256\" there"
+        )
+
+
 def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:
     if len(meta["class_names"]) != num_classes:
         raise InputError(
@@ -179,6 +197,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
-    write_json(folder / _META, {"format": 1, "kind": kind, **meta})
+    sums = {name: digest_of_file(file) for name, file in _sealed(folder).items()}
+    write_json(folder / _META, {"format": 1, "kind": kind, **meta, "sha256": sums})
     write_yaml(settings, folder / "config.yaml")
     write_card(folder)

@@ -31,7 +31,9 @@ from d_emo.models.layers import (
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
-"""Pixels of the image for one token of the last stage's map, in each direction."""
+"""Pixels of the image for one token of the last stage's map, in each direction, unless it is dilated."""
+
+OUTPUT_STRIDES = (8, 16, REDUCTION)
 
 
 def row(
@@ -106,15 +108,20 @@ class Stage(nn.Sequential):
 
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
-    drop_paths: Sequence[float], **options: Any,
+    drop_paths: Sequence[float], output_stride: int, dilation: int, **options: Any,
 ) -> Stage:  # fmt: skip
-    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
+    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width.
+
+    A stage beyond ``output_stride`` keeps the map: in place of the stride that it and stages before it lack, its
+    convolutions are dilated, the first by what was missing before.
+    """
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
-    heads = max(1, dim // head_dim)
+    heads, missing = max(1, dim // head_dim), max(1, 2 ** (stage + 2) // output_stride)
+    first = {"stride": 2 if missing == 1 else 1, "down": True, "dilation": max(1, missing // 2)}
     return Stage(*(
-        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention, num_heads=heads,
-                     drop_path=drop_paths[i], **options)
+        mobile_block(block, dim if i else dim_in, dim, attention=attention, num_heads=heads, drop_path=drop_paths[i],
+                     **({"dilation": dilation * missing} if i else first), **options)
         for i in range(depth)
     ))  # fmt: skip
 
@@ -139,6 +146,8 @@ class EMO(nn.Module):
         attention_mode: "none", "near", "far" or "spanning". Default: the block's.
         attention_order: "post" or "pre". Default: the block's.
         arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
+        output_stride: 32; with 16 or 8 the last stage or two keep the map and are dilated instead, with the same
+            weights. Windows have as many tokens as before.
 
     Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free.
 
@@ -155,9 +164,14 @@ class EMO(nn.Module):
         global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
         norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
         attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
-        arrangement: Arrangement = "attention-conv",
+        arrangement: Arrangement = "attention-conv", output_stride: Literal[8, 16, 32] = 32,
     ) -> None:  # fmt: skip
         super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise InputError(
+                f"output_stride must be 8, 16 or 32, got {output_stride!r}: the last two stages can keep their map by "
+                "dilation, those before cannot; with features_only=True out_indices chooses among the maps"
+            )
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
             "kernel_sizes": kernel_sizes, "dilations": dilations,
@@ -185,13 +199,14 @@ class EMO(nn.Module):
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
-                **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                output_stride=output_stride, **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         )  # fmt: skip
         self.in_chans, self.num_features, self.head_hidden_size = in_channels, dims[-1], dims[-1]  # as timm calls them
         self.feature_info = [  # timm's description of the four maps
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": min(4 * 2**i, output_stride), "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
         self.drop_rate = drop_rate

@@ -155,6 +155,8 @@ class MetaMobileBlock(nn.Module):
         norm: norm before the operator; decides the activation too.
         stride: 1 keeps the map. 2 makes a down-sampling block: the expand ratio is doubled, attention, inner skip and
             residual are off; LayerScale stays.
+        down: Whether it is a down-sampling block. Default: where it has a stride; one that has none keeps the map, in
+            dilated networks.
         layer_scale: start value of LayerScale, or None for no LayerScale (EMOv1).
         drop_path: probability of dropping the residual branch of an image in training.
         arrangement: a key of `ARRANGEMENTS`; blocks without attention have nothing to arrange.
@@ -173,6 +175,7 @@ class MetaMobileBlock(nn.Module):
         *,
         norm: NormKind = "layer",
         stride: int = 1,
+        down: bool | None = None,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         expand_ratio: float = 4.0,
@@ -187,11 +190,11 @@ class MetaMobileBlock(nn.Module):
             known = ", ".join(map(repr, ARRANGEMENTS))
             raise InputError(f"Unknown arrangement {arrangement!r}; choose one of {known}.")
         out_dim = out_dim or dim
-        down = stride != 1
+        down = stride != 1 if down is None else down
         self.residual = not down and out_dim == dim
         self.norm = make_norm(norm, dim)
         attention = attention and not down
-        if down:
+        if stride != 1:
             options["dilation"] = 1
         self.operator = ARRANGEMENTS[arrangement if attention else "attention-conv"](
             dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention, stride=stride,

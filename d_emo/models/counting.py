@@ -33,14 +33,20 @@ def norm_cost(per_element: int) -> Callable[..., int]:
     return cost
 
 
+def resize_cost(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Cost of a bilinear resize for FlopCounterMode: four multiply-accumulates for each element of the result."""
+    return 2 * 4 * math.prod(out_shape)
+
+
 aten = torch.ops.aten
-NORM_COSTS = {
+PRICES = {
+    aten.upsample_bilinear2d: resize_cost,
     aten.native_layer_norm: norm_cost(5),
     aten.native_batch_norm: norm_cost(2),
     aten._native_batch_norm_legit_no_training: norm_cost(2),
     aten.cudnn_batch_norm: norm_cost(2),
 }
-"""fvcore's prices, which the published figures use: five per element for a layer norm, two for a batch norm in eval."""
+"""fvcore's, which the published figures use: five per element for a layer norm, two for a batch norm in eval."""
 
 
 ATTENTION_PRODUCTS = (
@@ -82,7 +88,7 @@ def count_macs(
     try:
         for attention in attentions:
             attention.merge_equal_partitions = False  # the published figures count near and far each time
-        with kernels.plain(), FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
+        with kernels.plain(), FlopCounterMode(display=False, custom_mapping=PRICES) as counter:
             getattr(model.eval(), "counted_outputs", model)(*inputs)
     finally:
         model.train(training)

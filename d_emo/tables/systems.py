@@ -44,6 +44,18 @@ SYSTEMS: Table[SystemRow] = Table(
             name="retinanet", task="detection", network="d_emo.detection.retinanet:retinanet", backbones=EMOV2 + EMOV1
         ),
         SystemRow(name="maskrcnn", task="detection", network="d_emo.detection.maskrcnn:maskrcnn"),
+        SystemRow(
+            name="deeplabv3", task="segmentation", network="d_emo.segmentation.networks:DeepLabV3",
+            backbones=EMOV2 + EMOV1,
+        ),
+        SystemRow(
+            name="pspnet", task="segmentation", network="d_emo.segmentation.networks:PSPNet", backbones=EMOV2 + EMOV1
+        ),
+        SystemRow(
+            name="semfpn", task="segmentation", network="d_emo.segmentation.networks:SemanticFPN",
+            backbones=EMOV2 + EMOV1,
+        ),
+        SystemRow(name="segformer", task="segmentation", network="d_emo.segmentation.networks:SegFormer"),
     ],
 )  # fmt: skip
 

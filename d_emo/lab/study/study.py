@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import pandas as pd
 
+from d_emo.claims import is_claimed
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
 from d_emo.files import locked, read_json, write_json
@@ -102,9 +103,9 @@ class Study:
         run_verb(verb, settings, config, launch=self.settings.launch, lock=lock)
 
     def _make(self, verb: str, settings: dict[str, Any], output: Path, done: Path) -> None:
-        """Run a verb that makes ``output``, unless ``done`` says that somebody has."""
+        """Run a verb that makes ``output``, unless ``done`` says that somebody has, to the end."""
         with locked(output, wait=True) as lock:
-            if not done.exists():
+            if not done.exists() or is_claimed(output):
                 self._run(verb, settings, output, lock)
 
     @functools.cached_property
