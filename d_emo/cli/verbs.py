@@ -98,6 +98,10 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train an EMOv1 or EMOv2 classifier on an image folder or a built-in data set.",
     ),
     Verb(
+        "train-detector", "train_detector", "Train", "d_emo.config:DetectorSettings",
+        "Train a detector (SSDLite, RetinaNet, Mask R-CNN on an EMO) on files in COCO's format or built-in scenes.",
+    ),
+    Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
         "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
     ),

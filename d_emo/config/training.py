@@ -84,7 +84,9 @@ class RunSettings(Settings):
     learning_rate: Positive = setting(1e-4, "peak learning rate of AdamW")
     weight_decay: NotNegative = setting(0.0, "AdamW weight decay, on matrices and convolutions only")
     warmup_steps: Whole = setting(0, "steps of linear warm-up")
-    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
+        "constant", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
+    )
     grad_clip: Positive | None = setting(None, "largest gradient norm; none by default, as DiT")
     nan: Literal["stop", "skip"] = setting(
         "stop", "what to do when a loss or gradient is not finite: stop before the update, or skip the step (and stop "
@@ -309,7 +311,7 @@ class ClassifierSettings(HeldOutSettings, RunSettings):
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(6e-3, "peak learning rate of AdamW")
     weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
-    schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after the warm-up")
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting("cosine", "learning rate after the warm-up")
     epochs: Positive | None = setting(
         None, "passes over the data; sets --max-steps, and --warmup-steps by warmup_epochs"
     )

@@ -68,8 +68,8 @@ def ssdlite(
         num_classes: Classes of objects, without the background.
         image_size: Side of the square that images are resized to.
         anchors: "fixed" keeps anchors and strides of 320 px whatever the size, which the published networks of 512 px
-            do: their grids of levels 4 to 6 cover a part of the image and no anchor is above 320 px. "scaled" lets both
-            grow with the image.
+            do: their grids of levels 4 to 6 cover a part of the image and no anchor is above 320 px. "scaled" lets
+            anchors grow with the image and spreads every grid over all of it.
         norm_eval: Keep the running statistics of the backbone's batch norms.
         backbone_options: Arguments of `EMO` to replace.
 
@@ -82,7 +82,7 @@ def ssdlite(
     factor = image_size / PUBLISHED_SIZE if anchors == "scaled" else 1
     generator = DefaultBoxGenerator(
         [[2, 3]] * len(STRIDES), scales=[side * factor / image_size for side in SIDES],
-        steps=[stride * factor for stride in STRIDES], clip=False,
+        steps=list(STRIDES) if anchors == "fixed" else None, clip=False,
     )
     head = SSDLiteHead(maps.out_channels, generator.num_anchors_per_location(), num_classes + 1, batch_norm)
     for layer in head.modules():

@@ -7,10 +7,12 @@ from d_emo.config.ranges import Fraction, ImageSide, NotNegative, Range, Whole
 
 _Switch = bool | None
 SNAPSHOT: dict[str, Any] = {
-    "kind": Literal["denoiser", "classifier"], "class_names": list[str], "image_size": ImageSide, "step": Whole,
+    "kind": Literal["denoiser", "classifier", "detector", "segmenter"], "class_names": list[str],
+    "image_size": ImageSide, "step": Whole,
     "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
+    "average_precision": dict[str, Any] | None,
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

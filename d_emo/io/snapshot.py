@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
@@ -55,10 +56,10 @@ class DenoiserSnapshot:
 
 @dataclass
 class ClassifierSnapshot:
-    """A trained classifier in eval mode; it takes images in [-1, 1] of ``image_size`` pixels."""
+    """A trained network in eval mode; a classifier takes images in [-1, 1] of ``image_size`` pixels."""
 
     path: Path
-    model: EMO
+    model: EMO | nn.Module
     class_names: list[str]
     image_size: int
     meta: dict[str, Any]
@@ -77,13 +78,16 @@ def save_denoiser(
     write_folder(folder, write)
 
 
-def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any) -> None:
-    """Write a classifier's snapshot; ``meta`` must name class_names, image_size, step and weights."""
+def save_classifier(
+    folder: Path, model: nn.Module, *, meta: dict[str, Any], settings: Any, kind: str = "classifier"
+) -> None:
+    """Write the snapshot of a classifier, detector or segmenter; ``meta`` must name class_names, image_size, step and
+    weights."""
 
     def write(temporary: Path) -> None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()},
                   temporary / "model.safetensors")
-        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings)
+        _write_meta(temporary, kind, {"model": model.config, **meta}, settings)
 
     write_folder(folder, write)
 
@@ -111,13 +115,13 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     return _open_snapshot(path, "denoiser")[1]
 
 
-def load_classifier(path: str | Path) -> ClassifierSnapshot:
-    """Open a classifier's snapshot, or the newest one of a run folder.
+def load_classifier(path: str | Path, kind: str = "classifier") -> ClassifierSnapshot:
+    """Open the snapshot of a classifier, detector or segmenter, or the newest one of a run folder.
 
     Raises:
         InputError: There is none, it is of another kind, or it is damaged.
     """
-    path, meta = _open_snapshot(path, "classifier")
+    path, meta = _open_snapshot(path, kind)
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
         load_weights(model, weights, str(weights))
@@ -133,7 +137,7 @@ def newest_denoiser(results: Path = Path("results")) -> Path:
 
 
 def kind_of(path: str | Path) -> str | None:
-    """ "denoiser" or "classifier" for a snapshot or a run folder, None for anything else."""
+    """What a snapshot or a run folder holds, such as "denoiser" or "classifier"; None for anything else."""
     path = Path(path)
     newest = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
     return _kind((path if (path / _META).exists() else newest) / _META)
