@@ -40,6 +40,10 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "data_dir": [str(world / "photos")], "image_size": ["32"], "model": ["emov1_1m"], "output_dir": ["out"],
         "model_options": [yaml.safe_dump(TINY_CLASSIFIER, default_flow_style=True)], "max_steps": ["1"],
         "batch_size": ["2"], "tracker": ["none"]},
+    ("train-detector", ""): lambda world: {
+        "model_options": [yaml.safe_dump({"backbone_options": TINY_CLASSIFIER}, default_flow_style=True)],
+        "image_size": ["32"], "num_images": ["4"], "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"],
+        "tracker": ["none"]},
     ("train-vae", ""): lambda world: {
         "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"]},
     ("encode", ""): lambda world: {**DIGITS, "output": ["out"]},

@@ -51,6 +51,8 @@ WRITES = {
     "train": "{train} --max-steps 2 --state-every 1 --snapshot-every 2 --tracker none --output-dir OUT/run",
     "train-classifier": "--dataset digits --image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",
+    "train-detector": "--image-size 32 --num-images 4 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
+                      "--validate-images 2 --model-options {detector} --output-dir OUT/run",
     "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
     "encode": "{data} --vae pixels --shard-size 600 --output OUT/latents",
     "doctor": "{data} --sample 20 --output OUT/sheet.png",
@@ -112,7 +114,8 @@ def inputs(tmp_path_factory):
 
 
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
-    parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)]}
+    parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
+             "{detector}": [json.dumps({"backbone_options": CLASSIFIER})]}
     found = [part for word in words.split() for part in parts.get(word, [word])]
     return [each.replace("IN/", f"{inputs}/").replace("OUT/", f"{output}/") for each in found]
 

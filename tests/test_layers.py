@@ -13,16 +13,16 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "training", "detecting", "inspecting", "sampling", "measuring", "exporting",
-        "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "detecting", "inspecting", "sampling", "measuring",
+        "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
-        "timm_registry", "convert",
+        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "registry", "released", "timm_registry", "convert",
     ],
     "segmentation": ["heads", "networks"],
     "data": [
@@ -33,8 +33,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
-        "teacher", "classifier", "detector", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
+        "accuracy", "teacher", "classifier", "detector", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -116,6 +116,32 @@ def test_two_processes_resume_bitwise(tmp_path):
     assert in_processes(2, killed) == [-signal.SIGKILL] * 2
     assert in_processes(2, lambda rank: train(tmp_path / "parts", **options)) == [0, 0]
     assert same(last_state(tmp_path / "parts", 8), last_state(tmp_path / "whole", 8))
+
+
+def test_one_process_that_wants_to_stop_breaks_the_step_off_in_both(tmp_path):
+    options = {"max_steps": 3, "state_every": 100, "micro_batch_size": 1}
+    assert in_processes(2, lambda rank: train(tmp_path / "whole", **options)) == [0, 0]
+
+    def stopped(rank):
+        from d_emo.training.denoiser import DenoiserTask
+
+        seen, plain = [], DenoiserTask.loss
+
+        def loss(self, *args):
+            seen.append(len(seen))
+            if len(seen) == 3 and rank == 1:  # of two micro-batches a step
+                signal.raise_signal(signal.SIGINT)
+            return plain(self, *args)
+
+        DenoiserTask.loss = loss
+        with suppress(SystemExit):
+            train(tmp_path / "parts", **options)
+        assert len(seen) == 3
+
+    assert in_processes(2, stopped) == [0, 0]
+    assert [state.name for state in (tmp_path / "parts" / "states").iterdir()] == ["step-1"]
+    assert in_processes(2, lambda rank: train(tmp_path / "parts", **options)) == [0, 0]
+    assert same(last_state(tmp_path / "parts", 3), last_state(tmp_path / "whole", 3))
 
 
 def test_validation_is_the_same_for_any_number_of_processes(tmp_path):

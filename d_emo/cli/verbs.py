@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from d_emo.tables import Reference, Table, load
+from d_emo.threads import spare_neighbours
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def importing() -> Iterator[None]:
         print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
     for name in ("scipy.stats", "scipy.integrate"):  # diffusers' schedulers import them for kinds that are none of ours
         defer(name)
+    spare_neighbours()
     gc.disable()  # a tenth of the time, for the little garbage that there is
     try:
         yield

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from d_emo.config.base import ReadingSettings, setting
 from d_emo.config.ranges import BelowOne, ClassifierSide, Count, NotNegative, Positive, Whole
 from d_emo.config.training import RunSettings
-from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +49,16 @@ class DetectorSettings(ReadingSettings, RunSettings):
         "convert_weights.py", source=True
     )
     batch_size: Count = setting(192, "images per step over all processes (global)", group="Optimisation")
-    learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW")
+    learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW", aliases=["--lr"])
     weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
     warmup_steps: Whole = setting(500, "steps of linear warm-up")
     schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
         "constant-cosine", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
     )
     grad_clip: Positive | None = setting(0.1, "largest gradient norm")
-    max_steps: Count = setting(
-        366_500, "optimizer steps of the whole run; 600 passes over COCO's train2017", resumable=True, decisive=True
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 366,500, 600 passes over COCO's train2017", resumable=True,
+        decisive=True
     )
     snapshot_every: Count = setting(
         6_108, "steps between snapshots, each with its mAP; the last step has one", resumable=True
@@ -66,21 +66,17 @@ class DetectorSettings(ReadingSettings, RunSettings):
     ema_decay: BelowOne = setting(0.9998, "decay of the moving average of weights and float buffers")
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
 
-    def check(self) -> None:
-        for needed, other in (("images", "annotations"), ("annotations", "images"),
-                              ("annotations", "validate_annotations"), ("validate_annotations", "validate_images_dir")):
-            if getattr(self, other) is not None and getattr(self, needed) is None:
-                raise InputError(f"`{other}` {getattr(self, other)} needs `{needed}`")
-        if self.validate_every and self.annotations is not None and self.validate_annotations is None:
-            raise InputError("`validate_every` needs held-out objects: give `validate_annotations`")
-
     def resolve(self, **facts: Any) -> DetectorSettings:
-        """Fill in what is left open."""
+        """Fill in what is left open; ``epochs`` once the data are known.
+
+        Args:
+            facts: "images", how many there are to train on.
+        """
         built_in = self.annotations is None
         size = self.image_size or (160 if built_in else None)
         data = "digit-scenes" if built_in else Path(self.annotations).stem
         return replace(
-            self, image_size=size, output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
+            self, image_size=size, max_steps=self.steps(facts.get("images"), 366_500), output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
             flip=not built_in if self.flip is None else self.flip,
             augment=self.augment or ("ssd" if self.model.lower().startswith("ssdlite") else "flip"),
             validate_images_dir=self.validate_images_dir or (self.images if self.validate_annotations else None),

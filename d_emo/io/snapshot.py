@@ -110,9 +110,9 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
                             meta["image_size"], meta)
 
 
-def load_meta(path: str | Path) -> dict[str, Any]:
-    """What a denoiser's snapshot says of itself, without its weights."""
-    return _open_snapshot(path, "denoiser")[1]
+def load_meta(path: str | Path, kind: str = "denoiser") -> dict[str, Any]:
+    """What a snapshot says of itself, without its weights; InputError for one of another kind."""
+    return _open_snapshot(path, kind)[1]
 
 
 def load_classifier(path: str | Path, kind: str = "classifier") -> ClassifierSnapshot:
@@ -203,5 +203,5 @@ def _refusing(path: Path) -> Iterator[None]:
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
     sums = {name: digest_of_file(file) for name, file in _sealed(folder).items()}
     write_json(folder / _META, {"format": 1, "kind": kind, **meta, "sha256": sums})
-    write_yaml(settings, folder / "config.yaml")
+    write_yaml(settings.resolve(), folder / "config.yaml")
     write_card(folder)

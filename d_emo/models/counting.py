@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d_emo import kernels
 from d_emo.models.attention import WindowAttention
 from d_emo.models.contract import DenoiserFrame
-from d_emo.models.layers import pair
+from d_emo.models.layers import pair, sizes
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -58,7 +58,7 @@ ATTENTION_PRODUCTS = (
 
 @torch.no_grad()
 def count_macs(
-    model: nn.Module, image_or_latent_size: int | tuple[int, int] | None = None, *, attention_products: bool = True
+    model: nn.Module, image_or_latent_size: int | tuple[int, ...] | None = None, *, attention_products: bool = True
 ) -> int:
     """Multiply-accumulates of one forward pass of batch 1 in eval mode.
 
@@ -66,7 +66,8 @@ def count_macs(
 
     Args:
         model: a denoiser, a classifier, a detector (up to its post-processing) or a segmenter.
-        image_or_latent_size: height and width of the input; a network's own unless given, and 224 for a classifier.
+        image_or_latent_size: height and width of the input, before them the frames of a video; a network's own unless
+            given, and 224 for a classifier.
         attention_products: whether to count the products of queries with keys, and of the weights with values.
 
     Returns:
@@ -75,14 +76,15 @@ def count_macs(
     device = next(model.parameters()).device
     inputs: tuple[Tensor, ...]
     if isinstance(model, DenoiserFrame):
-        channels, *sizes = model.latent_shape
+        channels, *size = model.latent_shape
         if image_or_latent_size is not None:
-            sizes = pair(image_or_latent_size, "image_or_latent_size")
+            size = pair(image_or_latent_size, "image_or_latent_size")
         ones = torch.ones(1, dtype=torch.long, device=device)
-        inputs = (torch.zeros(1, channels, *sizes, device=device), ones, ones)
+        inputs = (torch.zeros(1, channels, *size, device=device), ones, ones)
     else:
         size = image_or_latent_size or getattr(model, "input_size", 224)
-        inputs = (torch.zeros(1, model.in_chans, *pair(size, "image_or_latent_size"), device=device),)
+        size = sizes(size, "image_or_latent_size", getattr(model, "spatial_dims", 2))
+        inputs = (torch.zeros(1, model.in_chans, *size, device=device),)
     training = model.training
     attentions = [module for module in model.modules() if isinstance(module, WindowAttention)]
     try:

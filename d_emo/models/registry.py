@@ -12,6 +12,7 @@ from torch import nn
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.contract import DenoiserFrame
+from d_emo.models.video import VIDEO_BACKBONES
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
 
 
@@ -22,7 +23,7 @@ def list_models(pattern: str | None = None) -> list[str]:
         pattern: a name; else keep the names that match this shell pattern ("emov2_*"), or contain it if it has no
             wildcard. Case does not matter.
     """
-    names = [*denoisers(), *BACKBONES, *systems()]
+    names = [*denoisers(), *BACKBONES, *VIDEO_BACKBONES, *systems()]
     if pattern is None:
         return names
     if exact := [name for name in names if name.lower() == pattern.lower()]:
@@ -73,7 +74,7 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
         model.config = {"name": name, **overrides, "num_classes": model.num_classes}
         return model
     if frame is None:
-        return build_backbone(name, **overrides)
+        return build_backbone(name, VIDEO_BACKBONES.get(name), **overrides)
     settings = {**denoisers()[name], **overrides}
     block = BLOCKS[settings["block"]]
     of_blocks = {option for row in BLOCKS.values() for option in row.options}
@@ -100,7 +101,7 @@ def check_memory(name: str, **overrides: Any) -> None:
 
 
 def model_kind(name: str) -> str:
-    """What a name stands for: "denoiser", "classifier", "detector" or "segmenter".
+    """What a name stands for: "denoiser", "classifier", "video classifier", "detector" or "segmenter".
 
     Raises:
         InputError: for an unknown name.
@@ -108,7 +109,7 @@ def model_kind(name: str) -> str:
     name = resolve_name(name)
     if name in systems():
         return {"detection": "detector", "segmentation": "segmenter"}[systems()[name][0].task]
-    return "classifier" if name in BACKBONES else "denoiser"
+    return "classifier" if name in BACKBONES else "video classifier" if name in VIDEO_BACKBONES else "denoiser"
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

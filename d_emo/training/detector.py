@@ -43,7 +43,6 @@ class DetectorTask:
     """
 
     lr_scales: dict[str, float] = {}
-    facts: dict[str, Any] = {}
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: DetectorSettings):
@@ -54,6 +53,8 @@ class DetectorTask:
         system = system_of(settings.model).name
         self.masks = system == "maskrcnn"
         self.source, self.held_out = open_objects(settings, masks=self.masks)
+        self.facts = {"images": len(self.source)}
+        self.settings = settings = settings.resolve(**self.facts)
         options = self._options(system)
         check_memory(settings.model, **options)
         torch.manual_seed(settings.seed)
@@ -136,7 +137,13 @@ class DetectorTask:
 
 
 def open_objects(settings: DetectorSettings, *, masks: bool) -> tuple[ObjectImages, ObjectImages | None]:
-    """The pictures to train on and those to measure on; InputError where they have other categories."""
+    """The pictures to train on and those to measure on; InputError for settings that lack others, or other categories."""
+    for given, needed in (("images", "annotations"), ("annotations", "images"), ("validate_annotations", "annotations"),
+                          ("validate_images_dir", "validate_annotations")):  # fmt: skip
+        if getattr(settings, given) is not None and getattr(settings, needed) is None:
+            raise InputError(f"`{given}` {getattr(settings, given)} needs `{needed}`")
+    if settings.validate_every and settings.annotations and settings.validate_annotations is None:
+        raise InputError("`validate_every` needs held-out objects: give `validate_annotations`")
     if settings.annotations is None:
         size = settings.image_size
         scenes = DigitScenes(size, num_images=settings.num_images)

@@ -77,6 +77,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
             more = {"model_options": options or None, "seed": seed, "output_dir": str(folder)}
             values = settings.train | latents | own | more
             training = read_settings(TrainSettings, values, f"the run {name!r} of the study")
+            if training.max_steps is None:
+                raise InputError(f"the run {name!r} of the study has `epochs`; runs that compare have `max_steps`")
             planned[seed, name] = PlannedRun(name, seed, folder, training, protocol)
     for name, own in settings.runs.items():
         other = own.get("of")
