@@ -19,8 +19,8 @@ from d_emo.training.teacher import load_teacher
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
 kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
 INPUTS = {
-    "annotations", "checkpoint", "classifier", "data_dir", "image", "images", "inception_weights", "init_from", "latents", "reference", "runs",
-    "samples", "source", "teacher_weights", "validate_annotations", "validate_dir",
+    "annotations", "checkpoint", "classifier", "data_dir", "image", "images", "inception_weights", "init_from",
+    "latents", "reference", "runs", "samples", "source", "teacher_weights", "validate_annotations", "validate_dir",
     "validate_images_dir",
 }  # fmt: skip
 

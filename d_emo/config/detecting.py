@@ -76,7 +76,8 @@ class DetectorSettings(ReadingSettings, RunSettings):
         size = self.image_size or (160 if built_in else None)
         data = "digit-scenes" if built_in else Path(self.annotations).stem
         return replace(
-            self, image_size=size, max_steps=self.steps(facts.get("images"), 366_500), output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
+            self, image_size=size, max_steps=self.steps(facts.get("images"), 366_500),
+            output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
             flip=not built_in if self.flip is None else self.flip,
             augment=self.augment or ("ssd" if self.model.lower().startswith("ssdlite") else "flip"),
             validate_images_dir=self.validate_images_dir or (self.images if self.validate_annotations else None),

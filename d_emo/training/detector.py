@@ -137,7 +137,7 @@ class DetectorTask:
 
 
 def open_objects(settings: DetectorSettings, *, masks: bool) -> tuple[ObjectImages, ObjectImages | None]:
-    """The pictures to train on and those to measure on; InputError for settings that lack others, or other categories."""
+    """The pictures to train on and those to measure on; InputError for settings or categories that do not fit."""
     for given, needed in (("images", "annotations"), ("annotations", "images"), ("validate_annotations", "annotations"),
                           ("validate_images_dir", "validate_annotations")):  # fmt: skip
         if getattr(settings, given) is not None and getattr(settings, needed) is None:
