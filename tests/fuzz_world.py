@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from evaluation_sets import ColourFeatures, make_pixels, write_folder
 from PIL import Image
 
-from d_emo.config import ClassifierSettings, TrainSettings
+from d_emo.config import ClassifierSettings, DetectorSettings, TrainSettings
 from d_emo.tables import load
 
 TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2}
@@ -58,6 +58,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "checkpoint": [str(world / "denoiser")], "classifier": [str(world / "classifier")], "num_images": ["20"]},
     ("evaluate", ""): lambda world: {"model": [str(world / "classifier")], "num_images": ["10"]},
     ("convert", ""): lambda world: {"source": [str(world / "classifier")], "output": ["out"]},
+    ("detect", ""): lambda world: {
+        "images": [str(world / "photos/train/ant/0.png")], "model": [str(world / "detector")], "output": ["found"]},
     ("export", ""): lambda world: {"model": [str(world / "classifier")], "output": ["net.pt2"]},
     ("models", ""): lambda world: {"match": ["emov2_1m"]},
     ("explain", ""): lambda world: {
@@ -83,6 +85,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
 
 def make_world(world: Path) -> None:
     """Fill a folder with what `BASE` names, and with odd files in the sub-folder ``odd``."""
+    from d_emo.io.snapshot import save_classifier
+    from d_emo.models import create_model
     from d_emo.training import fit
     from d_emo.training.classifier import ClassifierTask
     from d_emo.training.denoiser import DenoiserTask
@@ -103,6 +107,10 @@ def make_world(world: Path) -> None:
                                   output_dir=str(world / "classifier"), **tiny).resolve()  # fmt: skip
     fit(ClassifierTask(settings), settings)
     AcceleratorState._reset_state(True)
+    detector = create_model("ssdlite-emov1_1m", num_classes=2, image_size=32, backbone_options=TINY_CLASSIFIER).eval()
+    meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b"]}
+    save_classifier(world / "detector", detector, meta=meta, kind="detector",
+                    settings=DetectorSettings(model="ssdlite-emov1_1m").resolve())  # fmt: skip
     write_folder(world / "reference", make_pixels(20))
     make_odd(world / "odd")
 

@@ -27,7 +27,7 @@ from PIL import Image
 from d_emo import explain
 from d_emo.cli import run_verb
 from d_emo.cli.verbs import VERBS
-from d_emo.config import TrainSettings
+from d_emo.config import DetectorSettings, TrainSettings
 from d_emo.data import Digits
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import save_classifier, save_denoiser
@@ -64,6 +64,7 @@ WRITES = {
     "evaluate": "IN/classifier --dataset digits --num-images 4 --output OUT/accuracy.json",
     "convert": "IN/classifier OUT/timm",
     "export": "IN/classifier OUT/network.pt2",
+    "detect": "IN/image.png --model IN/detector --output OUT/found",
     "explain": "IN/image.png --model IN/classifier --image-size 32 --output OUT/explained",
     "plot-loss": "IN/logged --output OUT/loss.png",
     "compare": "--config IN/study.yaml --output-dir OUT/study --report-dir OUT/report",
@@ -99,6 +100,9 @@ def inputs(tmp_path_factory):
     options = {"name": "emov1_1m", "num_classes": 10, **CLASSIFIER}
     save_classifier(folder / "classifier", classifier, settings=TrainSettings(),
                     meta={**meta, "image_size": 32, "model": options})  # fmt: skip
+    detector = create_model("ssdlite-emov1_1m", num_classes=10, image_size=32, backbone_options=CLASSIFIER).eval()
+    save_classifier(folder / "detector", detector, settings=DetectorSettings(model="ssdlite-emov1_1m").resolve(),
+                    meta={**meta, "image_size": 32}, kind="detector")  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     judge = {"model": "emov1_1m", "model_options": CLASSIFIER, "dataset": "digits", "image_size": 32, "max_steps": 1,

@@ -29,7 +29,8 @@ INSIDE = {
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
         "tar", "hub", "sampler",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision"],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
+                  "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [

@@ -1,6 +1,12 @@
 """``d-emo train-detector``."""
 
+from pathlib import Path
+
+from torch import nn
+
 from d_emo.config import DetectorSettings
+from d_emo.data import spread
+from d_emo.detection.drawing import truth_beside_found
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier
 from d_emo.text import markdown_table
@@ -11,7 +17,13 @@ from d_emo.training.detector import DetectorTask
 def run(settings: DetectorSettings) -> None:
     """Do it."""
     prepare_push(settings.push_to_hub)
-    snapshot = fit(DetectorTask(settings), settings)
+    task = DetectorTask(settings)
+
+    def preview(path: Path, model: nn.Module) -> None:
+        if task.held_out is not None:
+            truth_beside_found(model, task.held_out, spread(len(task.held_out), 8)).save(path)
+
+    snapshot = fit(task, settings, preview=preview)
     if snapshot is not None:
         print(f"snapshot  {snapshot}")
         measured = load_classifier(snapshot, "detector").meta.get("average_precision", {})

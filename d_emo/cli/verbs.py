@@ -149,6 +149,10 @@ The images exist (--samples), or are drawn here from a snapshot (--checkpoint), 
         "Measure top-1 and top-5 accuracy of a trained or released classifier on a folder of images or built-in data.",
     ),
     Verb(
+        "detect", "detect", "Deploy", "d_emo.config:DetectSettings",
+        "Find objects in images with a trained detector: pictures with boxes (and masks), and detections.json.",
+    ),
+    Verb(
         "convert", "convert_weights", "Deploy", "d_emo.config:ConvertSettings",
         "Convert a released EMOv1 or EMOv2 file, or a snapshot trained here, to safetensors and a timm config.",
     ),

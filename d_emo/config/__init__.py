@@ -21,7 +21,7 @@ from d_emo.config.benchmarking import (
     KernelsSettings,
     StepSettings,
 )
-from d_emo.config.detecting import DetectorSettings
+from d_emo.config.detecting import DetectorSettings, DetectSettings
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.inspecting import DoctorSettings
 from d_emo.config.measuring import (

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, setting
-from d_emo.config.ranges import BelowOne, ClassifierSide, Count, NotNegative, Positive, Whole
+from d_emo.config.base import ReadingSettings, overwrite_setting, setting
+from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, NotNegative, Positive, Whole
 from d_emo.config.training import RunSettings
 
 
@@ -82,3 +82,17 @@ class DetectorSettings(ReadingSettings, RunSettings):
             augment=self.augment or ("ssd" if self.model.lower().startswith("ssdlite") else "flip"),
             validate_images_dir=self.validate_images_dir or (self.images if self.validate_annotations else None),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectSettings(ReadingSettings):
+    """Settings of ``scripts/detect.py``."""
+
+    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
+    model: str = setting(help="snapshot or run folder of a detector", source=True)
+    score: Fraction = setting(0.3, "least score of what is shown and written", group="Detection")
+    output: str | None = setting(
+        None, "folder for the pictures and detections.json. Default: samples/detect-<first image>, numbered if it "
+        "exists", group="Output", output="folder"
+    )
+    overwrite: bool = overwrite_setting()
