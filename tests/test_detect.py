@@ -12,6 +12,7 @@ from d_emo.config import DetectorSettings
 from d_emo.data.scenes import DigitScenes
 from d_emo.detection.drawing import truth_beside_found
 from d_emo.errors import InputError
+from d_emo.export import export, portable_detector, stir
 from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 
@@ -69,3 +70,33 @@ def test_truth_stands_beside_what_was_found(detectors):
     model = create_model("ssdlite-emov2_1m", num_classes=10, image_size=64, backbone_options=BACKBONE).eval()
     picture = truth_beside_found(model, DigitScenes(64), [0, 1, 2], side=100)
     assert picture.size == (4 * 104 + 4, 2 * 104 + 4)
+
+
+@pytest.mark.parametrize("system", ["ssdlite", "retinanet"])
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_boxes_and_scores_leave_python(system, ending, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    size = {"image_size": 64} if system == "ssdlite" else {"min_size": 64, "max_size": 64}
+    torch.manual_seed(0)
+    model = create_model(f"{system}-emov2_1m", num_classes=3, backbone_options=BACKBONE, **size).eval()
+    stir(model)
+    portable = portable_detector(model, 64)
+    images = DigitScenes(64).read(0)[0].float() / 255
+    with torch.no_grad():
+        boxes, scores = portable.module(images[None])[0].split([4, 3], dim=1)
+        model.score_thresh, model.nms_thresh = 0.0, 1.0  # nothing is suppressed
+        model.topk_candidates = model.detections_per_img = 10**6
+        found = model([images])[0]
+    best = found["scores"].argmax()
+    label = int(found["labels"][best]) - model.first_label
+    assert found["scores"][best] == pytest.approx(scores.max().item(), rel=1e-4)
+    box = boxes[scores[:, label].argmax()].clamp(0, 64)
+    assert torch.allclose(found["boxes"][best], box, atol=1e-2)
+    assert export(portable, tmp_path / f"detector{ending}") < 1e-4
+
+
+def test_mask_rcnn_is_refused_in_words():
+    with torch.device("meta"), pytest.raises(InputError, match="looks at the regions that it found"):
+        portable_detector(create_model("maskrcnn-emov2_1m"))
