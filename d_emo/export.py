@@ -67,7 +67,7 @@ class BoxesAndScores(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.detector.dense_outputs((images - self.mean) / self.std)
         logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
-        anchors = self.anchors.expand(len(images), -1, -1).flatten(0, 1)
+        anchors = self.anchors.expand(images.shape[0], -1, -1).flatten(0, 1)
         boxes = self.detector.box_coder.decode_single(deltas.flatten(0, 1), anchors).unflatten(0, deltas.shape[:2])
         background = self.detector.first_label  # softmax with one, sigmoid without
         scores = logits.softmax(dim=2)[:, :, 1:] if background else logits.sigmoid()

@@ -59,7 +59,7 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
     ("evaluate", ""): lambda world: {"model": [str(world / "classifier")], "num_images": ["10"]},
     ("convert", ""): lambda world: {"source": [str(world / "classifier")], "output": ["out"]},
     ("detect", ""): lambda world: {
-        "images": [str(world / "photos/train/ant/0.png")], "model": [str(world / "detector")], "output": ["found"]},
+        "images": [str(world / "photos/train/ant/0.png")], "checkpoint": [str(world / "detector")], "output": ["found"]},
     ("export", ""): lambda world: {"model": [str(world / "classifier")], "output": ["net.pt2"]},
     ("models", ""): lambda world: {"match": ["emov2_1m"]},
     ("explain", ""): lambda world: {

@@ -37,7 +37,7 @@ def detectors(tmp_path_factory):
 
 @pytest.mark.parametrize("system", ["ssdlite", "maskrcnn"])
 def test_detect_writes_pictures_and_json(system, detectors, tmp_path, capsys):
-    run_verb("detect", [str(detectors / "pictures"), "--model", str(detectors / system), "--score", "0.01",
+    run_verb("detect", [str(detectors / "pictures"), "--checkpoint", str(detectors / system), "--score", "0.01",
                         "--output", str(tmp_path / "out")])  # fmt: skip
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [entry["picture"] for entry in content["images"]] == ["0000-0.png", "0001-1.png"]
@@ -53,9 +53,9 @@ def test_detect_writes_pictures_and_json(system, detectors, tmp_path, capsys):
 def test_detect_refuses_other_snapshots_and_empty_folders(detectors, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="holds no images"):
-        run_verb("detect", [str(tmp_path / "none"), "--model", str(detectors / "ssdlite")])
+        run_verb("detect", [str(tmp_path / "none"), "--checkpoint", str(detectors / "ssdlite")])
     with pytest.raises(InputError, match="is not a snapshot"):
-        run_verb("detect", [str(detectors / "pictures"), "--model", str(detectors)])
+        run_verb("detect", [str(detectors / "pictures"), "--checkpoint", str(detectors)])
 
 
 def test_run_lengths_are_cocos():

@@ -32,7 +32,7 @@ def test_detector_training_resumes_exactly(model, tmp_path):
         del options["anchors"]
     changes = {"model": model, "model_options": options, "validate_every": 2}
     if "segm" in kinds:
-        changes |= {"batch_size": 2, "max_steps": 2, "state_every": 1}
+        changes |= {"batch_size": 2, "max_steps": 2, "state_every": 1, "image_size": 32, "validate_images": 1}
     last = changes.get("max_steps", 4)
     snapshot = train(tmp_path / "whole", **changes)
     train(tmp_path / "parts", **{**changes, "max_steps": last // 2})
@@ -41,7 +41,7 @@ def test_detector_training_resumes_exactly(model, tmp_path):
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     trained = load_classifier(snapshot, "detector")
     assert kind_of(tmp_path / "whole") == "detector" and trained.class_names == list("0123456789")
-    image, _ = DigitScenes(64).read(0)
+    image, _ = DigitScenes(changes.get("image_size", 64)).read(0)
     assert trained.model([image.float() / 255])[0]["boxes"].shape[1] == 4
     card = (snapshot / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card and "digit-scenes" in card and "train_detector.py" in card

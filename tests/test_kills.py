@@ -64,7 +64,7 @@ WRITES = {
     "evaluate": "IN/classifier --dataset digits --num-images 4 --output OUT/accuracy.json",
     "convert": "IN/classifier OUT/timm",
     "export": "IN/classifier OUT/network.pt2",
-    "detect": "IN/image.png --model IN/detector --output OUT/found",
+    "detect": "IN/image.png --checkpoint IN/detector --output OUT/found",
     "explain": "IN/image.png --model IN/classifier --image-size 32 --output OUT/explained",
     "plot-loss": "IN/logged --output OUT/loss.png",
     "compare": "--config IN/study.yaml --output-dir OUT/study --report-dir OUT/report",

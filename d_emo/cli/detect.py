@@ -26,7 +26,7 @@ def run(settings: DetectSettings) -> None:
     """
     files = [file for path in settings.images for file in _files(Path(path))]
     reading = Reading.of(settings)
-    snapshot = load_classifier(settings.model, "detector")
+    snapshot = load_classifier(settings.checkpoint, "detector")
     model, names = snapshot.model.to(best_device()), snapshot.class_names
     with claimed_default("detect", settings, f"samples/detect-{files[0].stem}") as folder, filling(folder) as new:
         entries = []

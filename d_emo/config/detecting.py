@@ -89,7 +89,7 @@ class DetectSettings(ReadingSettings):
     """Settings of ``scripts/detect.py``."""
 
     images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
-    model: str = setting(help="snapshot or run folder of a detector", source=True)
+    checkpoint: str = setting(help="snapshot or run folder of a detector", source=True)
     score: Fraction = setting(0.3, "least score of what is shown and written", group="Detection")
     output: str | None = setting(
         None, "folder for the pictures and detections.json. Default: samples/detect-<first image>, numbered if it "
