@@ -287,7 +287,7 @@ PARTS = ["head", pytest.param("lora:2", marks=pytest.mark.skipif(not find_spec("
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_is_trained_saved_whole_and_resumed_exactly(tmp_path, digits, part):
+def test_a_part_is_trained_saved_whole_and_resumed_exactly(tmp_path, digits, part, capsys):
     """What is frozen stays, the snapshot has the names of any other, and 2 + 2 steps are 4."""
     options = {"init_from": str(digits.path), "train": part, "max_steps": 4}
     run = task(tmp_path / "whole", **options)
@@ -306,18 +306,21 @@ def test_a_part_is_trained_saved_whole_and_resumed_exactly(tmp_path, digits, par
     torch.testing.assert_close(parts.model.state_dict(), new, rtol=0, atol=0)
     state = load_state(tmp_path / "parts/states/step-4")["model"]
     assert any("lora_A" in name for name in state) == (part != "head")
+    train(tmp_path / "parts", **options)
+    assert "nothing to do at step 4 of 4" in capsys.readouterr().out
     plain = task(tmp_path / "next", init_from=str(parts.path), model=None, model_options=None)  # as any other snapshot
     torch.testing.assert_close(plain.model.state_dict(), new, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_classifier_is_fine_tuned_too(tmp_path, part):
+def test_a_classifier_is_fine_tuned_too(tmp_path, part, capsys):
     options = {"init_from": str(ROOT / "tests/data/artefacts/classifier"), "dataset": "digits", "batch_size": 8,
                "max_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "num_images": 8}
     run = ClassifierTask(ClassifierSettings(**options, train=part, output_dir=str(tmp_path / "run")))
     old = load_classifier(options["init_from"])
     assert run.settings.model == old.meta["model"]["name"] and "which knows" in run.start[0]
     snapshot = load_classifier(fit(run, run.settings))
+    assert "slower than this machine could" not in capsys.readouterr().out  # adapters are no oversight
     moved = changed(old.model.state_dict(), snapshot.model.state_dict())
     assert {"head.weight", "head.bias"} <= moved
     assert ("stages.2.1.operator.proj.weight" in moved) == (part != "head")

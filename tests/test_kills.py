@@ -40,6 +40,7 @@ DATA = ["--dataset", "digits", "--image-size", "8"]
 RUN = ["--batch-size", "4", "--learning-rate", "1e-3", "--log-every", "1"]
 TRAIN = [*DATA, *RUN, "--model", "D-EMOv2-Ti-2", "--model-options", "{depth: 1, hidden_size: 48}", "--vae", "pixels"]
 CLASSIFIER = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8, 8, 8, 8], "window_size": 1}
+SEGMENTER = {"width": 8, "backbone_options": {key: each for key, each in CLASSIFIER.items() if key != "window_size"}}
 STUDY = {
     "title": "Tiny", "train": {"model_options": {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2},
                                "max_steps": 1, "batch_size": 2, "snapshot_every": 1, "log_every": 1},
@@ -53,6 +54,8 @@ WRITES = {
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",
     "train-detector": "--image-size 32 --num-images 4 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                       "--validate-images 2 --model-options {detector} --output-dir OUT/run",
+    "train-segmenter": "--image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none --num-images 4 "
+                       "--validate-images 2 --model pspnet-emov2_1m --model-options {segmenter} --output-dir OUT/run",
     "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
     "encode": "{data} --vae pixels --shard-size 600 --output OUT/latents",
     "doctor": "{data} --sample 20 --output OUT/sheet.png",
@@ -119,7 +122,8 @@ def inputs(tmp_path_factory):
 
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
     parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
-             "{detector}": [json.dumps({"backbone_options": CLASSIFIER})]}
+             "{detector}": [json.dumps({"backbone_options": CLASSIFIER})],
+             "{segmenter}": [json.dumps(SEGMENTER)]}
     found = [part for word in words.split() for part in parts.get(word, [word])]
     return [each.replace("IN/", f"{inputs}/").replace("OUT/", f"{output}/") for each in found]
 

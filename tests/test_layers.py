@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "detecting", "inspecting", "sampling", "measuring",
-        "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
+        "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -24,7 +24,7 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks"],
+    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
         "tar", "hub", "sampler",
@@ -35,7 +35,7 @@ INSIDE = {
     "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
-        "accuracy", "teacher", "classifier", "detector", "vae",
+        "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

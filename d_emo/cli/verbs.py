@@ -104,6 +104,10 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train a detector (SSDLite, RetinaNet, Mask R-CNN on an EMO) on files in COCO's format or built-in scenes.",
     ),
     Verb(
+        "train-segmenter", "train_segmenter", "Train", "d_emo.config:SegmenterSettings",
+        "Train a segmenter (DeepLabV3, PSPNet, Semantic FPN, SegFormer on an EMO) on PNG masks or built-in scenes.",
+    ),
+    Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
         "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
     ),

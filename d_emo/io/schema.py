@@ -13,6 +13,7 @@ SNAPSHOT: dict[str, Any] = {
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
     "average_precision": dict[str, Any] | None,
+    "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

@@ -37,6 +37,7 @@ class Segmenter(nn.Module):
     """
 
     head: type[Head]
+    frozen = False
     widths: Mapping[str, int] = {}
     """Of the decode head, by backbone; the head's own default for others."""
     input_size = (512, 512)
@@ -58,6 +59,18 @@ class Segmenter(nn.Module):
         self.decoder = self.head(dims, num_classes, drop_rate=drop_rate, **({"dim": width} if width else {}))
         self.aux = FCNHead(dims, num_classes, drop_rate=drop_rate) if aux else None
         self.num_classes, self.in_chans, self.config = num_classes, in_channels, {}
+
+    def freeze_backbone(self) -> None:
+        """Train the heads only; batch norms of the backbone keep their statistics."""
+        self.backbone.requires_grad_(False)
+        self.frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """As of any module, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
 
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """The heads' own maps, not enlarged. Shape: (B, C, H, W) -> by head (B, num_classes, h, w)."""

@@ -34,6 +34,7 @@ from d_emo.models.registry import check_memory, model_kind
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.finetuning import start_classifier_from, train_only
+from d_emo.training.progress import means
 from d_emo.training.teacher import distillation_loss, load_teacher
 
 
@@ -133,6 +134,9 @@ class ClassifierTask:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
         return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return means(sums)
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return self.dataset.remarks(count)

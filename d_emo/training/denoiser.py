@@ -24,6 +24,7 @@ from d_emo.models.registry import check_memory, frame_of, model_kind
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from, train_only
+from d_emo.training.progress import means
 
 
 class DenoiserTask:
@@ -150,6 +151,9 @@ class DenoiserTask:
             for name, value in {**losses, "count": torch.ones((), device=device)}.items():
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return means(sums)
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return self.images.remarks(count)

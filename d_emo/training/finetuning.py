@@ -124,13 +124,17 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
     return f"`train` {part}: {trained:,} trainable parameters, {trained / whole:.1%} of the {whole:,} of the model."
 
 
+def adapted(model: nn.Module) -> list[str]:
+    """Names of the layers with an adapter."""
+    return [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+
 def merged(model: nn.Module) -> nn.Module:
     """A network as it was before `train_only`, the adapters added to its weights: a copy, or itself without any."""
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    if not adapted:
+    if not (names := adapted(model)):
         return model
     plain, weights = copy.deepcopy(model), without_adapters(model.state_dict())
-    for name in adapted:
+    for name in names:
         plain.set_submodule(name, plain.get_submodule(name).base_layer)
     plain.load_state_dict(weights)
     return plain

@@ -24,7 +24,7 @@ from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import use_threads
 from d_emo.training.feed import Feed
-from d_emo.training.finetuning import merged
+from d_emo.training.finetuning import adapted, merged
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
@@ -190,7 +190,7 @@ class _Run:
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
-            for slow in kernels.avoidable(calls or []):
+            for slow in () if calls is None or adapted(self.updates.bare_model) else kernels.avoidable(calls):
                 self.progress.say(f"slower than this machine could: {slow}")
             self.step += 1
             last = self.step == settings.max_steps
@@ -285,9 +285,8 @@ class _Run:
             broadcast(buffer)
         sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        totals = dict(zip(sums, totals, strict=True))
-        count = totals.pop("count")
-        self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
+        figures = self.task.figures(dict(zip(sums, totals, strict=True)))
+        self.progress.validated(self.step, {f"validation_{name}": value for name, value in figures.items()})
 
     def _snapshot_folder(self) -> Path:
         return self.folder / "snapshots" / f"step-{self.step}"

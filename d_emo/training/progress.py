@@ -23,6 +23,11 @@ SLOW = 4
 """A step that takes so many times the seconds of the fastest one is remarked on."""
 
 
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over images as means; "count" is the number of images."""
+    return {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+
+
 class Progress:
     """Reports a run; only the main process speaks.
 

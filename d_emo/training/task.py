@@ -39,6 +39,9 @@ class Task(Protocol):
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
 
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is reported of the sums of `validate` over all processes, its "count" left in."""
+
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
 
