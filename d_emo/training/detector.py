@@ -26,6 +26,7 @@ from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_memory, model_kind
 from d_emo.tables import system_of
+from d_emo.training.progress import means
 from d_emo.weights import differences, shapes_of
 
 HELD_OUT = 200
@@ -118,6 +119,9 @@ class DetectorTask:
                 for name, value in {"loss": sum(losses.values()), **losses, "count": torch.ones(())}.items():
                     totals[name] = totals.get(name, 0) + value.float().to(device) * bool(mine)
         return totals
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return means(sums)
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return []
