@@ -24,7 +24,7 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
+    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
         "tar", "hub", "sampler",
@@ -32,7 +32,7 @@ INSIDE = {
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
         "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
