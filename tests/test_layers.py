@@ -22,7 +22,7 @@ INSIDE = {
     ],
     "models": [
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
-        "registry", "released", "timm_registry", "convert",
+        "registry", "released", "hybrids", "timm_registry", "convert",
     ],
     "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
@@ -34,8 +34,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
-        "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -50,7 +50,8 @@ def importing() -> Iterator[None]:
         print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
     for name in ("scipy.stats", "scipy.integrate"):  # diffusers' schedulers import them for kinds that are none of ours
         defer(name)
-    spare_neighbours()
+    if fresh:
+        spare_neighbours()
     gc.disable()  # a tenth of the time, for the little garbage that there is
     try:
         yield

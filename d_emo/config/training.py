@@ -29,6 +29,16 @@ from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class RehearsedSettings(Settings):
+    """What a run has that can be tried before."""
+
+    dry_run: bool = setting(
+        False, "train nothing: print what the data hold, steps an epoch, memory and time by trying a few images, and "
+        "write a picture of these as the network sees them", resumable=True, group="Run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
     """What every training run has in common: the loop of ``d_emo.training.loop.fit``."""
 
@@ -161,7 +171,7 @@ class HeldOutSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
+class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
     exif: bool | None = setting(
@@ -271,7 +281,7 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
         return names
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings):
+class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(
