@@ -17,6 +17,7 @@ from d_emo.detection.features import Detector
 from d_emo.errors import InputError, write_error
 from d_emo.files import filling
 from d_emo.io.classifier import open_classifier
+from d_emo.io.segmenter import open_segmenter
 from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
@@ -72,6 +73,17 @@ class BoxesAndScores(nn.Module):
         background = self.detector.first_label  # softmax with one, sigmoid without
         scores = logits.softmax(dim=2)[:, :, 1:] if background else logits.sigmoid()
         return torch.cat([boxes, scores], dim=2)  # (B, anchors, 4 + classes)
+
+
+class SegmenterOutput(nn.Module):
+    """A segmenter as a plain function of images. Shape: (B, 3, H, W) -> (B, num_classes, H, W)."""
+
+    def __init__(self, segmenter: nn.Module) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter(images)["out"]
 
 
 @dataclass(frozen=True)
@@ -270,6 +282,12 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
         stir(denoiser)
+    if kind_of(source) == "segmenter" or getattr(system_of(source), "task", None) == "segmentation":
+        segmenter = open_segmenter(source)
+        if not Path(source).exists():
+            stir(segmenter.model)
+        size, network = image_size or segmenter.image_size, SegmenterOutput(segmenter.model)
+        return segmenter.name, portable_classifier(network, size, segmenter.model.model.in_chans)
     if denoiser is None:
         classifier = open_classifier(source)
         if not Path(source).exists():
@@ -277,5 +295,5 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
         return classifier.name, portable_classifier(classifier.model, size, channels)
     if image_size is not None:
-        raise InputError("`image_size` is for classifiers; a denoiser has a sample size of its own")
+        raise InputError("`image_size` is for classifiers and segmenters; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

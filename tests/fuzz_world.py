@@ -51,6 +51,9 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "image_size": ["32"], "model": ["pspnet-emov2_1m"], "output_dir": ["out"], "num_images": ["4"],
         "model_options": [yaml.safe_dump(TINY_SEGMENTER, default_flow_style=True)], "max_steps": ["1"],
         "batch_size": ["2"], "validate_images": ["2"], "tracker": ["none"]},
+    ("demo", "segment"): lambda world: {"output_dir": ["out"]},
+    ("segment", ""): lambda world: {
+        "images": [str(world / "photos/train/ant/0.png")], "model": ["pspnet-emov2_1m"], "image_size": ["32"]},
     ("train-vae", ""): lambda world: {
         "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"]},
     ("encode", ""): lambda world: {**DIGITS, "output": ["out"]},

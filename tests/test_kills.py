@@ -69,13 +69,15 @@ WRITES = {
     "export": "IN/classifier OUT/network.pt2",
     "detect": "IN/image.png --checkpoint IN/detector --output OUT/found",
     "explain": "IN/image.png --model IN/classifier --image-size 32 --output OUT/explained",
+    "segment": "IN/image.png --model pspnet-emov2_1m --image-size 32 --output OUT/segmented",
     "plot-loss": "IN/logged --output OUT/loss.png",
     "compare": "--config IN/study.yaml --output-dir OUT/study --report-dir OUT/report",
     "benchmark denoisers": "--sizes Ti --pixels 64 --depth 1 --rounds 1 --batch-size 1 --work inference "
                            "--output OUT/table",
 }  # fmt: skip
 WRITES_NOTHING = {
-    "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
+    "app": "its files live in a temporary folder", "models": "it prints",
+    "demo segment": "as train-classifier and train-segmenter", "benchmark forms": "it prints",
     "benchmark kernels": "it prints", "benchmark step": "it prints",
     "benchmark classifiers": "as denoisers",
 }

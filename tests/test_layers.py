@@ -32,7 +32,7 @@ INSIDE = {
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
         "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
@@ -45,7 +45,7 @@ INSIDE = {
         "classifier_metrics", "drawn",
     ],
     "app": ["studio", "page"],
-    "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
+    "lab": ["reporting", "models_table", "segmentation_demo", "loss_curves", "benchmark", "study"],
     "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }

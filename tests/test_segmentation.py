@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,11 +7,14 @@ import torch
 import yaml
 from PIL import Image
 
+from d_emo.cli import run_verb
 from d_emo.config import SegmenterSettings, parse_settings
 from d_emo.data.sampler import EpochIndex
 from d_emo.errors import InputError
+from d_emo.export import SegmenterOutput, export, portable_classifier, stir
 from d_emo.io.snapshot import load_classifier, save_classifier
 from d_emo.io.training_state import load_state
+from d_emo.lab import segmentation_demo
 from d_emo.models import create_model
 from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.images import IGNORED, LabelledScenes, MaskFolder
@@ -236,3 +240,84 @@ def test_the_papers_recipes_load_as_they_are_written(name):
 def test_settings_that_cannot_work_are_refused(changes, words, tmp_path):
     with pytest.raises(InputError, match=words):
         train(tmp_path, **changes)
+
+
+def write_photos(folder):
+    for name, size in (("a.png", (40, 50)), ("b/a.jpg", (60, 33))):
+        save(folder / name, np.random.default_rng(0).integers(0, 255, (*size, 3)))
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("source, names", [("", ["a-1", "a-2"]), ("a.png", ["a"]), ("b/a.jpg", ["a"])])
+def test_segment_writes_a_picture_a_mask_and_json_for_each_image(tmp_path, source, names, capsys):
+    photos, run = write_photos(tmp_path / "photos"), tmp_path / "run"
+    train(run, max_steps=1)
+    image = str(photos / source) if source else str(photos)
+    run_verb("segment", [image, "--model", str(run), "--output", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        f"{name}{ending}" for name in names for ending in (".png", "_classes.png", ".json")
+    }
+    told = json.loads((tmp_path / "out" / f"{names[0]}.json").read_text())
+    with Image.open(tmp_path / "out" / told["mask"]) as mask:
+        assert mask.size == (told["width"], told["height"]) and mask.mode == "L"
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=11)
+    assert {each["class"]: each["pixels"] for each in told["classes"]} == {
+        label: count for label, count in enumerate(counts) if count
+    }
+    assert sum(each["share"] for each in told["classes"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "image, model, words",
+    [
+        ("nowhere.png", "pspnet-emov2_1m", "images nowhere.png does not exist"),
+        ("photos", "emov2_1m", "emov2_1m is a classifier; name a segmenter"),
+        ("photos/notes.txt", "pspnet-emov2_1m", "cannot read the image .*notes.txt"),
+        ("empty", "pspnet-emov2_1m", "empty holds no images"),
+    ],
+)
+def test_segment_refuses_what_it_cannot_use(tmp_path, monkeypatch, image, model, words):
+    write_photos(tmp_path / "photos")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        run_verb("segment", [image, "--model", model, "--output", "out", "--image-size", "32"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_trains_measures_and_draws(tmp_path, monkeypatch, capsys):
+    small = {"batch_size": 2, "micro_batch_size": 2, "image_size": 32}
+    monkeypatch.setattr(segmentation_demo, "CLASSIFIER", {
+        **segmentation_demo.CLASSIFIER, **small, "model_options": {**BACKBONE, "window_size": 2},
+    })  # fmt: skip
+    monkeypatch.setattr(segmentation_demo, "SEGMENTER", {
+        **segmentation_demo.SEGMENTER, **small, "num_images": 4, "validate_images": 2,
+        "model_options": {"width": 8, "backbone_options": BACKBONE},
+    })  # fmt: skip
+    steps = ["--classifier-steps", "1", "--max-steps", "1"]
+    run_verb("demo", ["segment", "--output-dir", str(tmp_path / "demo"), *steps])
+    printed = capsys.readouterr().out
+    assert "| segmenter |" in printed and "| floor |" in printed and "starts from the weights of" in printed
+    with Image.open(tmp_path / "demo" / "segmentation.png") as picture:
+        assert picture.size == (4 * 68 + 4, 5 * 68 + 4)
+    floor = load_state(tmp_path / "demo/floor/states/step-1")["model"]
+    assert all(value.abs().max() == 0 for name, value in floor.items() if name.endswith("running_mean")
+               and name.startswith("backbone"))  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+@pytest.mark.parametrize(
+    "kind", ["segformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deeplabv3", "pspnet", "semfpn"))]
+)
+def test_segmenters_leave_python(kind, ending, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    model = create_model(f"{kind}-emov2_1m", num_classes=3, width=8, window_size=2, backbone_options=BACKBONE).eval()
+    stir(model)
+    network = portable_classifier(SegmenterOutput(model), 64)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.module.modules())
+    images = network.example(2)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(*images), model(*images)["out"], rtol=1e-4, atol=1e-4)
+    assert export(network, tmp_path / f"network{ending}") < 1e-4

@@ -135,6 +135,10 @@ With --validate-dir it also looks for held-out images that are trained on, with 
         "Open a page in the browser to sample images of classes from a trained denoiser; prints its address.",
     ),
     Verb(
+        "segment", "segment", "Deploy", "d_emo.config:SegmentSettings",
+        "Segment images by a trained segmenter: for each a picture, a mask of class ids and a JSON file.",
+    ),
+    Verb(
         "fid", "fid", "Evaluate", "d_emo.config:FidSettings",
         """Measure images against real ones: FID, sFID, Inception Score, precision and recall, KID.
 
@@ -164,6 +168,10 @@ The images exist (--samples), or are drawn here from a snapshot (--checkpoint), 
     Verb(
         "export", "export", "Deploy", "d_emo.config:ExportSettings",
         "Export a classifier or denoiser (ONNX, torch.export, Core ML) and compare it with PyTorch.",
+    ),
+    Verb(
+        "demo", "demo", "Study", {"segment": "d_emo.config:SegmentationDemoSettings"},
+        "Train a small segmenter from a small classifier and print its mIoU beside that of an untrained backbone.",
     ),
     Verb(
         "models", "models_table", "Study", "d_emo.config:ModelsSettings",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, Settings, setting
 from d_emo.config.finetuning import FineTuningSettings
-from d_emo.config.paths import folder_of, is_folder
+from d_emo.config.paths import folder_of, followed, is_folder
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -149,7 +148,7 @@ class DataSettings(ReadingSettings):
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
+            path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 
@@ -233,7 +232,7 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
     def run_folder(self, model: str) -> str:
         if self.latents is None:
             return super().run_folder(model)
-        return f"results/{model.replace('/', '-')}-{Path(self.latents).resolve().name}"
+        return f"results/{model.replace('/', '-')}-{followed(self.latents).name}"
 
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
