@@ -101,9 +101,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_left(path: Path) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now."""
+    """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now.
+
+    As the name of a path ``*`` is any.
+    """
+    name = ".*" if path.name == "*" else re.escape(path.name)
     for left in path.parent.glob(".tmp-*"):
-        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{re.escape(path.name)}", left.name):
+        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{name}", left.name):
             _remove(left)
 
 

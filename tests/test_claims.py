@@ -9,10 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from tiny_study import settings_of
 
 from d_emo import claims
 from d_emo.claims import claimed
 from d_emo.cli import run_verb
+from d_emo.cli.outputs import claimed_outputs
 from d_emo.config import VAESettings, write_yaml
 from d_emo.errors import InputError
 
@@ -141,6 +143,16 @@ def test_the_second_of_a_verb_is_refused_and_touches_nothing(tmp_path, verb):
         end(child)
 
 
+def test_processes_share_a_study(tmp_path):
+    """Each takes runs that nobody works on, by locks of their own."""
+    child = held_by_a_child(tmp_path / "study")
+    try:
+        with claimed_outputs("compare", settings_of(tmp_path)) as settings:
+            assert settings.output_dir == str(tmp_path / "study")
+    finally:
+        end(child)
+
+
 def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     child = held_by_a_child(tmp_path)
     monkeypatch.setenv("RANK", "1")
@@ -159,13 +171,16 @@ def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     ("explain", [__file__, "--model", "x", "--output"], "e"),
     ("benchmark", ["denoisers", "--output"], "table"), ("doctor", ["--output"], "sheet.png"),
 ])  # fmt: skip
-def test_nothing_is_overwritten_that_another_run_wrote(tmp_path, monkeypatch, verb, argv, name):
+def test_nothing_is_overwritten_that_another_run_wrote_or_writes(tmp_path, monkeypatch, verb, argv, name):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
-    if path.suffix:
-        path.write_text("precious")
-    else:
-        path.mkdir()
+    child = held_by_a_child(path, write="precious" if path.suffix else None)
+    try:
+        with pytest.raises(InputError, match=f"{name} is being written by process {child}"):
+            run_verb(verb, [*argv, str(path)])
+    finally:
+        end(child)
+    if not path.suffix:
         (path / "config.yaml").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=f"{name} exists and is not overwritten; name another, or give --overwrite"):

@@ -42,7 +42,7 @@ def setting(
         decisive: Whether it may change a run's result. Default: unless it is resumable.
         output: Of a path that is written, what it is: a "folder" or "file" that must not be there yet; a "picture",
             a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes
-            on with, or a "part" of one.
+            on with, or a "part" of one; a folder "shared" by processes that see to it themselves.
         aliases: Other flags that mean it.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,

@@ -1,4 +1,4 @@
-"""What snapshots and noise schedules say of themselves: names, types and ranges. It is data, and may be damaged."""
+"""What snapshots, noise schedules and states say: names, types and ranges. It is data, and may be damaged."""
 
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,12 @@ SCHEDULE: dict[str, Any] = {
     "use_karras_sigmas": _Switch, "use_beta_sigmas": _Switch, "use_exponential_sigmas": _Switch,
 }  # fmt: skip
 
+STATE: dict[str, Any] = {
+    "step": Whole, "minutes": NotNegative, "model": dict[str, Any], "optimizer": dict[str, Any], "ema": dict[str, Any],
+    "guard": dict[str, Any], "kernels": dict[str, str] | None, "class_names": list[str] | None,
+}  # fmt: skip
+_OF_STATES = {"ema": {"step": Whole}, "guard": {"skipped": Whole, "in_a_row": Whole}}
+
 
 def snapshot_meta(content: Any) -> dict[str, Any]:
     """What ``snapshot.json`` holds, or InputError; KeyError for what every snapshot has and this one lacks."""
@@ -39,3 +45,11 @@ def noise_schedule(content: Any) -> dict[str, Any]:
     schedule = check_values(content, SCHEDULE)
     schedule["num_train_timesteps"]
     return schedule
+
+
+def training_state(content: Any) -> dict[str, Any]:
+    """What ``state.pt`` holds, or InputError; whether its tensors fit is for the model to say."""
+    state = check_values(content, STATE)
+    for name, hints in _OF_STATES.items():
+        check_values(state.get(name, {}), hints)
+    return state

@@ -12,13 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from d_emo.config import check_values
+from d_emo.config.ranges import Depth
 from d_emo.errors import InputError
-from d_emo.files import digest_of_tensors, expand_home
+from d_emo.files import digest_of_tensors, expand_home, read_json
 from d_emo.tables import CODECS, load
 from d_emo.weights import STEM, check_finite, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
+
+LAYERS = {"layers_per_block": Depth}
+"""Of an AutoencoderKL's config, what would take for ever to build; its sizes are compared with those of the weights."""
 
 HUB_SECONDS = 5
 """How long the Hugging Face hub has for its first answer."""
@@ -202,6 +207,7 @@ def load_codec(name: str) -> Codec:
     if (folder / "vae").is_dir() and not (folder / "config.json").exists():
         folder = folder / "vae"
     try:
+        read_json(folder / "config.json", lambda config: check_values(config, LAYERS))
         vae = load_pretrained(AutoencoderKL, folder)
         check_finite(vae.state_dict(), str(folder))
     except InputError as error:

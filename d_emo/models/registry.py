@@ -70,7 +70,7 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(allowed)}."
             raise InputError(f"{name} has no setting {key!r}; {hint}")
     if system:
-        model = network(backbone, **{**system.options, **overrides})
+        model = network(*filter(None, [backbone]), **{**system.options, **overrides})
         model.config = {"name": name, **overrides, "num_classes": model.num_classes}
         return model
     if frame is None:

@@ -130,6 +130,9 @@ class ClassifierTask:
             losses["loss"] = losses["loss"] + settings.distill_weight * losses["distillation"]
         return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
+    def seen(self, batch: list[torch.Tensor], draws: Augmentation) -> torch.Tensor:
+        return augment(batch[0], draws)
+
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]

@@ -117,6 +117,9 @@ class DenoiserTask:
         values, labels = batch
         return self.objective(model, self._latents(values, step), labels, step)
 
+    def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
+        return self.codec.decode(self._latents(batch[0], step))
+
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, step: StepNoise) -> torch.Tensor:
         """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""

@@ -164,7 +164,7 @@ class _Run:
             self.saved = self.step if self.resumed_from.parent == self.folder / "states" else None
             self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a state that another program wrote makes of PyTorch
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 

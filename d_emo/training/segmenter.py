@@ -190,7 +190,7 @@ def start_backbone(segmenter: Segmenter, source: str) -> tuple[str, tuple[Sequen
         InputError: It is no classifier, or of another size.
     """
     classifier, backbone = open_classifier(source), segmenter.backbone
-    theirs, wanted = classifier.emo.config["name"], backbone.config["name"]
+    theirs, wanted = classifier.emo.config["name"], getattr(backbone, "config", {}).get("name", "none that classifies")
     if theirs != wanted:
         raise InputError(f"`init_from` {source} is {theirs}, and the backbone is {wanted}; choose another `model`")
     own = {name: value for name, value in classifier.emo.state_dict().items()

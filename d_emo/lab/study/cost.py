@@ -11,7 +11,7 @@ import torch
 from d_emo.config import StudySettings, TrainSettings, read_sampler
 from d_emo.device import best_device, seconds_of
 from d_emo.errors import InputError
-from d_emo.files import digest, locked, read_json, write_json
+from d_emo.files import digest, locked, read_json, remove_left, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
 from d_emo.lab.study.results import REMAKE, RESUME
@@ -63,6 +63,7 @@ def read_step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict
     path = folder / f"step_times-{digest(keys)[:8]}.json"
     with locked(folder, wait=True):
         if not path.exists():
+            remove_left(path)
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
             write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
