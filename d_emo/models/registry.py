@@ -112,6 +112,18 @@ def model_kind(name: str) -> str:
     return "classifier" if name in BACKBONES else "video classifier" if name in VIDEO_BACKBONES else "denoiser"
 
 
+def check_kind(name: str, wanted: str) -> None:
+    """Refuse to train a network as what it is not.
+
+    Raises:
+        InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
+    """
+    if (kind := model_kind(name)) != wanted:
+        script = {"denoiser": "train_dit", "video classifier": None}.get(kind, f"train_{kind}")
+        hint = f"train it with scripts/{script}.py" if script else "no command trains it yet"
+        raise InputError(f"{name} is a {kind}; {hint}")
+
+
 def frame_of(name: str) -> type[DenoiserFrame] | None:
     """The class of a denoiser's name, None for any other network's.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from d_emo.errors import InputError
 from d_emo.models.blocks import MetaMobileBlock, mobile_block
 from d_emo.models.layers import checkpoint_block
-from d_emo.segmentation.heads import ASPPHead, FCNHead, conv_norm_act, resized
+from d_emo.segmentation.heads import ASPPHead, ConvNormAct, FCNHead, resized
 from d_emo.segmentation.networks import Segmenter
 
 WIDTHS = 64, 128, 256, 512, 1024
@@ -32,7 +32,7 @@ class Units(nn.Sequential):
     def __init__(self, dim_in: int, dim: int, *, window: int | None, layer_scale: float, depth: int = 2) -> None:
         widths = [dim_in, *[dim] * depth]
         if window is None or dim_in % HEAD_DIM:
-            super().__init__(*(conv_norm_act(*pair, 3) for pair in pairwise(widths)))
+            super().__init__(*(ConvNormAct(*pair, 3) for pair in pairwise(widths)))
             return
         super().__init__(*(
             mobile_block(
@@ -69,7 +69,7 @@ class UNetBackbone(nn.Module):
         first = Units(in_channels, widths[0], window=None, layer_scale=layer_scale)
         self.down = nn.ModuleList([first, *(Units(*pair, **options) for pair in pairwise(widths))])
         upward = list(pairwise(reversed(widths)))
-        self.narrow = nn.ModuleList(conv_norm_act(*pair) for pair in upward)
+        self.narrow = nn.ModuleList(ConvNormAct(*pair) for pair in upward)
         self.up = nn.ModuleList(Units(2 * dim, dim, **options) for _, dim in upward)
         self.feature_info = [
             {"num_chs": dim, "reduction": 2 ** (len(widths) - 2 - i), "module": f"up.{i}"}

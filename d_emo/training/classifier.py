@@ -30,7 +30,7 @@ from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_meta, save_classifier
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, model_kind
+from d_emo.models.registry import check_kind, check_memory
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.finetuning import start_classifier_from, train_only
@@ -69,9 +69,7 @@ class ClassifierTask:
             load_meta(settings.init_from, "classifier")
         self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
-        if (kind := model_kind(settings.model)) != "classifier":
-            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
-            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
+        check_kind(settings.model, "classifier")
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)

@@ -24,7 +24,7 @@ from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, model_kind
+from d_emo.models.registry import check_kind, check_memory
 from d_emo.tables import system_of
 from d_emo.training.progress import means
 from d_emo.weights import differences, shapes_of
@@ -47,9 +47,7 @@ class DetectorTask:
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: DetectorSettings):
-        if (kind := model_kind(settings.model)) != "detector":
-            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
-            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
+        check_kind(settings.model, "detector")
         self.settings = settings = settings.resolve()
         system = system_of(settings.model).name
         self.masks = system == "maskrcnn"
