@@ -4,6 +4,7 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 READY := .venv/.ready
 DEV := .venv/.dev
+WORKERS := -n auto --maxprocesses 4
 PYTHON_LOWEST ?= $(shell for each in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python; do \
 	$$each -c "import sys; print(sys.executable)" 2> /dev/null && break; done)
 LOWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels_explain compile models denoiser backbone blocks local \
@@ -27,11 +28,11 @@ demo: $(READY)
 	$(BIN)/python scripts/judge.py --checkpoint demo/denoiser --classifier demo/classifier --output demo/digits.png --overwrite
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # The lowest versions that pyproject.toml promises, with the lowest Python of them where there is one.
 test-lowest: .venv-lowest/.ready
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(LOWEST_TESTS)
+	.venv-lowest/bin/python -m pytest $(WORKERS) $(LOWEST_TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -128,8 +128,10 @@ def describe(
     lines += _files(found) + _classes(counts, images.class_names)
     if found.unreadable:
         reasons = _some(found.unreadable.values(), "; ")
-        lines.append(("LOOK", f"{len(found.unreadable):,} unreadable, training stops at them unless `skip_corrupt` "
-                              f"passes over them: {reasons}"))
+        what = "which training passes over" if getattr(images, "skip_corrupt", False) else (
+            "training stops at them unless `skip_corrupt` passes over them"
+        )
+        lines.append(("LOOK", f"{len(found.unreadable):,} unreadable, {what}: {reasons}"))
     lines += _copies(found)
     if held_out is not None:
         lines += _held_out(found, held_out)

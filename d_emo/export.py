@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
-from d_emo.errors import InputError
-from d_emo.files import filling, write_file
+from d_emo.detection.features import Detector
+from d_emo.errors import InputError, write_error
+from d_emo.files import filling
 from d_emo.io.classifier import open_classifier
-from d_emo.io.snapshot import kind_of, load_denoiser
+from d_emo.io.segmenter import open_segmenter
+from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
-from d_emo.tables import family_of
+from d_emo.tables import family_of, system_of
 
 OPSET = 18
 BATCHES = (1, 3)
@@ -41,6 +44,46 @@ class DenoiserOutput(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         return self.denoiser(latents, timesteps, class_labels, return_dict=False)[0]
+
+
+class BoxesAndScores(nn.Module):
+    """A detector without non-maximum suppression, for square images of one size.
+
+    Shape: images (B, 3, side, side) in [0, 1] -> (B, anchors, 4 + classes), not clipped to the image.
+    """
+
+    def __init__(self, detector: Detector, side: int) -> None:
+        super().__init__()
+        self.detector = detector
+        images = torch.zeros(1, 3, side, side)
+        with torch.no_grad():
+            maps = list(detector.backbone(images).values())
+            (anchors,) = detector.anchor_generator(ImageList(images, [(side, side)]), maps)
+        self.register_buffer("anchors", anchors)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (detector.transform.image_mean,
+                                                                    detector.transform.image_std))  # fmt: skip
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.detector.dense_outputs((images - self.mean) / self.std)
+        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
+        anchors = self.anchors.expand(images.shape[0], -1, -1).flatten(0, 1)
+        boxes = self.detector.box_coder.decode_single(deltas.flatten(0, 1), anchors).unflatten(0, deltas.shape[:2])
+        background = self.detector.first_label  # softmax with one, sigmoid without
+        scores = logits.softmax(dim=2)[:, :, 1:] if background else logits.sigmoid()
+        return torch.cat([boxes, scores], dim=2)  # (B, anchors, 4 + classes)
+
+
+class SegmenterOutput(nn.Module):
+    """A segmenter as a plain function of images. Shape: (B, 3, H, W) -> (B, num_classes, H, W)."""
+
+    def __init__(self, segmenter: nn.Module) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter(images)["out"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +127,29 @@ def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
     return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example, meaning)
 
 
+def portable_detector(detector: Detector, image_size: int | None = None) -> Portable:
+    """SSDLite or RetinaNet up to its boxes and scores, on a copy, for images of one size; what suppresses is left out.
+
+    Args:
+        detector: One with a single stage.
+        image_size: Side of the square images in pixels. Default: its own (shorter) side.
+
+    Raises:
+        InputError: A detector whose second stage depends on what the first one found.
+    """
+    if hasattr(detector, "roi_heads"):
+        raise InputError("Mask R-CNN looks at the regions that it found, which no plain graph does; export SSDLite or "
+                         "RetinaNet")  # fmt: skip
+    side = image_size or min(detector.input_size)
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        return (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(batch)),)
+
+    module = BoxesAndScores(fold_batch_norms(copy.deepcopy(detector).cpu().float().eval()), side)
+    meaning = "images are in [0, 1]; of every anchor left, top, right, bottom in pixels, then a score for each class"
+    return Portable(module.eval(), ("images",), example, meaning)
+
+
 def export(network: Portable, path: Path) -> float | None:
     """Write a network in the format of the path's ending, run the file, and compare.
 
@@ -104,7 +170,7 @@ def export(network: Portable, path: Path) -> float | None:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
     try:
-        with filling(path.parent) as folder:  # under its own name, which ONNX writes down where it needs a second file
+        with filling(path.parent, path.name) as folder:  # its own name, which ONNX writes into a second file
             run = writers[path.suffix](network, folder / path.name)
     except ImportError as error:
         extra = "coreml" if path.suffix == ".mlpackage" else "export"
@@ -135,7 +201,7 @@ def write_torch(network: Portable, path: Path) -> Runner:
     """A ``.pt2`` file, for ``torch.export.load``."""
     archive = io.BytesIO()  # where a disk is full, torch's own writer of files ends the process
     torch.export.save(traced(network), archive)
-    write_file(path, archive.getvalue())
+    path.write_bytes(archive.getvalue())
     return torch.export.load(path).module()
 
 
@@ -172,6 +238,8 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
             compute_precision=coremltools.precision.FLOAT32,
         )
     except Exception as error:  # coremltools raises many types for what it has no operator for
+        if write_error(error, path):  # it writes temporary files
+            raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Core ML cannot express this network ({type(error).__name__}: {reason})") from error
     converted.save(str(path))
@@ -199,6 +267,14 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         InputError: if it is none of them, or an image size is given for a denoiser.
     """
     denoiser = None
+    if Path(source).is_dir() and kind_of(source) == "detector":
+        detector = load_classifier(source, "detector")
+        return str(detector.path), portable_detector(detector.model, image_size)
+    if not Path(source).exists() and getattr(system_of(source), "task", "") == "detection":
+        torch.manual_seed(0)
+        detector = create_model(source).eval()
+        stir(detector)
+        return f"{source} with random weights", portable_detector(detector, image_size)
     if Path(source).is_dir() and kind_of(source) == "denoiser":
         snapshot = load_denoiser(source)
         name, denoiser = str(snapshot.path), snapshot.model
@@ -206,6 +282,12 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
         stir(denoiser)
+    if kind_of(source) == "segmenter" or getattr(system_of(source), "task", None) == "segmentation":
+        segmenter = open_segmenter(source)
+        if not Path(source).exists():
+            stir(segmenter.model)
+        size, network = image_size or segmenter.image_size, SegmenterOutput(segmenter.model)
+        return segmenter.name, portable_classifier(network, size, segmenter.model.model.in_chans)
     if denoiser is None:
         classifier = open_classifier(source)
         if not Path(source).exists():
@@ -213,5 +295,5 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
         return classifier.name, portable_classifier(classifier.model, size, channels)
     if image_size is not None:
-        raise InputError("`image_size` is for classifiers; a denoiser has a sample size of its own")
+        raise InputError("`image_size` is for classifiers and segmenters; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

@@ -2,6 +2,8 @@ import importlib
 import os
 
 os.environ.setdefault("D_EMO_KERNELS", "fixed")  # nothing is timed, in the tests' own processes either
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

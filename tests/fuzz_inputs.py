@@ -32,9 +32,10 @@ from d_emo.config.base import flag_of, type_hints
 from d_emo.tables import load
 
 SOURCES = {"data_dir", "validate_dir", "latents", "init_from", "teacher_weights", "checkpoint", "classifier", "image",
-           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge",
-           "teacher"}  # fmt: skip
-FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge"}
+           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge", "teacher", "images",
+           "annotations", "validate_annotations", "validate_images_dir"}  # fmt: skip
+FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge",
+         "images", "annotations", "validate_annotations"}  # fmt: skip
 OUTPUTS = {"output", "output_dir", "report_dir", "save_npz", "save_png", "work_dir"}
 UNREAD = {("compare", "data_dir"), ("encode", "validate_dir")}
 """Sources that a verb does not open itself: a study's are encoded in another process, and encode needs no held-out."""
@@ -229,8 +230,11 @@ class Hang(BaseException):
     """The time of a case is up."""
 
 
-def run(case: Case, world: Path, *, seconds: float = 5) -> str:
-    """What became of a case: "refused", "stopped" (exit code 1, a sentence), "accepted", or what went wrong."""
+def run(case: Case, world: Path, *, seconds: float = 5, mode: int = 0o700) -> str:
+    """What became of a case: "refused", "stopped" (exit code 1, a sentence), "accepted", or what went wrong.
+
+    It runs in a new folder with the permissions ``mode``.
+    """
 
     def late(*_: Any) -> None:
         raise Hang
@@ -242,6 +246,7 @@ def run(case: Case, world: Path, *, seconds: float = 5) -> str:
         os.chdir(folder)
         if case.config is not None:
             Path("config.yaml").write_bytes(case.config)
+        os.chmod(folder, mode)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -260,6 +265,7 @@ def run(case: Case, world: Path, *, seconds: float = 5) -> str:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            os.chmod(folder, 0o700)
             os.chdir(here)
     if code in (0, "reached"):
         return "accepted"

@@ -1,6 +1,7 @@
 """``d-emo train-classifier``."""
 
 from d_emo.config import ClassifierSettings
+from d_emo.errors import said
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier
 from d_emo.training import fit
@@ -10,11 +11,18 @@ from d_emo.training.classifier import ClassifierTask
 
 def run(settings: ClassifierSettings) -> None:
     """Do it."""
+    if settings.dry_run:
+        from d_emo.cli.doctor import dry_run  # brings diffusers along
+
+        return dry_run(ClassifierTask(settings))
     prepare_push(settings.push_to_hub)
     snapshot = fit(ClassifierTask(settings), settings)
     if snapshot is not None:
         print(f"snapshot  {snapshot}")
-        for weights, measured in load_classifier(snapshot).meta.get("accuracy", {}).items():
+        accuracies = load_classifier(snapshot).meta.get("accuracy", {})
+        if not accuracies:
+            print(said("accuracy  not measured: there are no held-out images; name some with `validate_dir`"))
+        for weights, measured in accuracies.items():
             print(f"accuracy  {Accuracy(**measured)} held out ({weights} weights)")
         if settings.push_to_hub:
             print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")

@@ -11,12 +11,12 @@ class ExportSettings(Settings):
     """Settings of ``scripts/export.py``."""
 
     model: str = setting(
-        help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
+        help="a snapshot or run folder of a denoiser, classifier or segmenter, a released .pth file, a folder made by "
         "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
         source="or a name"
     )
     image_size: ClassifierSide | None = setting(
-        None, "side of a classifier's images in pixels. Default: the classifier's"
+        None, "side of a classifier's or segmenter's images in pixels. Default: its own"
     )
     output: str = setting(
         help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",

@@ -43,6 +43,33 @@ def gather(x: Tensor, groups: Sequence[int]) -> Tensor:
     return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
 
 
+def fold(x: Tensor, window: Sequence[int], mode: str) -> Tensor:
+    """The first two axes of a map as one, and of its window too, so that the tokens of a window stay together.
+
+    Windows of any number of axes come down to those of two: in a near window the frames of a few rows follow each
+    other, in a far one the rows of its frames.
+
+    Shape: (B, T, H, ..., C), window (t, h, ...) -> (B T / t, t H, ..., C), for a window (t h, ...).
+    """
+    (t, h, *_), (batch, frames, height, *rest) = window, x.shape
+    if mode == "near":
+        x = x.reshape(batch, frames // t, t, height // h, h, *rest).transpose(2, 3)  # (B, T / t, H / h, t, h, ...)
+    else:
+        x = x.reshape(batch, t, frames // t, height, *rest).transpose(1, 2)  # (B, T / t, t, H, ...)
+    return x.reshape(batch * frames // t, t * height, *rest)
+
+
+def unfold(x: Tensor, window: Sequence[int], mode: str, batch: int) -> Tensor:
+    """What `fold` was given. Shape: (B T / t, t H, ..., C) -> (B, T, H, ..., C)."""
+    (t, h, *_), (_, height, *rest) = window, x.shape
+    frames, height = len(x) * t // batch, height // t
+    if mode == "near":
+        x = x.reshape(batch, frames // t, height // h, t, h, *rest).transpose(2, 3)
+    else:
+        x = x.reshape(batch, frames // t, t, height, *rest).transpose(1, 2)
+    return x.reshape(batch, frames, height, *rest)
+
+
 AttentionMode = Literal["near", "far", "spanning"]
 
 PARTITIONS: dict[str, tuple[type[Partition], ...]] = {

@@ -70,6 +70,12 @@ def some_classes(class_names: Sequence[str], count: int = 4) -> list[int]:
     return [(2 * number + 1) * len(class_names) // (2 * count) for number in range(count)]
 
 
+def caption(label: int, class_names: Sequence[str]) -> str:
+    """A class for people: "207: red triangle on sky", or the name alone where it is the number."""
+    name = class_names[label]
+    return name if name == str(label) else f"{label}: {name}"
+
+
 def spell_class(label: int, class_names: Sequence[str]) -> str:
     """What `find_classes` takes for this class alone: its id, with ``id:`` where another class is called so."""
     return str(label) if str(label) not in class_names or class_names[label] == str(label) else f"id:{label}"
