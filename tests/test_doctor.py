@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from d_emo.cli import doctor as cli_doctor
 from d_emo.cli import run_verb, train, train_classifier
@@ -106,6 +106,23 @@ def test_latents_far_from_the_noise_are_said():
     assert lines["latents"].startswith("of doubling, 2 images; decoded again they have 10") and "dB" in lines["latents"]
     assert lines["  mean"] == "+3.00 +3.00 +3.00" and lines["  deviation"] == "+2.36 +2.36 +2.36"
     assert lines["LOOK"].startswith("the latent channels 0, 1, 2 are far")
+
+
+def test_colour_profiles_are_counted_and_a_damaged_tag_spoils_nothing(folder, monkeypatch):
+    for name, profile in ("a", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), ("b", b"P3"):
+        picture(folder / "cat" / f"{name}.jpg", 40, icc_profile=profile)
+    assert any(text.startswith("1 have a colour profile other than sRGB") for _, text in lines_of(folder)[1])
+
+    def damaged(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", damaged)
+    assert len(lines_of(folder)[0].unreadable) == 1  # the torn one, as in training
+
+
+def test_sizes_that_the_vae_does_not_take_are_refused(folder):
+    with pytest.raises(InputError, match="image.size.? 20 is not a multiple of 8"):
+        run_verb("doctor", ["--data-dir", str(folder), "--image-size", "20", "--vae", "d-emo-f8"])
 
 
 def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatch, capsys):

@@ -142,6 +142,8 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": [10]}, "class 10 is out of range"),
         ({"class_labels": torch.tensor([10])}, "class 10 is out of range"),
         ({"class_labels": np.array([1.5])}, "no class is called '1.5'"),
+        ({"class_labels": 1.5}, "no class is called '1.5'"),
+        ({"class_labels": None}, "no class is called 'None'"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
         ({"class_labels": [1], "guidance_scale": -1.0}, "`guidance_scale` must be finite and not negative"),

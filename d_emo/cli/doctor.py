@@ -14,7 +14,7 @@ from d_emo.device import best_device
 from d_emo.doctor import SHEET_SIDE, Findings, contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError, said
 from d_emo.files import free_path, replacing
-from d_emo.latents import load_codec
+from d_emo.latents import latent_side, load_codec
 from d_emo.training.rehearsal import Rehearsable, rehearse
 
 MOST_CLASSES = 8
@@ -34,6 +34,8 @@ def look(settings: DoctorSettings, output: Path) -> None:
         InputError: Not one image can be read.
     """
     codec = None if settings.vae is None else load_codec(settings.vae).to(best_device())
+    if codec is not None:
+        latent_side(codec, settings.image_size)
     images = open_dataset(
         dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
         num_images=settings.num_images, one_class=settings.unconditional, sequential=True,

@@ -185,7 +185,7 @@ def _own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
     """The folders train and val of a folder that has both (timm finds training and validation too); else itself."""
     if data_dir is not None and not data_dir.startswith("folder:") and folder_of(data_dir).is_dir():
         train, held_out = find_splits(list_folders(folder_of(data_dir))) or ([], [])
-        if train and held_out and held_out[0].name.lower().startswith("val"):
+        if len(train) == 1 and held_out and held_out[0].name.lower().startswith("val"):
             return str(train[0]), str(held_out[0])
     return data_dir, None
 
