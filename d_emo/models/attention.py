@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, AttentionMode
+from d_emo.kernels.partitions import is_free
 from d_emo.models.layers import pair
 
 AttentionOrder = Literal["post", "pre"]
@@ -24,8 +25,17 @@ def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
 
     Shape: (B, H, W, C) -> (B, H', W', C) with H' >= H, W' >= W the next multiples of the window.
     """
-    bottom, right = -x.shape[1] % window[0], -x.shape[2] % window[1]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    # In this form a free size stays simple: torch.export reasons on it for every reshape that follows.
+    bottom, right = ((n + w - 1) // w * w - n for n, w in zip(x.shape[1:3], window, strict=True))
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_free(x) or bottom or right else x
+
+
+@torch.fx.wrap
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of a map. Shape: (B, H', W', C) -> (B, H, W, C), H <= H', W <= W'."""
+    if is_free(x):  # a slice would be of min(H, H') rows
+        return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    return x[:, :height, :width]
 
 
 class WindowAttention(nn.Module):
@@ -91,7 +101,7 @@ class WindowAttention(nn.Module):
             mixed = self.mix(u, u, self.v, self.act)  # (B, H', W', M)
         else:
             mixed = self.mix(u, refine(self.value(u)))  # (B, H', W', M)
-        mixed = mixed[:, :height, :width]  # (B, H, W, M or C)
+        mixed = crop(mixed, height, width)  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:

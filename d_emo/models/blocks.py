@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d_emo import kernels
 from d_emo.errors import InputError
-from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention
+from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention, WindowAttention, crop
 from d_emo.models.layers import (
     NORM_EPS,
     ChannelsLastBatchNorm,
@@ -135,7 +135,7 @@ class ParallelOperator(ReorderedOperator):
     def forward(self, u: Tensor) -> Tensor:
         values: list[Tensor] = []
         mixed = self.expand(u, lambda value: values.append(value) or value)  # (B, H, W, M)
-        beside = self.local(values[0])[:, : u.shape[1], : u.shape[2]]  # (B, H, W, M), of the padded map
+        beside = crop(self.local(values[0]), *u.shape[1:3])  # (B, H, W, M), of the padded map
         return kernels.linear(self.proj, mixed + beside)  # (B, H, W, C_out)
 
 

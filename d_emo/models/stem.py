@@ -52,7 +52,7 @@ class SqueezeExcite(nn.Module):
 class Stem(nn.Module):
     """Strided convolution, depthwise convolution, pointwise projection; EMOv1 has a squeeze-excite and one SiLU less.
 
-    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
+    Shape: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)).
     """
 
     def __init__(self, in_channels: int, dim: int, *, first_act: nn.Module, gate: nn.Module) -> None:
@@ -65,4 +65,4 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)
-        return kernels.linear(self.proj, self.gate(self.local(x)))  # (B, H', W', C)
+        return kernels.linear(self.proj, self.gate(self.local(x))).permute(0, 3, 1, 2)  # (B, C, H', W')
