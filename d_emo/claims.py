@@ -31,6 +31,11 @@ def is_first_rank() -> bool:
     return next((rank for rank in ranks if rank), "0") == "0"
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a process is writing a folder, or was killed while it did."""
+    return (folder / ".claim").exists()
+
+
 @contextmanager
 def claimed(
     path: Path, *, folder: bool, settings: str = "", accept: Callable[[bool], None] = lambda unfinished: None,
@@ -88,7 +93,8 @@ def claimed(
         os.close(descriptor)
         for each in made:
             with suppress(OSError):
-                each.rmdir()
+                if not os.listdir(each):
+                    each.rmdir()
 
 
 def _lock(file: Path, path: Path) -> tuple[int, bool]:

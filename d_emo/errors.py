@@ -63,13 +63,13 @@ def of_the_system(error: BaseException) -> tuple[str, int] | None:
 def write_error(error: Exception, path: Path) -> OSError | None:
     """An exception of whatever writes files as an OSError that names the file; None for one of another kind.
 
-    safetensors and torch have exceptions of their own for a full disk, NumPy an OSError without a number.
+    safetensors, torch and Core ML have exceptions of their own for a full disk, NumPy an OSError without a number.
     """
     if isinstance(error, OSError):
         number, reason = error.errno or errno.EIO, error.strerror or str(error)
     elif told := re.search(r"(?:I/O error: )?([^:]*) \(os error (\d+)\)", str(error)):
         reason, number = told[1].strip(), int(told[2])
-    elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+    elif re.search("PytorchStreamWriter|inline_container|MIL FileWriter", str(error)):
         number, reason = errno.EIO, "the disk is full, or the file may not grow"
     else:
         return None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d_emo.errors import InputError
-from d_emo.files import filling, write_file
+from d_emo.errors import InputError, write_error
+from d_emo.files import filling
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import kind_of, load_denoiser
 from d_emo.models import create_model
@@ -119,7 +119,7 @@ def export(network: Portable, path: Path, **options: Any) -> float | None:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
     try:
-        with filling(path.parent) as folder:  # under its own name, which ONNX writes down where it needs a second file
+        with filling(path.parent, path.name) as folder:  # its own name, which ONNX writes into a second file
             run = writers[path.suffix](network, folder / path.name, **(options if path.suffix == ".onnx" else {}))
     except ImportError as error:
         extra = "coreml" if path.suffix == ".mlpackage" else "export"
@@ -152,7 +152,7 @@ def write_torch(network: Portable, path: Path) -> Runner:
     """A ``.pt2`` file, for ``torch.export.load``."""
     archive = io.BytesIO()  # where a disk is full, torch's own writer of files ends the process
     torch.export.save(traced(network), archive)
-    write_file(path, archive.getvalue())
+    path.write_bytes(archive.getvalue())
     return torch.export.load(path).module()
 
 
@@ -201,6 +201,8 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
             compute_precision=coremltools.precision.FLOAT32,
         )
     except Exception as error:  # coremltools raises many types for what it has no operator for
+        if write_error(error, path):  # it writes temporary files
+            raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Core ML cannot express this network ({type(error).__name__}: {reason})") from error
     converted.save(str(path))

@@ -27,6 +27,9 @@ T = TypeVar("T")
 FORMAT = 1
 """What our JSON files say under "format"; a larger number is of a later D-EMO."""
 
+LARGE = 2**24
+"""Bytes from which on it is kept that a file was found to match its checksum; smaller ones are read within 0.05 s."""
+
 
 @contextmanager
 def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
@@ -62,8 +65,13 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A temporary folder within ``folder``, whose files take their places there, each whole, when all went well."""
+def filling(folder: Path, name: str = "") -> Iterator[Path]:
+    """A temporary folder within ``folder``, whose files take their places there, each whole, when all went well.
+
+    Raises:
+        OSError: They cannot be written, also where a library has an exception of its own for that; names ``folder``,
+            or the file ``name`` in it.
+    """
     temporary = _temporary(folder / "files")
     temporary.mkdir(parents=True)
     try:
@@ -76,6 +84,10 @@ def filling(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(place)
             file.replace(place)
         _flush(folder)
+    except Exception as error:
+        if refused := write_error(error, folder / name):
+            raise refused from error
+        raise
     finally:
         _remove(temporary)
 
@@ -89,9 +101,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_left(path: Path) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now."""
+    """Remove what processes that were killed while they wrote ``path`` have left; nobody may be writing it now.
+
+    As the name of a path ``*`` is any.
+    """
+    name = ".*" if path.name == "*" else re.escape(path.name)
     for left in path.parent.glob(".tmp-*"):
-        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{re.escape(path.name)}", left.name):
+        if re.fullmatch(rf"\.tmp-\d+-[0-9a-f]+-{name}", left.name):
             _remove(left)
 
 
@@ -162,6 +178,21 @@ def digest_of_file(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return _digest(iter(lambda: stream.read(1 << 22), b""))
+
+
+def matches(file: Path, wanted: str) -> bool:
+    """Whether a file's SHA-256 is ``wanted``; a large file is read once for that, until its size or time changes."""
+    state = file.stat()
+    known = [str(file.resolve()), state.st_size, state.st_mtime_ns, wanted]
+    kept = cache_folder() / f"sha256-{digest(json.dumps(known))[:32]}"
+    if state.st_size >= LARGE and kept.exists():
+        return True
+    intact = digest_of_file(file) == wanted
+    if intact and state.st_size >= LARGE:
+        with suppress(OSError):  # else it is read again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.touch()
+    return intact
 
 
 def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = "") -> str:

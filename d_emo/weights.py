@@ -108,6 +108,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | Path, source:
     model.load_state_dict(weights)
 
 
+def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose LoRA adapters, as PEFT names them and with alpha = rank, are added to the weights."""
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if name.endswith(".lora_A.default.weight"):
+            layer, up = name.removesuffix(".lora_A.default.weight"), name.replace(".lora_A.", ".lora_B.")
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[up] @ down
+    return plain
+
+
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise InputError, naming the first tensors, where some hold NaN or infinite values."""
     # A sum reads each tensor once and needs no memory of its size.

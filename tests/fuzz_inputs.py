@@ -229,8 +229,11 @@ class Hang(BaseException):
     """The time of a case is up."""
 
 
-def run(case: Case, world: Path, *, seconds: float = 5) -> str:
-    """What became of a case: "refused", "stopped" (exit code 1, a sentence), "accepted", or what went wrong."""
+def run(case: Case, world: Path, *, seconds: float = 5, mode: int = 0o700) -> str:
+    """What became of a case: "refused", "stopped" (exit code 1, a sentence), "accepted", or what went wrong.
+
+    It runs in a new folder with the permissions ``mode``.
+    """
 
     def late(*_: Any) -> None:
         raise Hang
@@ -242,6 +245,7 @@ def run(case: Case, world: Path, *, seconds: float = 5) -> str:
         os.chdir(folder)
         if case.config is not None:
             Path("config.yaml").write_bytes(case.config)
+        os.chmod(folder, mode)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -260,6 +264,7 @@ def run(case: Case, world: Path, *, seconds: float = 5) -> str:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            os.chmod(folder, 0o700)
             os.chdir(here)
     if code in (0, "reached"):
         return "accepted"

@@ -21,6 +21,9 @@ from d_emo.tables import load
 
 TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2}
 TINY_CLASSIFIER = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8, 8, 8, 8], "window_size": 2}
+TINY_SEGMENTER = {
+    "width": 8, "backbone_options": {name: TINY_CLASSIFIER[name] for name in ("depths", "dims", "head_dims")},
+}  # fmt: skip
 DIGITS = {"dataset": ["digits"], "image_size": ["8"], "vae": ["pixels"]}
 
 
@@ -40,6 +43,10 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "data_dir": [str(world / "photos")], "image_size": ["32"], "model": ["emov1_1m"], "output_dir": ["out"],
         "model_options": [yaml.safe_dump(TINY_CLASSIFIER, default_flow_style=True)], "max_steps": ["1"],
         "batch_size": ["2"], "tracker": ["none"]},
+    ("train-segmenter", ""): lambda world: {
+        "image_size": ["32"], "model": ["pspnet-emov2_1m"], "output_dir": ["out"], "num_images": ["4"],
+        "model_options": [yaml.safe_dump(TINY_SEGMENTER, default_flow_style=True)], "max_steps": ["1"],
+        "batch_size": ["2"], "validate_images": ["2"], "tracker": ["none"]},
     ("train-vae", ""): lambda world: {
         "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"]},
     ("encode", ""): lambda world: {**DIGITS, "output": ["out"]},

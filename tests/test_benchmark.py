@@ -9,6 +9,7 @@ from d_emo.config import BENCHMARKS, ClassifierBenchmarkSettings, DenoiserBenchm
 from d_emo.errors import InputError
 from d_emo.lab.benchmark import kernels, run_benchmark, transcribe, write_report
 from d_emo.lab.benchmark.profile import operator_times, profile_table
+from d_emo.lab.benchmark.report import Result, plot
 from d_emo.lab.benchmark.timing import Case, measure, saved_bytes
 from d_emo.models import create_model
 
@@ -87,6 +88,17 @@ def test_denoisers_are_measured_and_reported(tmp_path):
     record = json.loads((tmp_path / "new/results.json").read_text())
     assert record["results"][0]["name"] == "D-EMO" and record["settings"] == {"rounds": 1}  # no place of this machine
     assert (tmp_path / "new/plot.png").stat().st_size > 1000
+
+
+def test_groups_are_drawn_two_side_by_side_with_the_names_on_the_left():
+    rows = [Result(group, name, 1.0, (), speed, 1.0, 1.0, None, None, None)
+            for group in ("training", "inference", "more")
+            for name, speed in (("D-EMO", 0.254), ("DiT", 63.0))]  # fmt: skip
+    panels = plot(rows).axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["training", "inference", "more", ""]
+    assert [[text.get_text() for text in panel.texts] for panel in panels] == [[" 0.254", " 63.0"]] * 3 + [[]]
+    named = [panel.yaxis.get_tick_params()["labelleft"] for panel in panels[:3]]
+    assert named == [True, False, True] and panels[0].get_xlabel() == "images per second"
 
 
 def test_a_profile_has_the_operators_of_a_step_in_milliseconds(monkeypatch):

@@ -6,7 +6,8 @@ from torch import nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.blocks import ARRANGEMENTS, AdaLNMobileBlock, DiTBlock, MetaMobileBlock, MobileOperator, mobile_block
-from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm, sincos_position_embedding
+from d_emo.models.embeddings import sincos_position_embedding
+from d_emo.models.layers import LocalConv, checkpoint_block, fold_batch_norms, make_norm
 
 NAMES = {"qk": "expand.qk", "v": "expand.v", "local": "local.conv", "norm": "local.norm.bn", "proj": "proj"}
 MODES = {"near": ("near",), "far": ("far",), "spanning": ("near", "far")}
@@ -146,7 +147,7 @@ def test_position_embedding_equals_the_plain_reference(grid):
     "settings, words",
     [
         ({"kernel_size": 4}, "kernel_size must be odd.*4"),
-        ({"kernel_size": -1}, "kernel_size must be odd.*-1"),
+        ({"kernel_size": -1}, "kernel_size must be a positive integer.*-1"),
         ({"expand_ratio": 0}, "expand_ratio.*0"),
         ({"local_norm": "group"}, "norm 'group'"),
         ({"stride": 2}, "inner skip"),

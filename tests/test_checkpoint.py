@@ -106,6 +106,22 @@ def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):
         load_denoiser(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "change"), [
+    ("transformer/diffusion_pytorch_model.safetensors", lambda content: content[:-2] + bytes([content[-2] ^ 1, 0])),
+    ("transformer/config.json", lambda content: content.replace(b'"window_size": 8', b'"window_size": 9')),
+    ("scheduler/scheduler_config.json", lambda content: content.replace(b'"beta_end": 0.02', b'"beta_end": 0.03')),
+])  # fmt: skip
+def test_a_snapshot_that_is_not_what_was_written_is_refused(snapshot, file, change):
+    before, meta = (snapshot / file).read_bytes(), json.loads((snapshot / "snapshot.json").read_text())
+    (snapshot / file).write_bytes(change(before))
+    assert (snapshot / file).read_bytes() != before
+    with pytest.raises(InputError, match=f"the checksum of {file} is not the one in snapshot.json"):
+        load_denoiser(snapshot)
+    del meta["sha256"]  # as older snapshots have it
+    (snapshot / "snapshot.json").write_text(json.dumps(meta))
+    load_denoiser(snapshot)
+
+
 def test_states_round_trip_and_rotate(tmp_path):
     own, others = [], ("step-4-backup", "step-7", "step-old")
     for name in others:  # which this run did not write

@@ -6,15 +6,20 @@ import signal
 import socket
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from tiny_study import settings_of
 
 from d_emo import claims
 from d_emo.claims import claimed
 from d_emo.cli import run_verb
+from d_emo.cli.outputs import claimed_outputs
+from d_emo.config import VAESettings, write_yaml
 from d_emo.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ARTEFACTS = Path(__file__).parent / "data" / "artefacts"
 
 
 def held_by_a_child(path, settings="a", write=None):
@@ -138,6 +143,16 @@ def test_the_second_of_a_verb_is_refused_and_touches_nothing(tmp_path, verb):
         end(child)
 
 
+def test_processes_share_a_study(tmp_path):
+    """Each takes runs that nobody works on, by locks of their own."""
+    child = held_by_a_child(tmp_path / "study")
+    try:
+        with claimed_outputs("compare", settings_of(tmp_path)) as settings:
+            assert settings.output_dir == str(tmp_path / "study")
+    finally:
+        end(child)
+
+
 def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     child = held_by_a_child(tmp_path)
     monkeypatch.setenv("RANK", "1")
@@ -156,15 +171,57 @@ def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     ("explain", [__file__, "--model", "x", "--output"], "e"),
     ("benchmark", ["denoisers", "--output"], "table"), ("doctor", ["--output"], "sheet.png"),
 ])  # fmt: skip
-def test_nothing_is_overwritten_that_another_run_wrote(tmp_path, monkeypatch, verb, argv, name):
+def test_nothing_is_overwritten_that_another_run_wrote_or_writes(tmp_path, monkeypatch, verb, argv, name):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
-    if path.suffix:
-        path.write_text("precious")
-    else:
-        path.mkdir()
+    child = held_by_a_child(path, write="precious" if path.suffix else None)
+    try:
+        with pytest.raises(InputError, match=f"{name} is being written by process {child}"):
+            run_verb(verb, [*argv, str(path)])
+    finally:
+        end(child)
+    if not path.suffix:
         (path / "config.yaml").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=f"{name} exists and is not overwritten; name another, or give --overwrite"):
         run_verb(verb, [*argv, str(path)])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("verb", "argv", "name"), [
+    ("sample", ["--checkpoint", f"{ARTEFACTS}/eps", "--class", "3", "--num-images", "1", "--steps", "1"],
+     "class-3-seed0.png"),
+    ("doctor", ["--dataset", "digits", "--image-size", "8", "--sample", "4"], "doctor-digits-8.png"),
+    ("explain", [f"{ARTEFACTS}/photos/ant/0.png", "--model", f"{ARTEFACTS}/classifier"], "explain-0"),
+])  # fmt: skip
+def test_a_default_path_is_claimed_as_a_named_one_is(tmp_path, monkeypatch, verb, argv, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "samples" / name
+    path.parent.mkdir()
+    child = held_by_a_child(path, write="half" if path.suffix else None)
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        with pytest.raises(InputError, match=f"{name} is being written by process {child}"):
+            run_verb(verb, argv)
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        end(child)
+    if path.suffix:  # what another command was cut off at is not this one's
+        run_verb(verb, argv)
+        assert path.read_text() == "half" and path.with_stem(f"{path.stem}-2").stat().st_size > 100
+
+
+def test_a_vae_that_is_complete_is_not_made_again(tmp_path, capsys):
+    settings = VAESettings(output_dir=str(tmp_path / "vae"), max_steps=3)
+    write_yaml(settings, tmp_path / "vae" / "config.yaml")
+    argv = ["--output-dir", settings.output_dir, "--max-steps"]
+    for words in ([*argv, "3"], [*argv, "4"]):  # without its last file it is not complete
+        with pytest.raises(InputError, match="exists and is not overwritten"):
+            run_verb("train-vae", words)
+    (tmp_path / "vae" / "reconstructions.png").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_verb("train-vae", [*argv, "3"])
+    said = "vae is complete, made with these settings; --overwrite makes it anew"
+    assert ended.value.code == 0 and said in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists and is not overwritten"):
+        run_verb("train-vae", [*argv, "4"])

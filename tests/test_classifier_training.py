@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 
+from d_emo.cli import train_classifier
 from d_emo.config import ClassifierSettings, parse_settings
 from d_emo.data import CentreCroppedFolder, Digits, TarShards, spread
 from d_emo.errors import InputError
@@ -241,7 +242,7 @@ def test_measuring_leaves_the_model_in_its_mode_and_its_statistics():
 
 
 def test_epochs_become_steps(photos):
-    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "epochs": 30}))
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "epochs": 30, "max_steps": None}))
     assert (task.settings.max_steps, task.settings.warmup_steps) == (45, 4)  # 6 images in batches of 4
 
 
@@ -318,8 +319,8 @@ def evaluate(monkeypatch, capsys, *argv):
 def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatch, capsys):
     snapshot = train(tmp_path / "run", photos, max_steps=1)
     output = ("--output", tmp_path / "a.json")
-    code, printed = evaluate(monkeypatch, capsys, snapshot, "--data-dir", photos / "val", *output)
-    assert code == 0 and "32 px: top-1" in printed.out and "of 6 images" in printed.out
+    code, printed = evaluate(monkeypatch, capsys, snapshot, *output)  # on the images that the run was validated on
+    assert code == 0 and f"step-1 on {photos / 'val'}, 32 px: top-1" in printed.out and "of 6 images" in printed.out
     written, meta = json.loads((tmp_path / "a.json").read_text()), load_classifier(snapshot).meta
     assert written["top1"] == meta["accuracy"]["ema"]["top1"] and written["weights"] == "ema"
     shapes = json.loads((ROOT / "tests" / "data" / "emov2_5m_released_state_dict.json").read_text())
@@ -333,7 +334,6 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     (photos / "train" / "bee").rename(photos / "train" / "wasp")
     for argv, words in (
         ((snapshot, "--data-dir", photos / "train"), "or the same under other names"),
-        ((snapshot,), "name one with --data-dir"),
         ((snapshot, *output, "--num-images", 0), "--num-images must be at least 1"),
         ((snapshot, *output, "--batch-size", 0), "--batch-size must be at least 1"),
         ((snapshot, *output, "--crop-share", 0), "--crop-share must be above 0"),
@@ -345,6 +345,18 @@ def test_evaluation_of_snapshots_and_released_files(tmp_path, photos, monkeypatc
     ):
         code, printed = evaluate(monkeypatch, capsys, *argv)
         assert code == 2 and words in printed.err and len(printed.err.splitlines()) == 1
+    (photos / "val").rename(photos / "gone")
+    code, printed = evaluate(monkeypatch, capsys, snapshot)
+    assert code == 2 and f"{photos / 'val'} does not exist" in printed.err
+
+
+def test_without_held_out_images_there_is_no_accuracy_which_is_said(tmp_path, photos, monkeypatch, capsys):
+    values = {**TINY, "max_steps": 1, "data_dir": str(photos / "train"), "output_dir": str(tmp_path / "run")}
+    train_classifier.run(ClassifierSettings(**values))
+    said = capsys.readouterr().out
+    assert "accuracy  not measured: there are no held-out images; name some with `validate_dir`" in said
+    code, printed = evaluate(monkeypatch, capsys, tmp_path / "run")
+    assert code == 2 and "without held-out ones; name some with --data-dir" in printed.err
 
 
 def test_raw_weights_are_those_of_the_training_state(tmp_path, photos, monkeypatch, capsys):

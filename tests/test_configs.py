@@ -16,7 +16,7 @@ from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
 from d_emo.io.snapshot import load_denoiser
 from d_emo.models import create_model, list_models
 from d_emo.models.backbone import BACKBONES
-from d_emo.tables import denoisers
+from d_emo.tables import CODECS, denoisers
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
@@ -48,6 +48,10 @@ def build(settings, **options):
 def test_the_configs_that_the_readme_names_are_there():
     assert {"imagenet256", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"} <= RUNS.keys()
     assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
+
+
+def test_that_for_a_folder_needs_no_network():
+    assert RUNS["folder"]["vae"] in CODECS
 
 
 @pytest.mark.parametrize("name", RUNS)

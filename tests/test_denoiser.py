@@ -9,7 +9,8 @@ from torch import nn
 
 from d_emo.errors import InputError
 from d_emo.models import Denoiser, create_model
-from d_emo.models.layers import TimestepEmbedder, fold_batch_norms
+from d_emo.models.embeddings import TimestepEmbedder
+from d_emo.models.layers import fold_batch_norms
 
 TINY = {"depth": 2, "hidden_size": 16, "num_heads": 2, "sample_size": 8, "num_classes": 3, "window_size": 2}
 BLOCKS = ["i2rmb", "dit"]

@@ -43,6 +43,7 @@ def flags(verb: str) -> set[str]:
     for kind in kinds:
         for field in dataclasses.fields(load(kind)):
             name = (field.metadata.get("flag") or field.name).lstrip("-").replace("_", "-")
+            names |= {alias.lstrip("-") for alias in field.metadata.get("aliases", ())}
             names |= {name, f"no-{name}"} if "bool" in str(field.type) and field.default is not False else {name}
     return names
 

@@ -44,6 +44,7 @@ def test_fid_by_hand(tmp_path: Path, colours: ColourFeatures) -> None:
     assert written == {
         "fid": result.fid, "num_samples": 30, "num_reference": 30, "num_compared": None, "features": "colours",
         "samples": str(samples), "reference": str(reference), "sampling": {}, "images_per_second": None,
+        "reference_cropped": None,
     }  # fmt: skip
 
 

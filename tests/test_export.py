@@ -2,6 +2,7 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -99,6 +100,19 @@ def test_core_ml_converts(tmp_path):
     pytest.importorskip("coremltools")
     assert export(portable_classifier(classifier(), 64), tmp_path / "network.mlpackage") is None
     assert (tmp_path / "network.mlpackage" / "Manifest.json").exists()
+
+
+@pytest.mark.parametrize(("said", "kind", "sentence"), [
+    ("[MIL FileWriter]: Unknown error occurred while writing data to the file.", OSError, "the disk is full"),
+    ("Unsupported fx node alias", InputError, "Core ML cannot express this network"),
+])  # fmt: skip
+def test_core_ml_without_room_is_not_blamed_on_the_network(tmp_path, monkeypatch, said, kind, sentence):
+    tools = mock.MagicMock()
+    tools.convert.side_effect = RuntimeError(said)
+    monkeypatch.setitem(sys.modules, "coremltools", tools)
+    with pytest.raises(kind, match=sentence):
+        export(portable_classifier(classifier(), 64), tmp_path / "network.mlpackage")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_that_differs_is_told(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.cli import run_verb
+from d_emo.cli import reference, run_verb
+from d_emo.data import centre_crop
 from d_emo.errors import InputError
 from d_emo.evaluation import measure, measurement
 
@@ -42,7 +44,8 @@ class MeanColour:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
-    monkeypatch.setattr(measurement, "create_extractor", lambda *args, **kwargs: MeanColour())
+    for module in (measurement, reference):
+        monkeypatch.setattr(module, "create_extractor", lambda *args, **kwargs: MeanColour())
     return partial(run_verb, "fid")
 
 
@@ -209,7 +212,6 @@ BAD_SETS = [
     (single, "holds 1 image; a covariance needs at least two"),
     (corrupt, "cannot read the image .*cut.png"),
     (not_an_image, "cannot read the image .*text.jpg"),
-    (mixed_sizes, r"8px-0.png is 8 x 8 px but .*9px-0.png is 9 x 8 px"),
     (no_known_range, r"deep.tif \(its floating-point pixels are from 60000 to 60000, where viewers show 0 to 1\)"),
     (broken_features, "features of images 1 to 3 hold NaN"),
     (npz_missing, "nowhere.npz does not exist"),
@@ -222,6 +224,42 @@ BAD_SETS = [
     (npz_damaged, "set.npz is not an intact .npz file"),
     (npz_objects, "arr_0 of .* is object of shape"),
 ]
+
+
+def test_a_reference_of_several_sizes_is_cropped_as_in_training(
+    main: Callable, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    photos, cropped = tmp_path / "photos", tmp_path / "cropped"
+    for folder in (photos, cropped):
+        folder.mkdir()
+    for index, size in enumerate([(20, 30), (16, 16), (8, 11)]):
+        image = Image.fromarray(np.random.default_rng(index).integers(0, 250, (*size, 3), dtype=np.uint8))
+        image.save(photos / f"{index}.png")
+        centre_crop(image, 8).save(cropped / f"{index}.png")
+    (photos / "film.mp4").touch()
+    outputs = []
+    for real in (photos, cropped):
+        main(["--samples", str(good), "--reference", str(real), "--output", str(tmp_path / "o.json"),
+              "--overwrite"])
+        outputs.append((json.loads((tmp_path / "o.json").read_text()), capsys.readouterr()))
+    (mixed, printed), (plain, _) = outputs
+    assert mixed["fid"] == plain["fid"] and (mixed["reference_cropped"], plain["reference_cropped"]) == (8, None)
+    assert f"{photos} (3 images of several sizes, cropped as in training to 8 x 8 px)" in printed.out
+    assert "warning: of the reference, 1 file of other kinds left out: .mp4 1" in printed.err
+    with pytest.raises(InputError, match="cannot be cropped to 10 x 8 px, which is no square"):
+        main(["--samples", str(write_images(tmp_path / "wide", 3, size=(8, 10))), "--reference", str(photos)])
+
+
+def test_samples_of_several_sizes_are_told_the_very_command(main: Callable, good: Path, tmp_path: Path) -> None:
+    """And it works: what it writes, of pictures in no classes here, can be measured."""
+    bad = mixed_sizes(tmp_path / "my photos")
+    with pytest.raises(InputError, match="8px-0.png is 8 x 8 px but .*9px-0.png is 9 x 8 px") as raised:
+        main(["--samples", str(bad), "--reference", str(good)])
+    python, script, *arguments = shlex.split(str(raised.value).split("`")[1])
+    assert (python, script, arguments[-1]) == ("python", "scripts/make_reference.py", "my photos.npz")
+    arguments[-1] = str(tmp_path / arguments[-1])
+    run_verb("reference", arguments)
+    main(["--samples", arguments[-1], "--reference", str(good)])
 
 
 @pytest.mark.parametrize("side", ["--samples", "--reference"])

@@ -63,6 +63,22 @@ def test_digests_are_sha256_of_what_is_there(tmp_path):
     assert files.digest_of_tensors([("name", values)], "start") == wanted
 
 
+def test_a_large_file_is_compared_with_its_checksum_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "LARGE", 3)
+    file, read = tmp_path / "f", []
+    monkeypatch.setattr(files, "digest_of_file", lambda path: read.append(path) or files.digest(path.read_bytes()))
+    file.write_bytes(b"abc")
+    wanted = files.digest("abc")
+    assert files.matches(file, wanted) and files.matches(file, wanted) and len(read) == 1
+    assert not files.matches(file, files.digest("abd")) and len(read) == 2
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(0, 0))
+    assert not files.matches(file, wanted) and not files.matches(file, wanted) and len(read) == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # where nothing can be kept
+    assert files.matches(file, files.digest("abd")) and files.matches(file, files.digest("abd")) and len(read) == 6
+
+
 def test_a_lock_ends_with_its_process(tmp_path):
     hold = "import sys, time; from pathlib import Path; from d_emo.files import locked\n" \
            f"with locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from d_emo.config import TrainSettings
+from d_emo.config import ClassifierSettings, TrainSettings, VAESettings, parse_settings, write_yaml
 from d_emo.data import OneClass, open_dataset
 from d_emo.errors import InputError
-from d_emo.io.snapshot import load_denoiser
+from d_emo.io.classifier import open_classifier
+from d_emo.io.snapshot import load_classifier, load_denoiser
+from d_emo.io.training_state import load_state
 from d_emo.training import fit
+from d_emo.training.classifier import ClassifierTask
 from d_emo.training.denoiser import DenoiserTask, _init_labels
 from d_emo.training.finetuning import start_from
 
@@ -88,13 +92,13 @@ def digits(tmp_path_factory):
 def test_the_same_classes_and_size_start_from_every_weight(tmp_path, digits):
     run = task(tmp_path, init_from=str(digits.path))
     torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
-    assert run.start in run.introduction() and "(step 2), which knows 10 of the 10 classes" in run.start
+    assert run.start[0] in run.introduction() and "(step 2), which knows 10 of the 10 classes" in run.start[0]
 
 
 def test_the_objective_may_be_another(tmp_path, digits):
     run = task(tmp_path, init_from=str(digits.path), objective="flow")
     torch.testing.assert_close(run.model.state_dict(), digits.model.state_dict(), rtol=0, atol=0)
-    assert "(step 2, trained with eps), which knows 10" in run.start
+    assert "(step 2, trained with eps), which knows 10" in run.start[0]
     assert load_denoiser(fit(run, run.settings)).objective == "flow"
 
 
@@ -110,7 +114,7 @@ def test_a_new_label_table_is_made_for_known_classes_where_it_is_asked_for(tmp_p
     old, new = digits.model.state_dict(), run.model.state_dict()
     assert not (new[TABLE][:10] == old[TABLE][:10]).any() and torch.equal(new[TABLE][10], old[TABLE][10])
     assert all(torch.equal(new[name], old[name]) for name in new.keys() - {TABLE})
-    assert "with a new label table" in run.start
+    assert "with a new label table" in run.start[0]
 
 
 def test_other_classes_change_the_label_table_alone(tmp_path, digits):
@@ -217,3 +221,130 @@ def test_a_flat_folder_without_unconditional_is_told_so(tmp_path):
 def test_what_the_data_decide_is_no_option_of_the_model(tmp_path):
     with pytest.raises(InputError, match="`model_options` names num_classes, which the data and the codec decide"):
         task(tmp_path, model_options={**TINY["model_options"], "num_classes": 20})
+
+
+SHIPPED = str(ROOT / "d_emo/pretrained/demo-shapes")
+
+
+def read(*flags, kind=TrainSettings):
+    return parse_settings(kind, "", [*map(str, flags)])
+
+
+def test_one_flag_brings_model_codec_size_objective_and_timesteps(tmp_path):
+    settings = read("--init-from", SHIPPED, "--data-dir", tmp_path)
+    assert (settings.model, settings.model_options, settings.vae) == ("D-EMOv2-Ti-2", {"depth": 8}, "d-emo-f8")
+    assert (settings.image_size, settings.objective, settings.timestep_sampling) == (64, "flow", "logit-normal")
+    assert settings.output_dir == f"results/D-EMOv2-Ti-2-{tmp_path.name}-64"
+    assert (settings.batch_size, settings.learning_rate, settings.max_steps) == (256, 1e-4, 400_000)  # not its recipe
+    assert settings.as_there() == (
+        "Settings as there: `image_size` 64, `model` D-EMOv2-Ti-2, `model_options` {'depth': 8}, `vae` d-emo-f8, "
+        "`objective` flow, `timestep_sampling` logit-normal, `logit_mean` 0.0, `logit_std` 1.0."
+    )
+    write_yaml(settings, tmp_path / "config.yaml")
+    assert read("--config", tmp_path / "config.yaml") == settings
+
+
+def test_a_flag_and_a_config_win_over_the_snapshot(tmp_path):
+    (tmp_path / "x.yaml").write_text("image_size: 32\nobjective: eps\n")
+    settings = read("--config", tmp_path / "x.yaml", "--init-from", SHIPPED, "--vae", "pixels")
+    assert (settings.model, settings.vae, settings.image_size) == ("D-EMOv2-Ti-2", "pixels", 32)
+    assert (settings.objective, settings.timestep_sampling) == ("eps", "uniform")  # that of flow is not for eps
+    assert settings.as_there().endswith(
+        "; other here: `image_size` 32 (there 64), `vae` pixels (there d-emo-f8), `objective` eps (there flow)."
+    )
+    added = read("--init-from", SHIPPED, "--model", "d-emov2-ti/2", "--model-options", "{window_size: 4}")
+    assert added.model_options == {"depth": 8, "window_size": 4}
+    other = read("--init-from", SHIPPED, "--model", "DiT-S-2")
+    assert (other.model_options, other.objective, other.vae, other.image_size) == (None, "eps", "d-emo-f8", 64)
+    assert read("--init-from", SHIPPED, "--latents", tmp_path).vae is None
+
+
+def test_a_snapshot_of_another_kind_or_with_damaged_settings_is_refused(tmp_path, digits):
+    classifier = ROOT / "tests/data/artefacts/classifier"
+    with pytest.raises(InputError, match="holds a classifier, not a denoiser"):
+        DenoiserTask(read("--init-from", classifier, "--dataset", "digits"))
+    shutil.copytree(digits.path, tmp_path / "old")
+    (tmp_path / "old" / "config.yaml").write_text("vae: [1\n")
+    with pytest.raises(InputError, match="--init-from: .*config.yaml cannot be used .*not YAML"):
+        read("--init-from", tmp_path / "old")
+    (tmp_path / "old" / "config.yaml").unlink()
+    assert read("--init-from", tmp_path / "old").model == "D-EMOv2-S-2"
+
+
+@pytest.mark.parametrize("words", ["lora:0", "lora", "some"])
+def test_what_is_trained_is_all_head_or_an_adapter_and_needs_a_start(words, digits):
+    with pytest.raises(InputError, match="--train must be all, head or lora:RANK such as lora:16, not"):
+        read("--init-from", digits.path, "--train", words)
+    with pytest.raises(InputError, match="--train head needs trained weights; name a snapshot with --init-from"):
+        read("--train", "head")
+
+
+def changed(one, other):
+    return {name for name, value in one.items() if not torch.equal(value, other[name])}
+
+
+PARTS = ["head", pytest.param("lora:2", marks=pytest.mark.skipif(not find_spec("peft"), reason="needs PEFT"))]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_trained_saved_whole_and_resumed_exactly(tmp_path, digits, part, capsys):
+    """What is frozen stays, the snapshot has the names of any other, and 2 + 2 steps are 4."""
+    options = {"init_from": str(digits.path), "train": part, "max_steps": 4}
+    run = task(tmp_path / "whole", **options)
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert f"`train` {part}: {sum(run.model.get_parameter(n).numel() for n in trained):,} trainable" in run.start[2]
+    whole = load_denoiser(fit(run, run.settings))
+    old, new = digits.model.state_dict(), whole.model.state_dict()
+    head = {TABLE, *(name for name in old if name.startswith("final_layer."))}
+    weights = changed(dict(digits.model.named_parameters()), dict(whole.model.named_parameters()))
+    linear = {f"{n}.weight" for n, m in digits.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert head <= trained and head <= weights
+    assert weights == (head if part == "head" else head | linear)
+    assert whole.meta["parameters"] == digits.meta["parameters"]
+    train(tmp_path / "parts", **{**options, "max_steps": 2})
+    parts = train(tmp_path / "parts", **options)
+    torch.testing.assert_close(parts.model.state_dict(), new, rtol=0, atol=0)
+    state = load_state(tmp_path / "parts/states/step-4")["model"]
+    assert any("lora_A" in name for name in state) == (part != "head")
+    train(tmp_path / "parts", **options)
+    assert "nothing to do at step 4 of 4" in capsys.readouterr().out
+    plain = task(tmp_path / "next", init_from=str(parts.path), model=None, model_options=None)  # as any other snapshot
+    torch.testing.assert_close(plain.model.state_dict(), new, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_classifier_is_fine_tuned_too(tmp_path, part, capsys):
+    options = {"init_from": str(ROOT / "tests/data/artefacts/classifier"), "dataset": "digits", "batch_size": 8,
+               "max_steps": 2, "learning_rate": 1e-3, "warmup_steps": 0, "num_images": 8}
+    run = ClassifierTask(ClassifierSettings(**options, train=part, output_dir=str(tmp_path / "run")))
+    old = load_classifier(options["init_from"])
+    assert run.settings.model == old.meta["model"]["name"] and "which knows" in run.start[0]
+    snapshot = load_classifier(fit(run, run.settings))
+    assert "slower than this machine could" not in capsys.readouterr().out  # adapters are no oversight
+    moved = changed(old.model.state_dict(), snapshot.model.state_dict())
+    assert {"head.weight", "head.bias"} <= moved
+    assert ("stages.2.1.operator.proj.weight" in moved) == (part != "head")
+    convolutions = {f"{n}.weight" for n, m in old.model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert convolutions and not convolutions & moved
+    raw = open_classifier(str(snapshot.path), "raw").model.state_dict()
+    assert raw.keys() == snapshot.model.state_dict().keys()
+
+
+def test_adapters_without_peft_are_refused_in_words(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"`train` lora:2 needs PEFT: pip install 'd-emo\[lora\]'"):
+        task(tmp_path, init_from=str(digits.path), train="lora:2")
+
+
+def test_epochs_are_passes_over_the_data(tmp_path):
+    run = task(tmp_path, epochs=0.5, max_steps=None)
+    assert run.settings.max_steps == round(0.5 * len(run.images) / 8) == 90
+    assert TrainSettings(**{**TINY, "epochs": 0.5, "max_steps": 90}).resolve(images=1438).max_steps == 90
+    with pytest.raises(InputError, match="`epochs` 0.5 over 1,438 images are 90 steps, but `max_steps` is 2; give one"):
+        task(tmp_path, epochs=0.5)
+    assert read("--epochs", "3").max_steps is None and read().max_steps == 400_000
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, ClassifierSettings, VAESettings])
+def test_lr_is_the_learning_rate(kind):
+    assert read("--lr", "0.25", kind=kind).learning_rate == 0.25

@@ -1,19 +1,26 @@
-"""A limit on the size of files, as a full disk: every verb says so in one sentence and leaves nothing half-written."""
+"""A limit on the size of files, as a full disk, and a read-only folder: every verb says so, and nothing is left."""
 
+import ctypes
+import json
 import os
 import resource
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-from fuzz_inputs import Case, run
+import torch
+from fuzz_inputs import OUTPUTS, Case, line, run
 from fuzz_world import BASE
 
+from d_emo import claims, explain
+from d_emo.cli import run_verb
 from d_emo.cli.verbs import VERBS
 from d_emo.config.base import flag_of
+from d_emo.lab.study import execution
 from d_emo.tables import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NO_OUTPUT = {"app", "models", "compare"}  # a study's verbs write, each in a process of its own
+PRINTS_ONLY = {"app", "models"}
 MORE = {
     "evaluate": {"output": ["out.json"]}, "sample": {"output": ["out.png"], "steps": ["1"]},
     "fid": {"features": ["emov2:{world}/classifier"], "steps": ["1"], "num_images": ["4"], "output": ["out.json"]},
@@ -24,47 +31,72 @@ MORE = {
 }  # fmt: skip
 
 
-def command(verb, word, world):
+def command(verb, word, world, *, named=True):
+    """A command that writes to a named path, or to its default; None where there is no default."""
     kind = load(VERBS[verb].kinds()[word])
+    settings = {each.name: each for each in fields(kind)}
     given = BASE[verb, word](world) | MORE.get(verb, {})
-    words, places = [word] if word else [], []
-    for name, values in given.items():
-        values, flag = [each.format(world=world) if "{world}" in each else each for each in values], flag_of(
-            kind.__dataclass_fields__[name])
-        words, places = ([*words, flag, *values], places) if flag.startswith("--") else (words, [*places, *values])
-    return Case(verb, word, "", "", (*words, *places))
+    given = {name: [each.replace("{world}", str(world)) for each in values] for name, values in given.items()}
+    if not named:
+        given = {name: values for name, values in given.items() if name not in OUTPUTS}
+        if verb in ("evaluate", "benchmark") or any(
+            each.default is MISSING and each.default_factory is MISSING and name not in given
+            for name, each in settings.items()
+        ):
+            return None
+    return Case(verb, word, "", "", line(word, {name: flag_of(each) for name, each in settings.items()}, given))
 
 
 def in_a_child(work):
-    """What ``work`` gives in a forked process, as text."""
+    """What ``work`` gives in a forked process, as JSON."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(send, work().encode())
+            os.write(send, json.dumps(work()).encode())
         finally:
             os._exit(0)
     os.close(send)
     with os.fdopen(receive) as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
-    return said
+    return json.loads(said)
+
+
+def obey_permissions():
+    """Root's right to write where it may not is dropped, from this process."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.mark.parametrize(("verb", "word"), [
-    pair for pair in BASE if pair[0] not in NO_OUTPUT and pair[1] in ("", "denoisers")
+    pair for pair in BASE if pair[0] not in PRINTS_ONLY and pair[1] in ("", "denoisers")
 ])  # fmt: skip
-def test_no_verb_leaves_half_a_file_where_files_may_not_grow(fuzz_world, verb, word, monkeypatch):
-    def limited():
-        left = []
-        monkeypatch.setattr("tempfile.TemporaryDirectory.cleanup", lambda self: left.extend(found(self.name)))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-        became = run(command(verb, word, fuzz_world), fuzz_world, seconds=60)
-        return f"{became} {left}"
+def test_no_verb_leaves_half_a_file_where_it_may_not_write(fuzz_world, verb, word, monkeypatch):
+    left = []
+    monkeypatch.setattr("tempfile.TemporaryDirectory.cleanup", lambda self: left.extend(found(self.name)))
+    monkeypatch.setattr(claims, "_write", lambda *_: None)  # else a claim is the first that has no room
+    monkeypatch.setattr(execution, "run_child", lambda command, *_: run_verb(command[3], command[4:]))  # of a study
+    monkeypatch.setattr(explain, "grad_cam", lambda *_, **__: torch.zeros(32, 32))
 
     def found(folder):
-        return [str(each) for each in Path(folder).rglob("*") if each.is_file() and each.stat().st_size]
+        return [str(each.relative_to(folder)) for each in Path(folder).rglob("*") if each.is_file()]
 
-    said = in_a_child(limited)
-    assert said.startswith(("stopped", "refused")), said
-    assert not [each for each in eval(said.partition(" ")[2]) if Path(each).name != ".claim"], said
+    def full(size):
+        left.clear()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        became = run(command(verb, word, fuzz_world), fuzz_world, seconds=60)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return became, [each for each in left if ".tmp-" in each or each.startswith("out.") and became != "accepted"]
+
+    def read_only():
+        left.clear()
+        obey_permissions()
+        cases = filter(None, (command(verb, word, fuzz_world, named=named) for named in (True, False)))
+        return [run(case, fuzz_world, seconds=60, mode=0o500) for case in cases], left[:]
+
+    nothing, little, forbidden = in_a_child(lambda: (full(64), full(3000), read_only()))
+    assert nothing == ["stopped", []] and little in (["stopped", []], ["accepted", []])
+    assert set(forbidden[0]) == {"refused"} and not forbidden[1]

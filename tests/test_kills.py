@@ -40,6 +40,7 @@ DATA = ["--dataset", "digits", "--image-size", "8"]
 RUN = ["--batch-size", "4", "--learning-rate", "1e-3", "--log-every", "1"]
 TRAIN = [*DATA, *RUN, "--model", "D-EMOv2-Ti-2", "--model-options", "{depth: 1, hidden_size: 48}", "--vae", "pixels"]
 CLASSIFIER = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8, 8, 8, 8], "window_size": 1}
+SEGMENTER = {"width": 8, "backbone_options": {key: each for key, each in CLASSIFIER.items() if key != "window_size"}}
 STUDY = {
     "title": "Tiny", "train": {"model_options": {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 2},
                                "max_steps": 1, "batch_size": 2, "snapshot_every": 1, "log_every": 1},
@@ -51,6 +52,8 @@ WRITES = {
     "train": "{train} --max-steps 2 --state-every 1 --snapshot-every 2 --tracker none --output-dir OUT/run",
     "train-classifier": "--dataset digits --image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",
+    "train-segmenter": "--image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none --num-images 4 "
+                       "--validate-images 2 --model pspnet-emov2_1m --model-options {segmenter} --output-dir OUT/run",
     "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
     "encode": "{data} --vae pixels --shard-size 600 --output OUT/latents",
     "doctor": "{data} --sample 20 --output OUT/sheet.png",
@@ -112,7 +115,8 @@ def inputs(tmp_path_factory):
 
 
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
-    parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)]}
+    parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
+             "{segmenter}": [json.dumps(SEGMENTER)]}
     found = [part for word in words.split() for part in parts.get(word, [word])]
     return [each.replace("IN/", f"{inputs}/").replace("OUT/", f"{output}/") for each in found]
 
@@ -155,6 +159,8 @@ def run(verb: str, argv: list[str]) -> int:
     except (InputError, RunError) as error:
         print(f"error: {error}")
         return 2 if isinstance(error, InputError) else 1
+    except SystemExit as ended:
+        return ended.code
     except BaseException:
         traceback.print_exc()
         return 70
@@ -234,15 +240,11 @@ def check(verb: str, inputs: Path, folder: Path, points) -> tuple[int, int]:
 
 
 def compared(verb: str, found: dict[str, object]) -> object:
-    """Of a benchmark, which measures times, names of files; of a study weights and measurements.
-
-    (A study whose run was killed after its last snapshot does not train it again, so its last state may be missing, and
-    the losses that TensorBoard had not written yet.)
-    """
-    if verb == "compare":
-        ends = (".safetensors", "results.json")
-        return {name: each for name, each in found.items() if name.endswith(ends)}
-    return sorted(found) if verb.startswith("benchmark") else found
+    """Of a benchmark, which measures times, names of files; of a study, whose report tells times, these and results."""
+    if verb != "compare":
+        return sorted(found) if verb.startswith("benchmark") else found
+    whole = (".safetensors", "results.json", ".npy")
+    return {name: each if name.endswith(whole) else None for name, each in found.items()}
 
 
 def test_every_verb_is_in_the_table():

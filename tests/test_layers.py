@@ -8,31 +8,33 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
-    "latents", "models", "objective", "ema", "io", "training", "sampling", "evaluation", "doctor", "explain", "export",
-    "app", "lab", "cli",
+    "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
+    "doctor", "explain", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "training", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
-        "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "segmenting", "inspecting", "sampling",
+        "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "counting", "registry", "released",
-        "timm_registry", "convert",
+        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "registry", "released", "timm_registry", "convert",
     ],
+    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "stored", "folder", "augmented", "tar", "hub",
-        "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
+        "tar", "hub", "sampler",
     ],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["training_state", "schema", "card", "snapshot", "classifier", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "loop", "finetuning", "denoiser", "accuracy",
-        "teacher", "classifier", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
+        "accuracy", "teacher", "classifier", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

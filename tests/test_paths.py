@@ -51,6 +51,7 @@ def test_a_bug_of_ours_stays_a_traceback(error):
 @pytest.mark.parametrize(("error", "number", "reason"), [
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 28, "No space left"),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), errno.EIO, "the disk is full"),
+    (RuntimeError("[MIL FileWriter]: Unknown error occurred"), errno.EIO, "the disk is full"),  # Core ML
     (OSError("29 requested and 10 written"), errno.EIO, "29 requested and 10 written"),  # NumPy's
     (OSError(errno.EFBIG, "File too large"), errno.EFBIG, "File too large"),
 ])  # fmt: skip

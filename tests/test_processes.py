@@ -1,11 +1,12 @@
 """Several processes and accumulation only divide the global batch: the result is that of one process."""
 
-import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from d_emo.cli import run_verb
 from d_emo.config import TrainSettings, run_cli
 from d_emo.ema import EMA
 from d_emo.io.training_state import gather_training, restore_training
@@ -114,6 +116,32 @@ def test_two_processes_resume_bitwise(tmp_path):
     assert in_processes(2, killed) == [-signal.SIGKILL] * 2
     assert in_processes(2, lambda rank: train(tmp_path / "parts", **options)) == [0, 0]
     assert same(last_state(tmp_path / "parts", 8), last_state(tmp_path / "whole", 8))
+
+
+def test_one_process_that_wants_to_stop_breaks_the_step_off_in_both(tmp_path):
+    options = {"max_steps": 3, "state_every": 100, "micro_batch_size": 1}
+    assert in_processes(2, lambda rank: train(tmp_path / "whole", **options)) == [0, 0]
+
+    def stopped(rank):
+        from d_emo.training.denoiser import DenoiserTask
+
+        seen, plain = [], DenoiserTask.loss
+
+        def loss(self, *args):
+            seen.append(len(seen))
+            if len(seen) == 3 and rank == 1:  # of two micro-batches a step
+                signal.raise_signal(signal.SIGINT)
+            return plain(self, *args)
+
+        DenoiserTask.loss = loss
+        with suppress(SystemExit):
+            train(tmp_path / "parts", **options)
+        assert len(seen) == 3
+
+    assert in_processes(2, stopped) == [0, 0]
+    assert [state.name for state in (tmp_path / "parts" / "states").iterdir()] == ["step-1"]
+    assert in_processes(2, lambda rank: train(tmp_path / "parts", **options)) == [0, 0]
+    assert same(last_state(tmp_path / "parts", 3), last_state(tmp_path / "whole", 3))
 
 
 def test_validation_is_the_same_for_any_number_of_processes(tmp_path):
@@ -258,7 +286,7 @@ def test_a_process_whose_fellow_is_killed_ends_with_one_sentence(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         loop.Progress.step_done = die
-        with (tmp_path / f"{rank}.txt").open("w") as file, contextlib.redirect_stderr(file):
+        with (tmp_path / f"{rank}.txt").open("w") as file, redirect_stderr(file):
             try:
                 run_cli(lambda: train(tmp_path / "run", max_steps=8, tracker="none"))
             except SystemExit as error:
@@ -268,6 +296,28 @@ def test_a_process_whose_fellow_is_killed_ends_with_one_sentence(tmp_path):
     assert in_processes(2, killed) == [1, -signal.SIGKILL]
     said = (tmp_path / "0.txt").read_text()
     assert "error: another process of this run ended" in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_two_processes_share_an_encoding_and_a_measurement_on_cpus(tmp_path, fuzz_world):
+    data = ["--dataset", "digits", "--image-size", "8", "--vae", "pixels", "--shard-size", "600"]
+    drawn = ["--checkpoint", f"{fuzz_world}/denoiser", "--scheduler", "dpm++", "--steps", "1", "--num-images", "300"]
+    compared = ["--reference", f"{fuzz_world}/reference", "--features", f"emov2:{fuzz_world}/classifier"]
+
+    def work(rank, verb, output):
+        words = {"encode": [*data, "--output", f"{output}/latents"],
+                 "fid": [*drawn, *compared, "--work-dir", f"{output}/work", "--output", f"{output}/fid.json"]}
+        with (tmp_path / f"{verb}-{rank}.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            run_verb(verb, words[verb])
+
+    for verb, results in (("encode", ["latents/index.json", "latents/shard-00001.safetensors"]), ("fid", ["fid.json"])):
+        for folder in (tmp_path / "one", tmp_path / "two"):
+            folder.mkdir(exist_ok=True)
+        work(0, verb, tmp_path / "one")
+        assert in_processes(2, lambda rank, verb=verb: work(rank, verb, tmp_path / "two")) == [0, 0]
+        assert "2 processes shared the work" in (tmp_path / f"{verb}-0.txt").read_text()
+        for name in results:
+            one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+            assert one == two if verb == "encode" else json.loads(one)["fid"] == json.loads(two)["fid"]
 
 
 def test_torchrun_starts_two_processes_that_share_the_work(tmp_path):

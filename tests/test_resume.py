@@ -16,11 +16,13 @@ import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d_emo.config import TrainSettings
+from d_emo.cli import train_vae
+from d_emo.config import TrainSettings, VAESettings
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, step_of
-from d_emo.training import fit
+from d_emo.training import fit, progress, vae
 from d_emo.training.denoiser import DenoiserTask
+from d_emo.training.stop import Stop, StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
@@ -160,6 +162,55 @@ def test_the_time_limit_saves_and_the_same_command_goes_on(tmp_path, capsys):
     assert same(last_state(tmp_path / "parts"), last_state(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 143), (None, 0)])
+def test_a_step_is_broken_off_between_micro_batches_and_leaves_no_trace(tmp_path, monkeypatch, capsys, number, code):
+    """The wish comes in the third micro-batch of the fourth step; the time limit without a signal."""
+    options = {"micro_batch_size": 1, "max_steps": 5, "state_every": 100}
+    train(tmp_path / "whole", **options)
+    seen, plain = [], DenoiserTask.loss
+
+    def loss(self, *args):
+        seen.append(len(seen))
+        if len(seen) == 15:
+            signal.raise_signal(number) if number else monkeypatch.setattr(StopSignal, "wish", Stop.TIME_UP)
+        return plain(self, *args)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(DenoiserTask, "loss", loss)
+        train(tmp_path / "parts", **options)
+    reason = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}.get(number, "the time limit")
+    said = capsys.readouterr().out
+    assert stopped.value.code == code and len(seen) == 15 and f"stopped by {reason} at step 3" in said
+    assert number is None or f"{reason}: stopping after the images at work" in said
+    monkeypatch.undo()
+    train(tmp_path / "parts", **options)
+    assert same(last_state(tmp_path / "parts", 5), last_state(tmp_path / "whole", 5))
+
+
+def test_ctrl_c_while_a_vae_is_trained_says_that_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "_batch", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(RunError, match="^stopped by Ctrl-C; a VAE is written when it is complete"):
+        train_vae.run(VAESettings(output_dir=str(tmp_path / "vae")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_step_shows_its_micro_batches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LONG_STEP", 0)
+    train(tmp_path, micro_batch_size=2, max_steps=1)
+    bar = capsys.readouterr().err
+    assert "micro-batch 1/2:   0%" in bar and "micro-batch 2/2" not in bar and "training: 100%" in bar
+
+
+def test_a_step_that_takes_far_longer_than_others_says_once_what_to_try(capsys):
+    run = progress.Progress(mock.Mock(is_main_process=True, device=torch.device("cpu")), TrainSettings(batch_size=8))
+    run.bar = mock.Mock()
+    for step, seconds in enumerate((30, 2, 2.5, 9, 40), 1):
+        run.step_done(step, {"loss": 0.5, "images_per_second": 8 / seconds})
+    said = capsys.readouterr().out
+    assert said.startswith("step 4 took 9.0 s, 4 times as long as others") and said.count("OMP_WAIT_POLICY") == 1
+
+
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
@@ -297,9 +348,9 @@ def check_damages(folder, ways, capsys):
     return passed_over, refused
 
 
-def test_kills_and_damages_in_short(tmp_path, capsys):
-    assert len(check_kills(tmp_path / "kills", 2)) >= 2
-    passed_over, refused = check_damages(tmp_path / "damages", 4, capsys)
+def test_damages_in_short(tmp_path, capsys):
+    """Kills in short are tests/test_kills.py's."""
+    passed_over, refused = check_damages(tmp_path, 4, capsys)
     assert passed_over + refused >= 2
 
 

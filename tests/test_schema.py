@@ -5,12 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_resume import train
 
 from d_emo.errors import InputError
+from d_emo.files import digest_of_file
 from d_emo.io.snapshot import load_denoiser, load_meta
 from d_emo.lab.loss_curves import read_run
+from d_emo.latents import load_codec
+from d_emo.latents.codec import SHIPPED, SHIPPED_VAE
+from d_emo.latents.shards import read_index
 
 ARTEFACTS = Path(__file__).parent / "data" / "artefacts"
 DEEP = "[" * 100_000
@@ -71,3 +76,54 @@ def test_the_settings_of_a_run_that_is_plotted_are_read_by_a_schema(fuzz_world, 
         (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(InputError, match="config.yaml"):
             read_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a") / "run"
+    train(folder, max_steps=1)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ([1], "no mapping"), ({"step": "x"}, "`step` must be a whole number"), ({"step": -3}, "`step` must be at least 0"),
+    ({"step": 7}, "it is of step 7"), ({"minutes": float("nan")}, "`minutes` must be"),
+    ({"model": [1]}, "`model` must be a mapping"),
+    ({"model": {"a": 1}}, "does not fit this model"), ({"optimizer": 5}, "`optimizer` must be a mapping"),
+    ({"optimizer": {"state": {0: 5}, "param_groups": [5]}}, "does not fit this model"), ({"ema": []}, "`ema` must be"),
+    ({"ema": {"step": "x"}}, "`step` must be a whole number"), ({"guard": {"skipped": "a"}}, "`skipped` must be"),
+    ({"guard": {}}, "it lacks 'skipped'"), ({"kernels": {1: 2}}, "`kernels` must be text"),
+    ({"class_names": 5}, "`class_names` must be a list"),
+], ids=str)  # fmt: skip
+def test_a_state_is_read_by_a_schema(tmp_path, run, change, said):
+    """Whatever its checksum says."""
+    shutil.copytree(run, tmp_path / "run")
+    state = tmp_path / "run" / "states" / "step-1"
+    content = torch.load(state / "state.pt", weights_only=True)
+    torch.save(change if isinstance(change, list) else {**content, **change}, state / "state.pt")
+    (state / "manifest.json").write_text(json.dumps({"step": 1, "sha256": digest_of_file(state / "state.pt")}))
+    with pytest.raises(InputError) as error:
+        train(tmp_path / "run", max_steps=2)
+    assert said in str(error.value) and str(state) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"codec": 5}, "`codec` must be text"), ({"class_names": 5}, "`class_names` must be a list"),
+    ({"shard_size": 0}, "`shard_size` must be at least 1"), ({"shard_size": "a"}, "`shard_size` must be a whole"),
+    ({"dtype": "float7"}, "`dtype` must be one of"), ({"mirrored": 7}, "`mirrored` must be true or false"),
+    ({"shards": [5]}, "`shards` must be a mapping"), ({"moments_shape": ["a"]}, "`moments_shape` must be a whole"),
+], ids=str)  # fmt: skip
+def test_the_index_of_latents_is_read_by_a_schema(tmp_path, change, said):
+    index = json.loads((ARTEFACTS / "latents" / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(InputError) as error:
+        read_index(tmp_path)
+    assert said in str(error.value) and "index.json" in str(error.value)
+
+
+def test_the_config_of_a_codec_is_read_by_a_schema(tmp_path):
+    shutil.copytree(SHIPPED / SHIPPED_VAE, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "layers_per_block": 10**9}))
+    with pytest.raises(InputError, match="config.json cannot be used: `layers_per_block` must be at least 1"):
+        load_codec(str(tmp_path / "vae"))

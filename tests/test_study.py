@@ -131,6 +131,22 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     whole.conclude([])
 
 
+def test_what_was_killed_after_its_last_snapshot_is_finished(tmp_path, monkeypatch):
+    whole, tried = open_study(tmp_path, runs={"a": {"model": "DiT-Ti-2"}}, seeds=[3]), []
+    monkeypatch.setattr(study, "run_verb", lambda verb, *_, **__: tried.append(verb))
+    monkeypatch.setattr(study, "check_same_latents", lambda settings: None)
+    monkeypatch.setattr(Study, "_measure", lambda *_: None)
+    folders = [tmp_path / "study" / "latents", whole.classifier, whole.runs[0].folder]
+    for folder, last in zip(folders, ("index.json", "snapshots/step-2", "snapshots/step-4"), strict=True):
+        (folder / last).mkdir(parents=True)
+    whole.work()
+    assert not tried
+    for folder in folders:
+        (folder / ".claim").touch()
+    whole.work()
+    assert tried == ["encode", "train-classifier", "train"]
+
+
 @pytest.mark.parametrize("name", ["encode", "train-classifier"])
 def test_without_latents_or_a_classifier_nothing_is_trained(tmp_path, monkeypatch, name):
     tried = []

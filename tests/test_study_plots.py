@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from d_emo.lab.loss_curves import Curve
-from d_emo.lab.study import measuring
+from d_emo.lab.study import measuring, plots
 from d_emo.lab.study.plots import band, draw_curves, draw_gaps
 from d_emo.lab.study.results import Estimate
 from d_emo.sampling import draw_grid
 from d_emo.sampling.grids import two_lines
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
-OVER = {"a": "eps, uniform", "b": "eps, uniform", "c": "flow, uniform"}
+OVER = {"a": "eps, uniform", "b": "eps, uniform", "c": "flow, logit-normal 0 1"}
 
 
 @pytest.fixture
@@ -50,26 +50,45 @@ def lines(panel):
     return {line.get_label() for line in panel.lines}
 
 
-def test_fid_and_losses_are_drawn_against_four_things_and_losses_beside_comparable_ones_only(tmp_path, figures):
+def test_fid_and_losses_are_drawn_against_steps_compute_and_time_and_losses_beside_comparable_ones_only(
+    tmp_path, figures
+):
     published = {"DiT-S-2": Curve(np.array([1, 20]), np.array([1.0, 0.2]))}
-    draw_curves(tmp_path / "c.png", *study_of([10, 20]), list(OVER), published)
+    rows, losses = study_of([10, 20])
+    draw_curves(tmp_path / "c.png", rows, losses, list(OVER), published)
     panels = figures[0].axes
-    titles = {number: title for number, panel in enumerate(panels) if (title := panel.get_title(loc="left"))}
-    assert titles == {4: "loss over eps, uniform", 8: "loss over flow, uniform"} and len(panels) == 12
-    assert all(lines(panel) == {"a", "b", "c"} for panel in panels[:4])
-    assert lines(panels[4]) == {"a", "b", "DiT-S-2, published"} and all(lines(panel) == {"c"} for panel in panels[8:])
-    assert [panels[number].get_xlabel() for number in (3, 11)] == ["minutes of training\n(steps × a step's time)"] * 2
-    ends = [panel.lines[0].get_xdata()[-1] for panel in panels[4:8]]
-    assert ends == [panel.lines[0].get_xdata()[-1] for panel in panels[:4]]  # both of run a, step 20
-    legend = [text.get_text() for text in figures[0].subfigs[1].legends[0].get_texts()]
+    titles = [part.get_suptitle() for part in figures[0].subfigs]
+    assert titles == ["", "training loss of the eps objective, uniform timesteps",
+                      "training loss of the flow objective, logit-normal timesteps (mean 0, standard deviation 1)"]
+    assert len(panels) == 9 and all(lines(panel) == {"a", "b", "c"} for panel in panels[:3])
+    assert lines(panels[3]) == {"a", "b", "DiT-S-2, published"} and all(lines(panel) == {"c"} for panel in panels[6:])
+    assert [panels[number].get_xlabel() for number in (2, 8)] == ["minutes of training\n(steps × a step's time)"] * 2
+    ends = [panel.lines[0].get_xdata()[-1] for panel in panels[3:6]]
+    assert ends == [panel.lines[0].get_xdata()[-1] for panel in panels[:3]]  # both of run a, step 20
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert legend == ["a", "b", "c", "DiT-S-2, published"]
     assert "lines: means over the seeds; bands: 95 % confidence intervals of the mean" in texts(figures[0])
+
+    rows.loc[rows.run == "b", "images"] *= 2
+    draw_curves(tmp_path / "c.png", rows, losses, list(OVER), {})
+    assert [panel.get_xlabel() for panel in figures[1].axes[:2]] == ["optimizer steps", "images seen"]
+
+
+def test_the_losses_of_many_runs_get_a_panel_each_with_the_first_run_in_grey(tmp_path, figures, monkeypatch):
+    monkeypatch.setattr(plots, "LEGIBLE", 2)
+    rows, losses = study_of([20])
+    draw_curves(tmp_path / "c.png", rows.assign(loss_over="eps, uniform"), losses, list(OVER), {})
+    dots, *panels = figures[0].axes
+    assert [panel.get_title() for panel in panels if panel.get_visible()] == ["b", "c"]
+    assert [lines(panel) for panel in panels[:2]] == [{"a", "b"}, {"a", "c"}]
+    assert panels[0].lines[0].get_color() == "0.6" and not figures[0].legends
+    assert figures[0].subfigs[1].get_suptitle() == "training loss of the eps objective, uniform timesteps; grey: a"
 
 
 def test_runs_measured_at_one_step_get_a_line_each_with_their_seeds_and_mean(tmp_path, figures):
     draw_curves(tmp_path / "c.png", *study_of([20]), ["a", "c", "b", "never measured"], {})
     dots, *losses = figures[0].axes
-    assert len(losses) == 2 * 4 and [label.get_text() for label in dots.get_yticklabels()] == ["a", "c", "b"]
+    assert len(losses) == 2 * 3 and [label.get_text() for label in dots.get_yticklabels()] == ["a", "c", "b"]
     assert dots.yaxis_inverted() and dots.get_xscale() == "log"  # from 5 to 27
     marks = [line.get_xydata().tolist() for line in dots.lines]
     assert marks[2:4] == [[[25, 1], [26, 1], [27, 1]], [[26, 1]]]  # of c

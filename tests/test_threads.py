@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d_emo.threads import is_glibc, loader_workers, use_threads
+from d_emo.threads import is_glibc, loader_workers, spare_neighbours, use_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -17,7 +17,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.usefixtures("one_thread")
 def test_a_launched_process_takes_its_share_of_the_cores_on_a_cpu_only(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # nobody's environment
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a launcher's
     use_threads(CPU, 2)
     assert torch.get_num_threads() == 1  # not launched: torch's own choice stays
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -27,6 +29,36 @@ def test_a_launched_process_takes_its_share_of_the_cores_on_a_cpu_only(monkeypat
     assert torch.get_num_threads() == 3
     use_threads(CPU, 7)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_threads_that_the_user_asked_for_stay_in_a_launched_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    use_threads(CPU, 2)
+    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, "OMP_NUM_THREADS": "1"}) as launcher:
+        monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+        use_threads(CPU, 2)
+        launcher.kill()
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("running, chosen, spins", [
+    ("2/300", {}, None), ("3/300", {}, "1000"), ("9/300", {"OMP_NUM_THREADS": "2"}, None), ("odd", {}, None),
+])
+def test_threads_spin_less_where_others_compute(monkeypatch, running, chosen, spins):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "put back by pytest")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"0.5 0.4 0.3 {running} 4242")
+    spare_neighbours()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_readers_are_shared_out_over_the_processes_of_gpus(monkeypatch):

@@ -252,7 +252,38 @@ def test_no_weights_are_promised_that_do_not_exist():
 def test_a_stride_of_the_last_map_that_there_is_not_is_one_sentence():
     """timm's own networks without one raise a TypeError."""
     for features_only in (False, True):
-        with pytest.raises(InputError, match="emov2_1m has no output_stride 16: .* 1/4 to 1/32 .*out_indices"):
-            timm.create_model("emov2_1m", output_stride=16, features_only=features_only)
+        with pytest.raises(InputError, match="output_stride must be 8, 16 or 32, got 4: .*out_indices"):
+            timm.create_model("emov2_1m", output_stride=4, features_only=features_only)
     model = timm.create_model("emov2_1m", output_stride=32, features_only=True, out_indices=(2,), img_size=64)
     assert [tuple(maps.shape[2:]) for maps in model(torch.randn(1, 3, 64, 64))] == [(4, 4)]
+
+
+@pytest.mark.parametrize("name", ["emov1_1m", "emov2_1m"])
+@pytest.mark.parametrize("stride, sizes", [(16, [16, 8, 4, 4]), (8, [16, 8, 8, 8])])
+def test_an_output_stride_keeps_the_last_maps(name, stride, sizes):
+    options = {"features_only": True, "output_stride": stride}
+    model = timm.create_model(name, **options).eval()
+    with torch.no_grad():
+        assert [maps.shape[-1] for maps in model(torch.randn(1, 3, 64, 64))] == sizes
+    assert model.feature_info.reduction() == [64 // size for size in sizes]
+    whole = timm.create_model(name).state_dict()
+    assert all(value.shape == whole[key].shape for key, value in timm.create_model(name, output_stride=stride)
+               .state_dict().items())  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_a_dilated_network_says_between_the_positions_what_the_strided_one_says_at_them(stride):
+    """Without attention, whose windows have a number of tokens; LayerScale starts too small to see anything through."""
+    torch.manual_seed(0)
+    options = {"attention_mode": "none", "norms": ["batch"] * 4}
+    model, dilated = create("emov2_1m", **options).eval(), create("emov2_1m", output_stride=stride, **options).eval()
+    state = {key: torch.full_like(value, 0.5) if key.endswith("gamma") else value
+             for key, value in model.state_dict().items()}  # fmt: skip
+    x = torch.randn(1, 3, 128, 128)
+    for each in (model, dilated):
+        each.load_state_dict(state)
+    with torch.no_grad():
+        coarse, fine = model.forward_features(x), dilated.forward_features(x)
+    step = 32 // stride
+    assert fine.shape[-1] == step * coarse.shape[-1]
+    torch.testing.assert_close(fine[..., ::step, ::step], coarse, rtol=1e-4, atol=1e-5)

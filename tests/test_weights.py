@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import load_classifier, load_denoiser, save_classifier, save_denoiser
-from d_emo.latents import LatentDataset, VAECodec, encode, load_codec
+from d_emo.latents import LatentDataset, VAECodec, codec, encode, load_codec
 from d_emo.models import Denoiser, create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.sampling import Sampler
@@ -166,16 +168,40 @@ def test_of_a_repository_only_the_vae_is_fetched(tmp_path, monkeypatch):
                   "sdxl_vae.safetensors"]  # fmt: skip
     asked = []
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append((name, list(filter_repo_objects(repository, allow_patterns=allow_patterns))))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, name, timeout: name)
     tiny_vae().save_pretrained(tmp_path / "vae")
     codec = load_codec("nobody/pipeline")
     assert codec.name == "nobody/pipeline" and asked == [("nobody/pipeline", [
         "config.json", f"{STEM}.safetensors", "vae/config.json", f"vae/{STEM}.safetensors.index.fp16.json"
     ])]  # fmt: skip
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_quietly(tmp_path, monkeypatch, capfd, caplog, silent):
+    """Over a port that refuses, and one that takes the question and never answers."""
+    monkeypatch.setattr(codec, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        if silent:
+            port.listen()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(InputError, match="could not be fetched.*`vae` FOLDER; or use `vae` d-emo-f8 or `vae` pixe"):
+            load_codec("nobody/pipeline")
+        assert time.monotonic() - began < 2
+        if silent:
+            port.settimeout(0.1)
+            port.accept()[0].close()
+            with pytest.raises(TimeoutError):
+                port.accept()
+    assert capfd.readouterr() == ("", "") and not caplog.records
 
 
 # ---- VAEs ------------------------------------------------------------------------------------------------------------

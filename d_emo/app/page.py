@@ -1,10 +1,7 @@
 """A page to draw pictures on, by Gradio, which only the functions here import. Nothing of it needs the internet."""
 
-import base64
 import html
-import io
 import os
-import random
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +9,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 
 from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
 from d_emo.errors import InputError, fields_as
-from d_emo.sampling import SampleRequest
+from d_emo.sampling import SampleRequest, save_pngs
 from d_emo.text import plural
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
@@ -26,6 +23,12 @@ from d_emo.text import plural
 _STYLE = Path(__file__).with_name("page.css").read_text()
 _SHOW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({ behavior: 'smooth' }) }"
 """Where the results lie below the controls, goes down to them."""
+
+_QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""How events are handled that do not draw."""
+
+_GUIDANCES = [1, 2, 4, 8]
+"""Guidance scales that are drawn side by side."""
 
 
 def import_gradio() -> Any:
@@ -69,74 +72,93 @@ def build_page(studio: Studio, folder: Path) -> Any:
     """
     gr = import_gradio()
     visits, first = _Visits(gr, studio, folder), studio.defaults()
+    look = {"interactive": False, "object_fit": "contain", "buttons": ["download", "download_all", "fullscreen"]}
     with gr.Blocks(title="D-EMO", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_about(studio), elem_id="about")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                fields = _fields(gr, studio, first)
+        with gr.Row(elem_id="main"):
+            with gr.Column(min_width=320):
+                fields = _subject(gr, studio, first)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80, scale=2)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
-            with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(_status("The pictures will appear here."), elem_id="status")
-                pictures = gr.HTML(_Tiles(studio, first).html(), elem_id="pictures")
-                download = gr.DownloadButton("Download as PNG", interactive=False, elem_id="download")
+            with gr.Column(min_width=320, elem_id="results"):
+                status = gr.HTML(_status("The pictures will appear here. A click enlarges one."), elem_id="status")
+                with gr.Row():
+                    pictures = gr.Gallery(label="Pictures", elem_id="pictures", **look)
+                    kept = gr.Gallery(elem_id="kept", visible=False, **look)
+                with gr.Row():
+                    download = gr.DownloadButton("Download all", size="md", interactive=False, elem_id="download")
+                    keep = gr.Button("Keep to compare", size="md", elem_id="keep")
                 command = gr.Textbox(
-                    label="The same pictures from the command line", lines=2, interactive=False, buttons=["copy"],
-                    elem_id="command", placeholder="is written here when they are drawn",
+                    label="On the command line", lines=2, interactive=False, buttons=["copy"], elem_id="command"
                 )
+            with gr.Column(min_width=320):
+                fields |= _settings(gr, studio, first)
+        how = gr.State("")
 
         def begin(request: gr.Request) -> list[Any]:
             visits.begin(request.session_hash)
             return [gr.update(interactive=False), gr.update(interactive=True), _status("Waiting for its turn.")]
 
-        def run(classes, num_images, seed, scale, scheduler, steps, request: gr.Request) -> Iterator[list[Any]]:
+        def run(
+            classes, num_images, seed, scale, scheduler, steps, several, request: gr.Request
+        ) -> Iterator[list[Any]]:
+            scale = _GUIDANCES if several else scale
             yield from visits.run(request.session_hash, classes, num_images, seed, scale, scheduler, steps)
 
         def leave(request: gr.Request) -> None:
             visits.stop(request.session_hash)
 
-        def end() -> list[Any]:
-            return [gr.update(interactive=True), gr.update(interactive=False)]
+        def compare(shown: Any, how: str) -> Any:
+            return gr.update(value=shown, label=f"Kept: {how}", visible=True) if shown else gr.skip()
 
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        drawing = gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], js=_SHOW, **quick).then(
-            run, list(fields.values()), [status, pictures, download, command], show_progress="hidden",
+        asked = gr.on([draw.click, fields["seed"].submit], begin, None, [draw, stop, status], js=_SHOW, **_QUICK)
+        drawing = asked.then(
+            run, list(fields.values()), [status, pictures, download, command, how], show_progress="hidden",
             concurrency_limit=1, api_name="draw",
         )
-        drawing.success(end, None, [draw, stop], **quick)
-        drawing.failure(end, None, [draw, stop], **quick)
-        stop.click(leave, None, None, **quick)
+        for ended in (drawing.success, drawing.failure):  # a `then` would wait for success
+            ended(lambda: [gr.update(interactive=True), gr.update(interactive=False)], None, [draw, stop], **_QUICK)
+        stop.click(leave, None, None, **_QUICK)
+        keep.click(compare, [pictures, how], kept, **_QUICK)
         page.unload(leave)
     return page
 
 
-def _fields(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
-    """The controls, by the names and in the order of `Studio.read`."""
-    names, first = studio.snapshot.class_names, request.settings
-    fields = {"classes": gr.Dropdown(
-        [(f"{label}: {name}", label) for label, name in enumerate(names)], value=[0], multiselect=True, label="Class",
-        info=f"one or more of {len(names):,}; type a part of a name, or a number", elem_id="classes",
-        visible=len(names) > 1,
-    )}
-    fields["num_images"] = gr.Slider(
-        1, max(2, min(16, studio.settings.max_images)), first.num_images, step=1, elem_id="count",
-        label="Pictures of each class" if len(names) > 1 else "Pictures",
+def _subject(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
+    """The controls of what is drawn, by the names and in the order of `Studio.read`."""
+    names, most = studio.snapshot.class_names, max(2, min(16, studio.settings.max_images))
+    several = len(names) > 1
+    with gr.Row(visible=several):
+        classes = gr.Dropdown(
+            [(f"{label}: {name}", label) for label, name in enumerate(names)], value=[0], multiselect=True,
+            label=f"Class, one or more of {len(names):,}", elem_id="classes", min_width=200, scale=5, visible=several,
+        )
+        dice = gr.Button("Random", size="md", elem_id="random-class", min_width=80, scale=1)
+    dice.click(None, None, classes, js=f"() => [[Math.floor(Math.random() * {len(names)})]]", **_QUICK)
+    count = gr.Slider(
+        1, most, request.settings.num_images, step=1, elem_id="count",
+        label="Pictures of each class" if several else "Pictures",
     )
+    return {"classes": classes, "num_images": count}
+
+
+def _settings(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
+    """The other controls, in the order of `Studio.read`; the last tells whether guidances are drawn side by side."""
+    first, guided = request.settings, studio.snapshot.label_dropout > 0
     with gr.Row():
-        fields["seed"] = gr.Number(first.seed, label="Seed", elem_id="seed", min_width=160, scale=2)
-        dice = gr.Button("Random seed", size="md", elem_id="random", min_width=130, scale=1)
-    fields["guidance_scale"] = gr.Slider(
-        0, 10, first.guidance_scale[0], step=0.1, label="Guidance", elem_id="guidance",
-        info="how strongly the class is enforced; 1 is none", visible=studio.snapshot.label_dropout > 0,
+        seed = gr.Number(first.seed, label="Seed", elem_id="seed", min_width=200, scale=5)
+        dice = gr.Button("Random", size="md", elem_id="random-seed", min_width=80, scale=1)
+    dice.click(None, None, seed, js="() => Math.floor(Math.random() * 10000)", **_QUICK)
+    scale = gr.Slider(
+        0, 10, first.guidance_scale[0], step=0.1, label="Guidance (1 is none)", elem_id="guidance", visible=guided
     )
-    fields["scheduler"] = gr.Dropdown(studio.schedulers, value=first.scheduler, label="Scheduler", elem_id="scheduler")
-    fields["steps"] = gr.Slider(1, 250, first.steps, step=1, label="Steps", elem_id="steps")
-    dice.click(
-        lambda: random.randrange(2**31), None, fields["seed"], queue=False, show_progress="hidden",
-        api_visibility="private",
+    several = gr.Checkbox(
+        label=f"Guidance {', '.join(map(str, _GUIDANCES))} from the same noise", elem_id="guidances", visible=guided
     )
-    return fields
+    scheduler = gr.Dropdown(studio.schedulers, value=first.scheduler, label="Scheduler", elem_id="scheduler")
+    steps = gr.Slider(1, 250, first.steps, step=1, label="Steps", elem_id="steps")
+    return {"seed": seed, "guidance_scale": scale, "scheduler": scheduler, "steps": steps, "several": several}
 
 
 class _Visits:
@@ -154,75 +176,66 @@ class _Visits:
             self.stops[visit].set()
 
     def run(self, visit: str | None, *asked: Any) -> Iterator[list[Any]]:
-        """Values of status, pictures, download and command line, as long as there is news."""
+        """Values of status, pictures, download, command line and settings in words, as long as there is news."""
         gr, studio, stop = self.gr, self.studio, self.stops.setdefault(visit, Event())
+        same = gr.skip()
+
+        def tiles(images: list[Any]) -> Any:
+            return gr.update(value=list(zip(images, captions, strict=True)), label=how, columns=columns)
+
         try:
             request = studio.read(*asked)
-            tiles = _Tiles(studio, request)
-            yield [_status("Starting."), tiles.html(), gr.update(value=None, interactive=False), ""]
+            captions, how, count = _captions(request), _how(request), request.settings.num_images
+            columns = min(4, count if count > 1 else len(captions))
+            blank = np.full((*studio.sampler.image_size, 3), 224, np.uint8)
+            shown: list[torch.Tensor | None] = [None] * len(captions)
+            yield [_status("Starting."), tiles([blank] * len(shown)), gr.update(value=None, interactive=False), "", how]
             for view in studio.draw(request):
                 stopped = stop.is_set() and view.finished < len(view.images)
+                same_pictures = all(new is old for new, old in zip(view.images, shown, strict=True))
+                shown = view.images
+                arrays = [blank if image is None else image.permute(1, 2, 0).numpy() for image in shown]
                 status = _status(_progress(view, stopped=stopped), fraction=view.fraction)
-                yield [status, tiles.html() if tiles.take(view) else gr.skip(), gr.skip(), gr.skip()]
+                yield [status, same if same_pictures else tiles(arrays), same, same, same]
                 if stopped:
                     return
-            path = Path(tempfile.mkdtemp(dir=self.folder)) / Path(request.default_path).name
-            request.save(path, torch.stack(view.images))
-            file = gr.update(value=path, interactive=True)
-            yield [_finished(studio, view), gr.skip(), file, studio.command(request)]
+            grid, files = self.save(request, torch.stack(view.images))
+            download = gr.update(value=grid, interactive=True)
+            yield [_finished(studio, view), tiles(files), download, studio.command(request), how]
         except InputError as error:
             words = fields_as(str(error), lambda field: field.replace("_", " "))
             words = words[0].upper() + words[1:]
-            yield [_status(words, wrong=True), gr.skip(), gr.skip(), gr.skip()]
-            raise gr.Error(html.escape(words), print_exception=False) from None
+            yield [_status(words, wrong=True), same, same, same, same]
+            raise gr.Error(words, visible=False, print_exception=False) from None  # the page has said it
         finally:
             if self.stops.get(visit) is stop:
                 del self.stops[visit]
 
-
-class _Tiles:
-    """The pictures as HTML, a section for each class; each picture is encoded once."""
-
-    def __init__(self, studio: Studio, request: SampleRequest):
-        self.captions, self.columns, self.seeds = request.captions, request.settings.num_images, request.seeds
-        (self.height, self.width), self.finished = studio.sampler.image_size, 0
-        self.images: list[Any] = [None] * len(self.seeds)
-        self.sources = [""] * len(self.seeds)
-
-    def take(self, view: View) -> bool:
-        """Encode what is new: finished pictures without loss, the others small. Tells whether there was any."""
-        new = False
-        for index, image in enumerate(view.images):
-            if image is not self.images[index] or self.finished <= index < view.finished:
-                self.images[index], new = image, True
-                self.sources[index] = _data_url(image, "PNG" if index < view.finished else "JPEG")
-        self.finished = view.finished
-        return new
-
-    def html(self) -> str:
-        sections = []
-        small = " small" if self.width < 256 else ""
-        columns = f"grid-template-columns: repeat({min(4, self.columns)}, minmax(0, 256px))"
-        size = f'width="{self.width}" height="{self.height}"'
-        for row, caption in enumerate(self.captions):
-            cells = []
-            for index in range(row * self.columns, (row + 1) * self.columns):
-                name = html.escape(f"{caption}, seed {self.seeds[index]}")
-                cells.append(
-                    f'<img src="{self.sources[index]}" alt="{name}" title="{name}" {size} decoding="sync">'
-                    if self.sources[index] else f'<i style="aspect-ratio: {self.width} / {self.height}"></i>'
-                )
-            sections.append(
-                f'<section><h3>{html.escape(caption)}</h3><div class="tiles{small}" style="{columns}">'
-                f'{"".join(cells)}</div></section>'
-            )
-        return "".join(sections)
+    def save(self, request: SampleRequest, images: torch.Tensor) -> tuple[Path, list[Path]]:
+        """Write the grid and each picture; returns their paths. Shape: (N, 3, H, W) uint8."""
+        folder, scales = Path(tempfile.mkdtemp(dir=self.folder)), request.settings.guidance_scale
+        request.save(folder / Path(request.default_path).name, images)
+        files = []
+        for scale, drawn in zip(scales, images.chunk(len(scales)), strict=True):
+            made_by = {**request.made_by, "guidance_scale": scale}
+            files += save_pngs(drawn, folder / f"guidance-{scale:g}", request.labels, request.seeds, made_by)
+        return folder / Path(request.default_path).name, files
 
 
-def _data_url(image: torch.Tensor, kind: str) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(stream, format=kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _captions(request: SampleRequest) -> list[str]:
+    """Of each picture, in the order of the drawing."""
+    scales, names = request.settings.guidance_scale, request.snapshot.class_names
+    return [
+        f"{f'{label}: {names[label]}, ' * (len(names) > 1)}{f'guidance {scale:g}, ' * (len(scales) > 1)}seed {seed}"
+        for scale in scales for label, seed in zip(request.labels, request.seeds, strict=True)
+    ]
+
+
+def _how(request: SampleRequest) -> str:
+    """The settings in words."""
+    settings = request.settings
+    guidance = f", guidance {', '.join(f'{scale:g}' for scale in settings.guidance_scale)}"
+    return f"{settings.scheduler}, {plural(settings.steps, 'step')}{guidance * bool(request.snapshot.label_dropout)}"
 
 
 def _status(words: str, *, fraction: float = 0.0, wrong: bool = False) -> str:
@@ -249,8 +262,7 @@ def _about(studio: Studio) -> str:
     name = snapshot.meta.get("model", "denoiser")
     return (
         "# D-EMO\n\n"
-        "Pictures of a class, out of noise: latent diffusion as in DiT, with EMOv2's light i2RMB blocks.  \n"
-        f"This is {name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on "
+        f"{name}, {studio.parameters / 1e6:.1f} M parameters, {width} x {height} px, {classes}, on "
         f"{studio.sampler.device.type}.  \n"
         f"`{studio.path}`, step {snapshot.meta['step']:,}, {snapshot.meta.get('weights', 'ema')} weights."
     )

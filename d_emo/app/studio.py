@@ -71,14 +71,18 @@ class Studio:
     ) -> SampleRequest:
         """What a visitor asked for; None of guidance and scheduler takes the snapshot's default.
 
+        Args:
+            guidance_scale: One, or a list of several, which are drawn one after the other from the same noise.
+
         Raises:
             InputError: Something of it means nothing, or is too much.
         """
+        scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale] * (guidance_scale is not None)
         settings = SampleSettings(
             classes=[f"id:{name}" if isinstance(name, int) else str(name) for name in classes],
             checkpoint=str(self.snapshot.path), num_images=_whole("the number of pictures", num_images),
             seed=_whole("the seed", seed),
-            guidance_scale=[] if guidance_scale is None else [_number("the guidance", guidance_scale)],
+            guidance_scale=[_number("the guidance", scale) for scale in scales],
             scheduler=scheduler, steps=_whole("the number of steps", steps),
             mixed_precision=self.settings.mixed_precision,
         )
@@ -86,14 +90,11 @@ class Studio:
             raise InputError(f"the seed must be from 0 to {2**53 - 1}, not {settings.seed}")
         request = SampleRequest(settings, self.snapshot)
         self.sampler.replace(**request.how)  # refuses what cannot be drawn
-        found, count = request.classes, len(request.labels)
-        if len(set(found)) < len(found):
+        if len(set(request.classes)) < len(request.classes):
             raise InputError("the same class was chosen twice")
-        if count > self.settings.max_images:
-            raise InputError(
-                f"{len(found)} classes of {settings.num_images} pictures are {count}, more "
-                f"than the {self.settings.max_images} that are drawn at once; choose fewer"
-            )
+        count, most = len(request.labels) * len(request.settings.guidance_scale), self.settings.max_images
+        if count > most:
+            raise InputError(f"{count} pictures are more than the {most} that are drawn at once; choose fewer")
         return request
 
     def command(self, request: SampleRequest) -> str:
@@ -104,7 +105,7 @@ class Studio:
             words += ["--class", *(spell_class(label, self.snapshot.class_names) for label in request.classes)]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
         if self.snapshot.label_dropout:
-            words += ["--guidance-scale", f"{settings.guidance_scale[0]:g}"]
+            words += ["--guidance-scale", *(f"{scale:g}" for scale in settings.guidance_scale)]
         words += ["--scheduler", settings.scheduler, "--steps", settings.steps]
         if settings.mixed_precision != "no":
             words += ["--mixed-precision", settings.mixed_precision]
@@ -122,22 +123,23 @@ class Studio:
         Raises:
             InputError: The device has too little memory.
         """
-        images: list[torch.Tensor | None] = [None] * len(request.labels)
+        images: list[torch.Tensor | None] = [None] * len(request.labels) * len(request.settings.guidance_scale)
+        done = 0
         started, shown, previews = time.perf_counter(), float("-inf"), 0.0
         try:
             for step in request.draw(self.sampler.replace(**request.how)):
                 now, width = time.perf_counter(), len(step.latents)
-                part, due = slice(step.first, step.first + width), now - shown > _PAUSE
+                part, due = slice(done, done + width), now - shown > _PAUSE
                 preview = due and not step.is_last and previews < self.settings.preview_share * (now - started)
                 if step.is_last:
-                    images[part] = step.images
+                    images[part], done = step.images, part.stop
                 elif preview:
                     images[part] = to_uint8(decode(self.sampler.codec, step.latents)).cpu()
-                finished, made = (part.stop, 0) if step.is_last else (part.start, step.index + 1)
-                if due or finished == len(images):
+                made = 0 if step.is_last else step.index + 1
+                if due or done == len(images):
                     shown = time.perf_counter()
-                    fraction = (finished + width * made / step.steps) / len(images)
-                    yield View(list(images), finished, made, step.steps, fraction, shown - started)
+                    fraction = (done + width * made / step.steps) / len(images)
+                    yield View(list(images), done, made, step.steps, fraction, shown - started)
                     if preview:  # what is done with it takes its time from the drawing, too
                         previews += time.perf_counter() - now
         except torch.cuda.OutOfMemoryError:

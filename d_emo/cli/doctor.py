@@ -2,17 +2,24 @@
 
 from pathlib import Path
 
+from d_emo.cli.outputs import claimed_default
 from d_emo.config import DoctorSettings
 from d_emo.data import Reading, open_dataset, open_held_out
 from d_emo.device import best_device
 from d_emo.doctor import contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError, said
-from d_emo.files import free_path, replacing
+from d_emo.files import replacing
 from d_emo.latents import load_codec
 
 
 def run(settings: DoctorSettings) -> None:
-    """Do it.
+    """Do it."""
+    with claimed_default("doctor", settings, f"samples/{Path(settings.run_folder('doctor')).name}.png") as output:
+        look(settings, output)
+
+
+def look(settings: DoctorSettings, output: Path) -> None:
+    """Read the data set, write the contact sheet and print the table.
 
     Raises:
         InputError: Not one image can be read.
@@ -36,7 +43,6 @@ def run(settings: DoctorSettings) -> None:
     chosen, pixels = sheet_of(found)
     if codec is not None:
         lines += describe_latents(codec, pixels.to(best_device()))
-    output = Path(settings.output or free_path(f"samples/{Path(settings.run_folder('doctor')).name}.png"))
     with replacing(output) as temporary:
         contact_sheet(found, chosen, pixels).save(temporary, format="PNG")
     lines.append(("sheet", f"{output}  ({len(chosen)} images as training sees them)"))

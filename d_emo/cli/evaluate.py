@@ -1,6 +1,6 @@
 """``d-emo evaluate``."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from d_emo.config import EvaluateClassifierSettings
@@ -13,6 +13,8 @@ from d_emo.training.accuracy import measure_accuracy
 def run(settings: EvaluateClassifierSettings) -> None:
     """Measure the accuracy, print it and write it where asked."""
     classifier = open_classifier(settings.model, settings.weights)
+    if settings.data_dir is settings.dataset is None:
+        settings = replace(settings, data_dir=classifier.validate_dir)
     images = open_images(settings, classifier)
     device = best_device()
     accuracy = measure_accuracy(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from d_emo.cli.outputs import claimed_default
 from d_emo.config import ExplainSettings
 from d_emo.data import Reading, load_image
 from d_emo.errors import InputError
 from d_emo.explain import explain
-from d_emo.files import free_path
 from d_emo.io.classifier import open_classifier
 
 
@@ -28,8 +28,8 @@ def run(settings: ExplainSettings) -> None:
     if not 0 <= label < len(shares):
         raise InputError(f"`label` must be from 0 to {len(shares) - 1}, not {label}")
     name = f"class {label}" if classifier.class_names is None else classifier.class_names[label]
-    folder = Path(settings.output or free_path(f"samples/explain-{Path(settings.image).stem}"))
-    for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):
-        print(f"picture  {path}")
+    with claimed_default("explain", settings, f"samples/explain-{Path(settings.image).stem}") as folder:
+        for path in explain(network, classifier.emo, image, label, name, folder, stage=settings.stage):
+            print(f"picture  {path}")
     print(f"class    {name} ({shares[label]:.1%} likely by {classifier.name})")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d_emo.claims import claimed, is_first_rank
-from d_emo.errors import InputError
+from d_emo.errors import InputError, said
 from d_emo.files import digest, free_path, is_free
 
 _GONE_ON_WITH = ("run", "part")
@@ -25,17 +25,34 @@ def claimed_outputs(verb: str, settings: Any) -> Iterator[Any]:
     Raises:
         InputError: Another process writes there, or something lies there that is not to be overwritten.
     """
-    outputs = (each for each in fields(settings) if each.metadata.get("output"))
+    outputs = (each for each in fields(settings) if each.metadata.get("output") not in (None, "shared"))
     named = [each for each in outputs if getattr(settings, each.name) is not None]
     named.sort(key=lambda each: each.metadata["output"] in _GONE_ON_WITH)  # the others are let go last: all is done
     with ExitStack() as stack:
         for each in named if is_first_rank() else ():
-            settings = _claim(stack, verb, settings, each)
+            settings = _claim(stack, verb, settings, each, each.default)
         yield settings
 
 
-def _claim(stack: ExitStack, verb: str, settings: Any, each: Field) -> Any:
-    """Claim one path for as long as the stack lives; returns the settings with what follows."""
+@contextmanager
+def claimed_default(verb: str, settings: Any, default: str) -> Iterator[Path]:
+    """The path of the setting ``output``; where it is not given, ``default``, claimed, and numbered if it is taken.
+
+    Raises:
+        InputError: Another process writes to the default.
+    """
+    output = next(each for each in fields(settings) if each.name == "output")
+    with ExitStack() as stack:
+        if settings.output is None:
+            settings = _claim(stack, verb, replace(settings, output=default), output, default)
+        yield Path(settings.output)
+
+
+def _claim(stack: ExitStack, verb: str, settings: Any, each: Field, default: Any) -> Any:
+    """Claim one path for as long as the stack lives; returns the settings with what follows.
+
+    The default path is numbered if it is taken. Where the same command has ended before, this one does, and says so.
+    """
     kind, path = each.metadata["output"], Path(getattr(settings, each.name))
     if kind in ("part", "file") and not path.parent.is_dir():
         raise InputError(f"`{each.name}` {path} cannot be written: the folder {path.parent} does not exist")
@@ -59,9 +76,13 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field) -> Any:
             claimed(path, folder=kind in ("run", "folder"), settings=mark, accept=accept, is_written=written)
         )
     except FileExistsError:
-        if str(path) != each.default:
+        if settings.is_made(path):
+            print(said(f"{path} is complete, made with these settings; `overwrite` makes it anew"))
+            raise SystemExit(0) from None
+        if str(path) != default:
             raise InputError(
                 f"`{each.name}` {path} exists and is not overwritten; name another, or give `overwrite`"
             ) from None
-        return _claim(stack, verb, replace(settings, **{each.name: str(free_path(path))}), each)
+        free = str(free_path(path))
+        return _claim(stack, verb, replace(settings, **{each.name: free}), each, free)
     return replace(settings, overwrite=True) if cut_off else settings

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from d_emo.config import PUBLISHED_COUNT, ReferenceSettings
-from d_emo.data import Reading, open_dataset, to_uint8
+from d_emo.config import PUBLISHED_COUNT, ReferenceSettings, folder_of, is_folder
+from d_emo.data import Reading, list_folders, open_dataset, to_uint8
 from d_emo.device import best_device
 from d_emo.evaluation import check_output, create_extractor, write_reference
 from d_emo.evaluation.npz import choose_evenly
@@ -17,9 +17,11 @@ def run(settings: ReferenceSettings) -> None:
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
     built_in = None if settings.data_dir else settings.num_images or PUBLISHED_COUNT
+    folder = settings.data_dir and is_folder(settings.data_dir) and folder_of(settings.data_dir)
     dataset = open_dataset(
         dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size, split=settings.split,
         num_images=built_in, skip_corrupt=settings.skip_corrupt, reading=Reading.of(settings),
+        one_class=bool(folder) and not list_folders(folder),  # it has no classes, which nobody asks for here
     )  # fmt: skip
     chosen = choose_evenly(len(dataset), settings.num_images, settings.data_dir or f"the data set {settings.dataset}")
     device = best_device()

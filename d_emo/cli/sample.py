@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from d_emo.cli.outputs import claimed_default
 from d_emo.config import SampleSettings
-from d_emo.files import free_path
 from d_emo.io.snapshot import load_denoiser, newest_denoiser
 from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, Trajectory
 from d_emo.sampling.classes import spell_class
@@ -18,7 +18,13 @@ def run(settings: SampleSettings) -> None:
     """Draw, write the files and say what was drawn."""
     snapshot = load_denoiser(settings.checkpoint or newest_denoiser())
     request = SampleRequest(settings, snapshot)
-    settings, output = request.settings, Path(settings.output or free_path(request.default_path))
+    with claimed_default("sample", request.settings, request.default_path) as output:
+        draw(request, output)
+
+
+def draw(request: SampleRequest, output: Path) -> None:
+    """What `run` does once its output is claimed."""
+    settings, snapshot = request.settings, request.snapshot
     dtype = PRECISIONS[settings.mixed_precision]
     sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile)
     steps, count = len(sampler.scheduler.timesteps), len(settings.guidance_scale) * len(request.labels)

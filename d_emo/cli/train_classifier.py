@@ -1,6 +1,7 @@
 """``d-emo train-classifier``."""
 
 from d_emo.config import ClassifierSettings
+from d_emo.errors import said
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier
 from d_emo.training import fit
@@ -14,7 +15,10 @@ def run(settings: ClassifierSettings) -> None:
     snapshot = fit(ClassifierTask(settings), settings)
     if snapshot is not None:
         print(f"snapshot  {snapshot}")
-        for weights, measured in load_classifier(snapshot).meta.get("accuracy", {}).items():
+        accuracies = load_classifier(snapshot).meta.get("accuracy", {})
+        if not accuracies:
+            print(said("accuracy  not measured: there are no held-out images; name some with `validate_dir`"))
+        for weights, measured in accuracies.items():
             print(f"accuracy  {Accuracy(**measured)} held out ({weights} weights)")
         if settings.push_to_hub:
             print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from d_emo.tables import Reference, Table, load
+from d_emo.threads import spare_neighbours
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def importing() -> Iterator[None]:
         print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
     for name in ("scipy.stats", "scipy.integrate"):  # diffusers' schedulers import them for kinds that are none of ours
         defer(name)
+    spare_neighbours()
     gc.disable()  # a tenth of the time, for the little garbage that there is
     try:
         yield
@@ -96,6 +98,10 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
     Verb(
         "train-classifier", "train_classifier", "Train", "d_emo.config:ClassifierSettings",
         "Train an EMOv1 or EMOv2 classifier on an image folder or a built-in data set.",
+    ),
+    Verb(
+        "train-segmenter", "train_segmenter", "Train", "d_emo.config:SegmenterSettings",
+        "Train a segmenter (DeepLabV3, PSPNet, Semantic FPN, SegFormer on an EMO) on PNG masks or built-in scenes.",
     ),
     Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",

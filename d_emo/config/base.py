@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import yaml
 
 from d_emo.config.paths import Source, check_config, check_output, check_source, check_text
-from d_emo.config.ranges import Colour, ColourName, Range
+from d_emo.config.ranges import Colour, ColourName, Range, TrainedPart
 from d_emo.errors import InputError, RunError, in_words_of, of_the_system, said
 from d_emo.files import write_file
 
@@ -26,7 +26,7 @@ S = TypeVar("S", bound="Settings")
 def setting(
     default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None, *,
     group: str | None = None, choices: Mapping[str, Any] | None = None, source: Source = False,
-    resumable: bool = False, decisive: bool | None = None, output: str | None = None,
+    resumable: bool = False, decisive: bool | None = None, output: str | None = None, aliases: Sequence[str] = (),
 ) -> Any:
     """A field of a settings class.
 
@@ -42,10 +42,12 @@ def setting(
         decisive: Whether it may change a run's result. Default: unless it is resumable.
         output: Of a path that is written, what it is: a "folder" or "file" that must not be there yet; a "picture",
             a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes
-            on with, or a "part" of one.
+            on with, or a "part" of one; a folder "shared" by processes that see to it themselves.
+        aliases: Other flags that mean it.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
-                "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output}
+                "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output,
+                "aliases": aliases}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -86,6 +88,10 @@ class Settings:
     def files_of(self, output: Path) -> list[Path]:
         """What is written for one of its outputs."""
         return [output]
+
+    def is_made(self, output: Path) -> bool:
+        """Whether one of its outputs is whole, and says that it was made with these settings."""
+        return False
 
     def to_record(self) -> dict[str, Any]:
         """The settings as they are written down: without the one that says what may be overwritten."""
@@ -155,7 +161,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     arguments, origin = get_args(hint), get_origin(hint)
     if origin is Annotated:
         for limits in arguments[1:]:
-            if isinstance(limits, Range | ColourName):
+            if isinstance(limits, Range | ColourName | TrainedPart):
                 limits.check(name, value, arguments[0])
     elif origin in (Union, UnionType):
         if value is None and NoneType in arguments:
@@ -265,7 +271,7 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
             options.pop("required", None)
             action = group.add_argument(each.name, metavar=flag, **options)
         else:
-            action = group.add_argument(flag, dest=each.name, **options)
+            action = group.add_argument(flag, *each.metadata.get("aliases", ()), dest=each.name, **options)
         if switch and each.default is not False:
             group.add_argument(flag.replace("--", "--no-", 1), dest=each.name, action="store_const", const=False,
                                default=SUPPRESS, help=f"the same as {flag} false")

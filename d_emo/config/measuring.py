@@ -42,7 +42,8 @@ class EvaluateClassifierSettings(ReadingSettings):
         "ema", "of a snapshot: the averaged weights (EMA), or the raw ones that the training state of its step keeps"
     )
     data_dir: str | None = setting(
-        None, "folder with one sub-folder of images per class. Default: a built-in data set", group="Data", source=True
+        None, "folder with one sub-folder of images per class. Default: the folder that the snapshot's run was "
+        "validated on, or a built-in data set", group="Data", source=True
     )
     dataset: str | None = setting(
         None, "held-out images of a built-in data set. Default: that of the snapshot", choices=DATASETS

@@ -64,7 +64,7 @@ def check_output(name: str, path: str, kind: str) -> None:
     if long := [part for part in Path(path).parts if len(os.fsencode(part)) > LONGEST_NAME]:
         raise InputError(f"`{name}` {_shown(path)} cannot be written: {_shown(long[0])} is too long for a name")
     target = place = Path(path)
-    wanted = {"folder": "a folder", "run": "a folder"}.get(kind, "a file")
+    wanted = "a folder" if kind in ("folder", "run", "shared") else "a file"
     try:
         if (mode := _mode(target)) is not None:
             found = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "neither file nor folder"

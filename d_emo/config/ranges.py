@@ -1,6 +1,7 @@
 """Types of values in settings, each with its range, which `Settings` checks."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -47,6 +48,15 @@ class ColourName:
             raise InputError(f"`{name}` must be a colour such as white or '#ff8000', not {value}") from None
 
 
+class TrainedPart:
+    """Which weights are trained: all, head or lora:RANK."""
+
+    def check(self, name: str, value: Any, kind: type) -> None:
+        """Raise InputError for a value that is none of them."""
+        if value not in ("all", "head") and not re.fullmatch(r"lora:[1-9]\d{0,3}", str(value)):
+            raise InputError(f"`{name}` must be all, head or lora:RANK such as lora:16, not {value}")
+
+
 LARGE, LARGEST_SEED = 10**9, 2**62
 
 Count = Annotated[int, Range(1, 10**12)]
@@ -72,3 +82,4 @@ Threads = Annotated[int, Range(1, 4096)]
 Port = Annotated[int, Range(1, 65535)]
 Stage = Annotated[int, Range(1, 4)]
 Colour = Annotated[str, ColourName()]
+Trained = Annotated[str, TrainedPart()]

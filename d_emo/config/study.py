@@ -18,9 +18,11 @@ class StudySettings(Settings):
 
     title: str = setting(help="heading of the report", group="Study")
     output_dir: str = setting(
-        help="folder of the study's latents and runs; what is complete there is reused", output="run"
+        help="folder of the study's latents and runs; what is complete there is reused", output="shared"
     )
-    report_dir: str = setting(help="folder of the report: report.md, CSV files, plots and sample grids", output="run")
+    report_dir: str = setting(
+        help="folder of the report: report.md, CSV files, plots and sample grids", output="shared"
+    )
     encode: dict[str, Any] | None = setting(
         None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
         group="Training",

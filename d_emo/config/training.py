@@ -1,4 +1,4 @@
-"""Settings of what trains and of what prepares training data."""
+"""Settings of training runs and of their data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d_emo.config.base import ReadingSettings, Settings, overwrite_setting, setting
+from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.ranges import (
     BelowOne,
@@ -28,35 +29,6 @@ from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAESettings(Settings):
-    """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
-
-    output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if "
-        "it exists", group="Run", output="folder"
-    )
-    overwrite: bool = overwrite_setting()
-    image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
-    block_out_channels: list[Count] = setting(
-        [24, 48, 96, 128], "channels from full to eighth resolution", group="Model"
-    )
-    max_steps: Count = setting(6000, "optimizer steps", group="Run")
-    batch_size: Count = setting(16, "images per step", group="Optimisation")
-    digits_share: Fraction = setting(0.25, "fraction of digits in a batch; the rest is Shapes-1000", group="Data")
-    learning_rate: Positive = setting(
-        1e-3, "peak learning rate of the one-cycle (warm-up, then cosine) schedule", group="Optimisation"
-    )
-    kl_weight: NotNegative = setting(1e-4, "weight of the mean Kullback-Leibler term per latent value")
-    seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise", group="Run")
-
-    def check(self) -> None:
-        if not self.block_out_channels or any(width % 8 or width > 2**16 for width in self.block_out_channels):
-            raise InputError(
-                f"`block_out_channels` must be multiples of 8, for the group norms, not {self.block_out_channels}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
     """What every training run has in common: the loop of ``d_emo.training.loop.fit``."""
 
@@ -64,7 +36,12 @@ class RunSettings(Settings):
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<model>-<data>-<size>",
         resumable=True, group="Run", output="run"
     )
-    max_steps: Count = setting(400_000, "optimizer steps of the whole run", resumable=True, decisive=True)
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 400,000", resumable=True, decisive=True
+    )
+    epochs: Positive | None = setting(
+        None, "passes over the data, instead of --max-steps", resumable=True, decisive=True
+    )
     max_minutes: Positive | None = setting(
         None, "save and stop after this many minutes; re-run the same command to resume", resumable=True
     )
@@ -73,10 +50,12 @@ class RunSettings(Settings):
         None, "images that a process takes at once; gradients accumulate. Default: 8 on a CPU, all on a GPU",
         resumable=True, decisive=True
     )
-    learning_rate: Positive = setting(1e-4, "peak learning rate of AdamW")
+    learning_rate: Positive = setting(1e-4, "peak learning rate of AdamW", aliases=["--lr"])
     weight_decay: NotNegative = setting(0.0, "AdamW weight decay, on matrices and convolutions only")
     warmup_steps: Whole = setting(0, "steps of linear warm-up")
-    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
+        "constant", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
+    )
     grad_clip: Positive | None = setting(None, "largest gradient norm; none by default, as DiT")
     nan: Literal["stop", "skip"] = setting(
         "stop", "what to do when a loss or gradient is not finite: stop before the update, or skip the step (and stop "
@@ -116,6 +95,22 @@ class RunSettings(Settings):
         None, "OWNER/NAME on the Hugging Face hub: push the last snapshot there when the run is complete. A new "
         "repository is private; log in with `hf auth login` first", resumable=True
     )
+
+    def steps(self, images: int | None, default: int) -> int | None:
+        """``max_steps``, or what ``epochs`` passes over so many images are; None where these are not known yet.
+
+        Raises:
+            InputError: They contradict each other.
+        """
+        if self.epochs is None or images is None:
+            return self.max_steps or (default if self.epochs is None else None)
+        steps = max(1, round(self.epochs * images / self.batch_size))
+        if self.max_steps not in (None, steps):
+            raise InputError(
+                f"`epochs` {self.epochs:g} over {images:,} images are {steps:,} steps, but `max_steps` is "
+                f"{self.max_steps:,}; give one of them (and the other as null, where a configuration says it)"
+            )
+        return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +157,11 @@ class HeldOutSettings(DataSettings):
             raise InputError(
                 f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out some of their own"
             )
+        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(HeldOutSettings, RunSettings):
+class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
     exif: bool | None = setting(
@@ -175,7 +171,7 @@ class TrainSettings(HeldOutSettings, RunSettings):
     background: Colour | None = setting(
         None, "colour behind what is transparent, a name or '#rrggbb'. Default: white, or as --latents were made"
     )
-    model: str = setting("D-EMOv2-S-2", "a name of list_models()", group="Model")
+    model: str | None = setting(None, "a name of list_models(). Default: D-EMOv2-S-2", group="Model")
     model_options: dict[str, Any] | None = setting(None, "changes to the named model, e.g. '{depth: 6}'")
     image_size: ImageSide | None = setting(
         None, "side of the (centre-cropped) images in pixels. Default: 256, or that of --latents"
@@ -195,16 +191,14 @@ class TrainSettings(HeldOutSettings, RunSettings):
         "straight path from data to noise, as SiT. Default: flow for SiT models, else eps",
         group="Objective", choices=OBJECTIVES
     )
-    timestep_sampling: Literal["uniform", "logit-normal"] = setting(
-        "uniform", "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of "
-        "t / T is normal, so that medium noise levels come more often and short runs learn shapes sooner"
+    timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(
+        None, "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of t / T "
+        "is normal, so that medium noise levels come more often and short runs learn shapes sooner. Default: uniform"
     )
-    logit_mean: Real = setting(0.0, "of logit-normal: mean of the logit; negative means less noise")
-    logit_std: Positive = setting(1.0, "of logit-normal: standard deviation of the logit")
-    init_from: str | None = setting(
-        None, "fine-tune: start from this snapshot's weights. Classes and image size may differ, nothing else may",
-        source=True
+    logit_mean: Real | None = setting(
+        None, "of logit-normal: mean of the logit; negative means less noise. Default: 0"
     )
+    logit_std: Positive | None = setting(None, "of logit-normal: standard deviation of the logit. Default: 1")
     unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: Fraction = setting(
         0.1, "fraction of labels replaced by the null class, for classifier-free guidance"
@@ -235,7 +229,7 @@ class TrainSettings(HeldOutSettings, RunSettings):
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
         super().check()
-        family = family_of(self.model)
+        family = self.model and family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
         if family is not first and self.objective not in (None, family.objective):
             raise InputError(
@@ -247,68 +241,61 @@ class TrainSettings(HeldOutSettings, RunSettings):
         """Fill in what is left open: ``vae`` and ``image_size`` by the facts of the data, all else by the others.
 
         Args:
-            facts: "vae" and "image_size" of the data, once they are open, and "exif", "background" and "flip".
+            facts: "vae" and "image_size" of the data, once they are open, "images", how many there are, and "exif",
+                "background" and "flip".
         """
-        family = family_of(self.model)
+        self = self.settled()
+        model = self.model or "D-EMOv2-S-2"
+        family = family_of(model)
         objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
         dropout = 0.0 if self.unconditional else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
         return replace(
-            self, output_dir=self.output_dir or replace(self, image_size=size).run_folder(self.model), image_size=size,
+            self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 400_000),
+            output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
+            timestep_sampling=self.timestep_sampling or "uniform",
+            logit_mean=0.0 if self.logit_mean is None else self.logit_mean, logit_std=self.logit_std or 1.0,
             **{name: facts.get(name) for name in left_open},
             vae=self.vae or facts.get("vae"), objective=self.objective or objective, label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
 
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeSettings(DataSettings):
-    """Settings of ``scripts/encode_latents.py``."""
-
-    output: str = setting(
-        help="folder for the shards and their index; an unfinished one is resumed", group="Output", output="run"
-    )
-    shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
-    vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
-        "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents",
-        source="or a name"
-    )
-    dtype: Literal["float16", "bfloat16", "float32"] = setting(
-        "float16", "type of the stored means and standard deviations"
-    )
-    batch_size: Count = setting(64, "images that a process encodes at once", group="Machine")
-    num_workers: Workers | None = setting(
-        None, "data loading processes per rank. Default: 0 on a CPU, up to 8 on a GPU"
-    )
-
+    def taken(self, there: dict[str, Any]) -> list[str]:
+        names = ["vae", "image_size"] if self.latents is None else []  # what is encoded has its own
+        if self.same_model(there):
+            names += ["model", "objective"]
+            if self.objective in (None, there.get("objective")):
+                shape = ["logit_mean", "logit_std"] if there.get("timestep_sampling") == "logit-normal" else []
+                names += ["timestep_sampling", *shape]
+        return names
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(HeldOutSettings, RunSettings):
+class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(
         None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
         "that has both train and val", resumable=True, source=True, group="Data"
     )
-    model: str = setting("emov2_1m", "a classifier name of list_models()", group="Model")
+    model: str | None = setting(None, "a classifier name of list_models(). Default: emov2_1m", group="Model")
     model_options: dict[str, Any] | None = setting(
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
-    image_size: ClassifierSide = setting(224, "side of the images in pixels")
+    image_size: ClassifierSide | None = setting(None, "side of the images in pixels. Default: 224")
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
-    learning_rate: Positive = setting(6e-3, "peak learning rate of AdamW")
+    learning_rate: Positive = setting(6e-3, "peak learning rate of AdamW", aliases=["--lr"])
     weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
-    schedule: Literal["constant", "cosine"] = setting("cosine", "learning rate after the warm-up")
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting("cosine", "learning rate after the warm-up")
     epochs: Positive | None = setting(
-        None, "passes over the data; sets --max-steps, and --warmup-steps by warmup_epochs"
+        None, "passes over the data, instead of --max-steps; sets --warmup-steps by --warmup-epochs",
+        resumable=True, decisive=True
     )
     warmup_epochs: NotNegative = setting(20, "with --epochs: passes of linear warm-up, at most a tenth of them all")
     warmup_steps: Whole = setting(12_511, "steps of linear warm-up; 20 epochs of ImageNet")
-    max_steps: Count = setting(
-        187_670, "optimizer steps of the whole run; 300 epochs of ImageNet", resumable=True, decisive=True
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 187,670, 300 epochs of ImageNet", resumable=True,
+        decisive=True
     )
     snapshot_every: Count = setting(
         12_511, "steps between snapshots, each with its accuracy; the last step has one", resumable=True
@@ -357,15 +344,16 @@ class ClassifierSettings(HeldOutSettings, RunSettings):
             facts: "images", how many there are to train on, and "flip" of them; "validate_dir", where the data bring
                 held-out ones.
         """
-        folder = self.data_dir is not None and is_folder(self.data_dir)
-        steps = {}
+        self = self.settled()
+        folder, model = self.data_dir is not None and is_folder(self.data_dir), self.model or "emov2_1m"
+        size = self.image_size or 224
+        warmup = self.warmup_steps
         if self.epochs is not None and "images" in facts:
-            per_epoch = facts["images"] / self.batch_size
-            steps["max_steps"] = max(1, round(self.epochs * per_epoch))
-            steps["warmup_steps"] = round(min(self.warmup_epochs, self.epochs / 10) * per_epoch)
+            warmup = round(min(self.warmup_epochs, self.epochs / 10) * facts["images"] / self.batch_size)
         return replace(
-            self, output_dir=self.output_dir or self.run_folder(self.model),
+            self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 187_670), warmup_steps=warmup,
+            output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
-            flip=facts.get("flip") if self.flip is None else self.flip, **steps,
+            flip=facts.get("flip") if self.flip is None else self.flip,
         )

@@ -118,5 +118,5 @@ class StoredImages(ClassImages):
                     raise InputError(f"{error}; `skip_corrupt` passes over such images") from None
                 if not self.skipped[at]:
                     self.skipped[at] = True
-                    print(f"skipped {self.origin(at)} ({int(self.skipped.sum())} so far)", file=sys.stderr, flush=True)
+                    print(f"skipped ({int(self.skipped.sum())} so far): {error}", file=sys.stderr, flush=True)
         raise InputError("none of the images could be read")

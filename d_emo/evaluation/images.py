@@ -1,6 +1,7 @@
 """Where stored images to be measured come from: folders, zips and ``.npz`` files."""
 
 import io
+import shlex
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d_emo.data import is_clutter, list_files
+from d_emo.data import centre_crop, is_clutter, list_files
 from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, naming, no_images
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
@@ -24,9 +25,16 @@ class FolderImages:
 
     The headers of all files are read first, so that a wrong file is named before any network has run.
 
+    Args:
+        folder: The folder.
+        num_images: How many of them. Default: all.
+        reading: How they become RGB.
+        any_size: Take images of several sizes too, which then wait for `crop_to`.
+
     Attributes:
         name: Path, for messages.
         image_size: (width, height) in pixels.
+        mixed: Whether they are of several sizes.
         num_images: How many there are.
         num_jpegs: How many of them are stored as JPEG.
         left_out: A sentence on the files beside them that are no images, if there are some.
@@ -35,8 +43,11 @@ class FolderImages:
         InputError: No such folder, too few images in it, images of several sizes, or a file that is no image.
     """
 
-    def __init__(self, folder: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED):
-        self.name, self.reading, folder = str(folder), reading, Path(folder)
+    def __init__(
+        self, folder: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED,
+        any_size: bool = False,
+    ):  # fmt: skip
+        self.name, self.reading, self.any_size, folder = str(folder), reading, any_size, Path(folder)
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist")
         self._choose(list_files(folder), num_images, f"the folder {folder}")
@@ -50,14 +61,27 @@ class FolderImages:
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
-        self.image_size = self._read_size(self.files[0])
+        self.image_size, self.mixed = self._read_size(self.files[0]), False
         for path in self.files[1:]:
             size = self._read_size(path)
-            if size != self.image_size:
+            self.mixed = self.mixed or size != self.image_size
+            if self.mixed and not self.any_size:
                 raise InputError(
-                    f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; "
-                    "bring all images of a set to one size, as in training"
+                    f"{self.files[0]} is {as_text(self.image_size)} px but {path} is {as_text(size)} px; bring all to "
+                    f"one size, as in training: {cropping(self.name, min(*size, *self.image_size))} makes a file of "
+                    "them that can be given instead"
                 )
+
+    def crop_to(self, size: tuple[int, int]) -> None:
+        """Crop images of several sizes as training does; those of one size stay as they are.
+
+        Raises:
+            InputError: The size, (width, height), is no square.
+        """
+        if self.mixed and size[0] != size[1]:
+            raise InputError(f"the images of {self.name} are of several sizes and cannot be cropped to {as_text(size)} "
+                             "px, which is no square; bring them to that size first")
+        self.image_size = size if self.mixed else self.image_size
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """Yield the images, decoding one batch ahead of the network. Shape: (B, 3, H, W) uint8.
@@ -82,7 +106,8 @@ class FolderImages:
 
     def _read_image(self, path: Path) -> torch.Tensor:
         """Decode one file. Shape: (3, H, W) uint8."""
-        pixels = np.array(self.reading.read(self._source(path), lambda: str(path)))
+        image = self.reading.read(self._source(path), lambda: str(path))
+        pixels = np.array(centre_crop(image, self.image_size[0]) if self.mixed else image)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -93,8 +118,10 @@ class ZipImages(FolderImages):
         InputError: Not an intact zip, or as for folders.
     """
 
-    def __init__(self, path: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED):
-        self.name, self.reading = str(path), reading
+    def __init__(
+        self, path: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED, any_size: bool = False
+    ):
+        self.name, self.reading, self.any_size = str(path), reading, any_size
         try:
             self._archive = zipfile.ZipFile(path)
         except Exception as error:
@@ -115,9 +142,11 @@ ImageSource = FolderImages | NpzImages
 
 
 def open_images(
-    source: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED
+    source: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED, any_size: bool = False
 ) -> ImageSource:
     """Open a folder, a zip or an ``.npz`` file; of ``num_images``, so many, spread evenly over its order.
+
+    With ``any_size``, images of several sizes are not refused, but wait for `FolderImages.crop_to`.
 
     Raises:
         InputError: None of these, or see the classes of this module.
@@ -128,8 +157,15 @@ def open_images(
     if path.is_file():
         if path.suffix.lower() != ".zip":
             raise InputError(f"{path} is neither a folder of images nor a .zip or .npz file")
-        return ZipImages(path, num_images=num_images, reading=reading)
-    return FolderImages(path, num_images=num_images, reading=reading)
+        return ZipImages(path, num_images=num_images, reading=reading, any_size=any_size)
+    return FolderImages(path, num_images=num_images, reading=reading, any_size=any_size)
+
+
+def cropping(name: str, side: int) -> str:
+    """The command that makes a reference of a folder's images, cropped as in training."""
+    command = ["python", "scripts/make_reference.py", "--data-dir", name, "--image-size", str(max(side, 8)),
+               "--output", f"{Path(name).resolve().name}.npz"]  # fmt: skip
+    return f"`{shlex.join(command)}`"
 
 
 def as_text(size: tuple[int, int]) -> str:

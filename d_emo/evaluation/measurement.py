@@ -26,7 +26,7 @@ from d_emo.evaluation.feature_shards import (
     read_provenance,
 )
 from d_emo.evaluation.features import create_extractor
-from d_emo.evaluation.images import ImageSource, as_text, open_images
+from d_emo.evaluation.images import ImageSource, as_text, cropping, open_images
 from d_emo.evaluation.metrics import Gathered, check_count
 from d_emo.evaluation.npz import is_intact, read_text
 from d_emo.evaluation.reference import Reference
@@ -83,7 +83,7 @@ class Measurement:
             InputError: The images cannot be used, or see the class.
         """
         images = open_images(samples, num_images=num_images, reading=self._reading)
-        self._prepare(images.num_images)
+        self._prepare(images.num_images, images.image_size)
         with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
             sampled = self._gathered(images.num_images, Path(folder))
             sampled.update_all(self._run(images))
@@ -116,7 +116,7 @@ class Measurement:
         Raises:
             InputError: As of the class; or a folder holds something else.
         """
-        self._prepare(num_images)
+        self._prepare(num_images, image_size)
         identity = {**identity, "sampling": sampling, "features": self.extractor.name}
         own = digest_of_settings({**identity, "features": None, "num_images": num_images})
         if save_npz is not None and is_own(Path(save_npz), own, overwrite=self._overwrite):
@@ -159,9 +159,10 @@ class Measurement:
             sampled = self._gathered(num_images, Path(rows)).update_all(shards.read(self._device))
             return self._finish(sampled, Path(rows), name, sampling, self._warnings(num_images, image_size), speed)
 
-    def _prepare(self, num_images: int) -> None:
+    def _prepare(self, num_images: int, image_size: tuple[int, int]) -> None:
         """Open the network; refuse what a look at the numbers of images and of features is enough for."""
         check_count(self._metrics, num_images)
+        self._cropped = self._reference and self._reference.crop_to(image_size)
         self.extractor = create_extractor(
             self._features, inception_weights=self._inception_weights, device=self._device
         )
@@ -205,6 +206,7 @@ class Measurement:
             reference=reference and reference.name,
             sampling=sampling,
             images_per_second=speed,
+            reference_cropped=self._cropped,
             warnings=tuple(warnings),
         )
         if self._output is not None:
@@ -222,6 +224,8 @@ class Measurement:
             )
         if left_out:
             yield f"of the samples, {left_out}"
+        if reference is not None and reference.left_out:
+            yield f"of the reference, {reference.left_out}"
         if num_jpegs:
             yield (
                 f"{num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
@@ -230,10 +234,17 @@ class Measurement:
         if reference is not None and image_size != reference.image_size:
             yield (
                 f"the samples are {as_text(image_size)} px and the reference {as_text(reference.image_size)} "
-                "px; the resizing enters the FID"
+                "px; the resizing enters the FID" + self._remedy(image_size)
             )
         if not self.extractor.published:
             yield "these are not the published Inception weights; the FID compares with no published one"
+
+
+    def _remedy(self, size: tuple[int, int]) -> str:
+        """What crops a folder of real images to the size of the samples, as a part of a sentence."""
+        if size[0] != size[1] or not Path(self._reference.name).is_dir():
+            return ""
+        return f"; {cropping(self._reference.name, size[0])} crops the reference as in training"
 
 
 def measure(samples: str | Path, reference: str | Path | None, *, num_images: int | None = None, **options) -> Result:

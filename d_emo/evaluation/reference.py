@@ -68,15 +68,28 @@ class Reference:
                 f"{features}; write another with scripts/make_reference.py"
             )
         from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
-        self.images: ImageSource | None = open_images(path, reading=reading) if from_images else None
+        self.images: ImageSource | None = None
+        if from_images:
+            self.images = open_images(path, reading=reading, any_size=True)
         if from_images == {"rows"} and self.images.num_images > COMPARED:
-            self.images = open_images(path, num_images=COMPARED, reading=reading)
+            self.images = open_images(path, num_images=COMPARED, reading=reading, any_size=True)
         if from_images:
             check_count(needing(*from_images), self.images.num_images)
         self._from_images = from_images
         self.pooled: FeatureStatistics | StoredStatistics | None = None
         self.spatial: FeatureStatistics | StoredStatistics | None = None
         self.rows: torch.Tensor | None = None
+
+    def crop_to(self, size: tuple[int, int]) -> int | None:
+        """Crop images of several sizes as training does, to the (width, height) of the samples; returns their side.
+
+        Raises:
+            InputError: That is no square.
+        """
+        if self.images is None or not self.images.mixed:
+            return None
+        self.images.crop_to(size)
+        return size[0]
 
     def read(self, extractor: FeatureExtractor) -> None:
         """Read stored statistics, if there are any.

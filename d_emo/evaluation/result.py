@@ -18,6 +18,7 @@ class Result:
         values: Number by name, as the rows of ``d_emo.tables.METRICS`` call them, and deviations (``_std``).
         num_samples: How many samples were measured.
         num_reference: How many reference images the statistics are over; None if their file does not say.
+        reference_cropped: Side in pixels to which reference images of several sizes were cropped, if they were.
         num_compared: How many reference images precision, recall and KID were measured against, if they were.
         features: Name of the feature extractor and of its weights.
         samples: Where the samples came from.
@@ -37,6 +38,7 @@ class Result:
     num_compared: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     images_per_second: float | None = None
+    reference_cropped: int | None = None
     warnings: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> float:
@@ -95,12 +97,13 @@ class Result:
         if self.reference is None:
             return "none"
         count = "stored statistics" if self.num_reference is None else f"{self.num_reference:,} images"
-        note = ""
+        side = self.reference_cropped
+        note = f" of several sizes, cropped as in training to {side} x {side} px" if side else ""
         if self.num_compared not in (None, self.num_reference):
             by_image = [each.title for row in METRICS.values() if "rows" in row.needs for each in row.values
                         if each.name in self.values]  # fmt: skip
             names = " and ".join(filter(None, [", ".join(by_image[:-1]), by_image[-1]]))
-            note = f", {names}: {self.num_compared:,} images"
+            note += f", {names}: {self.num_compared:,} images"
         return f"{self.reference} ({count}{note})"
 
 

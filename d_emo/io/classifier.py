@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d_emo.config import EvaluateClassifierSettings
+from d_emo.config import EvaluateClassifierSettings, check_values
 from d_emo.data import ClassImages, Reading, in_order_of, open_dataset
 from d_emo.errors import InputError
+from d_emo.files import read_json
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
+from d_emo.models.registry import model_kind
 from d_emo.models.timm_registry import default_cfgs
 from d_emo.tables import DATASETS, family_of
-from d_emo.weights import check_finite, load_weights
+from d_emo.weights import check_finite, load_weights, without_adapters
 
 
 class Normalized(nn.Module):
@@ -44,9 +46,16 @@ def normalized(model: nn.Module) -> Normalized:
     return Normalized(model, cfg["mean"], cfg["std"], cfg["input_size"][-1] if cfg.get("fixed_input_size") else None)
 
 
+VALIDATE_DIR = {"validate_dir": str | None}
+"""What is read of the settings that lie with a snapshot."""
+
+
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier of images in [-1, 1], in eval mode, and what is known of the images it was trained on."""
+    """A classifier of images in [-1, 1], in eval mode, and what is known of the images it was trained on.
+
+    ``validate_dir`` holds the images that its run was validated on, where those were the user's own.
+    """
 
     name: str
     model: nn.Module
@@ -54,6 +63,7 @@ class Classifier:
     class_names: list[str] | None
     image_size: int
     dataset: str | None
+    validate_dir: str | None = None
 
     @property
     def emo(self) -> EMO:
@@ -80,10 +90,10 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     if weights == "raw" and (not path.is_dir() or (path / "config.json").exists()):
         raise InputError(f"`weights` raw is for snapshots trained here; {source} holds one set of weights")
     if not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
-        if family_of(source) is not None:
-            raise InputError(f"{source} is a denoiser; name a classifier such as emov2_5m")
-        if "/" in source:
+        if "/" in source and family_of(source) is None:
             raise InputError(f"the classifier {source} does not exist")
+        if (kind := model_kind(source)) != "classifier":
+            raise InputError(f"{source} is a {kind}; name a classifier such as emov2_5m")
         torch.manual_seed(0)
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
@@ -93,11 +103,13 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
             state = snapshot.path.parent.parent / "states" / snapshot.path.name
             if not state.is_dir():
                 raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            load_weights(snapshot.model, load_state(state)["model"], f"the training state {state}")
+            raw = without_adapters(load_state(state)["model"])
+            load_weights(snapshot.model, raw, f"the training state {state}")
             name += ", raw weights"
-        built_in = snapshot.meta.get("data")
-        return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names,
-                          snapshot.image_size, built_in if built_in in DATASETS else None)
+        built_in, config = snapshot.meta.get("data"), snapshot.path / "config.yaml"
+        settings = read_json(config, lambda found: check_values(found, VALIDATE_DIR)) if config.exists() else {}
+        return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names, snapshot.image_size,
+                          built_in if built_in in DATASETS else None, settings.get("validate_dir"))
     if path.is_dir():
         try:
             model = timm.create_model(f"local-dir:{path}", pretrained=True)
@@ -134,7 +146,9 @@ def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) ->
         limit = {"num_images": settings.num_images or DATASETS[built_in].held_out}
         images = open_dataset(dataset=built_in, data_dir=None, image_size=size, split="test", **limit)
     else:
-        raise InputError(f"{classifier.name} was trained on a folder of images; name one with `data_dir`")
+        raise InputError(
+            f"{classifier.name} was trained on a folder of images, without held-out ones; name some with `data_dir`"
+        )
     names, known = images.class_names, classifier.class_names
     ordered = images if known is None else in_order_of(images, known)
     if len(names) != classifier.num_classes or ordered is None:

@@ -1,4 +1,4 @@
-"""What snapshots and noise schedules say of themselves: names, types and ranges. It is data, and may be damaged."""
+"""What snapshots, noise schedules and states say: names, types and ranges. It is data, and may be damaged."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,10 +7,14 @@ from d_emo.config.ranges import Fraction, ImageSide, NotNegative, Range, Whole
 
 _Switch = bool | None
 SNAPSHOT: dict[str, Any] = {
-    "kind": Literal["denoiser", "classifier"], "class_names": list[str], "image_size": ImageSide, "step": Whole,
+    "kind": Literal["denoiser", "classifier", "detector", "segmenter"], "class_names": list[str],
+    "image_size": ImageSide, "step": Whole,
     "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
+    "average_precision": dict[str, Any] | None,
+    "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
+    "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": Annotated[int, Range(1, 100_000)], "beta_start": Fraction, "beta_end": Fraction,
@@ -20,6 +24,12 @@ SCHEDULE: dict[str, Any] = {
     "stochastic_sampling": _Switch, "invert_sigmas": _Switch, "use_dynamic_shifting": _Switch,
     "use_karras_sigmas": _Switch, "use_beta_sigmas": _Switch, "use_exponential_sigmas": _Switch,
 }  # fmt: skip
+
+STATE: dict[str, Any] = {
+    "step": Whole, "minutes": NotNegative, "model": dict[str, Any], "optimizer": dict[str, Any], "ema": dict[str, Any],
+    "guard": dict[str, Any], "kernels": dict[str, str] | None, "class_names": list[str] | None,
+}  # fmt: skip
+_OF_STATES = {"ema": {"step": Whole}, "guard": {"skipped": Whole, "in_a_row": Whole}}
 
 
 def snapshot_meta(content: Any) -> dict[str, Any]:
@@ -35,3 +45,11 @@ def noise_schedule(content: Any) -> dict[str, Any]:
     schedule = check_values(content, SCHEDULE)
     schedule["num_train_timesteps"]
     return schedule
+
+
+def training_state(content: Any) -> dict[str, Any]:
+    """What ``state.pt`` holds, or InputError; whether its tensors fit is for the model to say."""
+    state = check_values(content, STATE)
+    for name, hints in _OF_STATES.items():
+        check_values(state.get(name, {}), hints)
+    return state

@@ -2,8 +2,8 @@
 
 A snapshot is a folder with ``snapshot.json`` (kind, step, codec, class names, ...), the model's weights (the moving
 average) as safetensors with the model's config, for a denoiser also its noise schedule, and a card. It is written
-under a temporary name and renamed. A denoiser's has what diffusers looks for too: ``model_index.json``, and the
-pipeline's code.
+under a temporary name and renamed. ``snapshot.json`` has a checksum of each file that decides what the model does.
+A denoiser's has what diffusers looks for too: ``model_index.json``, and the pipeline's code.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any
 
 import diffusers
 from safetensors.torch import save_file
+from torch import nn
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError
-from d_emo.files import read_json, write_folder, write_json
+from d_emo.files import digest_of_file, matches, read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST, step_of
@@ -65,10 +66,10 @@ class DenoiserSnapshot:
 
 @dataclass
 class ClassifierSnapshot:
-    """A trained classifier in eval mode; it takes images in [-1, 1] of ``image_size`` pixels."""
+    """A trained network in eval mode; a classifier takes images in [-1, 1] of ``image_size`` pixels."""
 
     path: Path
-    model: EMO
+    model: EMO | nn.Module
     class_names: list[str]
     image_size: int
     meta: dict[str, Any]
@@ -89,13 +90,16 @@ def save_denoiser(
     write_folder(folder, write)
 
 
-def save_classifier(folder: Path, model: EMO, *, meta: dict[str, Any], settings: Any) -> None:
-    """Write a classifier's snapshot; ``meta`` must name class_names, image_size, step and weights."""
+def save_classifier(
+    folder: Path, model: nn.Module, *, meta: dict[str, Any], settings: Any, kind: str = "classifier"
+) -> None:
+    """Write the snapshot of a classifier, detector or segmenter; ``meta`` must name class_names, image_size, step and
+    weights."""
 
     def write(temporary: Path) -> None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()},
                   temporary / "model.safetensors")
-        _write_meta(temporary, "classifier", {"model": model.config, **meta}, settings)
+        _write_meta(temporary, kind, {"model": model.config, **meta}, settings)
 
     write_folder(folder, write)
 
@@ -111,6 +115,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         model = load_pretrained(_class_of(path), path / "transformer")
         scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         meta.get("objective") or objective_of(scheduler_config)
+        _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
@@ -140,21 +145,22 @@ def pipeline_index(path: str | Path, kind: type[DenoiserFrame] | None = None) ->
     }  # fmt: skip
 
 
-def load_meta(path: str | Path) -> dict[str, Any]:
-    """What a denoiser's snapshot says of itself, without its weights."""
-    return _open_snapshot(path, "denoiser")[1]
+def load_meta(path: str | Path, kind: str = "denoiser") -> dict[str, Any]:
+    """What a snapshot says of itself, without its weights; InputError for one of another kind."""
+    return _open_snapshot(path, kind)[1]
 
 
-def load_classifier(path: str | Path) -> ClassifierSnapshot:
-    """Open a classifier's snapshot, or the newest one of a run folder.
+def load_classifier(path: str | Path, kind: str = "classifier") -> ClassifierSnapshot:
+    """Open the snapshot of a classifier, detector or segmenter, or the newest one of a run folder.
 
     Raises:
         InputError: There is none, it is of another kind, or it is damaged.
     """
-    path, meta = _open_snapshot(path, "classifier")
+    path, meta = _open_snapshot(path, kind)
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
         load_weights(model, weights, str(weights))
+        _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return ClassifierSnapshot(path, model.eval(), meta["class_names"], meta["image_size"], meta)
 
@@ -166,7 +172,7 @@ def newest_denoiser(results: Path = Path("results")) -> Path:
 
 
 def kind_of(path: str | Path) -> str | None:
-    """ "denoiser" or "classifier" for a snapshot or a run folder, None for anything else."""
+    """What a snapshot or a run folder holds, such as "denoiser" or "classifier"; None for anything else."""
     path = Path(path)
     newest = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
     return _kind((path if (path / _META).exists() else newest) / _META)
@@ -204,6 +210,22 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     return path, meta
 
 
+def _sealed(folder: Path) -> dict[str, Path]:
+    """The files that have checksums, by what ``snapshot.json`` calls them."""
+    files = [*folder.rglob("*.safetensors"), *folder.glob("*/*.json")]
+    return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+
+
+def _check_sums(path: Path, meta: dict[str, Any]) -> None:
+    """Refuse files that are not what they were written as; older snapshots do not say what that was."""
+    sums = meta.get("sha256", {})
+    if odd := [name for name, file in _sealed(path).items() if name in sums and not matches(file, sums[name])]:
+        raise InputError(
+            f"the checksum of {', '.join(odd)} is not the one in {_META}; if it was changed on purpose, remove "
+            "\"sha256\" there"
+        )
+
+
 def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:
     if len(meta["class_names"]) != num_classes:
         raise InputError(
@@ -223,6 +245,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
-    write_json(folder / _META, {"format": 1, "kind": kind, **meta})
-    write_yaml(settings, folder / "config.yaml")
+    sums = {name: digest_of_file(file) for name, file in _sealed(folder).items()}
+    write_json(folder / _META, {"format": 1, "kind": kind, **meta, "sha256": sums})
+    write_yaml(settings.resolve(), folder / "config.yaml")
     write_card(folder)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from d_emo.errors import InputError
 from d_emo.files import digest_of_file, read_json, write_folder, write_json
+from d_emo.io.schema import training_state
 from d_emo.weights import differences, shapes_of
 
 MANIFEST = "manifest.json"
@@ -91,13 +92,20 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     """Read a state on the CPU.
 
     Raises:
-        InputError: It is missing, incomplete or damaged.
+        InputError: It is missing, incomplete or damaged, or holds something else.
     """
     folder = Path(folder)
     problem = _state_problem(folder)
     if problem is not None:
         raise InputError(f"cannot resume from {folder}: {problem}")
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = training_state(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
+        if step_of(folder) not in (-1, state.get("step")):
+            raise InputError(f"it is of step {state.get('step')}")
+        return state
+    except Exception as error:  # whatever unpickling raises
+        reason = error if isinstance(error, InputError) else type(error).__name__
+        raise InputError(f"cannot resume from {folder}: state.pt cannot be used: {reason}") from None
 
 
 def step_of(folder: Path) -> int:

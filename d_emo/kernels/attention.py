@@ -31,7 +31,17 @@ from d_emo.kernels import native
 from d_emo.kernels.activation import Activation, activate, activate_backward
 from d_emo.kernels.dispatch import Form, lowered, run, triton_refuses
 from d_emo.kernels.linear import linear, unactivated
-from d_emo.kernels.partitions import PARTITIONS, AttentionMode, FarPartition, any_size, gather, is_free, regroup
+from d_emo.kernels.partitions import (
+    PARTITIONS,
+    AttentionMode,
+    FarPartition,
+    any_size,
+    fold,
+    gather,
+    is_free,
+    regroup,
+    unfold,
+)
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -42,7 +52,7 @@ FROZEN_CHUNK = 2**18
 
 def window_attention(
     qk: nn.Module, u: Tensor, x: Tensor, value: nn.Module | None = None, act: nn.Module | None = None, *, heads: int,
-    window: tuple[int, int], mode: AttentionMode, merge: bool = True,
+    window: tuple[int, ...], mode: AttentionMode, merge: bool = True,
 ) -> Tensor:  # fmt: skip
     """The attention maps of ``u`` weigh ``act(value(x))`` in every window of a mode's partitions.
 
@@ -52,7 +62,7 @@ def window_attention(
         x: the map that is weighed.
         value, act: what is made of ``x`` first; without them it is weighed as it is.
         heads: that the channels of queries, keys and value are divided among.
-        window: height and width of a window; divides the map.
+        window: height and width of a window, or its size along as many axes as the maps have; divides the map.
         mode: near, far, or both summed.
         merge: on a map of one window, compute the partitions' common result once (the same sum).
 
@@ -64,7 +74,7 @@ def window_attention(
 
 @torch.fx.wrap
 def attend(
-    qk: Tensor, z: Tensor, *, act: Activation = "none", heads: int, window: tuple[int, int], mode: AttentionMode,
+    qk: Tensor, z: Tensor, *, act: Activation = "none", heads: int, window: tuple[int, ...], mode: AttentionMode,
     repeat: int = 1, merge: bool = True,
 ) -> Tensor:  # fmt: skip
     """``repeat`` times `window_attention` of given queries with keys, and of a value before its activation.
@@ -73,10 +83,30 @@ def attend(
 
     Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
-    if merge and not is_free(z) and tuple(z.shape[1:3]) == tuple(window):  # near and far are the same tokens
+    if merge and not is_free(z) and tuple(z.shape[1:-1]) == tuple(window):  # near and far are the same tokens
         mode, repeat = "near", repeat * len(PARTITIONS[mode])
+    if len(window) == 1:
+        options = {"act": act, "heads": heads, "window": (*window, 1), "mode": mode, "repeat": repeat, "merge": merge}
+        return attend(qk.unsqueeze(2), z.unsqueeze(2), **options).squeeze(2)
+    if len(window) > 2:
+        return _folded(qk, z, act, heads, window, mode, repeat)
     with any_size(z):
         return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, tuple(window), mode, repeat)
+
+
+def _folded(
+    qk: Tensor, z: Tensor, act: Activation, heads: int, window: Sequence[int], mode: AttentionMode, repeat: int
+) -> Tensor:
+    """`attend` in windows of more than two axes, by that of one less. Shape: qk (B, T, ..., 2C), z (B, T, ..., M)."""
+    total = None
+    for part in ("near", "far") if mode == "spanning" else (mode,):
+        mixed = attend(
+            fold(qk, window, part), fold(z, window, part), act=act, heads=heads, mode=part, repeat=repeat, merge=False,
+            window=(window[0] * window[1], *window[2:]),
+        )  # fmt: skip
+        mixed = unfold(mixed, window, part, len(z))
+        total = mixed if total is None else total + mixed
+    return total
 
 
 def _triton_refuses(z: Tensor, qk: Tensor, act: Activation, heads: int, window: Sequence[int], *_: Any) -> str | None:

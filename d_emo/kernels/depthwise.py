@@ -151,7 +151,8 @@ def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not hasattr(norm, "bn"):
         return conv.weight, conv.bias
     factor, offset = norm.affine()
-    return conv.weight * factor[:, None, None, None], offset if conv.bias is None else conv.bias * factor + offset
+    weight = conv.weight * factor.view(-1, *[1] * (conv.weight.ndim - 1))
+    return weight, offset if conv.bias is None else conv.bias * factor + offset
 
 
 def one_pass_refuses(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
@@ -217,7 +218,7 @@ def _cpu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
 
 
 def _modules(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> Tensor:
-    return act(norm(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))  # the permutations are views
+    return act(norm(conv(x.movedim(-1, 1)).movedim(1, -1)))  # views
 
 
 LOCAL_CONV = (

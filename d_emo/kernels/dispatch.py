@@ -238,7 +238,7 @@ def is_exporting() -> bool:
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 KNOWN: set[type[nn.Module]] = {
-    nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity,
+    nn.Linear, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity,
 }  # fmt: skip
 """The modules whose work an operator may do itself, without calling them."""
 

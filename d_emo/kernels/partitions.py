@@ -38,7 +38,7 @@ class FarPartition:
 
 def is_free(x: Tensor) -> bool:
     """Whether torch.export looks at a map whose height or width may be any. Shape: x (B, H, W, C)."""
-    return not all(isinstance(n, int) for n in x.shape[1:3])
+    return not all(isinstance(n, int) for n in x.shape[1:-1])
 
 
 def any_size(x: Tensor) -> contextlib.AbstractContextManager:
@@ -66,6 +66,33 @@ def gather(x: Tensor, groups: Sequence[int]) -> Tensor:
     x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
     x = regroup(x, batch * height, w, width // w, dim, copy=free).transpose(1, 2)
     return regroup(x, batch, height, width, dim, copy=free)
+
+
+def fold(x: Tensor, window: Sequence[int], mode: str) -> Tensor:
+    """The first two axes of a map as one, and of its window too, so that the tokens of a window stay together.
+
+    Windows of any number of axes come down to those of two: in a near window the frames of a few rows follow each
+    other, in a far one the rows of its frames.
+
+    Shape: (B, T, H, ..., C), window (t, h, ...) -> (B T / t, t H, ..., C), for a window (t h, ...).
+    """
+    (t, h, *_), (batch, frames, height, *rest) = window, x.shape
+    if mode == "near":
+        x = x.reshape(batch, frames // t, t, height // h, h, *rest).transpose(2, 3)  # (B, T / t, H / h, t, h, ...)
+    else:
+        x = x.reshape(batch, t, frames // t, height, *rest).transpose(1, 2)  # (B, T / t, t, H, ...)
+    return x.reshape(batch * frames // t, t * height, *rest)
+
+
+def unfold(x: Tensor, window: Sequence[int], mode: str, batch: int) -> Tensor:
+    """What `fold` was given. Shape: (B T / t, t H, ..., C) -> (B, T, H, ..., C)."""
+    (t, h, *_), (_, height, *rest) = window, x.shape
+    frames, height = len(x) * t // batch, height // t
+    if mode == "near":
+        x = x.reshape(batch, frames // t, height // h, t, h, *rest).transpose(2, 3)
+    else:
+        x = x.reshape(batch, frames // t, t, height, *rest).transpose(1, 2)
+    return x.reshape(batch, frames, height, *rest)
 
 
 AttentionMode = Literal["near", "far", "spanning"]

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from d_emo.config import check_values
+from d_emo.config.ranges import Depth
 from d_emo.errors import InputError
-from d_emo.files import digest_of_tensors, expand_home
+from d_emo.files import digest_of_tensors, expand_home, read_json
 from d_emo.tables import CODECS, load
 from d_emo.weights import STEM, check_finite, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
+
+LAYERS = {"layers_per_block": Depth}
+"""Of an AutoencoderKL's config, what would take for ever to build; its sizes are compared with those of the weights."""
+
+HUB_SECONDS = 5
+"""How long the Hugging Face hub has for its first answer."""
 
 Factor = float | list[float]
 """One number for all latent channels, or one for each."""
@@ -198,6 +207,7 @@ def load_codec(name: str) -> Codec:
     if (folder / "vae").is_dir() and not (folder / "config.json").exists():
         folder = folder / "vae"
     try:
+        read_json(folder / "config.json", lambda config: check_values(config, LAYERS))
         vae = load_pretrained(AutoencoderKL, folder)
         check_finite(vae.state_dict(), str(folder))
     except InputError as error:
@@ -214,14 +224,34 @@ def shipped_vae() -> VAECodec:
 
 def _fetch(name: str) -> Path:
     """The folder of a repository on the Hugging Face hub, with the files of its VAE, fetched where they are not."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     files = ("config.json", f"{STEM}*.safetensors*")
+    wanted = [*files, *(f"vae/{each}" for each in files)]
+    refusal = _refusal(lambda: HfApi().model_info(name, timeout=HUB_SECONDS))  # a download asks, and warns, many times
     try:
-        return Path(snapshot_download(name, allow_patterns=[*files, *(f"vae/{each}" for each in files)]))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:  # whatever the HTTP library of the day raises
+        error = refusal or error
         raise InputError(
             f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
             f"({first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE}, which needs no network"
+            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE} or `vae` pixels, which need no network"
         ) from None
+
+
+def _refusal(ask: Callable[[], Any]) -> Exception | None:
+    """What a call of the hub raises, None where it is answered; the look-up of a name alone may take half a minute."""
+    answers: list[Exception | None] = []
+
+    def wait() -> None:
+        try:
+            ask()
+            answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers[0] if answers else TimeoutError(f"no answer within {HUB_SECONDS} s")

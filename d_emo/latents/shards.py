@@ -12,12 +12,14 @@ import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from d_emo.config import check_values
+from d_emo.config.ranges import Count, ImageSide
 from d_emo.data import ClassImages, Reading
 from d_emo.errors import InputError, RunError
 from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
@@ -90,6 +92,11 @@ class Origin:
 
 
 _LATER = {each.name for each in fields(Reading)}  # older folders do not say how their images were read
+_KINDS: dict[str, Any] = {
+    "data": str, "images": Count, "classes": str, "image_size": ImageSide, "codec": str, "encoder": str,
+    "dtype": Literal["float16", "bfloat16", "float32"], "mirrored": bool, "shard_size": Count, "exif": bool,
+    "moments_shape": list[Count], "class_names": list[str], "shards": list[dict[str, Any]],
+}  # fmt: skip
 _KEYS = (*(each.name for each in fields(Origin)), "moments_shape", "class_names", "shards")  # of an index
 
 
@@ -193,7 +200,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:
-        [index[name] for name in _KEYS if name not in _LATER]
+        [check_values(index, _KINDS)[name] for name in _KEYS if name not in _LATER]
         sizes.update({entry["file"]: entry["bytes"] for entry in index["shards"]})
         if sum(entry["images"] for entry in index["shards"]) != index["images"]:
             raise ValueError("images")

@@ -14,28 +14,32 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, AttentionMode
 from d_emo.kernels.partitions import is_free
-from d_emo.models.layers import pair
+from d_emo.models.layers import sizes
 
 AttentionOrder = Literal["post", "pre"]
 
 
 @torch.fx.wrap
-def pad_to_multiple(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Add zero rows below and zero columns on the right until the window divides the map.
+def pad_to_multiple(x: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Add zero rows below and zero columns on the right (and frames at the end) until the window divides the map.
 
-    Shape: (B, H, W, C) -> (B, H', W', C) with H' >= H, W' >= W the next multiples of the window.
+    Shape: (B, H, W, C) -> (B, H', W', C) with H' >= H, W' >= W the next multiples of the window; any number of axes.
     """
     # In this form a free size stays simple: torch.export reasons on it for every reshape that follows.
-    bottom, right = ((n + w - 1) // w * w - n for n, w in zip(x.shape[1:3], window, strict=True))
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_free(x) or bottom or right else x
+    missing = [(size + side - 1) // side * side - size for size, side in zip(x.shape[1:-1], window, strict=True)]
+    if not is_free(x) and not any(missing):
+        return x
+    return F.pad(x, (0, 0, *(pad for size in reversed(missing) for pad in (0, size))))
 
 
 @torch.fx.wrap
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of a map. Shape: (B, H', W', C) -> (B, H, W, C), H <= H', W <= W'."""
-    if is_free(x):  # a slice would be of min(H, H') rows
-        return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-    return x[:, :height, :width]
+def crop(x: Tensor, like: Tensor) -> Tensor:
+    """What `pad_to_multiple` was given. Shape: (B, H', W', M), like (B, H, W, C) -> (B, H, W, M)."""
+    if not is_free(x):
+        return x[(slice(None), *map(slice, like.shape[1:-1]))]
+    # A slice would be of min(H, H') rows.
+    more = [wanted - size for wanted, size in zip(like.shape[1:-1], x.shape[1:-1], strict=True)]
+    return F.pad(x, (0, 0, *(pad for size in reversed(more) for pad in (0, size))))
 
 
 class WindowAttention(nn.Module):
@@ -51,6 +55,7 @@ class WindowAttention(nn.Module):
         value_dim: channels M of the output.
         num_heads: heads; divides ``dim`` and, in the post order, ``value_dim``.
         window_size: tokens per window, one number or (height, width).
+        spatial_dims: axes of the map, 2 for images; with 3 the window is (frames, height, width).
         mode: "near", "far" or "spanning".
         order: "post" or "pre".
         act: activation class of the value.
@@ -71,7 +76,8 @@ class WindowAttention(nn.Module):
         value_dim: int,
         *,
         num_heads: int,
-        window_size: int | tuple[int, int],
+        window_size: int | tuple[int, ...],
+        spatial_dims: int = 2,
         mode: AttentionMode = "spanning",
         order: AttentionOrder = "post",
         act: type[nn.Module] = nn.GELU,
@@ -85,7 +91,7 @@ class WindowAttention(nn.Module):
         if order == "post" and value_dim % num_heads:
             raise InputError(f"The expanded width {value_dim} is not divisible by {num_heads} heads.")
         self.num_heads, self.mode, self.order = num_heads, mode, order
-        self.window = pair(window_size, "window_size")
+        self.window = sizes(window_size, "window_size", spatial_dims)
         self.merge_equal_partitions = True
         self.qk = nn.Linear(dim, 2 * dim)
         self.v = nn.Linear(dim, value_dim)
@@ -93,15 +99,14 @@ class WindowAttention(nn.Module):
 
     def forward(self, u: Tensor, refine: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Eq. 2-4; ``refine`` is done to the value before it is mixed."""
-        height, width = u.shape[1:3]
-        u = pad_to_multiple(u, self.window)  # (B, H', W', C)
+        padded = pad_to_multiple(u, self.window)  # (B, H', W', C)
         if self.order == "pre":
-            mixed = self.mix(u, u)  # (B, H', W', C)
+            mixed = self.mix(padded, padded)  # (B, H', W', C)
         elif refine is None:
-            mixed = self.mix(u, u, self.v, self.act)  # (B, H', W', M)
+            mixed = self.mix(padded, padded, self.v, self.act)  # (B, H', W', M)
         else:
-            mixed = self.mix(u, refine(self.value(u)))  # (B, H', W', M)
-        mixed = crop(mixed, height, width)  # (B, H, W, M or C)
+            mixed = self.mix(padded, refine(self.value(padded)))  # (B, H', W', M)
+        mixed = crop(mixed, u)  # (B, H, W, M or C)
         return mixed if self.order == "post" else self.value(mixed)  # (B, H, W, M)
 
     def value(self, u: Tensor) -> Tensor:

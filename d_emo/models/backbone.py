@@ -5,6 +5,7 @@ Sources: EMOv2 paper, section III and tables V and XX; EMOv1 paper, tables 4 and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,11 +28,14 @@ from d_emo.models.layers import (
     is_count,
     is_ratio,
     pair,
+    sizes,
 )
 from d_emo.models.stem import SqueezeExcite, Stem
 
 REDUCTION = 32
-"""Pixels of the image for one token of the last stage's map, in each direction."""
+"""Pixels of the image for one token of the last stage's map, in each direction, unless it is dilated."""
+
+OUTPUT_STRIDES = (8, 16, REDUCTION)
 
 
 def row(
@@ -99,24 +103,30 @@ class Stage(nn.Sequential):
     grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = x.movedim(1, -1)  # (B, H, W, C)
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self:
             x = checkpoint_block(block, x) if again else block(x)  # (B, H', W', C')
-        return x.permute(0, 3, 1, 2)  # (B, C', H', W')
+        return x.movedim(-1, 1)  # (B, C', H', W')
 
 
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
-    drop_paths: Sequence[float], **options: Any,
+    drop_paths: Sequence[float], output_stride: int, dilation: int, spatial_dims: int = 2, **options: Any,
 ) -> Stage:  # fmt: skip
-    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width."""
+    """A stage (from 0) of ``depth`` blocks; InputError if its width is no multiple of the head width.
+
+    A stage beyond ``output_stride`` keeps the map: in place of the stride that it and stages before it lack, its
+    convolutions are dilated, the first by what was missing before.
+    """
     if attention and dim % head_dim:
         raise InputError(f"Width {dim} of stage {stage + 1} is not divisible by the head width {head_dim}.")
-    heads = max(1, dim // head_dim)
+    heads, missing = max(1, dim // head_dim), max(1, 2 ** (stage + 2) // output_stride)
+    down = 2 if spatial_dims == 2 else (1, 2, 2)  # of a video's frames only the stem leaves some out
+    first = {"stride": down if missing == 1 else 1, "down": True, "dilation": max(1, missing // 2)}
     return Stage(*(
-        mobile_block(block, dim if i else dim_in, dim, stride=1 if i else 2, attention=attention, num_heads=heads,
-                     drop_path=drop_paths[i], **options)
+        mobile_block(block, dim if i else dim_in, dim, attention=attention, num_heads=heads, drop_path=drop_paths[i],
+                     spatial_dims=spatial_dims, **({"dilation": dilation * missing} if i else first), **options)
         for i in range(depth)
     ))  # fmt: skip
 
@@ -141,8 +151,12 @@ class EMO(nn.Module):
         attention_mode: "none", "near", "far" or "spanning". Default: the block's.
         attention_order: "post" or "pre". Default: the block's.
         arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
+        output_stride: 32; with 16 or 8 the last stage or two keep the map and are dilated instead, with the same
+            weights. Windows have as many tokens as before.
+        spatial_dims: 2 for images; 3 for videos, with kernels in all three directions (V-EMO): the stem's stride halves
+            the frames too, the stages' do not, and the window is (frames, height, width), two frames unless given.
 
-    Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free.
+    Shape: (B, in_channels, H, W) -> (B, num_classes); H and W are free. Videos: (B, in_channels, T, H, W).
 
     Raises:
         InputError: for a combination that cannot work.
@@ -153,13 +167,19 @@ class EMO(nn.Module):
         dims: Sequence[int] = (48, 72, 160, 288), expand_ratios: Sequence[float] = (2, 3, 4, 4),
         head_dims: Sequence[int] = (16, 24, 32, 32), kernel_sizes: Sequence[int] = (5, 5, 5, 5),
         num_classes: int = 1000, in_channels: int = 3, img_size: int | tuple[int, int] = 224,
-        window_size: int | tuple[int, int] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        window_size: int | tuple[int, ...] | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
         global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
         norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
         attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
-        arrangement: Arrangement = "attention-conv",
+        arrangement: Arrangement = "attention-conv", output_stride: Literal[8, 16, 32] = 32,
+        spatial_dims: Literal[2, 3] = 2,
     ) -> None:  # fmt: skip
         super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise InputError(
+                f"output_stride must be 8, 16 or 32, got {output_stride!r}: the last two stages can keep their map by "
+                "dilation, those before cannot; with features_only=True out_indices chooses among the maps"
+            )
         rows = {
             "depths": depths, "dims": dims, "expand_ratios": expand_ratios, "head_dims": head_dims,
             "kernel_sizes": kernel_sizes, "dilations": dilations,
@@ -176,24 +196,36 @@ class EMO(nn.Module):
             stem_dim, first_act, gate = 24, nn.Identity(), SqueezeExcite(24)
         else:
             raise InputError(f"Unknown block {block!r}; choose 'i2rmb' (EMOv2) or 'irmb' (EMOv1).")
+        if spatial_dims != 2 and (spatial_dims, block, output_stride) != (3, "i2rmb", 32):
+            raise InputError(
+                f"spatial_dims must be 2, or 3 with block 'i2rmb' and output_stride 32, got {spatial_dims!r} with "
+                f"{block!r} and {output_stride!r}."
+            )
         self.block, self.config = block, {}
-        self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate)
+        self.spatial_dims = spatial_dims
+        if spatial_dims == 3:
+            self.input_size = (4, *pair(img_size, "img_size"))
+        self.stem = Stem(in_channels, stem_dim, first_act=first_act, gate=gate, spatial_dims=spatial_dims)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        size = window_for(img_size)
-        window = pair(size if window_size is None else window_size, "window_size")
+        side = window_for(img_size)
+        if window_size is None:
+            window_size = side if spatial_dims == 2 else (2, side, side)
+        window = sizes(window_size, "window_size", spatial_dims)
         options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
         self.stages = nn.Sequential(*(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
-                **options, **{name.rstrip("s"): row[stage] for name, row in rows.items()},
+                output_stride=output_stride, spatial_dims=spatial_dims, **options,
+                **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
         ))  # fmt: skip
         self.in_chans, self.num_features, self.head_hidden_size = in_channels, dims[-1], dims[-1]  # as timm calls them
         self.feature_info = [  # timm's description of the four maps
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": min(4 * 2**i, output_stride), "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=NORM_EPS)
         self.drop_rate = drop_rate
@@ -245,11 +277,11 @@ class EMO(nn.Module):
         """Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
-        return kernels.in_slices(stage, x, x.shape[2] * x.shape[3] * stage[0].operator.mid_dim)
+        return kernels.in_slices(stage, x, math.prod(x.shape[2:]) * stage[0].operator.mid_dim)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage. Shape: (B, C, H, W) -> same."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.
@@ -267,10 +299,10 @@ class EMO(nn.Module):
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
         pooled = self.global_pool == "avg"
-        x = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)  # (B, C) or (B, H, W, C)
+        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
         if not pre_logits:
             x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-        return x if pooled else x.permute(0, 3, 1, 2)  # (B, num_classes or C), or (B, C', H, W)
+        return x if pooled else x.movedim(-1, 1)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -345,8 +377,8 @@ def check_rows(norms: Sequence[str], attention_stages: Sequence[int], **rows: Se
         raise InputError(f"attention_stages must be a list of stages from 1 to 4, got {attention_stages!r}.")
 
 
-def build_backbone(name: str, **overrides: Any) -> EMO:
+def build_backbone(name: str, row: dict[str, Any] | None = None, **overrides: Any) -> EMO:
     """The classifier called ``name`` with some settings replaced; its ``config`` rebuilds it through create_model."""
-    model = EMO(**{**BACKBONES[name], **overrides})
+    model = EMO(**{**(row or BACKBONES[name]), **overrides})
     model.config = {"name": name, **overrides, "num_classes": model.num_classes}
     return model

@@ -28,6 +28,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"layer": nn.GELU, "batch": nn.SiLU, "
 """The activation of the expanded value goes with the norm before it (EMOv2, section III)."""
 
 
+def is_strided(stride: int | tuple[int, ...]) -> bool:
+    """Whether a stride makes a map smaller."""
+    return stride != 1 and stride != (1,) * len(stride if isinstance(stride, tuple) else ())
+
+
 @kernels.known
 class MobileOperator(nn.Module):
     """The inside of a Meta Mobile Block's residual: expand C -> M, attention and / or local convolution, shrink.
@@ -43,11 +48,12 @@ class MobileOperator(nn.Module):
         attention: switch of the window attention; off gives the expansion ``act(W u)`` alone.
         local_conv: switch of the depthwise convolution.
         num_heads, window_size, attention_mode, attention_order: see `WindowAttention`; unused without attention.
-        kernel_size, stride, dilation, local_norm: see `LocalConv`; unused without local convolution.
+        kernel_size, stride, dilation, local_norm, local_act: see `LocalConv`; unused without local convolution.
+        spatial_dims: axes of the map, 2 for images and 3 for videos; window, kernel and stride may be one for each.
         inner_skip: add the input of the depthwise convolution to its output.
         act: activation class of the expansion.
 
-    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim); with three axes (B, T, H, W, C) likewise.
 
     Raises:
         InputError: Channels or ratios that no operator has; down-sampling with an inner skip.
@@ -62,13 +68,15 @@ class MobileOperator(nn.Module):
         attention: bool = True,
         local_conv: bool = True,
         num_heads: int = 1,
-        window_size: int | tuple[int, int] = 7,
+        window_size: int | tuple[int, ...] = 7,
         attention_mode: AttentionMode = "spanning",
         attention_order: AttentionOrder = "post",
-        kernel_size: int = 5,
-        stride: int = 1,
+        kernel_size: int | tuple[int, ...] = 5,
+        stride: int | tuple[int, ...] = 1,
         dilation: int = 1,
         local_norm: NormKind = "batch",
+        local_act: type[nn.Module] = nn.SiLU,
+        spatial_dims: int = 2,
         inner_skip: bool = True,
         act: type[nn.Module] = nn.GELU,
     ) -> None:
@@ -76,21 +84,24 @@ class MobileOperator(nn.Module):
         mid_dim = int(dim * expand_ratio)
         if mid_dim < 1:
             raise InputError(f"expand_ratio must be positive and leave at least one channel, got {expand_ratio!r}.")
-        if stride != 1 and (inner_skip or not local_conv):
+        if is_strided(stride) and (inner_skip or not local_conv):
             raise InputError("Down-sampling is the depthwise convolution's work and admits no inner skip.")
         if attention:
             self.expand = WindowAttention(
                 dim, mid_dim, num_heads=num_heads, window_size=window_size, mode=attention_mode, order=attention_order,
-                act=act,
+                act=act, spatial_dims=spatial_dims,
             )  # fmt: skip
         else:
             self.expand = LinearAct(dim, mid_dim, act())
         self.mid_dim, self.inner_skip = mid_dim, inner_skip
         self.local = (
-            LocalConv(mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm)
+            LocalConv(
+                mid_dim, kernel_size=kernel_size, stride=stride, dilation=dilation, norm=local_norm, act=local_act,
+                spatial_dims=spatial_dims,
+            )
             if local_conv
             else None
-        )
+        )  # fmt: skip
         self.proj = nn.Linear(mid_dim, out_dim or dim, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -135,7 +146,7 @@ class ParallelOperator(ReorderedOperator):
     def forward(self, u: Tensor) -> Tensor:
         values: list[Tensor] = []
         mixed = self.expand(u, lambda value: values.append(value) or value)  # (B, H, W, M)
-        beside = crop(self.local(values[0]), *u.shape[1:3])  # (B, H, W, M), of the padded map
+        beside = crop(self.local(values[0]), u)  # (B, H, W, M), of the padded map
         return kernels.linear(self.proj, mixed + beside)  # (B, H, W, C_out)
 
 
@@ -153,12 +164,14 @@ class MetaMobileBlock(nn.Module):
         dim: input channels.
         out_dim: output channels; ``dim`` unless given.
         norm: norm before the operator; decides the activation too.
-        stride: 1 keeps the map. 2 makes a down-sampling block: the expand ratio is doubled, attention, inner skip and
-            residual are off; LayerScale stays.
+        stride: 1 keeps the map. 2, or (1, 2, 2) of a video, makes a down-sampling block: the expand ratio is doubled,
+            attention, inner skip and residual are off; LayerScale stays.
+        down: Whether it is a down-sampling block. Default: where it has a stride; one that has none keeps the map, in
+            dilated networks.
         layer_scale: start value of LayerScale, or None for no LayerScale (EMOv1).
         drop_path: probability of dropping the residual branch of an image in training.
         arrangement: a key of `ARRANGEMENTS`; blocks without attention have nothing to arrange.
-        expand_ratio, attention, options: see `MobileOperator`.
+        expand_ratio, attention, spatial_dims, options: see `MobileOperator`.
 
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), out_dim).
 
@@ -172,7 +185,9 @@ class MetaMobileBlock(nn.Module):
         out_dim: int | None = None,
         *,
         norm: NormKind = "layer",
-        stride: int = 1,
+        stride: int | tuple[int, ...] = 1,
+        spatial_dims: int = 2,
+        down: bool | None = None,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         expand_ratio: float = 4.0,
@@ -187,15 +202,15 @@ class MetaMobileBlock(nn.Module):
             known = ", ".join(map(repr, ARRANGEMENTS))
             raise InputError(f"Unknown arrangement {arrangement!r}; choose one of {known}.")
         out_dim = out_dim or dim
-        down = stride != 1
+        down = is_strided(stride) if down is None else down
         self.residual = not down and out_dim == dim
-        self.norm = make_norm(norm, dim)
+        self.norm = make_norm(norm, dim, spatial_dims)
         attention = attention and not down
-        if down:
+        if is_strided(stride):
             options["dilation"] = 1
         self.operator = ARRANGEMENTS[arrangement if attention else "attention-conv"](
             dim, out_dim, expand_ratio=expand_ratio * 2 if down else expand_ratio, attention=attention, stride=stride,
-            inner_skip=self.residual, act=ACTIVATIONS[norm], **options,
+            inner_skip=self.residual, act=ACTIVATIONS[norm], spatial_dims=spatial_dims, **options,
         )  # fmt: skip
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(out_dim, layer_scale)
         self.drop_path = DropPath(drop_path)

@@ -33,11 +33,13 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
 
     Attributes:
         label_parameter: Name of the label table's parameter, the weight of a ``torch.nn.Embedding``.
+        head: Beginnings of the names of the parameters that turn the last features into the prediction.
         fixed_tensors: State-dict names of what is computed for a latent size, not trained.
         free_settings: Arguments of the constructor in which a model may differ from the one that it is fine-tuned from.
     """
 
     label_parameter: ClassVar[str]
+    head: ClassVar[tuple[str, ...]] = ()
     fixed_tensors: ClassVar[tuple[str, ...]] = ()
     free_settings: ClassVar[tuple[str, ...]] = ("num_classes",)
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d_emo import kernels
 from d_emo.models.attention import WindowAttention
 from d_emo.models.contract import DenoiserFrame
-from d_emo.models.layers import pair
+from d_emo.models.layers import pair, sizes
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -33,26 +33,42 @@ def norm_cost(per_element: int) -> Callable[..., int]:
     return cost
 
 
+def resize_cost(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Cost of a bilinear resize for FlopCounterMode: four multiply-accumulates for each element of the result."""
+    return 2 * 4 * math.prod(out_shape)
+
+
 aten = torch.ops.aten
-NORM_COSTS = {
+PRICES = {
+    aten.upsample_bilinear2d: resize_cost,
     aten.native_layer_norm: norm_cost(5),
     aten.native_batch_norm: norm_cost(2),
     aten._native_batch_norm_legit_no_training: norm_cost(2),
     aten.cudnn_batch_norm: norm_cost(2),
 }
-"""fvcore's prices, which the published figures use: five per element for a layer norm, two for a batch norm in eval."""
+"""fvcore's, which the published figures use: five per element for a layer norm, two for a batch norm in eval."""
+
+
+ATTENTION_PRODUCTS = (
+    aten.bmm, aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention,
+)  # fmt: skip
+"""Operators that nothing but attention uses, and that the counter behind EMOv1's figures does not see."""
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | None = None) -> int:
-    """Multiply-accumulates of one forward pass of batch 1 in eval mode, attention products included.
+def count_macs(
+    model: nn.Module, image_or_latent_size: int | tuple[int, ...] | None = None, *, attention_products: bool = True
+) -> int:
+    """Multiply-accumulates of one forward pass of batch 1 in eval mode.
 
     Works on the meta device: ``with torch.device("meta"): model = create_model(...)`` counts without any weights.
 
     Args:
-        model: a denoiser or a classifier.
-        image_or_latent_size: height and width of the input; a denoiser's own unless given, and 224
-            for a classifier.
+        model: a denoiser, a classifier, a detector (up to its post-processing) or a segmenter.
+        image_or_latent_size: height and width of the input, before them the frames of a video; a network's own unless
+            given, and 224 for a classifier.
+        attention_products: whether to count the products of queries with keys, and of the weights with values.
 
     Returns:
         MACs (the papers print them as FLOPs).
@@ -60,26 +76,29 @@ def count_macs(model: nn.Module, image_or_latent_size: int | tuple[int, int] | N
     device = next(model.parameters()).device
     inputs: tuple[Tensor, ...]
     if isinstance(model, DenoiserFrame):
-        channels, *sizes = model.latent_shape
+        channels, *size = model.latent_shape
         if image_or_latent_size is not None:
-            sizes = pair(image_or_latent_size, "image_or_latent_size")
+            size = pair(image_or_latent_size, "image_or_latent_size")
         ones = torch.ones(1, dtype=torch.long, device=device)
-        inputs = (torch.zeros(1, channels, *sizes, device=device), ones, ones)
+        inputs = (torch.zeros(1, channels, *size, device=device), ones, ones)
     else:
-        height, width = pair(image_or_latent_size or 224, "image_or_latent_size")
-        inputs = (torch.zeros(1, model.stem.conv.conv.in_channels, height, width, device=device),)
+        size = image_or_latent_size or getattr(model, "input_size", 224)
+        size = sizes(size, "image_or_latent_size", getattr(model, "spatial_dims", 2))
+        inputs = (torch.zeros(1, model.in_chans, *size, device=device),)
     training = model.training
     attentions = [module for module in model.modules() if isinstance(module, WindowAttention)]
     try:
         for attention in attentions:
             attention.merge_equal_partitions = False  # the published figures count near and far each time
-        with kernels.plain(), FlopCounterMode(display=False, custom_mapping=NORM_COSTS) as counter:
-            model.eval()(*inputs)
+        with kernels.plain(), FlopCounterMode(display=False, custom_mapping=PRICES) as counter:
+            getattr(model.eval(), "counted_outputs", model)(*inputs)
     finally:
         model.train(training)
         for attention in attentions:
             attention.merge_equal_partitions = True
-    return counter.get_total_flops() // 2
+    counts = counter.get_flop_counts()["Global"]
+    left_out = () if attention_products else ATTENTION_PRODUCTS
+    return sum(count for operator, count in counts.items() if operator not in left_out) // 2
 
 
 def trained_parameters(model: nn.Module) -> int:

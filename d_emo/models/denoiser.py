@@ -17,20 +17,17 @@ from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
 from d_emo.models.blocks import adaln_projection
 from d_emo.models.contract import DenoiserFrame
+from d_emo.models.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from d_emo.models.layers import (
     LARGEST_COUNT,
     LARGEST_RATIO,
     MOST_BLOCKS,
     NORM_EPS,
-    LabelEmbedder,
     NormKind,
-    PatchEmbed,
-    TimestepEmbedder,
     checkpoint_block,
     is_count,
     is_ratio,
     pair,
-    sincos_position_embedding,
 )
 from d_emo.tables import BLOCKS, load
 
@@ -87,6 +84,7 @@ class Denoiser(DenoiserFrame):
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
     label_parameter = "y_embedder.embedding_table.weight"
+    head = ("final_layer.",)
     fixed_tensors = ("pos_embed",)
     free_settings = ("num_classes", "sample_size", "window_size")
 

@@ -1,12 +1,11 @@
-"""Small parts shared by denoisers and classifiers: norms, modulation, LayerScale, local convolution, embeddings.
+"""Small parts shared by denoisers and classifiers: norms, modulation, LayerScale, local convolution.
 
 They are those of the DiT and EMOv2 papers. Feature maps are channels-last, ``(B, H, W, C)``, everywhere in
 ``d_emo.models`` except at the two ends of a network.
 """
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -37,12 +36,21 @@ def is_ratio(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_RATIO
 
 
+AXES = {1: "(length,)", 2: "(height, width) pair", 3: "(frames, height, width) triple"}
+
+
+def sizes(value: int | Sequence[int], name: str, spatial_dims: int) -> tuple[int, ...]:
+    """A size along each axis of a map, given as one integer or as that many; InputError unless all are positive."""
+    found = (value,) * spatial_dims if isinstance(value, int) else value
+    found = tuple(found) if isinstance(found, (tuple, list)) else ()
+    if len(found) != spatial_dims or not all(map(is_count, found)):
+        raise InputError(f"{name} must be a positive integer or a {AXES[spatial_dims]} of them, got {value!r}.")
+    return found
+
+
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """A size given as one integer or as (height, width); InputError unless both are positive integers."""
-    sizes = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sizes) != 2 or not all(map(is_count, sizes)):
-        raise InputError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}.")
-    return sizes
+    """`sizes` of an image or a feature map: (height, width)."""
+    return sizes(value, name, 2)
 
 
 class LinearAct(nn.Sequential):
@@ -70,22 +78,27 @@ class Layers(nn.Sequential):
         return x
 
 
+LIBRARY: dict[int, tuple[type[nn.Module], type[nn.Module]]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d),
+}  # fmt: skip
+"""PyTorch's convolution and batch norm for maps of so many axes."""
+
+
 @kernels.known
 class ChannelsLastBatchNorm(nn.Module):
     """BatchNorm over the last axis.
 
     The plain ``BatchNorm2d`` is a child, not the base class, so that `synchronise_batch_norms` can exchange it.
-    The permutations are views.
 
-    Shape: (B, H, W, C) -> (B, H, W, C).
+    Shape: (B, H, W, C) -> (B, H, W, C); with three ``spatial_dims`` (B, T, H, W, C).
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, spatial_dims: int = 2) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(dim, eps=NORM_EPS)
+        self.bn = LIBRARY[spatial_dims][1](dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.bn(x.movedim(-1, 1)).movedim(1, -1)  # views
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """What the norm does in eval mode: ``x * factor + offset``. Shape: -> 2 x (C,)."""
@@ -93,13 +106,13 @@ class ChannelsLastBatchNorm(nn.Module):
         return factor, self.bn.bias - self.bn.running_mean * factor
 
 
-def make_norm(kind: NormKind, dim: int) -> nn.Module:
+def make_norm(kind: NormKind, dim: int, spatial_dims: int = 2) -> nn.Module:
     """The norm called ``kind`` for channels-last maps of ``dim`` channels; else InputError."""
     if kind not in ("batch", "layer", "none"):
         raise InputError(f"Unknown norm {kind!r}; choose 'batch', 'layer' or 'none'.")
     if kind == "layer":
         return nn.LayerNorm(dim, eps=NORM_EPS)
-    return ChannelsLastBatchNorm(dim) if kind == "batch" else nn.Identity()
+    return ChannelsLastBatchNorm(dim, spatial_dims) if kind == "batch" else nn.Identity()
 
 
 @kernels.known
@@ -119,33 +132,37 @@ class LayerScale(nn.Module):
 
 @kernels.known
 class LocalConv(nn.Module):
-    """Depthwise k x k convolution without bias, then norm, then SiLU.
+    """Depthwise k x k convolution without bias, then norm, then activation.
 
     Args:
         dim: channels.
-        kernel_size: odd side length of the kernel.
-        stride: 1, or 2 to halve the map (rounding up).
+        kernel_size: odd side length of the kernel, or one along each axis.
+        stride: 1, or 2 to halve the map (rounding up), or one along each axis.
         dilation: distance between the taps of the kernel.
-        norm: norm after the convolution; the papers use batch norm.
+        norm: norm after the convolution; the papers' classifiers use batch norm.
+        act: activation class; the papers' classifiers use SiLU.
+        spatial_dims: axes of the map, 2 for images and 3 for videos.
 
-    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C).
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C); with three axes (B, T, H, W, C) likewise.
 
     Raises:
         InputError: A kernel without a centre, or a dilation below 1.
     """
 
     def __init__(
-        self, dim: int, *, kernel_size: int, stride: int = 1, dilation: int = 1, norm: NormKind = "batch"
-    ) -> None:
+        self, dim: int, *, kernel_size: int | tuple[int, ...], stride: int | tuple[int, ...] = 1, dilation: int = 1,
+        norm: NormKind = "batch", act: type[nn.Module] = nn.SiLU, spatial_dims: int = 2,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        kernel = sizes(kernel_size, "kernel_size", spatial_dims)
+        if not all(size % 2 for size in kernel):
             raise InputError(f"kernel_size must be odd and positive, so that it has a centre, got {kernel_size!r}.")
         if not isinstance(dilation, int) or dilation < 1:
             raise InputError(f"dilation must be a positive integer, got {dilation!r}.")
-        padding = dilation * (kernel_size // 2)
-        self.conv = nn.Conv2d(dim, dim, kernel_size, stride, padding, dilation, groups=dim, bias=False)
-        self.norm = make_norm(norm, dim)
-        self.act = nn.SiLU()
+        padding = tuple(dilation * (size // 2) for size in kernel)
+        self.conv = LIBRARY[spatial_dims][0](dim, dim, kernel, stride, padding, dilation, groups=dim, bias=False)
+        self.norm = make_norm(norm, dim, spatial_dims)
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.local_conv(self.conv, self.norm, self.act, x)  # (B, H', W', C)
@@ -156,7 +173,7 @@ class LocalConv(nn.Module):
         if not isinstance(self.norm, ChannelsLastBatchNorm) or kernels.opaque(self.conv, self.norm, self.norm.bn):
             return
         conv, (weight, bias) = self.conv, kernels.folded(self.conv, self.norm)
-        folded = nn.Conv2d(
+        folded = type(conv)(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             groups=conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
@@ -182,37 +199,51 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@kernels.known
-class SyncedBatchNorm2d(nn.BatchNorm2d):
+class _Synced(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose batch is that of all processes together, on any device; equal shares are assumed.
 
     PyTorch's own ``SyncBatchNorm`` runs on GPUs only. Statistics are computed in float32: the mean first, then the
     squared distances from it, each summed over the processes by a differentiable all-reduce.
 
-    Shape: (B, C, H, W) -> (B, C, H, W).
+    Shape: (B, C, H, W) -> (B, C, H, W); with three axes (B, C, T, H, W).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not distributed.is_initialized() or distributed.get_world_size() == 1:
             return super().forward(x)
         count = x.numel() // x.shape[1] * distributed.get_world_size()
-        mean = all_reduce(x.float().sum((0, 2, 3))) / count  # (C,)
-        centred = x.float() - mean[:, None, None]  # (B, C, H, W)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # (C,)
+        others, column = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
+        mean = all_reduce(x.float().sum(others)) / count  # (C,)
+        centred = x.float() - mean.view(column)  # (B, C, H, W)
+        variance = all_reduce(centred.square().sum(others)) / count  # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_(variance.to(self.running_var) * (count / max(1, count - 1)), self.momentum)
         factor = self.weight * torch.rsqrt(variance + self.eps)  # (C,)
-        return (centred * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centred * factor.view(column) + self.bias.view(column)).to(x.dtype)
+
+
+@kernels.known
+class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` over the batches of all processes. Shape: (B, C, H, W) -> (B, C, H, W)."""
+
+
+@kernels.known
+class SyncedBatchNorm3d(_Synced, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` over the batches of all processes. Shape: (B, C, T, H, W) -> (B, C, T, H, W)."""
+
+
+SYNCED = {nn.BatchNorm2d: SyncedBatchNorm2d, nn.BatchNorm3d: SyncedBatchNorm3d}
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
     """Make every batch norm of a model use the batch of all processes; parameters, buffers and names stay."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, SyncedBatchNorm2d):
-                synced = SyncedBatchNorm2d(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+            kind = next((ours for plain, ours in SYNCED.items() if isinstance(norm, plain)), None)
+            if kind and not isinstance(norm, kind):
+                synced = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum)
                 synced._parameters, synced._buffers = norm._parameters, norm._buffers
                 setattr(parent, name, synced.train(norm.training))
 
@@ -255,82 +286,3 @@ def checkpoint_block(block: nn.Module, *inputs: Tensor) -> Tensor:
     return checkpoint(
         block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), scratch_statistics(block))
     )
-
-
-class PatchEmbed(nn.Module):
-    """Cut the latent into p x p patches and map each to a token.
-
-    Shape: (B, C_in, H * p, W * p) -> (B, H, W, C).
-    """
-
-    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
-@torch.fx.wrap
-def timestep_features(t: Tensor, count: int) -> Tensor:
-    """Cosines and sines of the timestep at ``count / 2`` frequencies; float32 whatever the model's dtype: bfloat16 can
-    tell only about half of 1000 timesteps apart. Shape: (B,) -> (B, count)."""
-    half = count // 2
-    powers = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * powers)  # (B, count / 2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, count)
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off on the tensor's device; without data, and while `torch.fx` traces, nothing is cast. Shape: any."""
-    if isinstance(x, torch.fx.Proxy) or x.device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the timestep, then a two-layer MLP (DiT, section 3.2).
-
-    Shape: (B,) -> (B, C).
-    """
-
-    def __init__(self, dim: int, num_features: int = 256) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.mlp = Layers(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, t: Tensor) -> Tensor:
-        features = timestep_features(t, self.num_features)  # (B, 256)
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)  # quantised: none
-        with full_precision(t):  # a small network that every block depends on
-            return self.mlp(features.to(dtype))  # (B, C)
-
-
-class LabelEmbedder(nn.Module):
-    """A table with one row per class and a last row for "no class".
-
-    Shape: (B,) -> (B, C).
-    """
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sin-cos position embedding in DiT's channel order: the column first, then the row; sines, then cosines.
-
-    Args:
-        dim: channels, a multiple of 4.
-        grid: (rows, columns) of tokens.
-
-    Shape: -> (1, rows * columns, dim), float32.
-    """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)  # (n, dim / 4)
-    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))  # (n, dim / 2)
-    both = [columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)]  # 2 x (rows, columns, dim / 2)
-    return torch.cat(both, dim=-1).reshape(1, -1, dim).float()

@@ -7,23 +7,27 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.contract import DenoiserFrame
-from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load
+from d_emo.models.video import VIDEO_BACKBONES
+from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
 
 
 def list_models(pattern: str | None = None) -> list[str]:
     """Names that `create_model` knows, by family and size.
 
     Args:
-        pattern: keep the names that match this shell pattern ("emov2_*"), or contain it if it has no wildcard; case
-            does not matter.
+        pattern: a name; else keep the names that match this shell pattern ("emov2_*"), or contain it if it has no
+            wildcard. Case does not matter.
     """
-    names = [*denoisers(), *BACKBONES]
+    names = [*denoisers(), *BACKBONES, *VIDEO_BACKBONES, *systems()]
     if pattern is None:
         return names
+    if exact := [name for name in names if name.lower() == pattern.lower()]:
+        return exact
     wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name.lower(), wildcard.lower())]
 
@@ -43,30 +47,34 @@ def resolve_name(name: str) -> str:
     raise InputError(f"Unknown model {name!r}; {hint}")
 
 
-def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO:
+def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module:
     """Build a network by name, with freshly initialised weights.
 
     Args:
-        name: one of `list_models`, e.g. "D-EMOv2-S-2" (or "D-EMOv2-S/2"), "DiT-S-2", "emov2_5m".
-        overrides: settings of the denoiser or `EMO` to replace, e.g. ``num_classes=10``.
+        name: one of `list_models`, e.g. "D-EMOv2-S-2" (or "D-EMOv2-S/2"), "DiT-S-2", "emov2_5m", "ssdlite-emov2_5m".
+        overrides: settings of the network to replace, e.g. ``num_classes=10``.
 
     Returns:
-        A denoiser or an `EMO`. ``model.config`` records how to build it again.
+        A denoiser, an `EMO`, or a detector or segmenter on one. ``model.config`` records how to build it again.
 
     Raises:
         InputError: for an unknown name or setting, or values that do not fit together.
     """
     name = resolve_name(name)
-    frame = frame_of(name)
-    network = frame or EMO
-    allowed = [key for key in inspect.signature(network.__init__).parameters if key != "self"]
+    frame, (system, backbone) = frame_of(name), systems().get(name, (None, ""))
+    network = load(system.network) if system else frame or EMO
+    allowed = [key for key in inspect.signature(network).parameters if not (system and key == "backbone")]
     for key in overrides:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(allowed)}."
             raise InputError(f"{name} has no setting {key!r}; {hint}")
+    if system:
+        model = network(backbone, **{**system.options, **overrides})
+        model.config = {"name": name, **overrides, "num_classes": model.num_classes}
+        return model
     if frame is None:
-        return build_backbone(name, **overrides)
+        return build_backbone(name, VIDEO_BACKBONES.get(name), **overrides)
     settings = {**denoisers()[name], **overrides}
     block = BLOCKS[settings["block"]]
     of_blocks = {option for row in BLOCKS.values() for option in row.options}
@@ -92,8 +100,20 @@ def check_memory(name: str, **overrides: Any) -> None:
         )
 
 
+def model_kind(name: str) -> str:
+    """What a name stands for: "denoiser", "classifier", "video classifier", "detector" or "segmenter".
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    name = resolve_name(name)
+    if name in systems():
+        return {"detection": "detector", "segmentation": "segmenter"}[systems()[name][0].task]
+    return "classifier" if name in BACKBONES else "video classifier" if name in VIDEO_BACKBONES else "denoiser"
+
+
 def frame_of(name: str) -> type[DenoiserFrame] | None:
-    """The class of a denoiser's name, None for a classifier's.
+    """The class of a denoiser's name, None for any other network's.
 
     Raises:
         InputError: for an unknown name.

@@ -4,30 +4,31 @@ import torch
 from torch import Tensor, nn
 
 from d_emo import kernels
-from d_emo.models.layers import ChannelsLastBatchNorm, LocalConv
+from d_emo.models.layers import LIBRARY, ChannelsLastBatchNorm, LocalConv
 
 
 class ConvNorm(nn.Module):
     """The first layer: 3 x 3 convolution of stride 2 with bias, then batch norm; from image layout to channels-last.
 
-    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C).
+    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C); with three ``spatial_dims`` (B, C_in, T, H, W) likewise.
     """
 
-    def __init__(self, in_channels: int, dim: int) -> None:
+    def __init__(self, in_channels: int, dim: int, spatial_dims: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, dim, 3, stride=2, padding=1)
-        self.norm = ChannelsLastBatchNorm(dim)
+        self.conv = LIBRARY[spatial_dims][0](in_channels, dim, 3, stride=2, padding=1)
+        self.norm = ChannelsLastBatchNorm(dim, spatial_dims)
+        self.layout = torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+        x = x.contiguous(memory_format=self.layout)
+        return self.norm(self.conv(x).movedim(1, -1))
 
     @torch.no_grad()
     def fold_norm(self) -> None:
         """Absorb the batch norm's running statistics into the convolution, if nothing hangs on them."""
         if isinstance(self.norm, ChannelsLastBatchNorm) and not kernels.opaque(self.conv, self.norm, self.norm.bn):
             factor, offset = self.norm.affine()
-            self.conv.weight.mul_(factor[:, None, None, None])
+            self.conv.weight.mul_(factor.view(-1, *[1] * (self.conv.weight.ndim - 1)))
             self.conv.bias.mul_(factor).add_(offset)
             self.norm = nn.Identity()
 
@@ -52,17 +53,19 @@ class SqueezeExcite(nn.Module):
 class Stem(nn.Module):
     """Strided convolution, depthwise convolution, pointwise projection; EMOv1 has a squeeze-excite and one SiLU less.
 
-    Shape: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)).
+    Shape: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); with three ``spatial_dims`` (B, C_in, T, H, W) likewise.
     """
 
-    def __init__(self, in_channels: int, dim: int, *, first_act: nn.Module, gate: nn.Module) -> None:
+    def __init__(
+        self, in_channels: int, dim: int, *, first_act: nn.Module, gate: nn.Module, spatial_dims: int = 2
+    ) -> None:
         super().__init__()
-        self.conv = ConvNorm(in_channels, dim)
+        self.conv = ConvNorm(in_channels, dim, spatial_dims)
         self.act = first_act
-        self.local = LocalConv(dim, kernel_size=3)
+        self.local = LocalConv(dim, kernel_size=3, spatial_dims=spatial_dims)
         self.gate = gate
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)
-        return kernels.linear(self.proj, self.gate(self.local(x))).permute(0, 3, 1, 2)  # (B, C, H', W')
+        return kernels.linear(self.proj, self.gate(self.local(x))).movedim(-1, 1)  # (B, C, H', W')

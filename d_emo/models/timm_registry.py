@@ -17,9 +17,8 @@ from timm.models import (
 )
 
 from d_emo import kernels
-from d_emo.errors import InputError
 from d_emo.models.attention import WindowAttention
-from d_emo.models.backbone import BACKBONES, EMO, REDUCTION, build_backbone
+from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.blocks import ConvFirstOperator, ParallelOperator
 from d_emo.models.layers import LocalConv
 from d_emo.models.released import own_names
@@ -45,11 +44,6 @@ def entrypoint(name: str) -> Callable[..., EMO]:
     def build(
         in_chans: int = 3, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
     ) -> EMO:
-        if (stride := settings.pop("output_stride", REDUCTION)) != REDUCTION:
-            raise InputError(
-                f"{name} has no output_stride {stride}: its maps are of 1/4 to 1/{REDUCTION} of the image's side; with "
-                "features_only=True out_indices chooses among them, (2,) is that of 1/16"
-            )
         if isinstance(settings.get("img_size"), Sequence):
             settings["img_size"] = tuple(settings["img_size"])
         with contextlib.nullcontext() if device is None else torch.device(device):

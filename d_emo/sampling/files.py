@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from d_emo.errors import InputError
+from d_emo.errors import FULL, InputError, RunError
 from d_emo.files import replacing
 
 
@@ -17,7 +17,7 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None
     """Write a PNG that carries its settings as text under "d-emo".
 
     Raises:
-        InputError: The file cannot be written.
+        InputError, RunError: The file cannot be written; there is no room left for it.
     """
     info = PngInfo()
     info.add_text("d-emo", json.dumps(settings))
@@ -32,7 +32,7 @@ def save_pngs(
     Shape: images (N, 3, H, W) uint8, with N labels and seeds.
 
     Raises:
-        InputError: The files cannot be written.
+        InputError, RunError: As of `save_png`.
     """
     paths = []
     for image, label, seed in zip(images, labels, seeds, strict=True):
@@ -46,7 +46,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path, settings: dict[str, Any]
     """Write frames as a GIF that repeats, the last one held; its comment carries the settings.
 
     Raises:
-        InputError: The file cannot be written.
+        InputError, RunError: The file cannot be written; there is no room left for it.
     """
     durations = [120] * (len(frames) - 1) + [1500]  # milliseconds
     _write(path, lambda file: frames[0].save(
@@ -62,4 +62,5 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         with replacing(path) as temporary:
             write(temporary)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+        kind = RunError if error.errno in FULL else InputError
+        raise kind(f"cannot write {path}: {error.strerror or error}") from None

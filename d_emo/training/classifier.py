@@ -27,13 +27,14 @@ from d_emo.data import (
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
-from d_emo.io.snapshot import save_classifier
+from d_emo.io.snapshot import load_meta, save_classifier
 from d_emo.models import create_model
-from d_emo.models.backbone import BACKBONES
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, resolve_name
+from d_emo.models.registry import check_memory, model_kind
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
+from d_emo.training.finetuning import start_classifier_from, train_only
+from d_emo.training.progress import means
 from d_emo.training.teacher import distillation_loss, load_teacher
 
 
@@ -64,10 +65,13 @@ class ClassifierTask:
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: ClassifierSettings):
-        if resolve_name(settings.model) not in BACKBONES:
-            raise InputError(f"{settings.model} is a denoiser; train it with scripts/train_dit.py")
+        if settings.init_from is not None:
+            load_meta(settings.init_from, "classifier")
         self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
+        if (kind := model_kind(settings.model)) != "classifier":
+            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
+            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
@@ -79,6 +83,13 @@ class ClassifierTask:
             check_memory(settings.model, **{**given, **options})
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**given, **options})
+        self.parameters = trained_parameters(self.model)
+        self.start, self.started_from = [], None
+        if settings.init_from is not None:
+            words, self.started_from = start_classifier_from(
+                settings.init_from, self.model, class_names=self.dataset.class_names
+            )
+            self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=["head."])]
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)
@@ -88,7 +99,7 @@ class ClassifierTask:
         return [
             f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
-            *filter(None, [self.dataset.left_out, settings.teacher and f"teacher: {settings.teacher}"]),
+            *filter(None, [self.dataset.left_out, *self.start, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
 
     def keep_classes(self, recorded: Sequence[str] | None) -> None:
@@ -124,6 +135,9 @@ class ClassifierTask:
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
         return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
 
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return means(sums)
+
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return self.dataset.remarks(count)
 
@@ -132,9 +146,11 @@ class ClassifierTask:
         meta: dict[str, Any] = {
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
             "class_names": self.dataset.class_names, "num_images": len(self.dataset),
-            "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
+            "parameters": self.parameters, "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
+        if self.started_from:
+            meta["started_from"] = self.started_from
         if self.held_out is not None:
             measured = {"ema": self.measure(model)}
             if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):

@@ -16,14 +16,15 @@ from d_emo.config import TrainSettings
 from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
-from d_emo.io.snapshot import save_denoiser
+from d_emo.io.snapshot import load_meta, save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, frame_of
+from d_emo.models.registry import check_memory, frame_of, model_kind
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
-from d_emo.training.finetuning import start_from
+from d_emo.training.finetuning import start_from, train_only
+from d_emo.training.progress import means
 
 
 class DenoiserTask:
@@ -39,10 +40,13 @@ class DenoiserTask:
     smaller = "A small one for such a machine: `d-emo train --config configs/shapes64_ti.yaml`."
 
     def __init__(self, settings: TrainSettings):
+        if settings.init_from is not None:
+            load_meta(settings.init_from)  # which is of a denoiser
+        settings = settings.resolve()
         frame = frame_of(settings.model)
         if frame is None:
-            raise InputError(f"{settings.model} is a classifier; train it with scripts/train_classifier.py")
-        settings = settings.resolve()
+            kind = model_kind(settings.model)
+            raise InputError(f"{settings.model} is a {kind}; train it with scripts/train_{kind}.py")
         self.dataset, self.codec, self.facts = _open_data(settings)
         self.settings = settings = settings.resolve(**self.facts)
         self.images = self.dataset
@@ -62,12 +66,15 @@ class DenoiserTask:
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **options, **(settings.model_options or {}))
         _init_labels(self.model.label_rows(), self.images.class_names, settings)
-        self.start, self.started_from = "", None
+        self.parameters = trained_parameters(self.model)
+        self.start, self.started_from = [], None
         if settings.init_from is not None:
-            self.start, self.started_from = start_from(
+            words, self.started_from = start_from(
                 settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
                 keep_labels=settings.label_init is None,
             )
+            head = (self.model.label_parameter, *self.model.head)
+            self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head)]
         self.lr_scales = {self.model.label_parameter: settings.label_lr_scale}
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -79,7 +86,7 @@ class DenoiserTask:
         self.scheduler = self.objective.noise_schedule()
 
     def introduction(self) -> list[str]:
-        settings, millions = self.settings, trained_parameters(self.model) / 1e6
+        settings, millions = self.settings, self.parameters / 1e6
         built_in, shape = DATASETS[settings.dataset], " x ".join(map(str, self.model.latent_shape))
         lines = [
             f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
@@ -89,7 +96,7 @@ class DenoiserTask:
             *lines,
             f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
-            *filter(None, [self.images.left_out, self.start]),
+            *filter(None, [self.images.left_out, *self.start]),
         ]
 
     def keep_classes(self, recorded: Sequence[str] | None) -> None:
@@ -145,6 +152,9 @@ class DenoiserTask:
                 totals[name] = totals.get(name, 0) + value.float() * count
         return totals
 
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return means(sums)
+
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return self.images.remarks(count)
 
@@ -154,7 +164,7 @@ class DenoiserTask:
             "step": step, "weights": "ema", "model": settings.model, "objective": settings.objective,
             "codec": self.codec.name, "image_size": settings.image_size, "data": self.images.name,
             "class_names": self.images.class_names, "label_dropout": settings.label_dropout,
-            "num_images": len(self.images), "parameters": trained_parameters(self.model),
+            "num_images": len(self.images), "parameters": self.parameters,
             "training_minutes": round(minutes, 1), "hardware": describe_hardware(next(model.parameters()).device),
         }
         if self.started_from:
@@ -181,20 +191,21 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
 def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec, dict[str, Any]]:
     """Images or latents, their codec, and what the settings leave to them."""
     if settings.latents is None:
-        facts = {"vae": settings.vae or default_codec(settings.data_dir)}
+        facts: dict[str, Any] = {"vae": settings.vae or default_codec(settings.data_dir)}
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
             sequential=settings.cache_latents, reading=Reading.of(settings), flip=settings.flip,
         )
         reading = {} if images.reading is None else asdict(images.reading)
-        return images, load_codec(facts["vae"]), {**facts, **reading, "flip": images.flip}
+        facts |= {**reading, "flip": images.flip, "images": len(images)}
+        return images, load_codec(facts["vae"]), facts
     latents = LatentDataset(settings.latents, flip=settings.flip)
     codec = load_codec(settings.vae or latents.codec)
     latents.check(
         codec, settings.image_size or latents.image_size, exif=settings.exif, background=settings.background
     )
-    facts = {"vae": latents.codec} | {
+    facts = {"vae": latents.codec, "images": len(latents)} | {
         name: getattr(latents, name) for name in ("image_size", "exif", "background", "flip")
     }
     return OneClass(latents) if settings.unconditional else latents, codec, facts

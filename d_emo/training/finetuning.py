@@ -1,14 +1,20 @@
-"""Fine-tuning: a new model that starts from the weights of a snapshot."""
+"""Fine-tuning: a new model that starts from the weights of a snapshot, all of which or a part are trained."""
 
+import copy
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.io.snapshot import load_denoiser
+from d_emo.io.snapshot import load_classifier, load_denoiser
+from d_emo.models import EMO
 from d_emo.models.contract import DenoiserFrame
+from d_emo.models.counting import trained_parameters
+from d_emo.weights import differences, shapes_of, without_adapters
 
 
 @torch.no_grad()
@@ -50,26 +56,109 @@ def start_from(
             f"the snapshot {old.path} is of another model ({'; '.join(differ)}); `model` and `model_options` must be "
             "those in its config.yaml"
         )
-    rows, table, known = old.model.label_rows(), model.label_rows().detach().clone(), 0
+    rows, table = old.model.label_rows(), model.label_rows().detach().clone()
     table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
     if len(class_names) == 1:
         table[0] = null
-    theirs, ours = _by_name(old.class_names), _by_name(class_names)
-    for name, labels in ours.items() if keep_labels else ():
-        if len(theirs.get(name, ())) == len(labels):  # of several classes of one name, the first is the first there
-            table[labels] = rows[theirs[name]]
-            known += len(labels)
-    unclear = [name for name in ours if name in theirs and len(theirs[name]) != len(ours[name])] if keep_labels else []
+    known, words = _matched(old.class_names, class_names) if keep_labels else ({}, "with a new label table")
+    table[list(known)] = rows[list(known.values())]
     own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
     model.load_state_dict({**old.model.state_dict(), **own, model.label_parameter: table})
-    step = old.meta["step"]
-    rows = f"which knows {known} of the {len(class_names)} classes by name" if keep_labels else "with a new label table"
-    if unclear:
-        name, count = unclear[0], len(ours[unclear[0]])
-        rows += f" (not {name}, of which there are {len(theirs[name])} there and {count} here)"
-    trained = {key: old.meta[key] for key in ("step", "training_minutes") if key in old.meta}
     other = "" if old.objective == objective else f", trained with {old.objective}"
-    return f"Weights from {old.path} (step {step:,}{other}), {rows}.", trained
+    return f"Weights from {old.path} (step {old.meta['step']:,}{other}), {words}.", _trained(old.meta)
+
+
+@torch.no_grad()
+def start_classifier_from(path: str | Path, model: EMO, *, class_names: list[str]) -> tuple[str, dict[str, Any]]:
+    """`start_from` for a classifier: the head keeps the rows of classes with the same name.
+
+    Raises:
+        InputError: No such snapshot, or one of another model; names what differs.
+    """
+    old = load_classifier(path)
+    theirs, mine = old.model.state_dict(), model.state_dict()
+    head = {name for name in mine if name.startswith("head.")}
+    if differ := differences(*(shapes_of({k: v for k, v in each.items() if k not in head}) for each in (theirs, mine))):
+        raise InputError(
+            f"the snapshot {old.path} is of another model ({differ}); `model` and `model_options` must be those in its "
+            "config.yaml"
+        )
+    known, words = _matched(old.class_names, class_names)
+    for name in head:
+        mine[name][list(known)] = theirs[name][list(known.values())]
+    model.load_state_dict({**theirs, **{name: mine[name] for name in head}})
+    return f"Weights from {old.path} (step {old.meta['step']:,}), {words}.", _trained(old.meta)
+
+
+def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
+    """Freeze what is not to be trained. Batch norms' running statistics still follow the data, as in any training.
+
+    Args:
+        model: Changed in place.
+        part: "all", "head" or "lora:RANK".
+        head: Beginnings of the names of parameters that are trained in any case.
+
+    Returns:
+        What is trained, in a sentence; "" for all.
+
+    Raises:
+        InputError: PEFT is not installed.
+    """
+    if part == "all":
+        return ""
+    whole = trained_parameters(model)
+    model.requires_grad_(False)
+    if part.startswith("lora:"):
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise InputError(f"`train` {part} needs PEFT: pip install 'd-emo[lora]'") from None
+        rank = int(part.removeprefix("lora:"))
+        layers = [name for name, module in model.named_modules()
+                  if type(module) is nn.Linear and not name.startswith(tuple(head))]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(head)):
+            parameter.requires_grad_(True)
+    trained = trained_parameters(model)
+    return f"`train` {part}: {trained:,} trainable parameters, {trained / whole:.1%} of the {whole:,} of the model."
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """Names of the layers with an adapter."""
+    return [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A network as it was before `train_only`, the adapters added to its weights: a copy, or itself without any."""
+    if not (names := adapted(model)):
+        return model
+    plain, weights = copy.deepcopy(model), without_adapters(model.state_dict())
+    for name in names:
+        plain.set_submodule(name, plain.get_submodule(name).base_layer)
+    plain.load_state_dict(weights)
+    return plain
+
+
+def _trained(meta: dict[str, Any]) -> dict[str, Any]:
+    return {key: meta[key] for key in ("step", "training_minutes") if key in meta}
+
+
+def _matched(theirs: list[str], ours: list[str]) -> tuple[dict[int, int], str]:
+    """By label here the label there of classes of the same name, and how many these are, in words.
+
+    Of several classes of one name the first here is the first there, if there are as many.
+    """
+    there, here = _by_name(theirs), _by_name(ours)
+    both = [name for name in here if name in there]
+    unclear = [name for name in both if len(there[name]) != len(here[name])]
+    known = {label: old for name in both if name not in unclear
+             for label, old in zip(here[name], there[name], strict=True)}
+    words = f"which knows {len(known)} of the {len(ours)} classes by name"
+    if unclear:
+        name = unclear[0]
+        words += f" (not {name}, of which there are {len(there[name])} there and {len(here[name])} here)"
+    return known, words
 
 
 def _by_name(class_names: list[str]) -> dict[str, list[int]]:

@@ -33,6 +33,12 @@ class NonFiniteGuard:
         if self.buffers:
             torch._foreach_copy_(self.kept, self.buffers)
 
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put back the running statistics of before the step."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.kept)
+
     def allows(self, means: dict[str, float], *, fp16: bool) -> bool:
         """Whether the update may be made: loss and gradient norm are finite.
 
@@ -55,7 +61,6 @@ class NonFiniteGuard:
             return True
         return False
 
-    @torch.no_grad()
     def record(
         self, run: Path, step: int, learning_rate: float, means: dict[str, float], indices: list[int], *, write: bool
     ) -> str:
@@ -64,8 +69,7 @@ class NonFiniteGuard:
         Returns:
             A sentence for the user.
         """
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.kept)
+        self.undo()
         evidence = run / "nonfinite" / f"step-{step}.json"
         if write:
             figures = {name: value if math.isfinite(value) else str(value) for name, value in means.items()}

@@ -3,15 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import nn
-from torch.utils.data import Dataset
 
 from d_emo import kernels
 from d_emo.claims import claimed
@@ -25,46 +24,13 @@ from d_emo.kernels.autotune import tuner
 from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import use_threads
 from d_emo.training.feed import Feed
+from d_emo.training.finetuning import adapted, merged
 from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.stop import Stop, StopSignal
-
-
-class Task(Protocol):
-    """What a training run needs to know of its model and data."""
-
-    model: nn.Module
-    dataset: Dataset
-    settings: RunSettings  # resolved
-    facts: dict[str, Any]  # what its settings are resolved with
-    smaller: str  # a configuration to try where this one would take too long
-    lr_scales: dict[str, float]  # by parameter name, where the learning rate is not that of the rest
-
-    def introduction(self) -> list[str]:
-        """Lines that tell the user what is about to be trained on what."""
-
-    def keep_classes(self, recorded: Sequence[str] | None) -> None:
-        """Number the classes of the data as the training state does that is gone on from; see `in_recorded_order`."""
-
-    def prepare(self, device: torch.device, folder: Path) -> None:
-        """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
-
-    def draw(self, generator: torch.Generator, batch_size: int) -> Any:
-        """All randomness of one step for the global batch; slices give a process its share."""
-
-    def loss(self, model: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
-        """Scalars of a micro-batch, under "loss" the one to minimise."""
-
-    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-        """Sums over this process's share of the held-out data, and under "count" the number of images in it."""
-
-    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
-        """Lines for the end of a run; ``count`` tells how many are true in any process. Shape: (n,) bool."""
-
-    def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
-        """Write the averaged model."""
+from d_emo.training.task import Task
 
 
 def fit(task: Task, settings: RunSettings, *, preview: Callable[[Path, nn.Module], None] | None = None) -> Path | None:
@@ -113,7 +79,7 @@ class _Run:
         use_threads(self.accelerator.device, world)
         if self.accelerator.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.step, self.minutes = 0, 0.0
+        self.step, self.minutes, self.saved = 0, 0.0, None  # saved: step of the last state in the run folder
         self.states: list[Path] = []  # that this run has written
 
     def go(self) -> Path | None:
@@ -139,13 +105,15 @@ class _Run:
         self.guard = NonFiniteGuard(norm_buffers(self.updates.bare_model), settings.nan)
         if state is not None:
             self._restore(state)
-            self.progress.say(f"resuming at step {self.step} of {settings.max_steps}")
+            done = "nothing to do" if self.step >= settings.max_steps else "resuming"
+            self.progress.say(f"{done} at step {self.step} of {settings.max_steps}")
         if accelerator.num_processes > 1:
             tuner.agree(broadcast_object_list)
         if accelerator.is_main_process:
             write_yaml(settings, self.folder / "config.yaml")
         accelerator.wait_for_everyone()
-        with StopSignal(settings.max_minutes) as stop_signal, self.progress.following(self.step, task.smaller):
+        stopping, shown = StopSignal(settings.max_minutes, self.progress.say), self.progress.following
+        with stopping as stop_signal, shown(self.step, task.smaller):
             stop = self._loop(stop_signal)
         for line in task.remarks(lambda seen: accelerator.reduce(seen.int().to(accelerator.device)).count_nonzero()):
             self.progress.say(line)
@@ -193,9 +161,10 @@ class _Run:
             self.ema.load_state_dict(state["ema"])
             self.guard.load_state_dict(state["guard"])
             self.step, self.minutes = state["step"], state["minutes"]
+            self.saved = self.step if self.resumed_from.parent == self.folder / "states" else None
             self.states = states_until(self.folder / "states", self.step)
             tuner.keep(state.get("kernels"))
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a state that another program wrote makes of PyTorch
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
@@ -214,12 +183,14 @@ class _Run:
             try:
                 with kernels.record() if self.step == first else nullcontext() as calls:
                     figures, stop = self._train_step(stop_signal)
+                if figures is None:
+                    break
             except Exception as error:
                 wish = stop_signal.received  # a signal, which reaches the compiler's processes too
                 if isinstance(error, RunError) or not wish:
                     raise
                 raise RunError(f"stopped by {wish.reason} within step {self.step + 1}, which is lost") from error
-            for slow in kernels.avoidable(calls or []):
+            for slow in () if calls is None or adapted(self.updates.bare_model) else kernels.avoidable(calls):
                 self.progress.say(f"slower than this machine could: {slow}")
             self.step += 1
             last = self.step == settings.max_steps
@@ -229,15 +200,21 @@ class _Run:
                 self._validate()
             if last or self.step % settings.snapshot_every == 0:
                 self._save_snapshot()
-            if last or stop or self.step % settings.state_every == 0:
+            if last or self.step % settings.state_every == 0:
                 self._save_state()
+        if stop:
+            self._save_state()  # of the last whole step
         if self.step == settings.max_steps and not self._snapshot_folder().exists():
             self._save_snapshot()  # a run resumed after its last step, its snapshot removed
         return stop
 
-    def _train_step(self, stop_signal: StopSignal) -> tuple[dict[str, float], Stop]:
-        """One optimizer step over the global batch; its means over all processes, and whether any wants to stop."""
+    def _train_step(self, stop_signal: StopSignal) -> tuple[dict[str, float] | None, Stop]:
+        """One optimizer step over the global batch; its means over all processes, and whether any wants to stop.
+
+        There are no means where one wanted to between two micro-batches: then it is as if the step had not begun.
+        """
         settings, model, waited, parts = self.settings, self.updates.model, self.feed.waited, []
+        micro_batches = self.per_rank // self.micro
         began = asked = time.perf_counter()
         self.guard.remember()
         rate = learning_rate(settings, self.step)
@@ -247,7 +224,11 @@ class _Run:
                 losses = self.task.loss(model, batch, draws)  # autocast inside the model
                 self.updates.backward(losses["loss"])
             parts.append({name: value.detach().float() for name, value in losses.items()})
-            self.progress.micro_batch_took(time.perf_counter() - asked, self.per_rank // self.micro)
+            self.progress.micro_batch_took(time.perf_counter() - asked, len(parts), micro_batches)
+            if len(parts) < micro_batches and (stop := self._wish(stop_signal)):
+                self.guard.undo()
+                self.updates.clear()
+                return None, stop
             asked = time.perf_counter()
         norm = self.updates.gradient_norm()
         if self.step + 1 < settings.max_steps:
@@ -259,6 +240,12 @@ class _Run:
             **means, "learning_rate": rate, "images_per_second": settings.batch_size / took,
             "data_wait_share": waited / took, "ema_decay": self.ema.current_decay, "skipped_steps": self.guard.skipped,
         }, stop
+
+    def _wish(self, stop_signal: StopSignal) -> Stop:
+        """The strongest wish to stop between two micro-batches. Several GPUs do not wait for one another then."""
+        if self.accelerator.num_processes == 1:
+            return stop_signal.wish
+        return Stop.NO if self.feed.ahead else Stop(int(self.accelerator.gather(torch.tensor(stop_signal.wish)).max()))
 
     def _agree(
         self, parts: list[dict[str, torch.Tensor]], norm: torch.Tensor, wish: Stop
@@ -286,8 +273,7 @@ class _Run:
                 ))
                 self.guard.insist()
         except RunError:
-            if not (self.folder / "states" / f"step-{self.step}").exists():
-                self._save_state()  # the update was not made, so this state is good
+            self._save_state()  # the update was not made, so this state is good
             raise
         finally:
             self.updates.clear()
@@ -299,9 +285,8 @@ class _Run:
             broadcast(buffer)
         sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        totals = dict(zip(sums, totals, strict=True))
-        count = totals.pop("count")
-        self.progress.validated(self.step, {f"validation_{name}": total / count for name, total in totals.items()})
+        figures = self.task.figures(dict(zip(sums, totals, strict=True)))
+        self.progress.validated(self.step, {f"validation_{name}": value for name, value in figures.items()})
 
     def _snapshot_folder(self) -> Path:
         return self.folder / "snapshots" / f"step-{self.step}"
@@ -309,20 +294,23 @@ class _Run:
     def _save_snapshot(self) -> None:
         if self.accelerator.is_main_process:
             with self._saving("snapshot"):
-                self.task.save_snapshot(
-                    self._snapshot_folder(), self.ema.model, step=self.step, minutes=self._minutes()
-                )
+                model = merged(self.ema.model)
+                self.task.save_snapshot(self._snapshot_folder(), model, step=self.step, minutes=self._minutes())
                 if advice := self.ema.advice():
                     self.progress.say(f"step {self.step}: {advice}")
                 if self.preview is not None:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)
-                    self.preview(picture, self.ema.model)
+                    self.preview(picture, model)
                     if picture.exists():
                         self.progress.picture(self.step, picture)
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:
+        """Keep the state of this step, unless that was done."""
+        if self.saved == self.step:
+            return
+        self.saved = self.step
         state = self.updates.gather()  # on all processes
         if self.accelerator.is_main_process:
             with self._saving("training state"):

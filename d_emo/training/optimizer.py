@@ -31,11 +31,15 @@ def make_optimizer(
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
-    """Learning rate of the update that follows ``step`` done ones: linear warm-up, then constant or cosine."""
+    """Learning rate of the update that follows ``step`` done ones: linear warm-up, then constant or cosine.
+
+    "constant-cosine" is constant until the middle of the run, then cosine.
+    """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
     if settings.schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, settings.max_steps - warmup)
+    first = max(warmup, settings.max_steps // 2) if settings.schedule == "constant-cosine" else warmup
+    done = max(0, step - first) / max(1, settings.max_steps - first)
     return peak * 0.5 * (1 + math.cos(math.pi * done))

@@ -17,6 +17,16 @@ from tqdm import tqdm
 from d_emo.config import RunSettings
 from d_emo.errors import InputError, said
 
+LONG_STEP = 5
+"""Seconds of a step from which on the bar shows its micro-batches."""
+SLOW = 4
+"""A step that takes so many times the seconds of the fastest one is remarked on."""
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over images as means; "count" is the number of images."""
+    return {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+
 
 class Progress:
     """Reports a run; only the main process speaks.
@@ -32,7 +42,7 @@ class Progress:
     def __init__(self, accelerator: Accelerator, settings: RunSettings):
         self.accelerator, self.settings = accelerator, settings
         self.bar: tqdm | None = None
-        self.micro_batches_seen = 0
+        self.micro_batches_seen, self.fastest, self.slow_seen = 0, float("inf"), False
         if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise InputError("`tracker` wandb needs Weights & Biases: pip install wandb")
 
@@ -58,9 +68,14 @@ class Progress:
         finally:
             self.bar.close()
 
-    def micro_batch_took(self, seconds: float, micro_batches: int) -> None:
-        """After the second micro-batch (the first one pays for warming up), warn if the run would take days."""
+    def micro_batch_took(self, seconds: float, number: int, micro_batches: int) -> None:
+        """Show where in a long step the run is.
+
+        After the second micro-batch (the first one pays for warming up), warn if the run would take days.
+        """
         self.micro_batches_seen += 1
+        if seconds * micro_batches > LONG_STEP and micro_batches > 1:
+            self.bar.set_description(f"micro-batch {number}/{micro_batches}" if number < micro_batches else "training")
         days = seconds * micro_batches * self.settings.max_steps / 86400
         if self.micro_batches_seen == 2 and days > 3:
             self.say(
@@ -72,9 +87,19 @@ class Progress:
         """Move the bar; log every ``log_every`` steps."""
         self.bar.update()
         speed = figures["images_per_second"]
+        self._mind_slow_steps(step, self.settings.batch_size / speed)
         self.bar.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
         if step % self.settings.log_every == 0 or step == self.settings.max_steps:
             self.accelerator.log({**figures, "memory_gib": self._memory()}, step=step)
+
+    def _mind_slow_steps(self, step: int, seconds: float) -> None:
+        """Say once what to try where a step on a CPU takes several times as long as the fastest before it."""
+        usual, self.fastest = self.fastest, min(self.fastest, seconds)
+        if self.accelerator.device.type == "cpu" and seconds > max(SLOW * usual, 1) and not self.slow_seen:
+            self.slow_seen = True
+            self.say(f"step {step} took {seconds:.1f} s, {seconds / usual:.0f} times as long as others: does another "
+                     "program use the CPUs? Ctrl-C, then the same command with OMP_WAIT_POLICY=passive before it, goes "
+                     "on with threads that give way while they wait")
 
     def validated(self, step: int, figures: dict[str, float]) -> None:
         """Print and log what the held-out data gave."""

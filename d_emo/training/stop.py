@@ -6,12 +6,14 @@ import enum
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 
 class Stop(enum.IntEnum):
-    """Why to stop after the current step; when processes disagree the largest wins."""
+    """Why to stop before the last step; when processes disagree the largest wins."""
 
     NO = 0
     TIME_UP = 1
@@ -36,9 +38,11 @@ class StopSignal:
 
     Args:
         max_minutes: Time limit from now on, or None.
+        say: Is told of a signal as it comes.
     """
 
-    def __init__(self, max_minutes: float | None = None):
+    def __init__(self, max_minutes: float | None = None, say: Callable[[str], None] = lambda line: None):
+        self.say = say
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.received = Stop.NO
 
@@ -53,6 +57,9 @@ class StopSignal:
         if wish == self.received == Stop.INTERRUPTED:
             raise KeyboardInterrupt
         self.received = max(self.received, wish)
+        with suppress(RuntimeError):  # the signal came in the middle of a print
+            self.say(f"{wish.reason}: stopping after the images at work, then the state is saved; Ctrl-C"
+                     f"{' again' * (wish == Stop.INTERRUPTED)} stops at once, without")
 
     def __enter__(self) -> StopSignal:
         main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers

@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,17 +103,26 @@ def write_report(folder: Path, report: Report, settings: dict[str, Any]) -> None
 
 
 def plot(results: Sequence[Result]) -> Any:
-    """Images per second as bars, one panel for each group."""
+    """Images per second as bars, a panel for each group, two side by side."""
     groups = [(group, list(rows)) for group, rows in groupby(results, lambda r: r.group)]
-    heights = [0.9 + 0.3 * len(rows) for _, rows in groups]
+    columns = min(2, len(groups))
+    lines = [groups[start : start + columns] for start in range(0, len(groups), columns)]
+    heights = [0.9 + 0.3 * max(len(rows) for _, rows in line) for line in lines]
     figure = new_figure(8, sum(heights))
-    panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)[:, 0]
-    for axes, (group, rows) in zip(panels, groups, strict=True):
-        ours = (row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows)
-        colours = ["tab:blue" if mine else "0.7" for mine in ours]
-        bars = axes.barh([row.name for row in rows], [row.per_second for row in rows], color=colours)
-        axes.bar_label(bars, fmt=" {:,.1f}", fontsize=8)
-        axes.set_title(f"{group}, images per second", loc="left", fontsize=10)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
+    panels = figure.subplots(len(lines), columns, height_ratios=heights, squeeze=False).flat
+    for number, (axes, named) in enumerate(zip_longest(panels, groups)):
+        axes.set_visible(named is not None)
+        if named is not None:
+            group, rows = named
+            ours = (row.name.startswith(("D-EMO", "emo")) and "transcription" not in row.name for row in rows)
+            colours = ["tab:blue" if mine else "0.7" for mine in ours]
+            bars = axes.barh([row.name for row in rows], [row.per_second for row in rows], color=colours)
+            axes.bar_label(bars, [f" {row.per_second:#.3g}".rstrip(".") for row in rows], fontsize=9)
+            axes.margins(x=0.15)  # for the numbers
+            if number % columns and [row.name for row in rows] == [row.name for row in groups[number - 1][1]]:
+                axes.tick_params(labelleft=False)  # they are written on the left
+            axes.set_title(group, loc="left", fontsize=11)
+            axes.set_xlabel("images per second")
+            axes.invert_yaxis()
+            axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -12,8 +12,10 @@ from torch import nn
 from d_emo.config import StepSettings, TrainSettings
 from d_emo.data import open_dataset
 from d_emo.device import best_device, synchronize
+from d_emo.errors import InputError
 from d_emo.lab.benchmark.timing import Case
 from d_emo.latents import default_codec, encode, load_codec
+from d_emo.models.registry import model_kind
 from d_emo.objective import StepNoise
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
@@ -84,6 +86,8 @@ def step_table(settings: StepSettings) -> str:
     Raises:
         InputError: The network or the image size cannot be used.
     """
+    if (kind := model_kind(settings.model)) != "denoiser":
+        raise InputError(f"`model` {settings.model} is a {kind}; name a denoiser")
     device, batch = best_device(), settings.batch_size
     with TemporaryDirectory(prefix="d-emo-step-") as folder:
         latents = Path(folder) / "latents"

@@ -35,7 +35,7 @@ def check_same_training(run: PlannedRun) -> None:
         return
     remedy = f"remove {run.folder}, and the study's run {run.name!r}, seed {run.seed}, is trained again"
     hints = type_hints(TrainSettings)
-    recorded = asdict(TrainSettings()) | read_json(path, lambda found: check_values(found, hints), remedy)
+    recorded = asdict(TrainSettings().resolve()) | read_json(path, lambda found: check_values(found, hints), remedy)
     old, new = (_what_counts(values) for values in (recorded, asdict(run.training)))
     for name in ("image_size", "exif", "background", "flip"):  # what the data decide where the study does not
         new[name] = old[name] if new[name] is None else new[name]

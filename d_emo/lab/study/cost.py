@@ -11,7 +11,7 @@ import torch
 from d_emo.config import StudySettings, TrainSettings, read_sampler
 from d_emo.device import best_device, seconds_of
 from d_emo.errors import InputError
-from d_emo.files import digest, locked, read_json, write_json
+from d_emo.files import digest, locked, read_json, remove_left, write_json
 from d_emo.io.card import describe_hardware
 from d_emo.lab.study.plan import PlannedRun, fid_settings, latent_shape_of
 from d_emo.lab.study.results import REMAKE, RESUME
@@ -19,7 +19,7 @@ from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.layers import fold_batch_norms
-from d_emo.models.registry import frame_of
+from d_emo.models.registry import frame_of, model_kind
 from d_emo.tables import OBJECTIVES, load
 from d_emo.text import markdown_table
 from d_emo.threads import use_threads
@@ -63,6 +63,7 @@ def read_step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict
     path = folder / f"step_times-{digest(keys)[:8]}.json"
     with locked(folder, wait=True):
         if not path.exists():
+            remove_left(path)
             print("timing a training step of every model, in turns", flush=True)
             seconds = step_times(settings, runs)
             write_json(path, {"hardware": describe_hardware(best_device()), "seconds": seconds}, RESUME)
@@ -120,7 +121,7 @@ def new_model(training: TrainSettings, latent_shape: tuple[int, ...]) -> Denoise
     """A run's model before its training, for 1000 classes; InputError for a classifier."""
     frame = frame_of(training.model)
     if frame is None:
-        raise InputError(f"{training.model} is a classifier; a study compares denoisers")
+        raise InputError(f"{training.model} is a {model_kind(training.model)}; a study compares denoisers")
     return create_model(training.model, **frame.settings_for(latent_shape, 1000) | (training.model_options or {}))
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import yaml
 
 from d_emo.errors import RunError
-from d_emo.files import write_file
+from d_emo.files import remove_left, write_file
 
 
 class VerbError(RunError):
@@ -29,6 +29,7 @@ def run_verb(
         VerbError: It failed.
         SystemExit: It was stopped; with its exit code.
     """
+    remove_left(config)
     write_file(config, yaml.safe_dump(settings, sort_keys=False))
     launcher = ["-m", "accelerate.commands.launch", "--quiet", *launch] if launch else []
     arguments = [verb, "--config", str(config)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from d_emo.claims import is_claimed
 from d_emo.config import FidSettings, Settings, StudySettings, TrainSettings
 from d_emo.errors import InputError
 from d_emo.files import digest, expand_home
@@ -48,8 +49,9 @@ class PlannedRun:
         return sorted((self.folder / "snapshots").glob("step-*"), key=step_of)
 
     def is_trained(self) -> bool:
-        """Whether its last snapshot is there."""
-        return (self.folder / "snapshots" / f"step-{self.training.max_steps}").is_dir()
+        """Whether its last snapshot is there, and no process was killed between that and its last state."""
+        last = self.folder / "snapshots" / f"step-{self.training.max_steps}"
+        return last.is_dir() and not is_claimed(self.folder)
 
 
 def plan_runs(settings: StudySettings) -> list[PlannedRun]:
@@ -75,6 +77,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
             more = {"model_options": options or None, "seed": seed, "output_dir": str(folder)}
             values = settings.train | latents | own | more
             training = read_settings(TrainSettings, values, f"the run {name!r} of the study")
+            if training.max_steps is None:
+                raise InputError(f"the run {name!r} of the study has `epochs`; runs that compare have `max_steps`")
             planned[seed, name] = PlannedRun(name, seed, folder, training, protocol)
     for name, own in settings.runs.items():
         other = own.get("of")

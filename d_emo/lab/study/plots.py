@@ -1,6 +1,8 @@
 """The plots of a study."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from d_emo.tables import family_of
 AXES: dict[str, Callable[[pd.Series], float]] = {
     "optimizer steps": lambda row: 1,
     "images seen": lambda row: row.images / row.step,
-    "multiply-accumulates\nof training": lambda row: 3 * row.macs * row.images / row.step,
+    "compute of training\n(multiply-accumulates, T = 10¹²)": lambda row: 3 * row.macs * row.images / row.step,
     "minutes of training\n(steps × a step's time)": lambda row: row.seconds_per_step / 60,
 }
 """What FID and losses are drawn against, and how much of it a step of a row's run is: three forward passes, say."""
+
+LEGIBLE, COLUMNS = 6, 4
+"""So many lines can be told apart in a panel; more get a panel each, in so many columns."""
 
 BAND_SEEDS = 3
 """So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
@@ -31,58 +36,88 @@ DECADE = (1, 1.5, 2, 3, 4, 5, 7)
 def draw_curves(
     path: Path, rows: pd.DataFrame, losses: pd.DataFrame, names: Sequence[str], published: dict[str, Curve]
 ) -> None:
-    """FID of the runs above, their smoothed losses below, a row for each thing that a loss is the mean over.
+    """FID of the runs above, their smoothed losses below, in a part for each thing that a loss is the mean over.
 
-    They are drawn against steps, images, multiply-accumulates and minutes; the FID of runs that are measured at one
-    step only, run by run. Lines are means over seeds, bands 95 % confidence intervals.
+    They are drawn against steps, compute and minutes, and against images where runs differ in their batch; the FID of
+    runs that are measured at one step only, run by run, and the losses of more than `LEGIBLE` runs in a panel each.
+    Lines are means over seeds, bands 95 % confidence intervals.
     """
     by_run = runs_of(rows, names)
-    styles = {  # ten colours, then the same ones dashed
-        name: {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": name}
-        for number, name in enumerate(by_run)
-    }
-    shown = pd.concat(by_run.values())
-    once, kinds = shown.step.nunique() == 1, list(shown.loss_over.unique())
-    heights = [0.8 + 0.24 * len(by_run) if once else 2.8, 2.5 * len(kinds) + 0.08 * len(by_run)]  # in inches
-    figure = new_figure(10, sum(heights))
-    upper, lower = figure.subfigures(2, height_ratios=heights)
+    few, shown = len(by_run) <= LEGIBLE, pd.concat(by_run.values())
+    styles = {name: {"color": f"C{number if few else 0}", "label": name} for number, name in enumerate(by_run)}
+    batches = (shown.images / shown.step).nunique()
+    axes = {title: unit for title, unit in AXES.items() if title != "images seen" or batches > 1}
+    once, smooth = shown.step.nunique() == 1, {}
+    for name, mine in by_run.items():
+        if (losses.run == name).any():
+            smooth.setdefault(mine.loss_over.iloc[0], {})[name] = running_means(losses[losses.run == name])
+    heights = [0.8 + 0.24 * len(by_run) if once else 2.8]  # in inches
+    heights += [2.8 if few else 0.7 + 1.6 * math.ceil((len(courses) - 1) / COLUMNS) for courses in smooth.values()]
+    figure = new_figure(10, sum(heights) + 0.3)
+    upper, *lower = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     if once:
         draw_dots(upper.subplots(), by_run, styles)
     else:
         fids = {name: mine.pivot(index="step", columns="seed", values="fid") for name, mine in by_run.items()}
-        draw_courses(upper.subplots(1, len(AXES), sharey=True), by_run, fids, styles, "FID", name_axes=True, marker="o")
-    grid = lower.subplots(len(kinds), len(AXES), sharex="col", sharey="row", squeeze=False)
-    for kind, panels in zip(kinds, grid, strict=True):
-        smooth = {name: running_means(losses[losses.run == name]) for name, mine in by_run.items()
-                  if mine.loss_over.iloc[0] == kind and (losses.run == name).any()}  # fmt: skip
-        draw_courses(panels, by_run, smooth, styles, "training loss,\nrunning mean", name_axes=kind == kinds[-1])
-        panels[0].set_title(f"loss over {kind}", fontsize="medium", loc="left")
-        for name, curve in published.items():
-            if kind == f"{family_of(name).objective}, uniform":
-                panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
-    lines = {line.get_label(): line for panel in (*grid[:, 0], *upper.axes[:1]) for line in panel.lines}
-    order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
-    lower.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False,
-                 fontsize="small")  # fmt: skip
+        draw_courses(upper.subplots(1, len(axes), sharey=True), axes, by_run, fids, styles, "FID", marker="o")
+    for part, (kind, courses) in zip(lower, smooth.items(), strict=True):
+        title = f"training loss of the {in_words(kind)}"
+        if not few:
+            draw_multiples(part, courses)
+            title += f"; grey: {next(iter(courses))}"
+        else:
+            panels = part.subplots(1, len(axes), sharey=True)
+            draw_courses(panels, axes, by_run, courses, styles, "training loss,\nrunning mean")
+            for name, curve in published.items():
+                if kind == f"{family_of(name).objective}, uniform":
+                    panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
+        part.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    if few:
+        lines = {line.get_label(): line for part in (*lower, upper) for line in part.axes[0].lines}
+        order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
+        figure.legend([lines[name] for name in order], order, loc="outside upper center", ncols=5, frameon=False)
     figure.supxlabel(seeds_words(shown), fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
 
 
+def in_words(loss_over: str) -> str:
+    """What `results.loss_over` names: "eps, logit-normal 0 1" is an objective and how its timesteps are drawn."""
+    objective, (sampling, *numbers) = loss_over.split(", ")[0], loss_over.split(", ")[1].split()
+    words = f"{objective} objective, {sampling} timesteps"
+    return f"{words} (mean {numbers[0]}, standard deviation {numbers[1]})" if numbers else words
+
+
 def draw_courses(
-    panels: Sequence[Any], by_run: dict[str, pd.DataFrame], courses: dict[str, pd.DataFrame],
-    styles: dict[str, dict[str, Any]], what: str, *, name_axes: bool, **style: Any,
+    panels: Sequence[Any], axes: dict[str, Callable[[pd.Series], float]], by_run: dict[str, pd.DataFrame],
+    courses: dict[str, pd.DataFrame], styles: dict[str, dict[str, Any]], what: str, **style: Any,
 ) -> None:
-    """Values by step and seed of some runs, against each of `AXES`."""
-    for (title, unit), panel in zip(AXES.items(), panels, strict=True):
+    """Values by step and seed of some runs, against each of ``axes``."""
+    for (title, unit), panel in zip(axes.items(), panels, strict=True):
         for name, course in courses.items():
             band(panel, course.set_axis(course.index * unit(by_run[name].iloc[0])), **style, **styles[name])
         dress(panel)
         logarithmic(panel, "y", DECADE)
-        if name_axes:
-            panel.set_xlabel(title)
+        panel.set_xlabel(title)
     panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
     panels[0].set_ylabel(what)
+
+
+def draw_multiples(part: Any, courses: dict[str, pd.DataFrame]) -> None:
+    """A panel for each run's values by step and seed, with the first run's behind them."""
+    first, *others = courses
+    grid = part.subplots(math.ceil(len(others) / COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for panel, name in zip_longest(grid.flat, others):
+        panel.set_visible(name is not None)
+        if name is not None:
+            band(panel, courses[first], color="0.6", label=first)
+            band(panel, courses[name], color="C0", label=name)
+            dress(panel)
+            panel.set_title(name, fontsize="medium")
+    logarithmic(grid[0, 0], "y", DECADE)
+    late = pd.concat(course[course.index > course.index[-1] / 10].stack() for course in courses.values())
+    grid[0, 0].set_ylim(0.9 * late.min(), late.max())  # the steep beginning is the same in all
+    part.supxlabel("optimizer steps", fontsize="medium")
 
 
 def running_means(losses: pd.DataFrame) -> pd.DataFrame:

@@ -8,9 +8,10 @@ from typing import Any, TextIO
 
 import pandas as pd
 
+from d_emo.claims import is_claimed
 from d_emo.config import ClassifierSettings, StudySettings, parse_settings
 from d_emo.errors import InputError, RunError
-from d_emo.files import locked, read_json, write_json
+from d_emo.files import locked, read_json, remove_left, write_json
 from d_emo.io.training_state import step_of
 from d_emo.lab.loss_curves import published_curves
 from d_emo.lab.reporting import make_folder
@@ -85,6 +86,8 @@ class Study:
                     continue
                 if run.folder in failed:
                     continue
+                if not is_claimed(run.folder):
+                    remove_left(run.folder / "*")
                 check_same_training(run)
                 try:
                     if not run.is_trained():
@@ -102,9 +105,9 @@ class Study:
         run_verb(verb, settings, config, launch=self.settings.launch, lock=lock)
 
     def _make(self, verb: str, settings: dict[str, Any], output: Path, done: Path) -> None:
-        """Run a verb that makes ``output``, unless ``done`` says that somebody has."""
+        """Run a verb that makes ``output``, unless ``done`` says that somebody has, to the end."""
         with locked(output, wait=True) as lock:
-            if not done.exists():
+            if not done.exists() or is_claimed(output):
                 self._run(verb, settings, output, lock)
 
     @functools.cached_property
@@ -124,7 +127,10 @@ class Study:
             print(f"{run.name}, seed {run.seed}, step {step_of(snapshot)}: {shown}", flush=True)
         real, gaps = held_out_file(self.settings, self.runs), run.folder / GAPS
         if own and not real.exists():
-            write_json(real, self.meter.measure_real(snapshots[-1]), RESUME)
+            with locked(real.parent, wait=True):
+                remove_left(real)
+                if not real.exists():
+                    write_json(real, self.meter.measure_real(snapshots[-1]), RESUME)
         if run.name in self.settings.norm_gap and not gaps.exists():
             write_json(gaps, self.meter.norm_gap(snapshots[-1]), RESUME)
 
@@ -167,6 +173,13 @@ class Study:
             parameters, macs = size_of(run.training, latent_shape_of(settings, run.training))
             seconds = times["seconds"][speed_key(run, settings)]
             costs[run.name] = {"seconds_per_step": seconds, "parameters": parameters, "macs": macs}
+        with locked(Path(settings.output_dir), wait=True):  # else two that end together mix their reports
+            remove_left(folder / "*")
+            return self._write_report(folder, times["hardware"], costs)
+
+    def _write_report(self, folder: Path, hardware: str, costs: dict[str, dict[str, float]]) -> Path:
+        """Write the files of the report."""
+        settings, runs = self.settings, self.runs
         rows, losses = collect(runs, costs, last=settings.measure == "last")  # others may share runs and measure more
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         draw_curves(folder / "curves.png", rows, losses, shown, published_curves() if settings.published_loss else {})
@@ -184,6 +197,6 @@ class Study:
             plots["samples.png"] = "Drawings by each run, from the same noise, of the classes named above"
         config = self._classifier_config
         classifier = f"`{settings.judge}`" + ("" if config is None else f", an {config.model}")
-        said = introduction(settings, runs, rows, times["hardware"], classifier)
+        said = introduction(settings, runs, rows, hardware, classifier)
         return write_report(folder, title=settings.title, introduction=said, tables=settings.tables, rows=rows,
                             losses=losses, gaps=gaps, plots=plots)  # fmt: skip

@@ -1,0 +1,92 @@
+"""Settings of what trains segmenters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from d_emo.config.base import setting
+from d_emo.config.paths import folder_of
+from d_emo.config.ranges import (
+    BelowOne,
+    ClassifierSide,
+    Colour,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveFraction,
+    Whole,
+)  # fmt: skip
+from d_emo.config.training import RunSettings
+from d_emo.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterSettings(RunSettings):
+    """Settings of ``scripts/train_segmenter.py``; the defaults are the papers' recipe for SegFormer on ADE20K."""
+
+    model: str = setting("segformer-emov2_5m", "a segmenter's name of list_models()", group="Model")
+    model_options: dict[str, Any] | None = setting(
+        None, "changes to the named model, e.g. '{aux: true, backbone_options: {output_stride: 16}}'"
+    )
+    init_from: str | None = setting(
+        None, "start the backbone from a classifier of the same name: a snapshot, a released file, a folder made by "
+        "convert_weights.py", source=True
+    )
+    freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
+    data_dir: str | None = setting(
+        None, "folder of images and PNG masks: as ADE20K, as Cityscapes, or images/ and masks/ with classes.txt "
+        "(docs/segmentation.md). Default: scanned digits on photographs, drawn on the fly",
+        resumable=True, decisive=True, source=True, group="Data"
+    )
+    validate_dir: str | None = setting(
+        None, "another such folder with held-out images. Default: the folder val(idation) of --data-dir",
+        resumable=True, source=True
+    )
+    image_size: ClassifierSide = setting(512, "side of the training crops, and shorter side in measuring, in pixels")
+    num_images: Count = setting(2000, "number of different drawn images")
+    background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
+    flip: bool | None = setting(None, "mirror images at random. Default: yes for --data-dir, no for digits")
+    scale_range: list[Positive] = setting(
+        [0.5, 2.0], "shorter side of an image before the crop, as multiples of --image-size", group="Augmentation"
+    )
+    largest_share: PositiveFraction = setting(0.75, "of one class in a crop; with more another crop is tried")
+    colours: bool = setting(True, "distort brightness, contrast, saturation and hue")
+    aux_weight: NotNegative = setting(0.4, "weight of the auxiliary head's loss", group="Loss")
+    batch_size: Count = setting(32, "images per step over all processes (global)", group="Optimisation")
+    learning_rate: Positive = setting(1.2e-4, "peak learning rate of AdamW", aliases=["--lr"])
+    head_lr_scale: NotNegative = setting(10.0, "factor on the learning rate of the heads, a feature pyramid left out")
+    weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
+        "constant-cosine", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
+    )
+    warmup_steps: Whole = setting(1500, "steps of linear warm-up")
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 160,000", resumable=True, decisive=True
+    )
+    ema_decay: BelowOne = setting(0.999, "decay of the moving average of weights and float buffers")
+    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
+    snapshot_every: Count = setting(
+        16_000, "steps between snapshots, each measured, with a picture; the last step has one", resumable=True
+    )
+
+    def check(self) -> None:
+        if not (len(self.scale_range) == 2 and self.scale_range[0] <= self.scale_range[1]):
+            raise InputError(f"`scale_range` must be two rising factors, not {self.scale_range}")
+        if self.validate_dir is not None and self.data_dir is None:
+            raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; digits hold out their own")
+        if self.flip and self.data_dir is None:
+            raise InputError("`flip`: a mirror image of a digit is of no class; leave it away")
+
+    def resolve(self, **facts: Any) -> SegmenterSettings:
+        """Fill in what is left open; ``epochs`` once the data are known.
+
+        Args:
+            facts: "images", how many there are to train on.
+        """
+        data = "digit-scenes" if self.data_dir is None else folder_of(self.data_dir).resolve().name
+        return replace(
+            self, output_dir=self.output_dir or f"results/{self.model}-{data}-{self.image_size}",
+            flip=self.data_dir is not None if self.flip is None else self.flip,
+            max_steps=self.steps(facts.get("images"), 160_000),
+        )

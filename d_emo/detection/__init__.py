@@ -1,0 +1,1 @@
+"""Detectors of the EMOv1 and EMOv2 papers, on torchvision's detection package."""

@@ -1,0 +1,1 @@
+"""Segmenters on EMO backbones: networks, data, measures and pictures."""

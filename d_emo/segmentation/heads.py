@@ -1,0 +1,152 @@
+"""Decode heads of the papers' segmenters, with the layers and widths that their parameter counts belong to.
+
+Sources: EMOv2 paper, table XIII; EMOv1 paper's segmentation table; DeepLabV3 (arXiv:1706.05587), PSPNet
+(arXiv:1612.01105), Panoptic Feature Pyramid Networks (arXiv:1901.02446), SegFormer (arXiv:2105.15203).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.misc import Conv2dNormActivation
+
+
+def conv_norm_act(dim_in: int, dim: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
+    """A convolution without bias that keeps the map's size, batch norm, ReLU."""
+    return Conv2dNormActivation(dim_in, dim, kernel_size, dilation=dilation)
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map at another size, bilinearly, the corners not aligned. Shape: (B, C, h, w) -> (B, C, *size)."""
+    return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=list(size), mode="bilinear")
+
+
+class Head(nn.Module):
+    """Maps of the backbone to logits: what a subclass makes of them, dropout, a 1 x 1 convolution with bias.
+
+    Args:
+        dim: Channels of what the subclass makes.
+        num_classes: Channels of the logits.
+        drop_rate: Of whole channels before the classifier, in training.
+
+    Shape: maps of (B, C_i, h_i, w_i) -> logits (B, num_classes, h, w).
+
+    Attributes:
+        stages: The stages of the backbone, from 0, whose maps it takes.
+    """
+
+    stages: tuple[int, ...]
+
+    def __init__(self, dim: int, num_classes: int, *, drop_rate: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout2d(drop_rate)
+        self.classifier = nn.Conv2d(dim, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        """What the classifier looks at. Shape: maps of (B, C_i, h_i, w_i) -> (B, dim, h, w)."""
+        raise NotImplementedError
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classifier(self.dropout(self.features(maps)))
+
+
+class FCNHead(Head):
+    """One 3 x 3 convolution on the map of stride 16: the auxiliary head of DeepLabV3 and PSPNet."""
+
+    stages = (2,)
+
+    def __init__(self, dims: Sequence[int], num_classes: int, *, dim: int = 256, drop_rate: float) -> None:
+        super().__init__(dim, num_classes, drop_rate=drop_rate)
+        self.conv = conv_norm_act(dims[2], dim, 3)
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        return self.conv(maps[0])
+
+
+class ASPPHead(Head):
+    """DeepLabV3's atrous spatial pyramid pooling on the last map: 1 x 1, three dilated 3 x 3, the image's mean."""
+
+    stages = (3,)
+
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, *, dim: int = 256, rates: Sequence[int] = (12, 24, 36),
+        drop_rate: float,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, num_classes, drop_rate=drop_rate)
+        self.pool = conv_norm_act(dims[3], dim)
+        branches = [conv_norm_act(dims[3], dim), *(conv_norm_act(dims[3], dim, 3, dilation=rate) for rate in rates)]
+        self.branches = nn.ModuleList(branches)
+        self.merge = conv_norm_act(dim * (len(branches) + 1), dim, 3)
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        x = maps[0]  # (B, C_4, h, w)
+        mean = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])  # (B, dim, h, w)
+        return self.merge(torch.cat([mean, *(branch(x) for branch in self.branches)], dim=1))
+
+
+class PSPHead(Head):
+    """PSPNet's pyramid pooling on the last map: means over 1, 2 x 2, 3 x 3 and 6 x 6 parts, beside the map itself."""
+
+    stages = (3,)
+
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, *, dim: int = 256, parts: Sequence[int] = (1, 2, 3, 6),
+        drop_rate: float,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, num_classes, drop_rate=drop_rate)
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_norm_act(dims[3], dim)) for n in parts)
+        self.merge = conv_norm_act(dims[3] + dim * len(parts), dim, 3)
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        x = maps[0]  # (B, C_4, h, w)
+        return self.merge(torch.cat([x, *(resized(pool(x), x.shape[2:]) for pool in self.pools)], dim=1))
+
+
+class FPNHead(Head):
+    """Semantic FPN: every map of the pyramid up to stride 4 by convolutions and bilinear doublings, then their sum."""
+
+    stages = (0, 1, 2, 3)
+
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, *, dim: int = 128, neck_dim: int = 256, drop_rate: float
+    ) -> None:
+        super().__init__(dim, num_classes, drop_rate=drop_rate)
+        self.neck = FeaturePyramidNetwork(list(dims), neck_dim)
+        self.scales = nn.ModuleList(
+            nn.ModuleList(conv_norm_act(dim if i else neck_dim, dim, 3) for i in range(max(1, doublings)))
+            for doublings in range(len(dims))
+        )
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        levels = list(self.neck({str(i): x for i, x in enumerate(maps)}).values())  # (B, neck_dim, h_i, w_i)
+        size, total = levels[0].shape[2:], 0
+        for doublings, (convs, x) in enumerate(zip(self.scales, levels, strict=True)):
+            for i, conv in enumerate(convs):
+                x = conv(x)
+                if doublings:  # the sizes of the maps themselves, which are no halves of each other where sides are odd
+                    x = resized(x, levels[doublings - 1 - i].shape[2:])
+            total = total + resized(x, size)
+        return total  # (B, dim, h_1, w_1)
+
+
+class MLPHead(Head):
+    """SegFormer's: each map to the same channels by 1 x 1, all at stride 4 side by side, and 1 x 1 again.
+
+    The papers' form of it has batch norm and ReLU behind each 1 x 1, where SegFormer's own has a linear layer.
+    """
+
+    stages = (0, 1, 2, 3)
+
+    def __init__(self, dims: Sequence[int], num_classes: int, *, dim: int = 288, drop_rate: float) -> None:
+        super().__init__(dim, num_classes, drop_rate=drop_rate)
+        self.laterals = nn.ModuleList(conv_norm_act(dim_in, dim) for dim_in in dims)
+        self.merge = conv_norm_act(dim * len(dims), dim)
+
+    def features(self, maps: list[Tensor]) -> Tensor:
+        size = maps[0].shape[2:]
+        each = [resized(lateral(x), size) for lateral, x in zip(self.laterals, maps, strict=True)]
+        return self.merge(torch.cat(each, dim=1))  # (B, dim, h_1, w_1)
