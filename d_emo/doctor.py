@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from d_emo.data import ClassImages, spread, to_uint8
-from d_emo.data.reading import naming
+from d_emo.data.reading import naming, orientation_of
 from d_emo.errors import InputError
 from d_emo.files import digest
 from d_emo.latents import Codec
@@ -40,6 +40,7 @@ class Header:
         mode: Of the pixels, as Pillow names it.
         turned: Whether its EXIF orientation is not the stored one.
         transparent: Whether some of it may be transparent.
+        coloured: Whether it has a colour profile (ICC) other than sRGB, which is not applied.
     """
 
     format: str
@@ -47,12 +48,15 @@ class Header:
     mode: str
     turned: bool
     transparent: bool
+    coloured: bool
 
     @classmethod
     def of(cls, image: Image.Image) -> Header:
         """That of an open picture, whose pixels need not be read."""
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-        return cls(image.format or "unknown", image.size, image.mode, turned, image.has_transparency_data)
+        turned = orientation_of(image) not in (0, 1)
+        profile = image.info.get("icc_profile") or b"sRGB"
+        coloured = not any("sRGB".encode(coding) in profile for coding in ("ascii", "utf-16-be"))
+        return cls(image.format or "unknown", image.size, image.mode, turned, image.has_transparency_data, coloured)
 
 
 @dataclass
@@ -93,11 +97,14 @@ def examine(images: ClassImages, count: int | None = None) -> Findings:
     found = Findings(images)
 
     def look(index: int) -> None:
+        header = None
         try:
             if (source := images.source(index)) is not None:
                 with naming(lambda: images.origin(index)), Image.open(source) as image:
-                    found.headers[index] = Header.of(image)
+                    header = Header.of(image)
             pixels, found.labels[index] = images[index]
+            if header is not None:
+                found.headers[index] = header
             found.digests[index] = digest(to_uint8(pixels).numpy().tobytes())
         except InputError as error:
             found.unreadable[index] = str(error)
@@ -121,8 +128,10 @@ def describe(
     lines += _files(found) + _classes(counts, images.class_names)
     if found.unreadable:
         reasons = _some(found.unreadable.values(), "; ")
-        lines.append(("LOOK", f"{len(found.unreadable):,} unreadable, training stops at them unless `skip_corrupt` "
-                              f"passes over them: {reasons}"))
+        what = "which training passes over" if getattr(images, "skip_corrupt", False) else (
+            "training stops at them unless `skip_corrupt` passes over them"
+        )
+        lines.append(("LOOK", f"{len(found.unreadable):,} unreadable, {what}: {reasons}"))
     lines += _copies(found)
     if held_out is not None:
         lines += _held_out(found, held_out)
@@ -144,11 +153,16 @@ def _files(found: Findings) -> list[tuple[str, str]]:
     sizes += f"often {several.most_common(1)[0][0]}"
     formats = _counted(Counter(header.format for header in headers))
     lines = [("sizes", sizes), ("formats", f"{formats}; modes {_counted(Counter(header.mode for header in headers))}")]
-    turned, clear = (sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent"))
+    turned, clear, coloured = (
+        sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent", "coloured")
+    )
     if turned:
         lines.append(("EXIF", f"{turned:,} carry an orientation"))
     if clear:
         lines.append(("alpha", f"{clear:,} are transparent"))
+    if coloured:
+        lines.append(("LOOK", f"{coloured:,} have a colour profile other than sRGB, which is not applied: a viewer "
+                              "shows other colours; convert them to sRGB"))
     if small:
         lines.append(("LOOK", f"{small:,} are smaller than {side} px and will be enlarged"))
     return lines

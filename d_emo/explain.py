@@ -162,7 +162,8 @@ def explain(
     roots = {f"{name}: half within {half_side(field)} px": field**0.25 for name, field in fields.items()}
     above = f"effective receptive field of stage {stage} (fourth root)"  # which shows their weak rims
     draw_maps(paths[1], roots, above, cmap="viridis", vmin=0, vmax=1)
-    draw_maps(paths[2], compared, cmap="coolwarm", vmin=-1, vmax=1)
+    above = f"cosine similarity of the tokens on the diagonal, stage {DIAGONAL_STAGE}"
+    draw_maps(paths[2], compared, above, cmap="coolwarm", vmin=-1, vmax=1)
     return paths
 
 

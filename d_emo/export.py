@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
+from d_emo.detection.features import Detector
 from d_emo.errors import InputError, write_error
 from d_emo.files import filling
 from d_emo.io.classifier import open_classifier
-from d_emo.io.snapshot import kind_of, load_denoiser
+from d_emo.io.segmenter import open_segmenter
+from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms, pair
-from d_emo.tables import family_of
+from d_emo.tables import family_of, system_of
 
 OPSET = 18
 BATCHES = (1, 3)
@@ -45,6 +48,46 @@ class DenoiserOutput(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         return self.denoiser(latents, timesteps, class_labels, return_dict=False)[0]
+
+
+class BoxesAndScores(nn.Module):
+    """A detector without non-maximum suppression, for square images of one size.
+
+    Shape: images (B, 3, side, side) in [0, 1] -> (B, anchors, 4 + classes), not clipped to the image.
+    """
+
+    def __init__(self, detector: Detector, side: int) -> None:
+        super().__init__()
+        self.detector = detector
+        images = torch.zeros(1, 3, side, side)
+        with torch.no_grad():
+            maps = list(detector.backbone(images).values())
+            (anchors,) = detector.anchor_generator(ImageList(images, [(side, side)]), maps)
+        self.register_buffer("anchors", anchors)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (detector.transform.image_mean,
+                                                                    detector.transform.image_std))  # fmt: skip
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.detector.dense_outputs((images - self.mean) / self.std)
+        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
+        anchors = self.anchors.expand(images.shape[0], -1, -1).flatten(0, 1)
+        boxes = self.detector.box_coder.decode_single(deltas.flatten(0, 1), anchors).unflatten(0, deltas.shape[:2])
+        background = self.detector.first_label  # softmax with one, sigmoid without
+        scores = logits.softmax(dim=2)[:, :, 1:] if background else logits.sigmoid()
+        return torch.cat([boxes, scores], dim=2)  # (B, anchors, 4 + classes)
+
+
+class SegmenterOutput(nn.Module):
+    """A segmenter as a plain function of images. Shape: (B, 3, H, W) -> (B, num_classes, H, W)."""
+
+    def __init__(self, segmenter: nn.Module) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.segmenter(images)["out"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +133,31 @@ def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
     module = DenoiserOutput(fold_batch_norms(copy.deepcopy(denoiser).cpu().float().eval()))
     meaning = f"timesteps are float32 in 0..1000, class_labels int64; {denoiser.null_class} means no class"
     return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example, meaning)
+
+
+def portable_detector(detector: Detector, image_size: Sequence[int] | int | None = None) -> Portable:
+    """SSDLite or RetinaNet up to its boxes and scores, on a copy, for images of one size; what suppresses is left out.
+
+    Args:
+        detector: One with a single stage.
+        image_size: Side of the square images in pixels. Default: its own (shorter) side.
+
+    Raises:
+        InputError: A detector whose second stage depends on what the first one found; sides that differ.
+    """
+    if hasattr(detector, "roi_heads"):
+        raise InputError("Mask R-CNN looks at the regions that it found, which no plain graph does; export SSDLite or "
+                         "RetinaNet")  # fmt: skip
+    side, other = pair(image_size or min(detector.input_size), "image_size")
+    if side != other:
+        raise InputError(f"`image_size` of a detector must be one side, not {side} and {other}")
+
+    def example(batch: int) -> tuple[Tensor, ...]:
+        return (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(batch)),)
+
+    module = BoxesAndScores(fold_batch_norms(copy.deepcopy(detector).cpu().float().eval()), side)
+    meaning = "images are in [0, 1]; of every anchor left, top, right, bottom in pixels, then a score for each class"
+    return Portable(module.eval(), ("images",), example, meaning)
 
 
 def export(network: Portable, path: Path, **options: Any) -> float | None:
@@ -231,7 +299,17 @@ def open_portable(
     Raises:
         InputError: if it is none of them, or image sizes are spoken of for a denoiser.
     """
-    denoiser = None
+    denoiser, kind = None, kind_of(source) or getattr(system_of(source), "task", None) or family_of(source)
+    if dynamic_size and kind not in (None, "classifier"):
+        raise InputError("`dynamic_size` is for classifiers; others have sizes of their own")
+    if Path(source).is_dir() and kind_of(source) == "detector":
+        detector = load_classifier(source, "detector")
+        return str(detector.path), portable_detector(detector.model, image_size)
+    if not Path(source).exists() and getattr(system_of(source), "task", "") == "detection":
+        torch.manual_seed(0)
+        detector = create_model(source).eval()
+        stir(detector)
+        return f"{source} with random weights", portable_detector(detector, image_size)
     if Path(source).is_dir() and kind_of(source) == "denoiser":
         snapshot = load_denoiser(source)
         name, denoiser = str(snapshot.path), snapshot.model
@@ -239,13 +317,18 @@ def open_portable(
         torch.manual_seed(0)
         name, denoiser = f"{source} with random weights", create_model(source).eval()
         stir(denoiser)
+    if kind_of(source) == "segmenter" or getattr(system_of(source), "task", None) == "segmentation":
+        segmenter = open_segmenter(source)
+        if not Path(source).exists():
+            stir(segmenter.model)
+        size, network = image_size or segmenter.image_size, SegmenterOutput(segmenter.model)
+        return segmenter.name, portable_classifier(network, size, segmenter.model.model.in_chans)
     if denoiser is None:
         classifier = open_classifier(source)
         if not Path(source).exists():
             stir(classifier.emo)
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
         return classifier.name, portable_classifier(classifier.model, size, channels, dynamic_size=dynamic_size)
-    if image_size or dynamic_size:
-        flag = "image_size" if image_size else "dynamic_size"
-        raise InputError(f"`{flag}` is for classifiers; a denoiser has a sample size of its own")
+    if image_size is not None:
+        raise InputError("`image_size` is for classifiers and segmenters; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

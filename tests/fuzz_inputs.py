@@ -32,9 +32,10 @@ from d_emo.config.base import flag_of, type_hints
 from d_emo.tables import load
 
 SOURCES = {"data_dir", "validate_dir", "latents", "init_from", "teacher_weights", "checkpoint", "classifier", "image",
-           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge",
-           "teacher"}  # fmt: skip
-FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge"}
+           "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge", "teacher", "images",
+           "annotations", "validate_annotations", "validate_images_dir"}  # fmt: skip
+FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge",
+         "images", "annotations", "validate_annotations"}  # fmt: skip
 OUTPUTS = {"output", "output_dir", "report_dir", "save_npz", "save_png", "work_dir"}
 UNREAD = {("compare", "data_dir"), ("encode", "validate_dir")}
 """Sources that a verb does not open itself: a study's are encoded in another process, and encode needs no held-out."""

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from evaluation_sets import ColourFeatures, make_pixels, write_folder
 from PIL import Image
 
-from d_emo.config import ClassifierSettings, TrainSettings
+from d_emo.config import ClassifierSettings, DetectorSettings, TrainSettings
 from d_emo.tables import load
 
 TINY = {"depth": 1, "hidden_size": 16, "num_heads": 2}
@@ -43,10 +43,16 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "data_dir": [str(world / "photos")], "image_size": ["32"], "model": ["emov1_1m"], "output_dir": ["out"],
         "model_options": [yaml.safe_dump(TINY_CLASSIFIER, default_flow_style=True)], "max_steps": ["1"],
         "batch_size": ["2"], "tracker": ["none"]},
+    ("train-detector", ""): lambda world: {
+        "model_options": [yaml.safe_dump({"backbone_options": TINY_CLASSIFIER}, default_flow_style=True)],
+        "image_size": ["32"], "num_images": ["4"], "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"],
+        "tracker": ["none"]},
     ("train-segmenter", ""): lambda world: {
         "image_size": ["32"], "model": ["pspnet-emov2_1m"], "output_dir": ["out"], "num_images": ["4"],
         "model_options": [yaml.safe_dump(TINY_SEGMENTER, default_flow_style=True)], "max_steps": ["1"],
         "batch_size": ["2"], "validate_images": ["2"], "tracker": ["none"]},
+    ("segment", ""): lambda world: {
+        "images": [str(world / "photos/train/ant/0.png")], "model": ["pspnet-emov2_1m"], "image_size": ["32"]},
     ("train-vae", ""): lambda world: {
         "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"]},
     ("encode", ""): lambda world: {**DIGITS, "output": ["out"]},
@@ -61,6 +67,9 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "checkpoint": [str(world / "denoiser")], "classifier": [str(world / "classifier")], "num_images": ["20"]},
     ("evaluate", ""): lambda world: {"model": [str(world / "classifier")], "num_images": ["10"]},
     ("convert", ""): lambda world: {"source": [str(world / "classifier")], "output": ["out"]},
+    ("detect", ""): lambda world: {
+        "images": [str(world / "photos/train/ant/0.png")], "checkpoint": [str(world / "detector")],
+        "output": ["found"]},
     ("export", ""): lambda world: {"model": [str(world / "classifier")], "output": ["net.pt2"]},
     ("models", ""): lambda world: {"match": ["emov2_1m"]},
     ("explain", ""): lambda world: {
@@ -86,6 +95,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
 
 def make_world(world: Path) -> None:
     """Fill a folder with what `BASE` names, and with odd files in the sub-folder ``odd``."""
+    from d_emo.io.snapshot import save_classifier
+    from d_emo.models import create_model
     from d_emo.training import fit
     from d_emo.training.classifier import ClassifierTask
     from d_emo.training.denoiser import DenoiserTask
@@ -106,6 +117,10 @@ def make_world(world: Path) -> None:
                                   output_dir=str(world / "classifier"), **tiny).resolve()  # fmt: skip
     fit(ClassifierTask(settings), settings)
     AcceleratorState._reset_state(True)
+    detector = create_model("ssdlite-emov1_1m", num_classes=2, image_size=32, backbone_options=TINY_CLASSIFIER).eval()
+    meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b"]}
+    save_classifier(world / "detector", detector, meta=meta, kind="detector",
+                    settings=DetectorSettings(model="ssdlite-emov1_1m").resolve())  # fmt: skip
     write_folder(world / "reference", make_pixels(20))
     make_odd(world / "odd")
 

@@ -19,8 +19,9 @@ from d_emo.training.teacher import load_teacher
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
 kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
 INPUTS = {
-    "checkpoint", "classifier", "data_dir", "image", "inception_weights", "init_from", "latents", "reference", "runs",
-    "samples", "source", "teacher_weights", "validate_dir",
+    "annotations", "checkpoint", "classifier", "data_dir", "image", "images", "inception_weights", "init_from",
+    "latents", "reference", "runs", "samples", "source", "teacher_weights", "validate_annotations", "validate_dir",
+    "validate_images_dir",
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("d-emo trai", {"train", "train-classifier", "train-vae"}),
+        ("d-emo train-", {"train-classifier", "train-detector", "train-segmenter", "train-vae"}),
         ("d-emo benchmark ", {"denoisers", "classifiers", "forms", "kernels", "step"}),
         ("d-emo train --max-", {"--max-steps", "--max-minutes"}),
         ("d-emo benchmark forms --dty", {"--dtype"}),

@@ -127,7 +127,7 @@ def test_config_is_free_of_torch():
 # ---- every number of every settings class ----------------------------------------------------------------------------
 
 
-REQUIRED = {"runs": {"a": {}}, "train": {}, "reference": __file__, "encode": {}}
+REQUIRED = {"images": ["x"], "runs": {"a": {}}, "train": {}, "reference": __file__, "encode": {}}
 
 
 def kinds():

@@ -12,10 +12,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 
-from d_emo.config import ClassifierSettings, TrainSettings, parse_settings
+from d_emo.config import ClassifierSettings, DetectorSettings, TrainSettings, parse_settings
 from d_emo.io.snapshot import load_denoiser
 from d_emo.models import create_model, list_models
-from d_emo.models.backbone import BACKBONES
+from d_emo.models.registry import model_kind
 from d_emo.tables import CODECS, denoisers
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
@@ -30,7 +30,8 @@ LAUNCHERS = sorted(file.stem for file in (CONFIGS / "accelerate").glob("*.yaml")
 
 
 def load(name, *arguments):
-    kind = ClassifierSettings if RUNS[name]["model"] in BACKBONES else TrainSettings
+    kinds = {"classifier": ClassifierSettings, "denoiser": TrainSettings, "detector": DetectorSettings}
+    kind = kinds[model_kind(RUNS[name]["model"])]
     return parse_settings(kind, "", ["--config", str(CONFIGS / f"{name}.yaml"), *arguments])
 
 
@@ -39,6 +40,8 @@ def build(settings, **options):
     own = settings.model_options or {}
     if isinstance(settings, TrainSettings):
         options = {"sample_size": settings.image_size // 8, "num_classes": 1000, **own, "depth": 1}
+    elif isinstance(settings, DetectorSettings):
+        options = {"num_classes": 10, "image_size": settings.image_size, **own}
     else:
         options = {"num_classes": 1000, "img_size": settings.image_size, **own}
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from d_emo.config import EncodeSettings, TrainSettings
 from d_emo.data import HubImages, HubStream, ImageFolder, StepSampler, TarShards, open_dataset
+from d_emo.data.hub import _say_left_out
 from d_emo.data.names import read_class_names
 from d_emo.data.tar import expand
 from d_emo.errors import InputError, RunError
@@ -131,7 +132,7 @@ def test_tar_shards_name_what_is_wrong(shards, tmp_path):
         with tarfile.open(hurt, "w") as archive:
             add(archive, "a.png", picture(0))
             add(archive, "a.cls", content)
-        refused("s-001.tar cannot be read.*decode" if content != b"-1" else r"a\.png in .* has no class")
+        refused("in .*s-001.tar is not UTF-8" if content != b"-1" else r"a\.png in .* has no class")
     with tarfile.open(hurt, "w:gz") as archive:
         add(archive, "a.cls", b"1")
     refused("s-001.tar cannot be read as an uncompressed tar")
@@ -173,6 +174,33 @@ def test_keys_of_members_may_have_dots_and_parts(tmp_path):
             add(archive, f"{name}.png", picture(0))
             add(archive, f"{name}.cls", b"0")
     assert len(TarShards(f"{tmp_path}/d*.tar", 8)) == 1 and mac not in map(str, expand(f"{tmp_path}/*.tar"))
+
+
+def test_members_that_are_no_images_links_and_capitals(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("a.PNG", picture(0)), ("a.CLS", b"0"), ("a.txt", b"x"), ("c.psd", b"x"), ("c.cls", b"1"),
+                              ("b.cls", b"1")):
+            add(archive, name, content)
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.PNG"
+            archive.addfile(member)
+    for _ in range(2):  # the second time from the table that was kept
+        assert read(str(path)) == [("0", 0), ("1", 0)]
+        assert TarShards(str(path), 8).left_out == "2 files of other kinds left out: .psd 1, .png 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"1000000", "b.png in .* has the label 1000000; classes are numbered"), (b"9" * 30, "has the label 999"),
+        ("caf\u00e9".encode("latin-1"), r"b\.cls in .*a\.tar is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_no_classes_are_refused(tmp_path, content, said):
+    with pytest.raises(InputError, match=said):
+        TarShards(shard(tmp_path / "a.tar", a__png=picture(0), a__cls=0, b__png=picture(1), b__cls=content), 8)
 
 
 def test_classes_may_be_words_or_lie_in_json(tmp_path):
@@ -331,6 +359,23 @@ def test_datasets_name_what_is_wrong(hub):
             open_dataset(dataset="shapes", data_dir=f"hf:{hub}/{source}", image_size=8)
 
 
+def test_labels_in_lists_or_of_other_types_are_understood_or_refused(hub):
+    datasets = pytest.importorskip("datasets")
+    images, number = [{"bytes": picture(index), "path": None} for index in range(2)], datasets.Value
+    for kind, values, said in (
+        (datasets.Sequence(number("int64")), [[0], [1]], "no columns of kind ClassLabel; choose one by label=NAME"),
+        (number("int64"), [0, 2**62], f"has the label {2**62}; classes are numbered"),
+        (number("uint8"), [0, 1], None), (number("bool"), [True, False], None),
+    ):  # fmt: skip
+        rows, features = {"image": images, "label": values}, {"image": datasets.Image(), "label": kind}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(hub / "odd")
+        if said is None:
+            assert [opened(hub / "odd").label(index) for index in range(2)] == values
+            continue
+        with pytest.raises(InputError, match=said):
+            opened(hub / "odd")
+
+
 def opened(source):
     return open_dataset(dataset="shapes", data_dir=f"hf:{source}", image_size=8)
 
@@ -396,7 +441,8 @@ def test_names_of_data_sets_are_checked_and_can_be_given(hub):
     assert data.class_names == ["9", "10", "11"] and [data.label(index) for index in range(3)] == [2, 0, 1]
 
 
-def test_a_folder_of_which_the_library_reads_a_part_is_refused(hub):
+def test_a_folder_of_which_the_library_reads_a_part_is_refused(hub, capsys):
+    datasets = pytest.importorskip("datasets")
     root = hub / "images"
     for name in ("cat/0", "dog/0", "train_station/0", "train_interior/0"):
         (root / name).parent.mkdir(parents=True)
@@ -410,6 +456,12 @@ def test_a_folder_of_which_the_library_reads_a_part_is_refused(hub):
     (root / "more").symlink_to(hub / "train_station", target_is_directory=True)
     with pytest.raises(InputError, match="leaves out 1, such as more/0.png"):
         opened(root)
+    _say_left_out("owner/pets", datasets.load_dataset_builder(str(root)))  # as of a repository, whose files it lists
+    assert "of the 3 images in owner/pets" not in capsys.readouterr().err  # links are none of its files
+    (root / "train_1.png").write_bytes(picture(0))
+    _say_left_out("owner/pets", datasets.load_dataset_builder(str(root)))
+    assert "of the 3 images in owner/pets the library datasets leaves out 2" in capsys.readouterr().err
+    (root / "train_1.png").unlink()
     splits = hub / "splits"
     root.rename(hub / "old")
     (hub / "old" / "more").unlink()

@@ -144,6 +144,8 @@ def test_anchors_at_512_px_are_those_of_320_unless_scaled():
     last = published[-4 * 6 - 6 :]  # the level of 2 x 2 and that of 1: their centres cover a part of the image
     assert (last[:, :2] + last[:, 2:]).max() / 2 == pytest.approx(240, abs=0.1)
     assert (scaled[:, 2:] - scaled[:, :2]).prod(dim=1).sqrt().max() == pytest.approx((304 * 320) ** 0.5 * 1.6, rel=1e-4)
+    assert (scaled[-1, :2] + scaled[-1, 2:]).tolist() == pytest.approx([512, 512], abs=0.1)
+    assert (scaled[6, 0] + scaled[6, 2] - scaled[0, 0] - scaled[0, 2]).item() == pytest.approx(32, abs=0.1)
     with pytest.raises(InputError, match="unknown anchors 'big'"):
         create_model("ssdlite-emov2_1m", anchors="big")
 

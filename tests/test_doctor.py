@@ -1,14 +1,20 @@
 """What doctor says of a data set that has one of everything wrong."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from d_emo.cli import run_verb
+from d_emo.cli import doctor as cli_doctor
+from d_emo.cli import run_verb, train, train_classifier
+from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.data import open_dataset
 from d_emo.doctor import contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError
+from d_emo.training.classifier import ClassifierTask, augment
+from d_emo.training.feed import Feed
 
 
 class Codec:
@@ -102,6 +108,23 @@ def test_latents_far_from_the_noise_are_said():
     assert lines["LOOK"].startswith("the latent channels 0, 1, 2 are far")
 
 
+def test_colour_profiles_are_counted_and_a_damaged_tag_spoils_nothing(folder, monkeypatch):
+    for name, profile in ("a", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), ("b", b"P3"):
+        picture(folder / "cat" / f"{name}.jpg", 40, icc_profile=profile)
+    assert any(text.startswith("1 have a colour profile other than sRGB") for _, text in lines_of(folder)[1])
+
+    def damaged(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", damaged)
+    assert len(lines_of(folder)[0].unreadable) == 1  # the torn one, as in training
+
+
+def test_sizes_that_the_vae_does_not_take_are_refused(folder):
+    with pytest.raises(InputError, match="image.size.? 20 is not a multiple of 8"):
+        run_verb("doctor", ["--data-dir", str(folder), "--image-size", "20", "--vae", "d-emo-f8"])
+
+
 def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_verb("doctor", ["--data-dir", str(folder), "--image-size", "16", "--vae", "pixels", "--sample", "0"])
@@ -116,3 +139,35 @@ def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatc
     (folder / "dog" / "cat.png").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 14 images that were tried could be read; the first: "):
         run_verb("doctor", ["--data-dir", str(folder), "--image-size", "16"])
+
+
+def test_a_dry_run_of_training_says_what_there_is_and_writes_one_picture_only(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (folder / "cat" / "notes.txt").touch()
+    tiny = {"image_size": 16, "vae": "pixels", "cache_latents": True, "skip_corrupt": True, "batch_size": 8,
+            "micro_batch_size": 4, "model_options": {"depth": 1, "hidden_size": 48}, "model": "D-EMOv2-Ti-2"}
+    train.run(TrainSettings(data_dir=str(folder), dry_run=True, max_steps=30, **tiny))
+    said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+    assert said["by class"] == "cat 13, dog 1" and said["formats"].startswith("PNG 11, BMP 1, JPEG 1")
+    assert said["training"].startswith("2 steps of 8 images an epoch") and said["memory"].endswith(" GiB")
+    assert re.fullmatch(r".* s a step of 8 images by one process here; all 30 steps: .* \(h:mm:ss\)", said["time"])
+    picture = tmp_path / "samples" / "dry-run-D-EMOv2-Ti-2-pets-16.png"
+    assert said["batch"].startswith("samples/dry-run") and [each for each in tmp_path.rglob("*") if each.is_file()
+                                                            and folder not in each.parents] == [picture]
+
+
+def test_a_dry_run_shows_the_augmented_images_of_a_classifier(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (folder / "cat" / "torn.png").unlink()
+    shown = []
+    monkeypatch.setattr(cli_doctor, "contact_sheet", lambda found, chosen, pixels: shown.append(pixels) or Image.new(
+        "RGB", (8, 8)))
+    values = {"model": "emov2_1m", "model_options": {"depths": [1, 1, 1, 1]}, "image_size": 32, "batch_size": 4}
+    settings = ClassifierSettings(data_dir=str(folder), dry_run=True, output_dir="run", **values)
+    train_classifier.run(settings)
+    assert "run folder run" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    feed = Feed(ClassifierTask(settings).dataset, ClassifierTask(settings).draw, seed=0, batch_size=4,
+                micro_batch_size=4, device=torch.device("cpu"))
+    next(feed.step(0))
+    (((images, _), draws),) = feed.step(1)
+    assert torch.equal(shown[0], augment(images, draws)) and shown[0].shape == (4, 3, 32, 32)

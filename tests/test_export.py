@@ -66,7 +66,7 @@ def test_height_and_width_may_be_free(ending, tmp_path):
 def test_an_export_of_ones_own_leaves_height_and_width_free():
     attention = WindowAttention(8, 24, num_heads=2, window_size=(2, 3)).eval()
     height, width = (torch.export.Dim(name, min=2, max=512) for name in ("height", "width"))
-    free = {"u": {1: height, 2: width}, "refine": None}
+    free = {"u": {1: height, 2: width}}
     module = torch.export.export(attention, (torch.randn(1, 4, 6, 8),), dynamic_shapes=free).module()
     for size in ((2, 3), (2, 2), (5, 9), (64, 31)):
         u = torch.randn(1, *size, 8)

@@ -22,6 +22,7 @@ from d_emo.training import fit
 from d_emo.training.classifier import ClassifierTask
 from d_emo.training.denoiser import DenoiserTask, _init_labels
 from d_emo.training.finetuning import start_from
+from d_emo.training.parallel import micro_batch_of
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -348,3 +349,9 @@ def test_epochs_are_passes_over_the_data(tmp_path):
 @pytest.mark.parametrize("kind", [TrainSettings, ClassifierSettings, VAESettings])
 def test_lr_is_the_learning_rate(kind):
     assert read("--lr", "0.25", kind=kind).learning_rate == 0.25
+
+
+def test_a_batch_of_any_size_has_micro_batches_that_divide_it():
+    sizes = {batch: micro_batch_of(TrainSettings(), batch, torch.device("cpu")) for batch in (3, 8, 11, 12, 256)}
+    assert sizes == {3: 3, 8: 8, 11: 1, 12: 6, 256: 8}
+    assert micro_batch_of(TrainSettings(), 12, torch.device("cuda")) == 12

@@ -27,7 +27,7 @@ from PIL import Image
 from d_emo import explain
 from d_emo.cli import run_verb
 from d_emo.cli.verbs import VERBS
-from d_emo.config import TrainSettings
+from d_emo.config import DetectorSettings, TrainSettings
 from d_emo.data import Digits
 from d_emo.errors import InputError, RunError
 from d_emo.io.snapshot import save_classifier, save_denoiser
@@ -52,6 +52,8 @@ WRITES = {
     "train": "{train} --max-steps 2 --state-every 1 --snapshot-every 2 --tracker none --output-dir OUT/run",
     "train-classifier": "--dataset digits --image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",
+    "train-detector": "--image-size 32 --num-images 4 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
+                      "--validate-images 2 --model-options {detector} --output-dir OUT/run",
     "train-segmenter": "--image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none --num-images 4 "
                        "--validate-images 2 --model pspnet-emov2_1m --model-options {segmenter} --output-dir OUT/run",
     "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
@@ -65,7 +67,9 @@ WRITES = {
     "evaluate": "IN/classifier --dataset digits --num-images 4 --output OUT/accuracy.json",
     "convert": "IN/classifier OUT/timm",
     "export": "IN/classifier OUT/network.pt2",
+    "detect": "IN/image.png --checkpoint IN/detector --output OUT/found",
     "explain": "IN/image.png --model IN/classifier --image-size 32 --output OUT/explained",
+    "segment": "IN/image.png --model pspnet-emov2_1m --image-size 32 --output OUT/segmented",
     "plot-loss": "IN/logged --output OUT/loss.png",
     "compare": "--config IN/study.yaml --output-dir OUT/study --report-dir OUT/report",
     "benchmark denoisers": "--sizes Ti --pixels 64 --depth 1 --rounds 1 --batch-size 1 --work inference "
@@ -100,6 +104,9 @@ def inputs(tmp_path_factory):
     options = {"name": "emov1_1m", "num_classes": 10, **CLASSIFIER}
     save_classifier(folder / "classifier", classifier, settings=TrainSettings(),
                     meta={**meta, "image_size": 32, "model": options})  # fmt: skip
+    detector = create_model("ssdlite-emov1_1m", num_classes=10, image_size=32, backbone_options=CLASSIFIER).eval()
+    save_classifier(folder / "detector", detector, settings=DetectorSettings(model="ssdlite-emov1_1m").resolve(),
+                    meta={**meta, "image_size": 32}, kind="detector")  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     judge = {"model": "emov1_1m", "model_options": CLASSIFIER, "dataset": "digits", "image_size": 32, "max_steps": 1,
@@ -116,6 +123,7 @@ def inputs(tmp_path_factory):
 
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
     parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
+             "{detector}": [json.dumps({"backbone_options": CLASSIFIER})],
              "{segmenter}": [json.dumps(SEGMENTER)]}
     found = [part for word in words.split() for part in parts.get(word, [word])]
     return [each.replace("IN/", f"{inputs}/").replace("OUT/", f"{output}/") for each in found]

@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "segmenting", "inspecting", "sampling",
-        "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
+        "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -22,19 +22,20 @@ INSIDE = {
     ],
     "models": [
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
-        "registry", "released", "timm_registry", "convert",
+        "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "images", "augment", "measures", "pictures"],
+    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
         "tar", "hub", "sampler",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn"],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
+                  "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["schema", "training_state", "card", "snapshot", "classifier", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "loop", "denoiser",
-        "accuracy", "teacher", "classifier", "segmenter", "vae",
+        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

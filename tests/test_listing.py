@@ -1,6 +1,7 @@
 """The walk that all readers of folders share, the order of classes, and folders of splits."""
 
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -155,6 +156,9 @@ def test_runs_and_snapshots_keep_the_order_of_classes_that_they_had(tmp_path, mo
         (("Training", "validation"), "`data_dir` {root}/Training with `validate_dir` {root}/validation"),
         (("train2017", "val2017"), "`data_dir` {root}/train2017 with"),
         (("test_set", "training_set"), "{root}/training_set with"),
+        (("seg_pred", "seg_test", "seg_train"), "{root}/seg_train with `validate_dir` {root}/seg_test"),
+        (("train_blurred", "val_blurred"), "{root}/train_blurred with"), (("trainA", "testA"), "{root}/trainA with"),
+        (("train.X1", "train.X2", "val.X"), "links to all of train.X1, train.X2) with `validate_dir` {root}/val.X"),
         (("train",), "`data_dir` {root}/train. "), (("test",), "`data_dir` {root}/test. "),
     ],
 )  # fmt: skip
@@ -171,7 +175,7 @@ def test_a_folder_of_splits_is_refused_and_says_what_was_meant(tmp_path, names, 
 
 def test_classes_that_only_look_like_splits_are_classes(tmp_path):
     assert ImageFolder(classes(tmp_path / "a", "bus", "train"), 8).class_names == ["bus", "train"]
-    names = ["test_tube", "train_station", "training ground"]
+    names = ["bullet_train", "test_tube", "train_station", "training ground"]
     assert ImageFolder(classes(tmp_path / "b", *names), 8).class_names == names
 
 
@@ -194,6 +198,12 @@ def test_imagenets_layout_is_understood_by_both_trainers(tmp_path):
         assert [each.files[0].parent.parent.name for each in (task.dataset, task.held_out)] == list(names)
         for old, new in zip(("train", "val"), names, strict=True):
             (root / new).rename(root / old)
+    (root / "train").rename(root / "train1")
+    classes(root / "train2", "n01440764", "n01443537")  # of several, none is taken for all
+    with pytest.raises(InputError, match="links to all of train1, train2"):
+        ClassifierTask(ClassifierSettings(data_dir=str(root), batch_size=2, output_dir="x", **options))
+    shutil.rmtree(root / "train2")
+    (root / "train1").rename(root / "train")
     (root / "val").rename(root / "test")  # to be measured on once, not while choosing
     with pytest.raises(InputError, match="imagenet/train with `validate_dir` .*imagenet/test"):
         ClassifierTask(ClassifierSettings(data_dir=str(root), batch_size=2, output_dir="x", **options))

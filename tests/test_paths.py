@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from d_emo.config import run_cli
+from d_emo.config import SegmenterSettings, TrainSettings, check_paths, run_cli
 from d_emo.config.paths import check_output, check_source
 from d_emo.errors import InputError, RunError, of_the_system, write_error
 from d_emo.files import replacing, write_file
@@ -80,6 +80,16 @@ def test_a_read_only_folder_is_told_before_anything_runs(tmp_path, monkeypatch):
         check_output("output", str(tmp_path / "new" / "a.png"), "picture")
     with pytest.raises(InputError, match="~ stands for your home folder in a shell only"):
         check_output("output", "~/a.png", "picture")
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, SegmenterSettings])
+def test_a_link_to_itself_is_no_bug(tmp_path, kind):
+    """Whose name a default run folder has."""
+    (tmp_path / "loop").symlink_to("loop")
+    settings = kind(data_dir=str(tmp_path / "loop")).resolve()
+    assert "-loop-" in settings.output_dir
+    with pytest.raises(InputError, match="`data_dir` .*loop cannot be read"):
+        check_paths(settings)
 
 
 def test_a_file_without_permission_is_told_before_anything_runs(tmp_path, monkeypatch):

@@ -220,6 +220,8 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": [10]}, "class 10 is out of range"),
         ({"class_labels": torch.tensor([10])}, "class 10 is out of range"),
         ({"class_labels": np.array([1.5])}, "no class is called '1.5'"),
+        ({"class_labels": 1.5}, "no class is called '1.5'"),
+        ({"class_labels": None}, "no class is called 'None'"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
         ({"class_labels": [1], "num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer"),
@@ -303,7 +305,7 @@ def test_who_names_no_class_sees_some_and_how_to_choose(script, tmp_path):
     code, printed = script("--num-images", "1")
     lines = printed.out.splitlines()
     assert code == 0 and (tmp_path / "samples" / "class-1-3-6-8-seed0.png").exists()
-    assert lines[2:4] == ["classes   1: 1, 3: 3, 6: 6, 8: 8", "          some of 10; choose by --class 1"]
+    assert lines[2:4] == ["classes   1, 3, 6, 8", "          some of 10; choose by --class 1"]
     assert script("--class", "A Nine", "--num-images", "1")[1].out.splitlines()[2] == "classes   9: a nine"
 
 

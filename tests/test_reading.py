@@ -149,6 +149,12 @@ def test_pixels_without_a_known_range_are_refused_by_name(image, reason):
         pixels(stored(image, "TIFF"))
 
 
+def test_signed_pixels_of_8_bits_are_refused_too():
+    file = stored(Image.new("L", (2, 2), 200), "TIFF", tiffinfo={339: 2})  # SampleFormat
+    with pytest.raises(InputError, match="signed or of 32 bits"):
+        pixels(file)
+
+
 def png(depth, kind, row, *, clear=None, palette=None):
     """A PNG of one row, bit by bit: Pillow writes no such ones."""
     def chunk(name, data):

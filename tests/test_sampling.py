@@ -279,7 +279,7 @@ def test_classes_are_found_by_id_and_by_name():
     with pytest.raises(InputError, match="2 classes are called 'DOG', 1, 3; write id:1 or id:3"):
         sampling.find_classes(["DOG"], [*names, "Dog"])
     wrongs = {"3": "out of range.*3 classes", "-1": "out of range", "hors": "did you mean horse", "²": "called '²'",
-              "--1": "called '--1'"}
+              "--1": "called '--1'", "1" * 5000: "no class is called '1111"}
     for wrong, words in wrongs.items():
         with pytest.raises(InputError, match=words):
             sampling.find_classes([wrong], names)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,11 @@ import torch
 import yaml
 from PIL import Image
 
+from d_emo.cli import run_verb
 from d_emo.config import SegmenterSettings, parse_settings
 from d_emo.data.sampler import EpochIndex
 from d_emo.errors import InputError
+from d_emo.export import SegmenterOutput, export, portable_classifier, stir
 from d_emo.io.snapshot import load_classifier, save_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import create_model
@@ -236,3 +239,64 @@ def test_the_papers_recipes_load_as_they_are_written(name):
 def test_settings_that_cannot_work_are_refused(changes, words, tmp_path):
     with pytest.raises(InputError, match=words):
         train(tmp_path, **changes)
+
+
+def write_photos(folder):
+    for name, size in (("a.png", (40, 50)), ("b/a.jpg", (60, 33))):
+        save(folder / name, np.random.default_rng(0).integers(0, 255, (*size, 3)))
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("source, names", [("", ["a-1", "a-2"]), ("a.png", ["a"]), ("b/a.jpg", ["a"])])
+def test_segment_writes_a_picture_a_mask_and_json_for_each_image(tmp_path, source, names, capsys):
+    photos, run = write_photos(tmp_path / "photos"), tmp_path / "run"
+    train(run, max_steps=1)
+    image = str(photos / source) if source else str(photos)
+    run_verb("segment", [image, "--model", str(run), "--output", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        f"{name}{ending}" for name in names for ending in (".png", "_classes.png", ".json")
+    }
+    told = json.loads((tmp_path / "out" / f"{names[0]}.json").read_text())
+    with Image.open(tmp_path / "out" / told["mask"]) as mask:
+        assert mask.size == (told["width"], told["height"]) and mask.mode == "L"
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=11)
+    assert {each["class"]: each["pixels"] for each in told["classes"]} == {
+        label: count for label, count in enumerate(counts) if count
+    }
+    assert sum(each["share"] for each in told["classes"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "image, model, words",
+    [
+        ("nowhere.png", "pspnet-emov2_1m", "images nowhere.png does not exist"),
+        ("photos", "emov2_1m", "emov2_1m is a classifier; name a segmenter"),
+        ("photos/notes.txt", "pspnet-emov2_1m", "cannot read the image .*notes.txt"),
+        ("empty", "pspnet-emov2_1m", "empty holds no images"),
+    ],
+)
+def test_segment_refuses_what_it_cannot_use(tmp_path, monkeypatch, image, model, words):
+    write_photos(tmp_path / "photos")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        run_verb("segment", [image, "--model", model, "--output", "out", "--image-size", "32"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+@pytest.mark.parametrize(
+    "kind", ["segformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deeplabv3", "pspnet", "semfpn"))]
+)
+def test_segmenters_leave_python(kind, ending, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    model = create_model(f"{kind}-emov2_1m", num_classes=3, width=8, window_size=2, backbone_options=BACKBONE).eval()
+    stir(model)
+    network = portable_classifier(SegmenterOutput(model), 64)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.module.modules())
+    images = network.example(2)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(*images), model(*images)["out"], rtol=1e-4, atol=1e-4)
+    assert export(network, tmp_path / f"network{ending}") < 1e-4

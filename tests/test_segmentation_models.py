@@ -7,7 +7,7 @@ from d_emo.models.attention import WindowAttention
 from d_emo.tables import SYSTEMS
 
 TINY = {"depths": [1, 1, 2, 2], "dims": [16, 16, 32, 32], "head_dims": [16] * 4}
-KINDS = [name for name, row in SYSTEMS.items() if row.task == "segmentation"]
+KINDS = [name for name, row in SYSTEMS.items() if row.task == "segmentation" and row.backbones]
 # Totals of the released logs without and with the auxiliary head, and MACs in G that were rebuilt with fvcore's prices
 # by somebody else; EMOv1's without the products of attention.
 RELEASED = {

@@ -26,7 +26,7 @@ class Denoising(nn.Module):
         return out if isinstance(out, torch.Tensor) else out.sample
 
 
-def network(name, size=None):
+def network(name, size=None, **options):
     """A network all of whose layers matter, and its inputs; ``size`` counts, None is as small as can be."""
     torch.manual_seed(0)
     if name[0] == "D":
@@ -34,7 +34,7 @@ def network(name, size=None):
         model = create_model(name, sample_size=size or 16, num_classes=5, **small)
         inputs = torch.randn(1, 4, size or 16, size or 16), torch.tensor([700]), torch.tensor([2])
     else:
-        model, inputs = create_model(name, num_classes=7), (torch.randn(1, 3, size or 64, size or 64),)
+        model, inputs = create_model(name, num_classes=7, **options), (torch.randn(1, 3, size or 64, size or 64),)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.abs().max() < 1e-3:
@@ -162,7 +162,7 @@ def test_pt2e_quantisation_takes_every_linear_layer():
     quantize_pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    model, x = create_model("emov2_1m", num_classes=7, depths=[1, 1, 2, 2]).eval(), torch.randn(1, 3, 64, 64)
+    model, (x,) = network("emov2_1m", depths=[1, 1, 2, 2])
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = quantize_pt2e.prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
     prepared(x)

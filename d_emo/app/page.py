@@ -15,7 +15,7 @@ import torch
 from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
 from d_emo.errors import InputError, fields_as
-from d_emo.sampling import SampleRequest, save_pngs
+from d_emo.sampling import SampleRequest, caption, save_pngs
 from d_emo.text import plural
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
@@ -131,7 +131,7 @@ def _subject(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]:
     several = len(names) > 1
     with gr.Row(visible=several):
         classes = gr.Dropdown(
-            [(f"{label}: {name}", label) for label, name in enumerate(names)], value=[0], multiselect=True,
+            [(caption(label, names), label) for label in range(len(names))], value=[0], multiselect=True,
             label=f"Class, one or more of {len(names):,}", elem_id="classes", min_width=200, scale=5, visible=several,
         )
         dice = gr.Button("Random", size="md", elem_id="random-class", min_width=80, scale=1)
@@ -226,7 +226,7 @@ def _captions(request: SampleRequest) -> list[str]:
     """Of each picture, in the order of the drawing."""
     scales, names = request.settings.guidance_scale, request.snapshot.class_names
     return [
-        f"{f'{label}: {names[label]}, ' * (len(names) > 1)}{f'guidance {scale:g}, ' * (len(scales) > 1)}seed {seed}"
+        f"{f'{caption(label, names)}, ' * (len(names) > 1)}{f'guidance {scale:g}, ' * (len(scales) > 1)}seed {seed}"
         for scale in scales for label, seed in zip(request.labels, request.seeds, strict=True)
     ]
 

@@ -25,6 +25,9 @@ def claimed_outputs(verb: str, settings: Any) -> Iterator[Any]:
     Raises:
         InputError: Another process writes there, or something lies there that is not to be overwritten.
     """
+    if getattr(settings, "dry_run", False):
+        yield settings  # nothing is written there
+        return
     outputs = (each for each in fields(settings) if each.metadata.get("output") not in (None, "shared"))
     named = [each for each in outputs if getattr(settings, each.name) is not None]
     named.sort(key=lambda each: each.metadata["output"] in _GONE_ON_WITH)  # the others are let go last: all is done

@@ -50,7 +50,8 @@ def importing() -> Iterator[None]:
         print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)
     for name in ("scipy.stats", "scipy.integrate"):  # diffusers' schedulers import them for kinds that are none of ours
         defer(name)
-    spare_neighbours()
+    if fresh:
+        spare_neighbours()
     gc.disable()  # a tenth of the time, for the little garbage that there is
     try:
         yield
@@ -100,6 +101,10 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train an EMOv1 or EMOv2 classifier on an image folder or a built-in data set.",
     ),
     Verb(
+        "train-detector", "train_detector", "Train", "d_emo.config:DetectorSettings",
+        "Train a detector (SSDLite, RetinaNet, Mask R-CNN on an EMO) on files in COCO's format or built-in scenes.",
+    ),
+    Verb(
         "train-segmenter", "train_segmenter", "Train", "d_emo.config:SegmenterSettings",
         "Train a segmenter (DeepLabV3, PSPNet, Semantic FPN, SegFormer on an EMO) on PNG masks or built-in scenes.",
     ),
@@ -130,6 +135,10 @@ With --validate-dir it also looks for held-out images that are trained on, with 
         "Open a page in the browser to sample images of classes from a trained denoiser; prints its address.",
     ),
     Verb(
+        "segment", "segment", "Deploy", "d_emo.config:SegmentSettings",
+        "Segment images by a trained segmenter: for each a picture, a mask of class ids and a JSON file.",
+    ),
+    Verb(
         "fid", "fid", "Evaluate", "d_emo.config:FidSettings",
         """Measure images against real ones: FID, sFID, Inception Score, precision and recall, KID.
 
@@ -147,6 +156,10 @@ The images exist (--samples), or are drawn here from a snapshot (--checkpoint), 
     Verb(
         "evaluate", "evaluate_classifier", "Evaluate", "d_emo.config:EvaluateClassifierSettings",
         "Measure top-1 and top-5 accuracy of a trained or released classifier on a folder of images or built-in data.",
+    ),
+    Verb(
+        "detect", "detect", "Deploy", "d_emo.config:DetectSettings",
+        "Find objects in images with a trained detector: pictures with boxes (and masks), and detections.json.",
     ),
     Verb(
         "convert", "convert_weights", "Deploy", "d_emo.config:ConvertSettings",

@@ -12,12 +12,12 @@ class ExportSettings(Settings):
     """Settings of ``scripts/export.py``."""
 
     model: str = setting(
-        help="a snapshot or run folder of a denoiser or classifier, a released .pth file, a folder made by "
+        help="a snapshot or run folder of a denoiser, classifier or segmenter, a released .pth file, a folder made by "
         "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
         source="or a name"
     )
     image_size: list[ClassifierSide] = setting(
-        [], "side of a classifier's images in pixels, or height and width. Default: the classifier's"
+        [], "side of a classifier's or segmenter's images in pixels, or height and width. Default: its own"
     )
     dynamic_size: bool = setting(
         False, "let the exported classifier take images of any height and width, as it takes any batch; .onnx and .pt2"

@@ -30,6 +30,11 @@ def folder_of(data_dir: str) -> Path:
     return expand_home(data_dir.removeprefix("folder:"))
 
 
+def followed(path: str | Path) -> Path:
+    """The absolute path that links lead to; of a link to itself, at which `Path.resolve` fails, the link."""
+    return Path(os.path.realpath(path))
+
+
 def check_source(name: str, path: str, kind: Source = True) -> None:
     """Refuse the path of an input where nothing is, or nothing that can be read.
 

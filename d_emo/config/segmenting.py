@@ -1,12 +1,12 @@
-"""Settings of what trains segmenters."""
+"""Settings of what trains and runs segmenters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from d_emo.config.base import setting
-from d_emo.config.paths import folder_of
+from d_emo.config.base import ReadingSettings, overwrite_setting, setting
+from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -84,9 +84,28 @@ class SegmenterSettings(RunSettings):
         Args:
             facts: "images", how many there are to train on.
         """
-        data = "digit-scenes" if self.data_dir is None else folder_of(self.data_dir).resolve().name
+        data = "digit-scenes" if self.data_dir is None else followed(folder_of(self.data_dir)).name
         return replace(
             self, output_dir=self.output_dir or f"results/{self.model}-{data}-{self.image_size}",
             flip=self.data_dir is not None if self.flip is None else self.flip,
             max_steps=self.steps(facts.get("images"), 160_000),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings(ReadingSettings):
+    """Settings of ``scripts/segment.py``."""
+
+    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
+    model: str = setting(
+        help="segmenter: a snapshot or run folder, or a name of list_models() with random weights",
+        source="or a name"
+    )
+    image_size: ClassifierSide | None = setting(
+        None, "pixels of the shorter side that the network sees. Default: as it was trained"
+    )
+    output: str | None = setting(
+        None, "folder for pictures, masks and JSON. Default: samples/segment-<first image>, numbered if it exists",
+        group="Output", output="folder"
+    )
+    overwrite: bool = overwrite_setting()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, Settings, setting
 from d_emo.config.finetuning import FineTuningSettings
-from d_emo.config.paths import folder_of, is_folder
+from d_emo.config.paths import folder_of, followed, is_folder
 from d_emo.config.ranges import (
     BelowOne,
     ClassifierSide,
@@ -26,6 +25,16 @@ from d_emo.config.ranges import (
 )  # fmt: skip
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsedSettings(Settings):
+    """What a run has that can be tried before."""
+
+    dry_run: bool = setting(
+        False, "train nothing: print what the data hold, steps an epoch, memory and time by trying a few images, and "
+        "write a picture of these as the network sees them", resumable=True, group="Run"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class RunSettings(Settings):
     )
     batch_size: Count = setting(256, "images per step over all processes (global)", group="Optimisation")
     micro_batch_size: Count | None = setting(
-        None, "images that a process takes at once; gradients accumulate. Default: 8 on a CPU, all on a GPU",
+        None, "images that a process takes at once; gradients accumulate. Default: up to 8 on a CPU, all on a GPU",
         resumable=True, decisive=True
     )
     learning_rate: Positive = setting(1e-4, "peak learning rate of AdamW", aliases=["--lr"])
@@ -139,7 +148,7 @@ class DataSettings(ReadingSettings):
         data = self.dataset
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
-            path = folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]).resolve()
+            path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
             data = path.parent.name if scheme == "wds" else path.name
         return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
 
@@ -161,7 +170,7 @@ class HeldOutSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
+class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
     exif: bool | None = setting(
@@ -223,7 +232,7 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
     def run_folder(self, model: str) -> str:
         if self.latents is None:
             return super().run_folder(model)
-        return f"results/{model.replace('/', '-')}-{Path(self.latents).resolve().name}"
+        return f"results/{model.replace('/', '-')}-{followed(self.latents).name}"
 
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
@@ -271,7 +280,7 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings):
         return names
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings):
+class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(

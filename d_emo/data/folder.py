@@ -67,8 +67,9 @@ class ImageFolder(StoredImages):
 def _holds_splits(root: Path, train: list[Path], held_out: list[Path]) -> InputError:
     """The error of a folder whose sub-folders are not classes but parts of a data set."""
     parts = train + held_out
+    several = f" (or one folder of links to all of {', '.join(each.name for each in train)})" if len(train) > 1 else ""
     beside = f" with `validate_dir` {held_out[0]}" if train and held_out else ""
     return InputError(
         f"{root} holds {', '.join(each.name for each in parts)}, which are no classes; you probably meant `data_dir` "
-        f"{parts[0]}{beside}. If they are classes, write `data_dir` folder:{root}"
+        f"{parts[0]}{several}{beside}. If they are classes, write `data_dir` folder:{root}"
     )

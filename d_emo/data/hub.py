@@ -1,5 +1,7 @@
 """Data sets of the Hugging Face library ``datasets``: local or from the hub, on disk or as a stream."""
 
+import sys
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,13 @@ from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.data.names import number_classes, read_class_names
 from d_emo.data.reading import AS_VIEWED, Reading, is_image
 from d_emo.data.stored import StoredImages
-from d_emo.errors import InputError, RunError
+from d_emo.errors import InputError, RunError, said
 from d_emo.files import expand_home
 
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "category", "target")
 """What columns are called whose kind does not tell what they are."""
+_LABEL_TYPES = ("bool", "string", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 
 
 class HubImages(StoredImages):
@@ -177,6 +180,8 @@ def _load(source: str, config: str | None, split: str | None, *, streaming: bool
         builder = datasets.load_dataset_builder(source, config)
         if folder.is_dir() and builder.name == "imagefolder":
             _check_all_are_read(folder, builder)
+        elif builder.name == "imagefolder":
+            _say_left_out(source, builder)
         if streaming:
             return builder.as_streaming_dataset(split=split or "train")
         builder.download_and_prepare()
@@ -207,6 +212,21 @@ def _check_all_are_read(folder: Path, builder: Any) -> None:
         )
 
 
+def _say_left_out(source: str, builder: Any) -> None:
+    """Say the same of a repository on the hub, where its author may have meant it; its list of files is at hand."""
+    with suppress(Exception):  # only a note
+        from datasets.data_files import resolve_pattern
+
+        read = {path for paths in builder.config.data_files.values() for path in paths}
+        images = [path for path in resolve_pattern("**", builder.base_path) if is_image(path)]
+        if left_out := [path for path in images if path not in read]:
+            print(said(
+                f"note: of the {len(images)} images in {source} the library datasets leaves out {len(left_out)}, such "
+                f"as {left_out[0]}: it takes names with train, test, ... in them for splits; to have all, run "
+                f"hf download {source} --repo-type dataset --local-dir FOLDER and write `data_dir` FOLDER"
+            ), file=sys.stderr, flush=True)
+
+
 def _columns(features: Any, source: str, image: str | None, label: str | None) -> tuple[str, str]:
     """The two columns that are asked for, or the only ones that can be meant: by their kinds, else by their names."""
     import datasets
@@ -214,10 +234,11 @@ def _columns(features: Any, source: str, image: str | None, label: str | None) -
     found = []
     for name, option, kind, types, usual in (
         (image, "image", datasets.Image, ("binary", "large_binary"), _IMAGE_NAMES),
-        (label, "label", datasets.ClassLabel, ("int8", "int16", "int32", "int64", "string"), _LABEL_NAMES),
+        (label, "label", datasets.ClassLabel, _LABEL_TYPES, _LABEL_NAMES),
     ):
         candidates = [column for column, feature in features.items() if isinstance(feature, kind)]
-        named = [column for column in features if column.lower() in usual and features[column].dtype in types]
+        named = [column for column, feature in features.items()
+                 if column.lower() in usual and getattr(feature, "dtype", None) in types]
         only = candidates or named
         name = name or (only[0] if len(only) == 1 else None)
         if name not in features:

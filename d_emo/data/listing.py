@@ -12,7 +12,12 @@ CLUTTER = {
     "thumbs.db", "desktop.ini",
 }  # fmt: skip
 """Names, in lower case, that systems and programs leave among other people's files."""
-_PART = r"(?:[-_ ]?(?:set|data|images|split|\d+))?"
+_PART = r"(?:[-_ .]?(?:set|data|images|split|x?\d+|\bx))?"
+_WORD = re.compile(
+    r"(.*[-_ .])?(?:(train(?:ing)?)|val|valid|validation|test|testing|eval|evaluation|dev)((?-i:(?![a-z])).*)",
+    re.IGNORECASE,
+)
+"""What is before such a word and after it: ``seg_train`` and ``seg_test`` are splits, ``bullet_train`` is none."""
 _TRAIN = re.compile(rf"train(?:ing)?{_PART}", re.IGNORECASE)
 _HELD_OUT = re.compile(rf"(?:val|valid|validation|test|testing|eval|evaluation|dev){_PART}", re.IGNORECASE)
 
@@ -72,10 +77,19 @@ def list_folders(root: Path) -> list[Path]:
 def find_splits(folders: Iterable[Path]) -> tuple[list[Path], list[Path]] | None:
     """Which of these folders hold training and held-out images; None where they rather are classes.
 
-    They are splits where there are some of both kinds, or where nothing else is there.
+    They are splits where there are some of both kinds, which may share what is before and after these words, or where
+    nothing else is there.
     """
     folders = list(folders)
-    train, held_out = ([each for each in folders if kind.fullmatch(each.name)] for kind in (_TRAIN, _HELD_OUT))
+    around: dict[tuple[str, str], tuple[list[Path], list[Path]]] = {}
+    for each in folders:
+        if word := _WORD.fullmatch(each.name):
+            around.setdefault((word[1], word[3]), ([], []))[word[2] is None].append(each)
+    alike = [pair for pair in around.values() if all(pair)]
+    train, held_out = (
+        [each for each in folders if kind.fullmatch(each.name) or any(each in pair[at] for pair in alike)]
+        for at, kind in enumerate((_TRAIN, _HELD_OUT))
+    )
     held_out.sort(key=lambda each: not each.name.lower().startswith("val"))  # made for it, unlike test
     return (train, held_out) if train and held_out or len(train + held_out) == len(folders) > 0 else None
 

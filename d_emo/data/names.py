@@ -12,6 +12,9 @@ import numpy as np
 from d_emo.errors import InputError
 from d_emo.files import expand_home
 
+MOST_CLASSES = 1_000_000
+"""Beyond which a label is no class, but an id or a number that was damaged."""
+
 
 def in_class_order(names: Iterable[str]) -> list[str]:
     """Names of classes in the order of their ids: as text, but where all are numbers by their values."""
@@ -55,6 +58,8 @@ def number_classes(
         ids = np.array([number_of[name] for name in labels])
     else:
         low, high = int(min(labels)), int(max(labels))
+        if high >= MOST_CLASSES:
+            raise InputError(f"{source} has the label {high}; classes are numbered from 0, or 1, to {MOST_CLASSES:,}")
         ids = np.asarray(labels, dtype=np.int64) - first_class
         if low < first_class:
             raise InputError(f"{source} has the label {low}, below first_class={first_class}")

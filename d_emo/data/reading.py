@@ -21,6 +21,7 @@ PHOTOGRAPHS = {
     ".tiff", ".webp",
 }  # fmt: skip
 """Kinds of pictures, of a film the first; what else Pillow opens (PSD, ICNS) is most often no picture to train on."""
+SIGNED = "its pixels are signed or of 32 bits, and no range is known of them; 8 or 16 bits can be read"
 HEIF = {".heic", ".heif"}
 KEY_OF_PIXELS: dict[str, Callable[[Any], Any]] = {
     "1": lambda key: 255 * bool(key), "L;2": lambda key: key * 85, "L;4": lambda key: key * 17,
@@ -124,7 +125,7 @@ class Reading:
         """Width and height of what `read` gives, from the head of the file where that tells; fails as it does."""
         prepare_pillow()
         with naming(name), Image.open(source) as image:
-            if image.width == image.height or not self.exif or _orientation(image) == 1:
+            if image.width == image.height or not self.exif or orientation_of(image) == 1:
                 return image.size
             return self.as_viewed(image).size
 
@@ -135,7 +136,9 @@ class Reading:
             InputError: Its pixels have no range that a viewer would know.
         """
         _decode(image)
-        if self.exif and _orientation(image) != 1:
+        if 2 in getattr(image, "tag_v2", {}).get(339, ()):  # SampleFormat: of 16 bits Pillow's mode tells it, of 8 not
+            raise InputError(SIGNED)
+        if self.exif and orientation_of(image) != 1:
             ImageOps.exif_transpose(image, in_place=True)
         alpha = None
         if image.mode.startswith("I") or image.mode == "F":
@@ -155,7 +158,7 @@ class Reading:
 AS_VIEWED = Reading()
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's number of the side that is up; 1 where there is none or it cannot be read, which spoils no pixels."""
     with suppress(Exception):
         return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -183,7 +186,7 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         if not (low >= 0 and high <= white):
             raise InputError(f"its floating-point pixels are from {low:g} to {high:g}, where viewers show 0 to 1")
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # in these two it stands for 16 bits
-        raise InputError("its pixels are signed or of 32 bits, and no range is known of them; 8 or 16 bits can be read")
+        raise InputError(SIGNED)
     else:
         white = 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
     scaled = np.rint(values * np.float32(255 / white))

@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from collections.abc import Container
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -11,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from d_emo.data.listing import is_clutter
-from d_emo.data.names import number_classes
-from d_emo.data.reading import AS_VIEWED, Reading, image_endings, no_images
+from d_emo.data.names import MOST_CLASSES, number_classes
+from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, image_endings, no_images
 from d_emo.data.stored import StoredImages
 from d_emo.errors import InputError
 from d_emo.files import cache_folder, digest, expand_home, replacing
 
 _FIELDS = ("cls", "label", "class", "class_id", "class_index", "class_name", "category", "target")
 """Where members in JSON have the class."""
-_RULES = 2
+_RULES = 3
 """Of which images a shard has; with others, tables are built again."""
 
 MOST_SHARDS = 1_000_000
@@ -52,7 +53,8 @@ class TarShards(StoredImages):
         label: str | None = None, skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         self.shards = expand(pattern)
-        table, words = _table(self.shards, label)
+        table, words, left_out = _table(self.shards, label)
+        self.left_out = describe_left_out(left_out)
         self.shard, self.offset, self.size, labels = (table[:, column] for column in range(4))
         self.sorted_names = len(words) > 0 and class_names is None
         labels, names = number_classes(
@@ -93,8 +95,9 @@ def expand(pattern: str) -> list[Path]:
     return found
 
 
-def _table(shards: list[Path], field: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Shard, offset, size and class of every image, and the words that the classes stand for, where they are words.
+def _table(shards: list[Path], field: str | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Shard, offset, size and class of every image, the words that the classes stand for, where they are words, and
+    the files in place of an image that cannot be read.
 
     They come from the cache if they are there. Shape: (images, 4) int64, (words,).
     """
@@ -102,38 +105,48 @@ def _table(shards: list[Path], field: str | None) -> tuple[np.ndarray, np.ndarra
     cached = cache_folder() / f"wds-{digest(json.dumps([_RULES, sorted(image_endings()), field, state]))[:32]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as file:
-            return file["table"], file["words"]
+            return file["table"], file["words"], file["left_out"].tolist()
     except Exception:  # what reading a damaged file raises is anybody's guess; it is built again
         pass
-    rows = [(number, *row) for number, path in enumerate(shards) for row in _members(path, field)]
+    rows: list[tuple[int, int, int, int | str]] = []
+    left_out: list[str] = []
+    for number, path in enumerate(shards):
+        found, others = _members(path, field)
+        rows += [(number, *row) for row in found]
+        left_out += others
     labels, words = [row[3] for row in rows], np.array([], dtype=str)
     if any(isinstance(label, str) for label in labels):
         words, labels = np.unique([str(label) for label in labels], return_inverse=True)
     table = np.array([(*row[:3], label) for row, label in zip(rows, labels, strict=True)], dtype=np.int64)
     with suppress(OSError), replacing(cached) as temporary, temporary.open("wb") as file:  # else built again next time
-        np.savez(file, table=table, words=words)
-    return table, words
+        np.savez(file, table=table, words=words, left_out=np.array(left_out, dtype=str))
+    return table, words, left_out
 
 
-def _members(path: Path, field: str | None) -> list[tuple[int, int, int | str]]:
-    """Offset, size and class of each image of one shard, in order."""
+def _members(path: Path, field: str | None) -> tuple[list[tuple[int, int, int | str]], list[str]]:
+    """Offset, size and class of each image of one shard, in order, and what stands in place of other keys' images."""
     images: dict[str, tuple[str, int, int]] = {}
     classes: dict[str, int | str] = {}
     objects: list[tarfile.TarInfo] = []
+    others: list[str] = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 stem, _, suffix = member.name.rpartition(".")
-                if not member.isfile() or any(map(is_clutter, PurePosixPath(member.name).parts)):
+                if member.isdir() or any(map(is_clutter, PurePosixPath(member.name).parts)):
                     continue
-                if suffix == "cls":
-                    classes[stem] = _label(archive.extractfile(member).read().decode("utf-8-sig").strip())
-                elif suffix == "json":
+                kind = suffix.lower() if member.isfile() or member.islnk() else ""
+                if kind == "cls":
+                    classes[stem] = _label_of(archive.extractfile(member).read(), f"{member.name} in {path}")
+                elif kind == "json":
                     objects.append(member)
-                elif f".{suffix.lower()}" in image_endings():
+                elif f".{kind}" in image_endings():
                     if stem in images:
                         raise _several(path, images[stem][0], member.name)
-                    images[stem] = member.name, member.offset_data, member.size
+                    held = archive.getmember(member.linkname) if member.islnk() else member
+                    images[stem] = member.name, held.offset_data, held.size
+                else:
+                    others.append(member.name)
             if field is not None or not classes:
                 found = ((member.name, json.load(archive.extractfile(member))) for member in objects)
                 classes = {name.rpartition(".")[0]: label for name, content in found
@@ -146,18 +159,19 @@ def _members(path: Path, field: str | None) -> list[tuple[int, int, int | str]]:
             "again"
         ) from None
     if not images:
-        raise no_images(str(path), [])
-    rows = _match(path, images, classes)
-    for name, offset, size, _ in rows:
+        raise no_images(str(path), others)
+    for name, offset, size in images.values():
         if offset + size > path.stat().st_size:
             raise InputError(f"{path} ends within {name}; fetch it again")
-    return [row[1:] for row in rows]
+    rows = _match(path, images, classes)
+    without = classes.keys() - rows.keys()
+    return list(rows.values()), [name for name in others if _key(name, without) in without]
 
 
 def _match(
     path: Path, images: dict[str, tuple[str, int, int]], classes: dict[str, int | str]
-) -> list[tuple[str, int, int, int | str]]:
-    """Name, offset, size and class of each key's image.
+) -> dict[str, tuple[int, int, int | str]]:
+    """Offset, size and class of each key's image.
 
     The class of an image is that of its own name (``a.b.png`` and ``a.b.cls``), else of its name up to an earlier dot
     (``a.image.png`` and ``a.cls``), where it may be one of several parts of a key: ``a.png`` and then ``a.image.png``
@@ -165,23 +179,30 @@ def _match(
     """
     parts: dict[str, list[str]] = {}
     for stem, (name, _, _) in images.items():
-        key = stem
-        while key not in classes and "." in key.rpartition("/")[2]:
-            key = key.rpartition(".")[0]
+        key = _key(stem, classes)
         label = classes.get(key, -1)
         if isinstance(label, int) and label < 0:
             raise InputError(
                 f"{name} in {path} has no class: a member {stem}.cls with a number from 0, or {stem}.json with a field "
                 f"{', '.join(_FIELDS)} (another one: label=FIELD after ?)"
             )
+        if isinstance(label, int) and label >= MOST_CLASSES:  # may be too large for an array
+            raise InputError(f"{name} in {path} has the label {label}; classes are numbered, to {MOST_CLASSES:,}")
         parts.setdefault(key, []).append(stem)
-    rows = []
+    rows = {}
     for key, stems in parts.items():
         best = sorted(stems, key=lambda stem: (stem != key, stem != f"{key}.image"))
         if len(stems) > 1 and best[0] not in (key, f"{key}.image"):
             raise _several(path, images[best[0]][0], images[best[1]][0])
-        rows.append((*images[best[0]], classes[key]))
+        rows[key] = (*images[best[0]][1:], classes[key])
     return rows
+
+
+def _key(name: str, known: Container[str]) -> str:
+    """A member's name up to the last dot before which it is known."""
+    while name not in known and "." in name.rpartition("/")[2]:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _label_in(content: Any, field: str | None, name: str) -> int | str | None:
@@ -193,6 +214,14 @@ def _label_in(content: Any, field: str | None, name: str) -> int | str | None:
     if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
         raise InputError(f"the field {field} of {name} is no class; name another with label=FIELD after ?")
     return _label(str(label)) if label is not None else None
+
+
+def _label_of(content: bytes, name: str) -> int | str:
+    """The class in a member of its own."""
+    try:
+        return _label(content.decode("utf-8-sig").strip())
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is not UTF-8, as the name of a class must be; write it anew") from None
 
 
 def _label(text: str) -> int | str:

@@ -58,7 +58,7 @@ class SSDLite(Detector, SSD):
 
 def ssdlite(
     backbone: str, *, num_classes: int = 80, image_size: int = PUBLISHED_SIZE,
-    anchors: Literal["fixed", "scaled"] = "fixed", norm_eval: bool = True,
+    anchors: Literal["fixed", "scaled"] = "fixed", head_std: float | None = 0.001, norm_eval: bool = True,
     backbone_options: Mapping[str, Any] | None = None,
 ) -> SSDLite:  # fmt: skip
     """SSDLite on a backbone.
@@ -68,8 +68,10 @@ def ssdlite(
         num_classes: Classes of objects, without the background.
         image_size: Side of the square that images are resized to.
         anchors: "fixed" keeps anchors and strides of 320 px whatever the size, which the published networks of 512 px
-            do: their grids of levels 4 to 6 cover a part of the image and no anchor is above 320 px. "scaled" lets both
-            grow with the image.
+            do: their grids of levels 4 to 6 cover a part of the image and no anchor is above 320 px. "scaled" lets
+            anchors grow with the image and spreads every grid over all of it.
+        head_std: Standard deviation of the head's first weights; mmdet's is so small that behind its batch norms, of
+            eps 0.001, next to nothing is left of a map for the first thousands of steps. None takes PyTorch's own.
         norm_eval: Keep the running statistics of the backbone's batch norms.
         backbone_options: Arguments of `EMO` to replace.
 
@@ -82,12 +84,14 @@ def ssdlite(
     factor = image_size / PUBLISHED_SIZE if anchors == "scaled" else 1
     generator = DefaultBoxGenerator(
         [[2, 3]] * len(STRIDES), scales=[side * factor / image_size for side in SIDES],
-        steps=[stride * factor for stride in STRIDES], clip=False,
+        steps=list(STRIDES) if anchors == "fixed" else None, clip=False,
     )
     head = SSDLiteHead(maps.out_channels, generator.num_anchors_per_location(), num_classes + 1, batch_norm)
     for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.001)
+        if isinstance(layer, nn.Conv2d) and head_std is not None:
+            nn.init.normal_(layer.weight, std=head_std)
+        elif isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
     model = SSDLite(
         maps, generator, (image_size, image_size), num_classes + 1, head=head, score_thresh=0.02, nms_thresh=0.45,
         detections_per_img=200, topk_candidates=1000,

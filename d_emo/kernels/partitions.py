@@ -36,6 +36,19 @@ class FarPartition:
         return x.view(batch, h, height // h, w, width // w, dim).permute(0, 2, 4, 1, 3, 5)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A view of a map with its channels first. Shape: (B, C, H, W) -> (B, H, W, C); any number of axes.
+
+    By ``movedim`` only where `torch.fx` traces: torch.onnx.export(dynamo=False) writes it with a wrong permutation.
+    """
+    return x.movedim(1, -1) if isinstance(x, torch.fx.Proxy) else x.permute(0, *range(2, x.ndim), 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """What undoes `channels_last`. Shape: (B, H, W, C) -> (B, C, H, W); any number of axes."""
+    return x.movedim(-1, 1) if isinstance(x, torch.fx.Proxy) else x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
+
+
 def is_free(x: Tensor) -> bool:
     """Whether torch.export looks at a map whose height or width may be any. Shape: x (B, H, W, C)."""
     return not all(isinstance(n, int) for n in x.shape[1:-1])

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from d_emo import kernels
 from d_emo.errors import InputError
+from d_emo.kernels.partitions import channels_first, channels_last
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
 from d_emo.models.layers import (
@@ -103,11 +104,11 @@ class Stage(nn.Sequential):
     grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(1, -1)  # (B, H, W, C)
+        x = channels_last(x)  # (B, H, W, C)
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self:
             x = checkpoint_block(block, x) if again else block(x)  # (B, H', W', C')
-        return x.movedim(-1, 1)  # (B, C', H', W')
+        return channels_first(x)  # (B, C', H', W')
 
 
 def make_stage(
@@ -281,7 +282,7 @@ class EMO(nn.Module):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage. Shape: (B, C, H, W) -> same."""
-        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return channels_first(self.norm(channels_last(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.
@@ -299,10 +300,10 @@ class EMO(nn.Module):
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
         pooled = self.global_pool == "avg"
-        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
+        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else channels_last(x)  # (B, C) or (B, H, W, C)
         if not pre_logits:
             x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-        return x if pooled else x.movedim(-1, 1)  # (B, num_classes or C), or (B, C', H, W)
+        return x if pooled else channels_first(x)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

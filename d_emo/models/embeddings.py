@@ -1,4 +1,4 @@
-"""What goes into a denoiser beside its blocks: patches, positions, the timestep and the class (DiT, section 3.2)."""
+"""What goes into a denoiser beside its blocks: patches, positions, the timestep and the class, as in the DiT paper."""
 
 import contextlib
 import math

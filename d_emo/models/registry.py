@@ -70,7 +70,7 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(allowed)}."
             raise InputError(f"{name} has no setting {key!r}; {hint}")
     if system:
-        model = network(backbone, **{**system.options, **overrides})
+        model = network(*filter(None, [backbone]), **{**system.options, **overrides})
         model.config = {"name": name, **overrides, "num_classes": model.num_classes}
         return model
     if frame is None:
@@ -110,6 +110,18 @@ def model_kind(name: str) -> str:
     if name in systems():
         return {"detection": "detector", "segmentation": "segmenter"}[systems()[name][0].task]
     return "classifier" if name in BACKBONES else "video classifier" if name in VIDEO_BACKBONES else "denoiser"
+
+
+def check_kind(name: str, wanted: str) -> None:
+    """Refuse to train a network as what it is not.
+
+    Raises:
+        InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
+    """
+    if (kind := model_kind(name)) != wanted:
+        script = {"denoiser": "train_dit", "video classifier": None}.get(kind, f"train_{kind}")
+        hint = f"train it with scripts/{script}.py" if script else "no command trains it yet"
+        raise InputError(f"{name} is a {kind}; {hint}")
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

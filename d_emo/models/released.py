@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
-from d_emo.models.backbone import EMO
+from d_emo.models.backbone import BACKBONES, EMO
 from d_emo.models.denoiser import Denoiser
-from d_emo.models.registry import create_model, list_models
+from d_emo.models.registry import create_model
 from d_emo.tables import denoisers
 from d_emo.weights import check_finite, differences, shapes_of
 
@@ -200,8 +200,8 @@ def variant_of(found: Mapping[str, tuple[int, ...]], pattern: str = "") -> str |
     """The model whose release has these names and shapes, class rows aside; among names that start as ``pattern``."""
     # Meta tensors make the comparison cheap.
     telling = {name: shape for name, shape in found.items() if name not in (*CLASS_ROWS, "pos_embed")}
-    for name in list_models():
-        if denoisers().get(name, {}).get("block") not in (None, "dit") or not re.match(pattern, name):
+    for name in [*(name for name, settings in denoisers().items() if settings["block"] == "dit"), *BACKBONES]:
+        if not re.match(pattern, name):
             continue
         with torch.device("meta"):
             candidate = create_model(name)

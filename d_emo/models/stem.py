@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from d_emo import kernels
+from d_emo.kernels.partitions import channels_first, channels_last
 from d_emo.models.layers import LIBRARY, ChannelsLastBatchNorm, LocalConv
 
 
@@ -21,7 +22,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
-        return self.norm(self.conv(x).movedim(1, -1))
+        return self.norm(channels_last(self.conv(x)))
 
     @torch.no_grad()
     def fold_norm(self) -> None:
@@ -68,4 +69,4 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)
-        return kernels.linear(self.proj, self.gate(self.local(x))).movedim(-1, 1)  # (B, C, H', W')
+        return channels_first(kernels.linear(self.proj, self.gate(self.local(x))))  # (B, C, H', W')

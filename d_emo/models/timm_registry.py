@@ -1,6 +1,10 @@
-"""Makes the EMO classifiers known to timm, so that ``timm.create_model("emov2_5m", features_only=True)`` works."""
+"""Makes the EMO classifiers, and `d_emo.models.hybrids`, known to timm.
+
+``timm.create_model("emov2_5m", features_only=True)`` works then.
+"""
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,6 +79,7 @@ def register_with_timm() -> None:
     The operators may do the work of timm's drop path, which is a block's.
     """
     kernels.known(DropPath)
+    importlib.import_module("d_emo.models.hybrids")  # which registers its own, as timm's modules do
     for module in (WindowAttention, LocalConv, ConvFirstOperator, ParallelOperator):
         register_notrace_module(module)  # what looks at shapes and devices stays whole under torch.fx
     for name in BACKBONES:

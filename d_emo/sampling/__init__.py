@@ -3,7 +3,7 @@
 The diffusers pipeline is ``d_emo.DEMOPipeline``, in ``d_emo.sampling.pipeline``.
 """
 
-from d_emo.sampling.classes import find_classes, mix_classes, spell_class
+from d_emo.sampling.classes import caption, find_classes, mix_classes, spell_class
 from d_emo.sampling.denoising import Step, decode, denoise, sample
 from d_emo.sampling.files import save_gif, save_png, save_pngs
 from d_emo.sampling.grids import class_grid, draw_grid, preview_grid

@@ -3,7 +3,7 @@
 import difflib
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ Labels = str | int | Sequence[str | int] | torch.Tensor | np.ndarray
 def as_list(values: Labels) -> list[Any]:
     """One or several ids, names or seeds as a list of Python's own numbers and texts. Shape: tensors () or (N,)."""
     values = values.tolist() if hasattr(values, "tolist") else values
-    values = [values] if isinstance(values, (str, int)) else values
+    values = [values] if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) else values
     return [value.item() if hasattr(value, "item") else value for value in values]
 
 
@@ -42,7 +42,7 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     for each in wanted:
         each = f"id:{operator.index(each)}" if hasattr(each, "__index__") else str(each)
         kind, text = re.fullmatch("((?:id|name):)?(.*)", each, re.DOTALL).groups()
-        number = int(text) if kind != "name:" and re.fullmatch(r"-?[0-9]+", text) else None
+        number = int(text) if kind != "name:" and re.fullmatch(r"-?[0-9]{1,18}", text) else None
         named = [] if kind == "id:" else _called(text, class_names)
         meant = {*named, *([number] if number is not None and 0 <= number <= last else [])}
         if len(meant) > 1:
@@ -68,6 +68,12 @@ def some_classes(class_names: Sequence[str], count: int = 4) -> list[int]:
     """Classes from all over their order, for who names none."""
     count = min(count, len(class_names))
     return [(2 * number + 1) * len(class_names) // (2 * count) for number in range(count)]
+
+
+def caption(label: int, class_names: Sequence[str]) -> str:
+    """A class for people: "207: red triangle on sky", or the name alone where it is the number."""
+    name = class_names[label]
+    return name if name == str(label) else f"{label}: {name}"
 
 
 def spell_class(label: int, class_names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from d_emo.errors import InputError
 from d_emo.files import replacing
 from d_emo.latents import Codec
 from d_emo.models.contract import DenoiserFrame
+from d_emo.sampling.classes import caption
 from d_emo.sampling.sampler import Sampler
 
 
@@ -35,15 +36,16 @@ def draw_grid(
     heads = [two_lines(name, lambda text: font.getlength(text) <= width) for name in names]
     bar, header = (max((len(text.splitlines()) for text in texts), default=0) * line_height
                    for texts in (captions, heads))
+    bar = max(bar, gap)
     canvas = Image.new("RGB", (full, header + len(captions) * (height + bar) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
         for line, text in enumerate(head.splitlines()):
             middle = gap + column * (width + gap) + width / 2
             draw.text((middle, line * line_height + 3), text, fill="black", font=font, anchor="ma")
-    for row, caption in enumerate(captions):
+    for row, words in enumerate(captions):
         top = header + row * (height + bar)
-        for line, text in enumerate(reversed(caption.splitlines()), 1):
+        for line, text in enumerate(reversed(words.splitlines()), 1):
             draw.text((gap, top + bar - line * line_height + 3), text, fill="black", font=font)
         for column in range(columns):
             pixels = images[row * columns + column].permute(1, 2, 0).contiguous().numpy()
@@ -77,7 +79,7 @@ def class_grid(
     """
     classes = [index * len(class_names) // rows for index in range(rows)]
     images = torch.cat(list(draw([label for label in classes for _ in range(columns)])))
-    return draw_grid(images, [f"{label}: {class_names[label]}" for label in classes], columns)
+    return draw_grid(images, [caption(label, class_names) for label in classes], columns)
 
 
 def preview_grid(

@@ -10,7 +10,7 @@ import torch
 from d_emo.config import SampleSettings
 from d_emo.data import to_uint8
 from d_emo.io.snapshot import DenoiserSnapshot
-from d_emo.sampling.classes import find_classes, mix_classes, some_classes
+from d_emo.sampling.classes import caption, find_classes, mix_classes, some_classes
 from d_emo.sampling.denoising import Step, decode
 from d_emo.sampling.files import save_gif, save_png, save_pngs
 from d_emo.sampling.grids import draw_grid
@@ -39,7 +39,7 @@ class SampleRequest:
         self.settings, self.snapshot = settings, snapshot
         names, wanted = snapshot.class_names, settings.interpolate or settings.classes
         self.classes = find_classes(wanted, names) if wanted else some_classes(names)
-        self.captions = [f"{label}: {names[label]}" for label in self.classes] if len(names) > 1 else list(names)
+        self.captions = [caption(label, names) for label in self.classes] if len(names) > 1 else list(names)
         self.columns: list[str] = []
         if settings.interpolate:
             self.captions, self.seeds = [" to ".join(self.captions)], [settings.seed] * settings.num_images

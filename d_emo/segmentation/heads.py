@@ -9,13 +9,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation
 
 
-def conv_norm_act(dim_in: int, dim: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
-    """A convolution without bias that keeps the map's size, batch norm, ReLU."""
-    return Conv2dNormActivation(dim_in, dim, kernel_size, dilation=dilation)
+class ConvNormAct(Conv2dNormActivation):
+    """A convolution without bias that keeps the map's size, batch norm, ReLU.
+
+    Shape: (B, C_in, h, w) -> (B, C_out, h, w).
+    """
+
+    def __init__(self, dim_in: int, dim: int, kernel_size: int = 1, *, dilation: int = 1) -> None:
+        super().__init__(dim_in, dim, kernel_size, dilation=dilation)
+
+    def fold_norm(self) -> None:
+        """Absorb the batch norm into the convolution."""
+        if isinstance(self[1], nn.BatchNorm2d):
+            self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -61,7 +72,7 @@ class FCNHead(Head):
 
     def __init__(self, dims: Sequence[int], num_classes: int, *, dim: int = 256, drop_rate: float) -> None:
         super().__init__(dim, num_classes, drop_rate=drop_rate)
-        self.conv = conv_norm_act(dims[2], dim, 3)
+        self.conv = ConvNormAct(dims[2], dim, 3)
 
     def features(self, maps: list[Tensor]) -> Tensor:
         return self.conv(maps[0])
@@ -77,10 +88,10 @@ class ASPPHead(Head):
         drop_rate: float,
     ) -> None:  # fmt: skip
         super().__init__(dim, num_classes, drop_rate=drop_rate)
-        self.pool = conv_norm_act(dims[3], dim)
-        branches = [conv_norm_act(dims[3], dim), *(conv_norm_act(dims[3], dim, 3, dilation=rate) for rate in rates)]
+        self.pool = ConvNormAct(dims[3], dim)
+        branches = [ConvNormAct(dims[3], dim), *(ConvNormAct(dims[3], dim, 3, dilation=rate) for rate in rates)]
         self.branches = nn.ModuleList(branches)
-        self.merge = conv_norm_act(dim * (len(branches) + 1), dim, 3)
+        self.merge = ConvNormAct(dim * (len(branches) + 1), dim, 3)
 
     def features(self, maps: list[Tensor]) -> Tensor:
         x = maps[0]  # (B, C_4, h, w)
@@ -98,8 +109,8 @@ class PSPHead(Head):
         drop_rate: float,
     ) -> None:  # fmt: skip
         super().__init__(dim, num_classes, drop_rate=drop_rate)
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_norm_act(dims[3], dim)) for n in parts)
-        self.merge = conv_norm_act(dims[3] + dim * len(parts), dim, 3)
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), ConvNormAct(dims[3], dim)) for n in parts)
+        self.merge = ConvNormAct(dims[3] + dim * len(parts), dim, 3)
 
     def features(self, maps: list[Tensor]) -> Tensor:
         x = maps[0]  # (B, C_4, h, w)
@@ -117,7 +128,7 @@ class FPNHead(Head):
         super().__init__(dim, num_classes, drop_rate=drop_rate)
         self.neck = FeaturePyramidNetwork(list(dims), neck_dim)
         self.scales = nn.ModuleList(
-            nn.ModuleList(conv_norm_act(dim if i else neck_dim, dim, 3) for i in range(max(1, doublings)))
+            nn.ModuleList(ConvNormAct(dim if i else neck_dim, dim, 3) for i in range(max(1, doublings)))
             for doublings in range(len(dims))
         )
 
@@ -143,8 +154,8 @@ class MLPHead(Head):
 
     def __init__(self, dims: Sequence[int], num_classes: int, *, dim: int = 288, drop_rate: float) -> None:
         super().__init__(dim, num_classes, drop_rate=drop_rate)
-        self.laterals = nn.ModuleList(conv_norm_act(dim_in, dim) for dim_in in dims)
-        self.merge = conv_norm_act(dim * len(dims), dim)
+        self.laterals = nn.ModuleList(ConvNormAct(dim_in, dim) for dim_in in dims)
+        self.merge = ConvNormAct(dim * len(dims), dim)
 
     def features(self, maps: list[Tensor]) -> Tensor:
         size = maps[0].shape[2:]

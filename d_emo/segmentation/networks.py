@@ -72,9 +72,13 @@ class Segmenter(nn.Module):
         self.backbone.train(mode and not self.frozen)
         return self
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """What the heads choose from. Shape: (B, C, H, W) -> (B, C_i, H / 4, W / 4) and coarser."""
+        return self.backbone.forward_intermediates(x, intermediates_only=True)
+
     def logits(self, x: Tensor) -> dict[str, Tensor]:
         """The heads' own maps, not enlarged. Shape: (B, C, H, W) -> by head (B, num_classes, h, w)."""
-        maps = self.backbone.forward_intermediates(x, intermediates_only=True)  # (B, C_i, H / 4, W / 4) and coarser
+        maps = self.maps(x)
         heads = {"out": self.decoder} | ({"aux": self.aux} if self.aux is not None and self.training else {})
         return {name: head([maps[i] for i in head.stages]) for name, head in heads.items()}
 

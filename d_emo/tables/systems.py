@@ -14,12 +14,14 @@ EMOV1 = ("emov1_1m", "emov1_2m", "emov1_5m")
 class SystemRow:
     """A kind of detector or segmenter; its networks are called NAME-BACKBONE, such as ``ssdlite-emov2_5m``.
 
+    One without a backbone of its own choice is called NAME.
+
     Attributes:
         name: First part of the names.
         task: What its networks do.
-        network: Gives a module of the name of the backbone and, by keyword, its own settings. It has ``in_chans``,
-            ``input_size`` (height and width that the papers count at) and ``num_classes``; where a call does more than
-            the papers count, ``counted_outputs`` is the part that they count.
+        network: Gives a module of the name of the backbone, if any, and, by keyword, its own settings. It has
+            ``in_chans``, ``input_size`` (height and width that the papers count at) and ``num_classes``; where a call
+            does more than the papers count, ``counted_outputs`` is the part that they count.
         backbones: Those that it has a row with in the papers.
         options: Settings that make this row another than the network's defaults.
     """
@@ -56,13 +58,23 @@ SYSTEMS: Table[SystemRow] = Table(
             backbones=EMOV2 + EMOV1,
         ),
         SystemRow(name="segformer", task="segmentation", network="d_emo.segmentation.networks:SegFormer"),
+        *(
+            SystemRow(
+                name=name, task="segmentation", network="d_emo.segmentation.unet:UNet", backbones=(),
+                options={"window_size": window},
+            )
+            for name, window in (("u-emo", 8), ("u-emo-w10", 10), ("unet", None))
+        ),
     ],
 )  # fmt: skip
 
 
 def systems() -> dict[str, tuple[SystemRow, str]]:
     """Every named detector and segmenter: its row and its backbone."""
-    return {f"{row.name}-{backbone}": (row, backbone) for row in SYSTEMS.values() for backbone in row.backbones}
+    return {
+        f"{row.name}-{backbone}" if backbone else row.name: (row, backbone)
+        for row in SYSTEMS.values() for backbone in row.backbones or ("",)
+    }  # fmt: skip
 
 
 def system_of(model: str) -> SystemRow | None:

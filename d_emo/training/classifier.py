@@ -30,7 +30,7 @@ from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_meta, save_classifier
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, model_kind
+from d_emo.models.registry import check_kind, check_memory
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.finetuning import start_classifier_from, train_only
@@ -69,9 +69,7 @@ class ClassifierTask:
             load_meta(settings.init_from, "classifier")
         self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
-        if (kind := model_kind(settings.model)) != "classifier":
-            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
-            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
+        check_kind(settings.model, "classifier")
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
@@ -130,6 +128,9 @@ class ClassifierTask:
             losses["loss"] = losses["loss"] + settings.distill_weight * losses["distillation"]
         return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
+    def seen(self, batch: list[torch.Tensor], draws: Augmentation) -> torch.Tensor:
+        return augment(batch[0], draws)
+
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
@@ -184,7 +185,7 @@ def _own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
     """The folders train and val of a folder that has both (timm finds training and validation too); else itself."""
     if data_dir is not None and not data_dir.startswith("folder:") and folder_of(data_dir).is_dir():
         train, held_out = find_splits(list_folders(folder_of(data_dir))) or ([], [])
-        if train and held_out and held_out[0].name.lower().startswith("val"):
+        if len(train) == 1 and held_out and held_out[0].name.lower().startswith("val"):
             return str(train[0]), str(held_out[0])
     return data_dir, None
 

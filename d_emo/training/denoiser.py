@@ -20,7 +20,7 @@ from d_emo.io.snapshot import load_meta, save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, frame_of, model_kind
+from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from, train_only
@@ -43,10 +43,8 @@ class DenoiserTask:
         if settings.init_from is not None:
             load_meta(settings.init_from)  # which is of a denoiser
         settings = settings.resolve()
+        check_kind(settings.model, "denoiser")
         frame = frame_of(settings.model)
-        if frame is None:
-            kind = model_kind(settings.model)
-            raise InputError(f"{settings.model} is a {kind}; train it with scripts/train_{kind}.py")
         self.dataset, self.codec, self.facts = _open_data(settings)
         self.settings = settings = settings.resolve(**self.facts)
         self.images = self.dataset
@@ -116,6 +114,9 @@ class DenoiserTask:
     def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
         return self.objective(model, self._latents(values, step), labels, step)
+
+    def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
+        return self.codec.decode(self._latents(batch[0], step))
 
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, step: StepNoise) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo.data import StepSampler
@@ -20,7 +21,7 @@ class Feed:
     step before it is still being computed.
 
     Args:
-        dataset: What is read, by index.
+        dataset: What is read, by index; its ``collate``, if it has one, makes a batch of what is read.
         draw: All randomness of a step: (generator, global batch size) -> something to slice.
         seed: Of the run.
         batch_size: Images of a step, those of all processes.
@@ -48,6 +49,7 @@ class Feed:
         self._batches = iter(DataLoader(
             dataset, batch_sampler=self.sampler, num_workers=workers, worker_init_fn=ignore_interrupts,
             pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+            collate_fn=getattr(dataset, "collate", None),
         ))  # fmt: skip
         self.waited, self.ahead = 0.0, device.type != "cpu"
         self._ready: tuple[list[torch.Tensor], Any] | None = None
@@ -55,7 +57,8 @@ class Feed:
     def step(self, step: int) -> Iterator[tuple[list[torch.Tensor], Any]]:
         """The micro-batches of this process, each with its rows of the step's draws.
 
-        Shape: images, or moments of latents, (B, C, H, W) and labels (B,), where B is ``micro_batch_size``.
+        Shape: images, or moments of latents, (B, C, H, W) and labels (B,), where B is ``micro_batch_size``; or what the
+            data set's ``collate`` makes.
         """
         batch, draws = self._ready or self._start(step)
         self._ready = None
@@ -78,6 +81,6 @@ class Feed:
 
     def _next(self) -> list[torch.Tensor]:
         asked = time.perf_counter()
-        batch = [part.to(self.device, non_blocking=True) for part in next(self._batches)]
+        batch = tree_map(lambda part: part.to(self.device, non_blocking=True), next(self._batches))
         self.waited += time.perf_counter() - asked
         return batch

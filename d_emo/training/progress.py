@@ -90,7 +90,7 @@ class Progress:
         self._mind_slow_steps(step, self.settings.batch_size / speed)
         self.bar.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
         if step % self.settings.log_every == 0 or step == self.settings.max_steps:
-            self.accelerator.log({**figures, "memory_gib": self._memory()}, step=step)
+            self.accelerator.log({**figures, "memory_gib": peak_memory(self.accelerator.device)}, step=step)
 
     def _mind_slow_steps(self, step: int, seconds: float) -> None:
         """Say once what to try where a step on a CPU takes several times as long as the fastest before it."""
@@ -113,9 +113,10 @@ class Progress:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels}, step=step, **layout)
 
-    def _memory(self) -> float:
-        """Most memory ever in use, in GiB: the GPU's, or this process's on a CPU."""
-        if self.accelerator.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory ever in use, in GiB: the GPU's, or this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -21,7 +21,7 @@ from d_emo.io.classifier import Normalized, open_classifier
 from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
-from d_emo.models.registry import check_memory, model_kind
+from d_emo.models.registry import check_kind, check_memory
 from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, MaskFolder
 from d_emo.segmentation.measures import Quality, measure, segment
@@ -51,9 +51,7 @@ class SegmenterTask:
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: SegmenterSettings):
-        if (kind := model_kind(settings.model)) != "segmenter":
-            script = "train_dit" if kind == "denoiser" else f"train_{kind}"
-            raise InputError(f"{settings.model} is a {kind}; train it with scripts/{script}.py")
+        check_kind(settings.model, "segmenter")
         settings = settings.resolve()
         self.images, self.held_out = open_labelled(settings)
         self.facts = {"images": len(self.images)}
@@ -190,7 +188,7 @@ def start_backbone(segmenter: Segmenter, source: str) -> tuple[str, tuple[Sequen
         InputError: It is no classifier, or of another size.
     """
     classifier, backbone = open_classifier(source), segmenter.backbone
-    theirs, wanted = classifier.emo.config["name"], backbone.config["name"]
+    theirs, wanted = classifier.emo.config["name"], getattr(backbone, "config", {}).get("name", "none that classifies")
     if theirs != wanted:
         raise InputError(f"`init_from` {source} is {theirs}, and the backbone is {wanted}; choose another `model`")
     own = {name: value for name, value in classifier.emo.state_dict().items()

@@ -65,9 +65,10 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
         _write_card(output, settings, vae, psnr, minutes=(time.monotonic() - started) / 60)
         codec, rows = VAECodec(vae, "vae"), []
         for dataset in held_out.values():
-            images = torch.stack([dataset[i * len(dataset) // 12][0] for i in range(12)]).to(device)
+            images = torch.stack([dataset[i * len(dataset) // 6][0] for i in range(6)]).to(device)
             rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
-        save_image(torch.cat(rows) * 0.5 + 0.5, output / "reconstructions.png", nrow=12, padding=2)
+        enlarged = F.interpolate(torch.cat(rows) * 0.5 + 0.5, scale_factor=max(1, 128 // settings.image_size))
+        save_image(enlarged, output / "reconstructions.png", nrow=6, padding=4)
     return psnr
 
 

@@ -183,7 +183,7 @@ class Study:
         rows, losses = collect(runs, costs, last=settings.measure == "last")  # others may share runs and measure more
         shown = list(dict.fromkeys(name for names in settings.tables.values() for name in names))
         draw_curves(folder / "curves.png", rows, losses, shown, published_curves() if settings.published_loss else {})
-        plots = {"curves.png": "FID and training loss against steps, images, arithmetic and time"}
+        plots = {"curves.png": "FID and training loss against steps, compute and time"}
         gaps = pd.DataFrame([
             {"run": run.name, "seed": run.seed, **level} for run in runs
             if run.name in settings.norm_gap and (run.folder / GAPS).exists()

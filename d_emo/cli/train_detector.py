@@ -1,0 +1,35 @@
+"""``d-emo train-detector``."""
+
+from pathlib import Path
+
+from torch import nn
+
+from d_emo.config import DetectorSettings
+from d_emo.data import spread
+from d_emo.detection.drawing import truth_beside_found
+from d_emo.io.hub import prepare_push, push_snapshot
+from d_emo.io.snapshot import load_classifier
+from d_emo.text import markdown_table
+from d_emo.training import fit
+from d_emo.training.detector import DetectorTask
+
+
+def run(settings: DetectorSettings) -> None:
+    """Do it."""
+    prepare_push(settings.push_to_hub)
+    task = DetectorTask(settings)
+
+    def preview(path: Path, model: nn.Module) -> None:
+        if task.held_out is not None:
+            truth_beside_found(model, task.held_out, spread(len(task.held_out), 8)).save(path)
+
+    snapshot = fit(task, settings, preview=preview)
+    if snapshot is not None:
+        print(f"snapshot  {snapshot}")
+        measured = load_classifier(snapshot, "detector").meta.get("average_precision", {})
+        if measured:
+            figures = [[kind, *(f"{100 * value:.1f}" if value >= 0 else "-1" for value in each.values())]
+                       for kind, each in measured.items()]  # fmt: skip
+            print(markdown_table(["held out, %", *measured["bbox"]], figures))
+        if settings.push_to_hub:
+            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")

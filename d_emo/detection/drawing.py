@@ -1,0 +1,66 @@
+"""Pictures of what is there and of what a detector finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+
+from d_emo.detection.augment import ObjectImages
+
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#f032e6", "#008080", "#9a6324", "#800000", "#808000", "#42d4f4")
+
+
+@torch.no_grad()
+def detect(model: nn.Module, image: Tensor, least_score: float) -> dict[str, Tensor]:
+    """What a detector in eval mode finds in a picture, the surest first.
+
+    Args:
+        model: One of ours.
+        image: A picture.
+        least_score: What is less sure is left out.
+
+    Shape: (3, H, W) uint8 -> boxes (n, 4), scores (n,), labels (n,) from 0, and where it has them masks (n, H, W) bool.
+    """
+    (found,) = model([image.to(next(model.parameters()).device).float() / 255])
+    sure = found["scores"] >= least_score
+    kept = {name: value[sure].cpu() for name, value in found.items()}
+    if "masks" in kept:
+        kept["masks"] = kept["masks"][:, 0] >= 0.5
+    return {**kept, "labels": kept["labels"] - model.first_label}
+
+
+def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
+    """A picture with boxes, names, scores and masks on it. Shape: (3, H, W) uint8 -> same; see `detect`."""
+    if not len(objects["boxes"]):
+        return image
+    colours = [COLOURS[label % len(COLOURS)] for label in objects["labels"].tolist()]
+    if len(objects.get("masks", ())):
+        image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.4, colors=colours)
+    words = [class_names[label] for label in objects["labels"].tolist()]
+    if "scores" in objects:
+        words = [f"{word} {score:.0%}" for word, score in zip(words, objects["scores"].tolist(), strict=True)]
+    return draw_bounding_boxes(image, objects["boxes"], words, colours, width=max(1, min(image.shape[1:]) // 160))
+
+
+def truth_beside_found(
+    model: nn.Module, images: ObjectImages, indices: Iterable[int], *, least_score: float = 0.3, side: int = 320
+) -> Image.Image:
+    """Rows of two pairs: a picture with what is there, and the same with what the detector finds."""
+    cells = []
+    for index in indices:
+        image, target = images.read(index)
+        shown = {name: value for name, value in target.items() if name in ("boxes", "labels", "masks")}
+        for objects in (shown, detect(model, image, least_score)):
+            scale = side / max(image.shape[1:])
+            size = [round(n * scale) for n in image.shape[1:]]
+            scaled = {**objects, "boxes": objects["boxes"] * scale}
+            if "masks" in objects:
+                scaled["masks"] = F.resize(objects["masks"].byte(), size, F.InterpolationMode.NEAREST)
+            drawn = draw_objects(F.resize(image, size, antialias=True), scaled, images.class_names)
+            cells.append(F.pad(drawn, [0, 0, side - size[1], side - size[0]]))
+    return F.to_pil_image(make_grid(cells, nrow=4, padding=4, pad_value=255))
