@@ -153,7 +153,10 @@ def check_values(content: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputError("it is no mapping of names to values")
     for name in content.keys() & hints.keys():
-        _check_type(name, content[name], hints[name])
+        try:
+            _check_type(name, content[name], hints[name])
+        except InputError as error:  # in a file it is no flag, whatever it is called
+            raise InputError(str(error).replace("`", "")) from None
     return content
 
 

@@ -37,6 +37,8 @@ def snapshot_meta(content: Any) -> dict[str, Any]:
     meta = check_values(content, SNAPSHOT)
     for name in ("class_names", "image_size", "step", "weights", *["codec"] * (meta["kind"] == "denoiser")):
         meta[name]
+    if meta["kind"] != "denoiser":
+        check_values(meta["model"], {"name": str})["name"]
     return meta
 
 

@@ -80,6 +80,10 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
         raise InputError(problem)
     model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
     optimizer.load_state_dict(state["optimizer"])
+    kinds = {frozenset(moments) for moments in optimizer.state.values()}
+    if len(kinds) > 1:
+        some = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
+        raise InputError(f"its optimizer lacks {', '.join(some)} of some parameters")
     for parameter, moments in optimizer.state.items():
         odd = [name for name, value in moments.items() if value.dim() and value.shape != parameter.shape]
         if odd:  # PyTorch takes them
