@@ -5,9 +5,10 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,15 @@ from d_emo.io.segmenter import open_segmenter
 from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
 from d_emo.models import create_model
 from d_emo.models.contract import DenoiserFrame
-from d_emo.models.layers import fold_batch_norms
+from d_emo.models.layers import fold_batch_norms, pair
 from d_emo.tables import family_of, system_of
 
 OPSET = 18
 BATCHES = (1, 3)
 """Batch sizes that an exported network is compared at; it is traced with another one."""
+
+SIZES = ((33, 40), (64, 96), (97, 75), (160, 224), (256, 256))
+"""Heights and widths that a network with free ones is compared at; a side of 32 px is one token, which is fixed."""
 
 ONE_FILE = 2_000_000_000
 """Bytes of weights beyond which an ONNX file keeps them in a second file, OUT.data: the format ends at 2 GiB."""
@@ -92,25 +96,29 @@ class Portable:
 
     module: nn.Module
     input_names: tuple[str, ...]
-    example: Callable[[int], tuple[Tensor, ...]]
+    example: Callable[..., tuple[Tensor, ...]]  # of a batch size and, where the sides are free, height and width
     meaning: str  # of the inputs, for whoever has to make them
+    dynamic_size: bool = False  # whether height and width are free, as the batch is
 
 
-def portable_classifier(network: nn.Module, image_size: int, channels: int = 3) -> Portable:
+def portable_classifier(
+    network: nn.Module, image_size: int | Sequence[int], channels: int = 3, *, dynamic_size: bool = False
+) -> Portable:
     """A classifier of images in [-1, 1], on a copy.
 
     Args:
         network: an `EMO`, or a module around one.
-        image_size: side of the square images in pixels.
+        image_size: side of square images in pixels, or height and width.
         channels: of the images.
+        dynamic_size: whether the exported network shall take any other size too.
     """
 
-    def example(batch: int) -> tuple[Tensor, ...]:
+    def example(batch: int, size: int | Sequence[int] = image_size) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(batch)
-        return (torch.rand(batch, channels, image_size, image_size, generator=generator) * 2 - 1,)
+        return (torch.rand(batch, channels, *pair(size, "image_size"), generator=generator) * 2 - 1,)
 
     folded = fold_batch_norms(copy.deepcopy(network).cpu().float().eval())
-    return Portable(folded, ("images",), example, "images are in [-1, 1]")
+    return Portable(folded, ("images",), example, "images are in [-1, 1]", dynamic_size)
 
 
 def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
@@ -127,7 +135,7 @@ def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
     return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example, meaning)
 
 
-def portable_detector(detector: Detector, image_size: int | None = None) -> Portable:
+def portable_detector(detector: Detector, image_size: Sequence[int] | int | None = None) -> Portable:
     """SSDLite or RetinaNet up to its boxes and scores, on a copy, for images of one size; what suppresses is left out.
 
     Args:
@@ -135,12 +143,14 @@ def portable_detector(detector: Detector, image_size: int | None = None) -> Port
         image_size: Side of the square images in pixels. Default: its own (shorter) side.
 
     Raises:
-        InputError: A detector whose second stage depends on what the first one found.
+        InputError: A detector whose second stage depends on what the first one found; sides that differ.
     """
     if hasattr(detector, "roi_heads"):
         raise InputError("Mask R-CNN looks at the regions that it found, which no plain graph does; export SSDLite or "
                          "RetinaNet")  # fmt: skip
-    side = image_size or min(detector.input_size)
+    side, other = pair(image_size or min(detector.input_size), "image_size")
+    if side != other:
+        raise InputError(f"`image_size` of a detector must be one side, not {side} and {other}")
 
     def example(batch: int) -> tuple[Tensor, ...]:
         return (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(batch)),)
@@ -150,36 +160,43 @@ def portable_detector(detector: Detector, image_size: int | None = None) -> Port
     return Portable(module.eval(), ("images",), example, meaning)
 
 
-def export(network: Portable, path: Path) -> float | None:
+def export(network: Portable, path: Path, **options: Any) -> float | None:
     """Write a network in the format of the path's ending, run the file, and compare.
 
     Args:
         network: see `portable_classifier` and `portable_denoiser`.
         path: ends in .onnx, .pt2 or .mlpackage.
+        options: of `write_onnx`.
 
     Returns:
-        The largest difference from PyTorch's outputs over several batch sizes, as a fraction of the largest output,
-        infinite if one is not finite; None where the file cannot be run here (Core ML, outside of macOS).
+        The largest difference from PyTorch's outputs over several batch sizes (and image sizes, where these are free),
+        as a fraction of the largest output, infinite if one is not finite; None where the file cannot be run here (Core
+        ML, outside of macOS).
 
     Raises:
-        InputError: for another ending, a path that cannot be written, or a package that is not installed.
+        InputError: for another ending, a path that cannot be written, a package that is not installed, or an option
+            that the format does not have.
     """
     writers = {".onnx": write_onnx, ".pt2": write_torch, ".mlpackage": write_coreml}
     if path.suffix not in writers:
         raise InputError(f"{path} ends in none of {', '.join(writers)}; the ending names the format")
+    if path.suffix != ".onnx" and (given := [name for name, value in options.items() if value]):
+        raise InputError(f"`{given[0]}` is for .onnx files, not for {path.suffix}")
+    if path.suffix == ".mlpackage" and network.dynamic_size:
+        raise InputError("`dynamic_size` is for .onnx and .pt2 files; a Core ML package is of one size")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first")
     try:
         with filling(path.parent, path.name) as folder:  # its own name, which ONNX writes into a second file
-            run = writers[path.suffix](network, folder / path.name)
+            run = writers[path.suffix](network, folder / path.name, **(options if path.suffix == ".onnx" else {}))
     except ImportError as error:
         extra = "coreml" if path.suffix == ".mlpackage" else "export"
         raise InputError(f'{path.suffix} needs a package ({error}): pip install "d-emo[{extra}]"') from error
     if run is None:
         return None
-    worst = 0.0
-    for batch in BATCHES:
-        inputs = network.example(batch)
+    worst, sizes = 0.0, SIZES if network.dynamic_size else ()
+    for case in [*((batch,) for batch in BATCHES), *((1 + number % 3, size) for number, size in enumerate(sizes))]:
+        inputs = network.example(*case)
         with torch.no_grad():
             expected = network.module(*inputs)
         difference = ((run(*inputs) - expected).abs().max() / expected.abs().max()).item()
@@ -192,9 +209,11 @@ Runner = Callable[..., Tensor]
 
 @torch.no_grad()
 def traced(network: Portable) -> torch.export.ExportedProgram:
-    """The network as a graph whose batch size is free."""
+    """The network as a graph whose batch size is free and, with ``dynamic_size``, the images' height and width."""
     inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
-    return torch.export.export(network.module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    sides = {2 + i: torch.export.Dim(name, min=33, max=4096) for i, name in enumerate(("height", "width"))}
+    free = {0: batch, **(sides if network.dynamic_size else {})}
+    return torch.export.export(network.module, inputs, dynamic_shapes=tuple(free for _ in inputs))
 
 
 def write_torch(network: Portable, path: Path) -> Runner:
@@ -205,8 +224,14 @@ def write_torch(network: Portable, path: Path) -> Runner:
     return torch.export.load(path).module()
 
 
-def write_onnx(network: Portable, path: Path) -> Runner:
-    """An ONNX file, checked by onnxruntime."""
+def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8: bool = False) -> Runner:
+    """An ONNX file, checked by onnxruntime.
+
+    Args:
+        network, path: see `export`.
+        opset: version of ONNX's operators. Default: `OPSET`.
+        int8: linear layers in int8, their inputs scaled as they come (onnxruntime's dynamic quantisation).
+    """
     import onnxruntime
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
 
@@ -214,9 +239,15 @@ def write_onnx(network: Portable, path: Path) -> Runner:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            traced(network), (), str(path), dynamo=True, opset_version=OPSET, input_names=list(network.input_names),
-            output_names=["output"], external_data=size > ONE_FILE,
+            traced(network), (), str(path), dynamo=True, opset_version=opset or OPSET, output_names=["output"],
+            input_names=list(network.input_names), external_data=size > ONE_FILE,
         )  # fmt: skip
+    if int8:
+        from onnxruntime.quantization import quantize_dynamic
+
+        whole = path.rename(path.with_suffix(".float32.onnx"))
+        quantize_dynamic(whole, path, op_types_to_quantize=["MatMul", "Gemm"])
+        whole.unlink()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*tensors: Tensor) -> Tensor:
@@ -260,13 +291,17 @@ def stir(model: nn.Module) -> None:
             buffer.uniform_(0.5, 2)
 
 
-def open_portable(source: str, image_size: int | None = None) -> tuple[str, Portable]:
+def open_portable(
+    source: str, image_size: int | Sequence[int] | None = None, *, dynamic_size: bool = False
+) -> tuple[str, Portable]:
     """What it is called, and the network: a snapshot or run folder, a released file, a timm folder or a model's name.
 
     Raises:
-        InputError: if it is none of them, or an image size is given for a denoiser.
+        InputError: if it is none of them, or image sizes are spoken of for a denoiser.
     """
-    denoiser = None
+    denoiser, kind = None, kind_of(source) or getattr(system_of(source), "task", None) or family_of(source)
+    if dynamic_size and kind not in (None, "classifier"):
+        raise InputError("`dynamic_size` is for classifiers; others have sizes of their own")
     if Path(source).is_dir() and kind_of(source) == "detector":
         detector = load_classifier(source, "detector")
         return str(detector.path), portable_detector(detector.model, image_size)
@@ -293,7 +328,7 @@ def open_portable(source: str, image_size: int | None = None) -> tuple[str, Port
         if not Path(source).exists():
             stir(classifier.emo)
         size, channels = image_size or classifier.image_size, classifier.emo.in_chans
-        return classifier.name, portable_classifier(classifier.model, size, channels)
+        return classifier.name, portable_classifier(classifier.model, size, channels, dynamic_size=dynamic_size)
     if image_size is not None:
         raise InputError("`image_size` is for classifiers and segmenters; a denoiser has a sample size of its own")
     return name, portable_denoiser(denoiser)

@@ -27,8 +27,8 @@ def test_an_example_is_short_and_says_how_to_run_it(file):
     assert f"    python examples/{file.name} " in text
 
 
-def test_there_are_five():
-    assert [file.stem for file in EXAMPLES] == ["finetune", "measure", "objective", "sample", "train"]
+def test_there_are_six():
+    assert [file.stem for file in EXAMPLES] == ["finetune", "int8", "measure", "objective", "sample", "train"]
 
 
 def test_train_then_sample(photos, tmp_path):

@@ -1,5 +1,6 @@
 import runpy
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -50,6 +51,39 @@ def test_exported_networks_agree_with_pytorch_at_any_batch_size(kind, ending, tm
         example = network.example(2)
         own = model.eval()(*example) if kind == "classifier" else model(*example).sample
         torch.testing.assert_close(network.module(*example), own, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_height_and_width_may_be_free(ending, tmp_path):
+    """Of images that the window divides and not, of one window and more, at the sizes of SIZES."""
+    pytest.importorskip("onnxruntime" if ending == "onnx" else "torch")
+    network = portable_classifier(classifier(), (64, 96), dynamic_size=True)
+    started = time.perf_counter()
+    assert export(network, tmp_path / f"network.{ending}") < 1e-4
+    assert time.perf_counter() - started < 60  # minutes, where every reshape is reasoned on
+
+
+def test_an_export_of_ones_own_leaves_height_and_width_free():
+    attention = WindowAttention(8, 24, num_heads=2, window_size=(2, 3)).eval()
+    height, width = (torch.export.Dim(name, min=2, max=512) for name in ("height", "width"))
+    free = {"u": {1: height, 2: width}}
+    module = torch.export.export(attention, (torch.randn(1, 4, 6, 8),), dynamic_shapes=free).module()
+    for size in ((2, 3), (2, 2), (5, 9), (64, 31)):
+        u = torch.randn(1, *size, 8)
+        torch.testing.assert_close(module(u), attention(u))
+
+
+def test_operators_and_eight_bits_of_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    network, path = portable_classifier(classifier(), (32, 64)), tmp_path / "network.onnx"
+    assert network.example(1)[0].shape == (1, 3, 32, 64)
+    assert 1e-5 < export(network, path, opset=20, int8=True) < 0.1
+    written = onnx.load(path)
+    assert {each.domain: each.version for each in written.opset_import}[""] == 20
+    linear = sum(isinstance(module, nn.Linear) for module in network.module.modules())
+    assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in written.graph.node) >= linear
+    assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
 
 
 @pytest.mark.parametrize("mode", ["near", "far", "spanning"])
@@ -150,6 +184,11 @@ def test_impossible_exports_are_refused(tmp_path):
         export(network, tmp_path / "network.tflite")
     with pytest.raises(InputError, match="does not exist"):
         export(network, tmp_path / "none" / "network.onnx")
+    for options in ({"opset": 20}, {"int8": True}):
+        with pytest.raises(InputError, match=f"`{next(iter(options))}` is for .onnx files"):
+            export(network, tmp_path / "network.pt2", **options)
+    with pytest.raises(InputError, match="`dynamic_size` is for .onnx and .pt2 files"):
+        export(portable_classifier(classifier(), 64, dynamic_size=True), tmp_path / "network.mlpackage")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +199,10 @@ def test_impossible_exports_are_refused(tmp_path):
         (("emov9_1m", "{}/a.pt2"), 2, "emov1_1m"),
         (("D-EMOv2-Ti-2", "{}/a.pt2", "--image-size", "64"), 2, "--image-size is for classifiers"),
         (("emov2_1m", "{}/a.pt2", "--image-size", "31"), 2, "--image-size must be at least 32"),
+        (("emov2_1m", "{}/a.pt2", "--image-size", "32", "64"), 0, "images (3, 32, 64)"),
+        (("emov2_1m", "{}/a.pt2", "--image-size", "32", "64", "96"), 2, "--image-size must be one side"),
+        (("emov2_1m", "{}/a.pt2", "--int8"), 2, "--int8 is for .onnx files"),
+        (("D-EMOv2-Ti-2", "{}/a.pt2", "--dynamic-size"), 2, "--dynamic-size is for classifiers"),
     ],
 )
 def test_the_script(argv, code, words, tmp_path, monkeypatch, capsys):

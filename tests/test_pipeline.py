@@ -2,20 +2,29 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline, EulerAncestralDiscreteScheduler
+from diffusers import (
+    AutoModel,
+    DiffusionPipeline,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 
 import d_emo
 from d_emo import sampling
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
-from d_emo.io.snapshot import save_denoiser
+from d_emo.io.snapshot import PIPELINE_CODE, SHIPPED_SNAPSHOT, pipeline_index, save_denoiser
 from d_emo.latents import load_codec
 from d_emo.models import create_model
 from d_emo.tables import OBJECTIVES, load
@@ -61,6 +70,75 @@ def test_save_and_load_keep_pictures_and_names(pipe, tmp_path):
     assert loaded.class_names == NAMES and loaded.get_label_ids("a nine") == [9] and loaded.get_label_ids([2]) == [2]
     after = loaded(["3", "a nine"], num_inference_steps=3, generator=seeded(0, 1), output_type="np").images
     assert np.array_equal(before, after) and before.shape == (2, 64, 64, 3) and before.std() > 0
+
+
+@pytest.fixture
+def folders(tmp_path, pipe):
+    """A snapshot, one from before snapshots had a model_index.json, and a saved pipeline; of the same pictures."""
+    shutil.copytree(tmp_path / "snapshot", tmp_path / "old")
+    for name in ("model_index.json", "pipeline.py"):
+        (tmp_path / "old" / name).unlink()
+    pipe.save_pretrained(tmp_path / "saved")
+    return {name: str(tmp_path / name) for name in ("snapshot", "old", "saved")}
+
+
+def test_diffusers_opens_snapshots_and_pipelines(folders, pipe):
+    own = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+    doors = [(d_emo.DEMOPipeline, name, {}) for name in folders]
+    doors += [(DiffusionPipeline, name, options) for name in ("snapshot", "saved") for options in ({}, own)]
+    doors += [(DiffusionPipeline, "snapshot", {**own, "custom_pipeline": folders["snapshot"]})]
+    drawn = {"class_labels": [3], "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe(**drawn, generator=seeded(0)).images
+    for kind, name, options in doors:
+        opened = kind.from_pretrained(folders[name], **options)
+        opened.set_progress_bar_config(disable=True)
+        assert type(opened) is d_emo.DEMOPipeline and opened.class_names == NAMES
+        assert type(opened.scheduler).__name__ == "DPMSolverMultistepScheduler" and opened.vae is not None
+        assert torch.equal(opened(**drawn, generator=seeded(0)).images, expected), (kind, name, options)
+    low = d_emo.DEMOPipeline.from_pretrained(folders["snapshot"], torch_dtype=torch.bfloat16, scheduler=pipe.scheduler)
+    assert low.transformer.dtype == torch.bfloat16 and low.scheduler is pipe.scheduler
+
+
+def test_a_run_folder_opens_its_newest_snapshot_and_the_shipped_one_says_what_is_in_it(folders, tmp_path):
+    shutil.copytree(folders["old"], tmp_path / "run" / "snapshots" / "step-5")
+    assert d_emo.DEMOPipeline.from_pretrained(tmp_path / "run").config.objective == "eps"
+    index = json.loads((SHIPPED_SNAPSHOT / "model_index.json").read_text())
+    assert {**index, "_diffusers_version": ""} == {**pipeline_index(SHIPPED_SNAPSHOT), "_diffusers_version": ""}
+    assert (SHIPPED_SNAPSHOT / "pipeline.py").read_text() == PIPELINE_CODE
+
+
+def test_diffusers_knows_the_denoiser(folders):
+    for name in folders:
+        for path, options in ((folders[name], {"subfolder": "transformer"}), (f"{folders[name]}/transformer", {})):
+            assert type(AutoModel.from_pretrained(path, **options)) is d_emo.Denoiser
+    with pytest.raises(AttributeError):
+        diffusers.Denoisers  # noqa: B018
+
+
+def test_several_pictures_of_each_label(pipe):
+    both = {"num_inference_steps": 2, "output_type": "latent"}
+    pairs = pipe(torch.tensor([3, 9]), generator=seeded(0, 1, 2, 3), num_images_per_prompt=2, **both).images
+    assert torch.equal(pairs, pipe([3, 3, 9, 9], generator=seeded(0, 1, 2, 3), **both).images)
+
+
+def test_a_scheduler_of_another_objective_is_refused(pipe):
+    own, flow = pipe.scheduler.config, FlowMatchEulerDiscreteScheduler
+    for scheduler in (flow(), flow.from_config(own), DPMSolverMultistepScheduler(prediction_type="flow_prediction")):
+        pipe.scheduler = scheduler
+        with pytest.raises(InputError, match="predict flow.*trained with eps and predicts epsilon; make one of ddpm"):
+            pipe([1])
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(sampling.make_scheduler("ddpm", own).config)
+    assert pipe([1], num_inference_steps=2, output_type="pt").images.shape == (1, 3, 64, 64)  # it misread the variance
+
+
+def test_offloading_moves_the_parts_in_their_turn(pipe):
+    """As far as a CPU shows: the hooks are on every part's call, and taken off after it."""
+    expected = pipe([3], num_inference_steps=2, generator=seeded(0), output_type="np").images
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert pipe._execution_device.type == "cpu" and len(pipe._all_hooks) == 2
+    for _ in range(2):
+        drawn = pipe([3], num_inference_steps=2, generator=seeded(0), output_type="np").images
+        assert np.array_equal(drawn, expected)
 
 
 def test_class_names_that_are_not_of_the_classes_are_refused(pipe, tmp_path):
@@ -146,6 +224,8 @@ def test_wrong_calls_are_one_sentence(pipe):
         ({"class_labels": None}, "no class is called 'None'"),
         ({"class_labels": []}, "name at least one class"),
         ({"class_labels": [1], "num_inference_steps": 0}, "positive integer"),
+        ({"class_labels": [1], "num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer"),
+        ({"class_labels": [1], "output_type": "jpg"}, "`output_type` must be pil, np, pt or latent, not 'jpg'"),
         ({"class_labels": [1], "guidance_scale": -1.0}, "`guidance_scale` must be finite and not negative"),
         ({"class_labels": [1, 2], "generator": seeded(1)}, "1 generators were given for 2 pictures"),
         ({"class_labels": [1], "latents": torch.zeros(2, 4, 8, 8)}, "must have the shape .1, 4, 8, 8"),

@@ -25,9 +25,22 @@ def create(name, **options):
     return timm.create_model(name, **{"num_classes": 5, "img_size": 64, **options})
 
 
-@pytest.mark.parametrize("code", ["import d_emo, timm", "import timm, d_emo"])
-def test_timm_knows_the_classifiers_in_any_order_of_imports(code):
-    code += "; assert len(timm.list_models('emov*')) == 11; timm.create_model('emov2_1m')"
+SHOWN = """
+names = {name for name in dir(d_emo) if name[0] != '_'}
+assert {'DEMOPipeline', 'create_model', 'sampling', 'export'} <= names and not {'sys', 'import_module'} & names
+assert not [name for name in sys.modules if name.startswith('d_emo.')]
+"""
+
+
+@pytest.mark.parametrize(
+    "imports", [f"import d_emo, sys\n{SHOWN}\nimport timm, diffusers", "import timm, diffusers, d_emo"]
+)
+def test_timm_and_diffusers_know_us_in_any_order_of_imports(imports):
+    code = (
+        f"{imports}\nassert len(timm.list_models('emov*')) == 11; timm.create_model('emov2_1m')\n"
+        "assert diffusers.DEMOPipeline is d_emo.DEMOPipeline and diffusers.Denoiser is d_emo.Denoiser\n"
+        "d_emo.sampling.make_scheduler"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -175,13 +188,28 @@ def test_layers_are_grouped_by_depth():
     assert max(scales) == 1 and min(scales) == 0.5**16
 
 
-def test_graph_features_of_timm_are_those_of_the_model():
-    graph, plain = create("emov2_1m", features_only=True, feature_cls="fx").eval(), create("emov2_1m").eval()
+@pytest.mark.parametrize("kind", ["getter", "list", "dict", "hook", "fx"])
+def test_every_way_of_timm_to_the_maps_gives_the_same_and_says_their_format(kind):
+    wrapped, plain = create("emov2_1m", features_only=True, feature_cls=kind).eval(), create("emov2_1m").eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        wanted = plain.forward_intermediates(x, intermediates_only=True)
-        for found, expected in zip(graph(x), wanted, strict=True):
-            torch.testing.assert_close(found.permute(0, 3, 1, 2), expected)  # traced, kernels take their plain form
+        found, wanted = wrapped(x), plain.forward_intermediates(x, intermediates_only=True)
+    assert str(wrapped.output_fmt) == "Format.NCHW" and len(found) == 4
+    for maps, expected in zip(found.values() if kind == "dict" else found, wanted, strict=True):
+        torch.testing.assert_close(maps, expected)  # traced, kernels take their plain form
+
+
+def test_pyramids_of_torchvision_stand_on_the_stages():
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    backbone = create("emov2_1m", features_only=True, feature_cls="list").eval()
+    stages, x = {f"stages_{i}": str(i) for i in range(4)}, torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        getter = IntermediateLayerGetter(backbone, stages)(x)
+        torch.testing.assert_close(list(getter.values()), backbone(x))
+        maps = BackboneWithFPN(backbone, stages, backbone.feature_info.channels(), 16)(x)
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]  # and a pool
 
 
 def test_gray_images_and_their_weights(tmp_path):

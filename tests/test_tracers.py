@@ -1,5 +1,6 @@
 """Whoever looks into a network sees all of it: counters of operations, tracers, transforms, quantisation."""
 
+import copy
 import warnings
 
 import pytest
@@ -25,7 +26,7 @@ class Denoising(nn.Module):
         return out if isinstance(out, torch.Tensor) else out.sample
 
 
-def network(name, size=None):
+def network(name, size=None, **options):
     """A network all of whose layers matter, and its inputs; ``size`` counts, None is as small as can be."""
     torch.manual_seed(0)
     if name[0] == "D":
@@ -33,7 +34,7 @@ def network(name, size=None):
         model = create_model(name, sample_size=size or 16, num_classes=5, **small)
         inputs = torch.randn(1, 4, size or 16, size or 16), torch.tensor([700]), torch.tensor([2])
     else:
-        model, inputs = create_model(name, num_classes=7), (torch.randn(1, 3, size or 64, size or 64),)
+        model, inputs = create_model(name, num_classes=7, **options), (torch.randn(1, 3, size or 64, size or 64),)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.abs().max() < 1e-3:
@@ -125,7 +126,7 @@ def test_torchvision_extracts_features_of_a_stage():
     model, inputs = network("emov2_1m")
     maps = create_feature_extractor(model, {"stages.2": "third"})(*inputs)["third"]
     expected = model.forward_intermediates(*inputs, indices=[2], intermediates_only=True)[0]
-    torch.testing.assert_close(maps.permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -140,6 +141,48 @@ def test_static_quantisation_takes_every_layer(traced):
     quantised = convert_fx(prepared)
     assert not any(type(module) in (nn.Linear, nn.Conv2d) for module in quantised.modules())
     assert (quantised(*inputs) - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def linear_layers(model, kind=nn.Linear):
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def test_dynamic_quantisation_takes_every_linear_layer(traced):
+    from torch.ao.nn.quantized import dynamic
+    from torch.ao.quantization import quantize_dynamic
+
+    model, inputs = traced
+    quantised = quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+    assert linear_layers(quantised, dynamic.Linear) == linear_layers(model) > 10
+    assert (quantised(*inputs) - model(*inputs)).abs().max() < 0.2 * model(*inputs).abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pt2e_quantisation_takes_every_linear_layer():
+    quantize_pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    model, (x,) = network("emov2_1m", depths=[1, 1, 2, 2])
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = quantize_pt2e.prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x)
+    quantised = quantize_pt2e.convert_pt2e(prepared)
+    weights = [node for node in quantised.graph.nodes if "dequantize_per_channel" in str(node.target)]
+    assert len(weights) >= linear_layers(model)
+    assert (quantised(x) - model(x)).abs().max() < 0.2 * model(x).abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_exporters_of_torch_write_onnx(dynamo, traced, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, inputs = traced
+    torch.onnx.export(model, inputs, str(tmp_path / "a.onnx"), dynamo=dynamo)
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    names = [each.name for each in session.get_inputs()]
+    out = session.run(None, {name: each.numpy() for name, each in zip(names, inputs, strict=True)})[0]
+    torch.testing.assert_close(torch.from_numpy(out), model(*inputs).detach(), rtol=1e-3, atol=1e-5)
 
 
 def test_transforms_of_torch_func(traced):

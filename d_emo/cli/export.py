@@ -9,18 +9,20 @@ from d_emo.export import export, open_portable
 
 def run(settings: ExportSettings) -> None:
     """Do it."""
-    title, network = open_portable(settings.model, settings.image_size)
+    size = (settings.image_size * 2)[:2] or None
+    title, network = open_portable(settings.model, size, dynamic_size=settings.dynamic_size)
     path = Path(settings.output)
-    difference = export(network, path)
+    difference = export(network, path, opset=settings.opset, int8=settings.int8)
     inputs = zip(network.input_names, network.example(1), strict=True)
     shapes = ", ".join(f"{name} {tuple(x.shape)[1:]}" for name, x in inputs)
     print(f"wrote    {path}\nnetwork  {title}, batch norms folded")
-    print(f"inputs   {shapes}, after the batch\nwhere    {network.meaning}")
+    free = ", with free height and width" if network.dynamic_size else ""
+    print(f"inputs   {shapes}, after the batch{free}\nwhere    {network.meaning}")
     if difference is None:
         print("checked  converted and read back; this operating system cannot run it")
         return
     print(f"checked  differs from PyTorch by at most {difference:.1e} of the largest output")
-    if difference > settings.tolerance:
-        print(f"error: that is more than --tolerance {settings.tolerance:g}", file=sys.stderr)
+    if difference > settings.allowed:
+        print(f"error: that is more than --tolerance {settings.allowed:g}", file=sys.stderr)
         sys.exit(1)
 

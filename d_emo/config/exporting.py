@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from d_emo.config.base import Settings, overwrite_setting, setting
-from d_emo.config.ranges import ClassifierSide, Positive
+from d_emo.config.ranges import ClassifierSide, Opset, Positive
+from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,15 +16,32 @@ class ExportSettings(Settings):
         "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
         source="or a name"
     )
-    image_size: ClassifierSide | None = setting(
-        None, "side of a classifier's or segmenter's images in pixels. Default: its own"
+    image_size: list[ClassifierSide] = setting(
+        [], "side of a classifier's or segmenter's images in pixels, or height and width. Default: its own"
+    )
+    dynamic_size: bool = setting(
+        False, "let the exported classifier take images of any height and width, as it takes any batch; .onnx and .pt2"
     )
     output: str = setting(
         help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",
         output="file",
     )
     overwrite: bool = overwrite_setting()
-    tolerance: Positive = setting(1e-4, "largest difference from PyTorch's outputs, relative to the largest of them")
+    opset: Opset | None = setting(None, "of an .onnx file, the version of the operators. Default: 18")
+    int8: bool = setting(False, "of an .onnx file, linear layers in int8 (onnxruntime's dynamic quantisation)")
+    tolerance: Positive | None = setting(
+        None, "largest difference from PyTorch's outputs, relative to the largest of them. Default: 1e-4, or 0.1 with "
+        "--int8"
+    )
+
+    def check(self) -> None:
+        if len(self.image_size) > 2:
+            raise InputError(f"`image_size` must be one side, or height and width, not {self.image_size}")
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance that holds."""
+        return self.tolerance or (0.1 if self.int8 else 1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)

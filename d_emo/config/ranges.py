@@ -69,6 +69,8 @@ Images = Annotated[int, Range(2, 10**12)]
 ImageSide = Annotated[int, Range(8, 2**16)]
 ClassifierSide = Annotated[int, Range(32, 2**16)]
 """Classifiers halve an image five times."""
+Opset = Annotated[int, Range(18, 23)]
+"""Versions of ONNX's operators that PyTorch writes."""
 Real = Annotated[float, Range(-LARGE, LARGE)]
 Positive = Annotated[float, Range(0, LARGE, open_low=True)]
 NotNegative = Annotated[float, Range(0, LARGE)]

@@ -3,6 +3,7 @@
 A snapshot is a folder with ``snapshot.json`` (kind, step, codec, class names, ...), the model's weights (the moving
 average) as safetensors with the model's config, for a denoiser also its noise schedule, and a card. It is written
 under a temporary name and renamed. ``snapshot.json`` has a checksum of each file that decides what the model does.
+A denoiser's has what diffusers looks for too: ``model_index.json``, and the pipeline's code.
 """
 
 import json
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,6 +31,14 @@ from d_emo.weights import first_line, load_pretrained, load_weights
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
 _META = "snapshot.json"
+
+PIPELINE_CODE = '''"""The pipeline, for diffusers' custom_pipeline."""
+
+from d_emo import DEMOPipeline
+
+__all__ = ["DEMOPipeline"]
+'''
+"""What lies beside a ``model_index.json``: diffusers finds the pipeline by it where nobody has imported d_emo."""
 
 
 @dataclass
@@ -74,6 +84,8 @@ def save_denoiser(
         model.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
         _write_meta(temporary, "denoiser", meta, settings)
+        write_json(temporary / "model_index.json", pipeline_index(temporary, type(model)))
+        (temporary / "pipeline.py").write_text(PIPELINE_CODE)
 
     write_folder(folder, write)
 
@@ -100,14 +112,37 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
     """
     path, meta = _open_snapshot(path, "denoiser")
     with _refusing(path):
-        frame = read_json(path / "transformer" / "config.json", lambda config: FRAMES[config["_class_name"]])
-        model = load_pretrained(load(frame.denoiser), path / "transformer")
+        model = load_pretrained(_class_of(path), path / "transformer")
         scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         meta.get("objective") or objective_of(scheduler_config)
         _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
+
+
+def pipeline_index(path: str | Path, kind: type[DenoiserFrame] | None = None) -> dict[str, Any]:
+    """What ``model_index.json`` says to diffusers of a denoiser's snapshot: the arguments of `DEMOPipeline`.
+
+    Args:
+        path: the snapshot.
+        kind: the denoiser's class, where it is known.
+
+    Raises:
+        InputError: See `load_denoiser`; weights are not read.
+    """
+    path, meta = _open_snapshot(path, "denoiser")
+    with _refusing(path):
+        kind = kind or _class_of(path)
+        schedule = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
+        objective = meta.get("objective") or objective_of(schedule)
+    return {
+        "_class_name": "DEMOPipeline", "_diffusers_version": diffusers.__version__,
+        "transformer": [kind.__module__, kind.__name__], "scheduler": [None, None], "vae": [None, None],
+        "id2label": {str(label): name for label, name in enumerate(meta["class_names"])},
+        "label_dropout": meta.get("label_dropout", 0.1), "objective": objective, "codec": meta["codec"],
+        "noise_schedule": schedule,
+    }  # fmt: skip
 
 
 def load_meta(path: str | Path, kind: str = "denoiser") -> dict[str, Any]:
@@ -141,6 +176,15 @@ def kind_of(path: str | Path) -> str | None:
     path = Path(path)
     newest = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
     return _kind((path if (path / _META).exists() else newest) / _META)
+
+
+def _class_of(path: Path) -> type[DenoiserFrame]:
+    return load(read_json(path / "transformer" / "config.json", lambda config: FRAMES[config["_class_name"]]).denoiser)
+
+
+def find_snapshot(path: str | Path) -> Path:
+    """A snapshot's folder, also for the folder of its run: the newest. InputError where there is no denoiser's."""
+    return _open_snapshot(path, "denoiser")[0]
 
 
 def _kind(meta_file: Path) -> str | None:

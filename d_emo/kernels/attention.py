@@ -31,7 +31,17 @@ from d_emo.kernels import native
 from d_emo.kernels.activation import Activation, activate, activate_backward
 from d_emo.kernels.dispatch import Form, lowered, run, triton_refuses
 from d_emo.kernels.linear import linear, unactivated
-from d_emo.kernels.partitions import PARTITIONS, AttentionMode, FarPartition, fold, gather, unfold
+from d_emo.kernels.partitions import (
+    PARTITIONS,
+    AttentionMode,
+    FarPartition,
+    any_size,
+    fold,
+    gather,
+    is_free,
+    regroup,
+    unfold,
+)
 
 CHUNK = 2**20
 """Elements of the value that are gathered at a time: 4 MB in float32, for each partition."""
@@ -73,14 +83,15 @@ def attend(
 
     Shape: qk (B, H, W, 2C), z (B, H, W, M) -> (B, H, W, M).
     """
-    if merge and tuple(z.shape[1:-1]) == tuple(window):  # near and far are the same tokens
+    if merge and not is_free(z) and tuple(z.shape[1:-1]) == tuple(window):  # near and far are the same tokens
         mode, repeat = "near", repeat * len(PARTITIONS[mode])
     if len(window) == 1:
         options = {"act": act, "heads": heads, "window": (*window, 1), "mode": mode, "repeat": repeat, "merge": merge}
         return attend(qk.unsqueeze(2), z.unsqueeze(2), **options).squeeze(2)
     if len(window) > 2:
         return _folded(qk, z, act, heads, window, mode, repeat)
-    return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, tuple(window), mode, repeat)
+    with any_size(z):
+        return run("window_attention", WINDOW_ATTENTION, z, qk, act, heads, tuple(window), mode, repeat)
 
 
 def _folded(
@@ -180,16 +191,17 @@ def _library(
     """In tensors of at most four axes, as Core ML wants them."""
     value = activate(z, act)
     (h, w), (batch, height, width, _), total = window, z.shape, None
-    n, m = height // h, width // w
+    n, m, free = height // h, width // w, is_free(z)
     for partition in PARTITIONS[mode]:
         far, operands = partition is FarPartition, []
         for x in (*qk.chunk(2, dim=-1), value):
             dim = x.shape[-1]
             x = gather(x, (h, w)) if far else x  # (B, n h, m w, C or M), a window's tokens side by side
             x = x.reshape(batch * n, h, m, w * dim).transpose(1, 2)  # (B n, m, h, w C)
-            operands.append(x.reshape(batch * n * m, h * w, heads, dim // heads).transpose(1, 2))
+            operands.append(regroup(x, batch * n * m, h * w, heads, dim // heads, copy=free).transpose(1, 2))
         mixed = attention(*operands).transpose(1, 2)  # (B n m, h w, heads, M / heads)
-        mixed = mixed.reshape(batch * n, m, h, w * dim).transpose(1, 2).reshape(batch, height, width, dim)
+        mixed = regroup(mixed, batch * n, m, h, w * dim, copy=free).transpose(1, 2)
+        mixed = regroup(mixed, batch, height, width, dim, copy=free)
         mixed = gather(mixed, (n, m)) if far else mixed  # (B, H, W, M)
         total = mixed if total is None else total + mixed
     return repeat * total if repeat != 1 else total

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d_emo.kernels.dispatch import Form, lowered, onednn_refuses, opaque, run, triton_refuses
+from d_emo.kernels.partitions import channels_first, channels_last
 
 TRITON_SIZES = (3, 5, 7)
 """The sizes of a kernel that Triton's form is written for."""
@@ -218,7 +219,7 @@ def _cpu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> Tensor:
 
 
 def _modules(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> Tensor:
-    return act(norm(conv(x.movedim(-1, 1)).movedim(1, -1)))  # views
+    return act(norm(channels_last(conv(channels_first(x)))))  # views
 
 
 LOCAL_CONV = (

@@ -1,9 +1,12 @@
 """How a map is cut into windows, and put together again."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 
 class Partition(Protocol):
@@ -33,14 +36,49 @@ class FarPartition:
         return x.view(batch, h, height // h, w, width // w, dim).permute(0, 2, 4, 1, 3, 5)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A view of a map with its channels first. Shape: (B, C, H, W) -> (B, H, W, C); any number of axes.
+
+    By ``movedim`` only where `torch.fx` traces: torch.onnx.export(dynamo=False) writes it with a wrong permutation.
+    """
+    return x.movedim(1, -1) if isinstance(x, torch.fx.Proxy) else x.permute(0, *range(2, x.ndim), 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """What undoes `channels_last`. Shape: (B, H, W, C) -> (B, C, H, W); any number of axes."""
+    return x.movedim(-1, 1) if isinstance(x, torch.fx.Proxy) else x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
+
+
+def is_free(x: Tensor) -> bool:
+    """Whether torch.export looks at a map whose height or width may be any. Shape: x (B, H, W, C)."""
+    return not all(isinstance(n, int) for n in x.shape[1:-1])
+
+
+def any_size(x: Tensor) -> contextlib.AbstractContextManager:
+    """For what holds by chance: in torch.export of free sizes, whether an axis is of one element is not asked. Shape:
+    x (B, H, W, C)."""
+    return _config.patch(backed_size_oblivious=True) if is_free(x) else contextlib.nullcontext()
+
+
+def regroup(x: Tensor, *shape: int, copy: bool) -> Tensor:
+    """``x.reshape(shape)`` of a transposed map; by ``copy`` never a view.
+
+    Whether a view would do depends on the sizes: where they are free, to ask fixes them.
+
+    Shape: any -> ``shape``.
+    """
+    return (x.clone(memory_format=torch.contiguous_format) if copy else x).reshape(shape)
+
+
 def gather(x: Tensor, groups: Sequence[int]) -> Tensor:
     """Reorder a map so that the tokens of a far window lie side by side; with the strides as groups it is undone.
 
     Shape: (B, H, W, C) -> same, copied, by tensors of at most four axes.
     """
-    (h, w), (batch, height, width, dim) = groups, x.shape
+    (h, w), (batch, height, width, dim), free = groups, x.shape, is_free(x)
     x = x.reshape(batch, h, height // h, width * dim).transpose(1, 2)
-    return x.reshape(batch * height, w, width // w, dim).transpose(1, 2).reshape(batch, height, width, dim)
+    x = regroup(x, batch * height, w, width // w, dim, copy=free).transpose(1, 2)
+    return regroup(x, batch, height, width, dim, copy=free)
 
 
 def fold(x: Tensor, window: Sequence[int], mode: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.kernels import PARTITIONS, AttentionMode
+from d_emo.kernels.partitions import is_free
 from d_emo.models.layers import sizes
 
 AttentionOrder = Literal["post", "pre"]
@@ -24,8 +25,9 @@ def pad_to_multiple(x: Tensor, window: tuple[int, ...]) -> Tensor:
 
     Shape: (B, H, W, C) -> (B, H', W', C) with H' >= H, W' >= W the next multiples of the window; any number of axes.
     """
-    missing = [-size % length for size, length in zip(x.shape[1:-1], window, strict=True)]
-    if not any(missing):
+    # In this form a free size stays simple: torch.export reasons on it for every reshape that follows.
+    missing = [(size + side - 1) // side * side - size for size, side in zip(x.shape[1:-1], window, strict=True)]
+    if not is_free(x) and not any(missing):
         return x
     return F.pad(x, (0, 0, *(pad for size in reversed(missing) for pad in (0, size))))
 
@@ -33,7 +35,11 @@ def pad_to_multiple(x: Tensor, window: tuple[int, ...]) -> Tensor:
 @torch.fx.wrap
 def crop(x: Tensor, like: Tensor) -> Tensor:
     """What `pad_to_multiple` was given. Shape: (B, H', W', M), like (B, H, W, C) -> (B, H, W, M)."""
-    return x[(slice(None), *map(slice, like.shape[1:-1]))]
+    if not is_free(x):
+        return x[(slice(None), *map(slice, like.shape[1:-1]))]
+    # A slice would be of min(H, H') rows.
+    more = [wanted - size for wanted, size in zip(like.shape[1:-1], x.shape[1:-1], strict=True)]
+    return F.pad(x, (0, 0, *(pad for size in reversed(more) for pad in (0, size))))
 
 
 class WindowAttention(nn.Module):

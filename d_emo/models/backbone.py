@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from d_emo import kernels
 from d_emo.errors import InputError
+from d_emo.kernels.partitions import channels_first, channels_last
 from d_emo.models.attention import AttentionMode, AttentionOrder
 from d_emo.models.blocks import Arrangement, mobile_block
 from d_emo.models.layers import (
@@ -92,20 +93,22 @@ def window_for(img_size: int | tuple[int, int]) -> int:
 class Stage(nn.Sequential):
     """A down-sampling block, then blocks that keep the map.
 
+    What goes in and out has the channels first, as a view: whoever takes a stage's map (timm, torchvision) wants it so.
+
     Attributes:
         grad_checkpointing: Whether blocks are computed again in the backward pass.
 
-    Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C').
+    Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2)).
     """
 
     grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return super().forward(x)
+        x = channels_last(x)  # (B, H, W, C)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self:
-            x = checkpoint_block(block, x)
-        return x
+            x = checkpoint_block(block, x) if again else block(x)  # (B, H', W', C')
+        return channels_first(x)  # (B, C', H', W')
 
 
 def make_stage(
@@ -211,7 +214,7 @@ class EMO(nn.Module):
         window = sizes(window_size, "window_size", spatial_dims)
         options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
-        self.stages = nn.ModuleList(
+        self.stages = nn.Sequential(*(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
@@ -219,7 +222,7 @@ class EMO(nn.Module):
                 **{name.rstrip("s"): row[stage] for name, row in rows.items()},
             )
             for stage, dim_in in enumerate((stem_dim, *dims[:-1]))
-        )  # fmt: skip
+        ))  # fmt: skip
         self.in_chans, self.num_features, self.head_hidden_size = in_channels, dims[-1], dims[-1]  # as timm calls them
         self.feature_info = [  # timm's description of the four maps
             {"num_chs": dim, "reduction": min(4 * 2**i, output_stride), "module": f"stages.{i}"}
@@ -272,20 +275,24 @@ class EMO(nn.Module):
             stage.grad_checkpointing = enable
 
     def run_stage(self, stage: Stage, x: Tensor) -> Tensor:
-        """Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
+        """Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
         if self.training:  # batch norm takes its statistics from all images
             return stage(x)
-        return kernels.in_slices(stage, x, math.prod(x.shape[1:-1]) * stage[0].operator.mid_dim)
+        return kernels.in_slices(stage, x, math.prod(x.shape[2:]) * stage[0].operator.mid_dim)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm after the last stage. Shape: (B, C, H, W) -> same."""
+        return channels_first(self.norm(channels_last(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map after the last stage.
 
         Shape: (B, in_channels, H, W) -> (B, C, H / 32, W / 32), rounded up.
         """
-        x = self.stem(x)  # (B, H / 2, W / 2, C_stem)
+        x = self.stem(x)  # (B, C_stem, H / 2, W / 2)
         for stage in self.stages:
-            x = self.run_stage(stage, x)  # (B, H / 4, W / 4, C_1) ... (B, H / 32, W / 32, C_4)
-        return self.norm(x).movedim(-1, 1)  # (B, C_4, H / 32, W / 32)
+            x = self.run_stage(stage, x)  # (B, C_1, H / 4, W / 4) ... (B, C_4, H / 32, W / 32)
+        return self.final_norm(x)  # (B, C_4, H / 32, W / 32)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the map and classify it.
@@ -293,10 +300,10 @@ class EMO(nn.Module):
         Shape: (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``. Without pooling (B, C', H, W).
         """
         pooled = self.global_pool == "avg"
-        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else x.movedim(1, -1)  # (B, C) or (B, H, W, C)
+        x = x.mean(dim=(2, 3, 4)[: self.spatial_dims]) if pooled else channels_last(x)  # (B, C) or (B, H, W, C)
         if not pre_logits:
             x = kernels.linear(self.head, functional.dropout(x, self.drop_rate, self.training))
-        return x if pooled else x.movedim(-1, 1)  # (B, num_classes or C), or (B, C', H, W)
+        return x if pooled else channels_first(x)  # (B, num_classes or C), or (B, C', H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -314,14 +321,14 @@ class EMO(nn.Module):
         wanted = self.stage_indices(indices)
         stages = self.stages[: max(wanted) + 1] if stop_early else self.stages
         last, maps = len(self.feature_info) - 1, []  # `prune_intermediate_layers` may have dropped the last stages
-        x = self.stem(x)  # (B, H / 2, W / 2, C_stem)
+        x = self.stem(x)  # (B, C_stem, H / 2, W / 2)
         for i, stage in enumerate(stages):
-            x = self.run_stage(stage, x)  # (B, H', W', C_i)
+            x = self.run_stage(stage, x)  # (B, C_i, H', W')
             if i in wanted:
-                maps.append((self.norm(x) if norm and i == last else x).movedim(-1, 1))  # (B, C_i, H', W')
+                maps.append(self.final_norm(x) if norm and i == last else x)  # (B, C_i, H', W')
         if intermediates_only:
             return maps
-        return (self.norm(x) if len(stages) - 1 == last else x).movedim(-1, 1), maps
+        return self.final_norm(x) if len(stages) - 1 == last else x, maps
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Read timm's ``indices``: None means all stages, an integer the last so many, negatives count from the end."""

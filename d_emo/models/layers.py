@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d_emo import kernels
 from d_emo.errors import InputError
+from d_emo.kernels.partitions import channels_first, channels_last
 
 NORM_EPS = 1e-6
 """Every norm of EMOv1, EMOv2, D-EMO and DiT uses this epsilon."""
@@ -98,7 +99,7 @@ class ChannelsLastBatchNorm(nn.Module):
         self.bn = LIBRARY[spatial_dims][1](dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(x.movedim(-1, 1)).movedim(1, -1)  # views
+        return channels_last(self.bn(channels_first(x)))  # views
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """What the norm does in eval mode: ``x * factor + offset``. Shape: -> 2 x (C,)."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from d_emo import kernels
+from d_emo.kernels.partitions import channels_first, channels_last
 from d_emo.models.layers import LIBRARY, ChannelsLastBatchNorm, LocalConv
 
 
@@ -21,7 +22,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
-        return self.norm(self.conv(x).movedim(1, -1))
+        return self.norm(channels_last(self.conv(x)))
 
     @torch.no_grad()
     def fold_norm(self) -> None:
@@ -53,7 +54,7 @@ class SqueezeExcite(nn.Module):
 class Stem(nn.Module):
     """Strided convolution, depthwise convolution, pointwise projection; EMOv1 has a squeeze-excite and one SiLU less.
 
-    Shape: (B, C_in, H, W) -> (B, ceil(H / 2), ceil(W / 2), C); with three ``spatial_dims`` (B, C_in, T, H, W) likewise.
+    Shape: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)); with three ``spatial_dims`` (B, C_in, T, H, W) likewise.
     """
 
     def __init__(
@@ -68,4 +69,4 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))  # (B, H', W', C)
-        return kernels.linear(self.proj, self.gate(self.local(x)))  # (B, H', W', C)
+        return channels_first(kernels.linear(self.proj, self.gate(self.local(x))))  # (B, C, H', W')

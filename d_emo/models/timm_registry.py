@@ -58,7 +58,7 @@ def entrypoint(name: str) -> Callable[..., EMO]:
     def create(pretrained: bool = False, **kwargs: Any) -> EMO:
         return build_model_with_cfg(
             build, name, pretrained, pretrained_filter_fn=own_names,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True}, **kwargs,
         )  # fmt: skip
 
     create.__name__, create.__module__, create.__doc__ = name, __name__, f"{name}, built by d_emo."

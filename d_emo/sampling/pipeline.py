@@ -14,13 +14,22 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
 from d_emo.errors import InputError
-from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
+from d_emo.io.snapshot import (
+    PIPELINE_CODE,
+    DenoiserSnapshot,
+    find_snapshot,
+    kind_of,
+    load_denoiser,
+    pipeline_index,
+)
 from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
 from d_emo.models.contract import DenoiserFrame
+from d_emo.models.layers import is_count
 from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import check_codec, decode, denoise
 from d_emo.sampling.guidance import Guidance
-from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps
+from d_emo.tables import objective_of
 from d_emo.weights import check_pretrained, find_weights
 
 
@@ -37,20 +46,31 @@ class DEMOPipeline(DiffusionPipeline):
         vae: None where the latents are pixels.
         id2label: Class names by id (a string, as JSON has it).
         label_dropout: Of the training; without any there is no guidance.
+        objective: What the denoiser was trained for. Default: the first that predicts what the scheduler says.
+        codec: Name of a codec to open where no VAE is given, as a snapshot has it.
+        noise_schedule: Config of a snapshot's; where no scheduler is given, that of the objective is made over it.
 
     Raises:
-        InputError: ``id2label`` does not name all classes; the VAE is of other latents, or not of RGB images.
+        InputError: ``id2label`` does not name all classes; the VAE is of other latents, or not of RGB images; neither
+            scheduler nor noise schedule.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["scheduler", "vae"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: DenoiserFrame, scheduler: Any, vae: AutoencoderKL | None = None,
-        id2label: dict[str, str] | None = None, label_dropout: float = 0.1,
-    ):
+        self, transformer: DenoiserFrame, scheduler: Any = None, vae: AutoencoderKL | None = None,
+        id2label: dict[str, str] | None = None, label_dropout: float = 0.1, objective: str | None = None,
+        codec: str | None = None, noise_schedule: dict[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
+        if scheduler is None:
+            if noise_schedule is None:
+                raise InputError("the pipeline needs a `scheduler`; d_emo.sampling.make_scheduler makes one")
+            scheduler = make_scheduler(None, noise_schedule, objective)
+        if vae is None and codec is not None:
+            vae = getattr(load_codec(codec), "vae", None)
         if vae is not None:
             check_codec(VAECodec(vae, "vae"), transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -58,7 +78,8 @@ class DEMOPipeline(DiffusionPipeline):
         names = {str(label): name for label, name in names.items()}
         if names.keys() != set(map(str, range(transformer.num_classes))):
             raise InputError(f"id2label must name the classes 0 to {transformer.num_classes - 1}, all of them")
-        self.register_to_config(id2label=names, label_dropout=label_dropout)
+        objective = objective or objective_of(scheduler.config)
+        self.register_to_config(id2label=names, label_dropout=label_dropout, objective=objective)
 
     @classmethod
     def from_snapshot(cls, snapshot: str | Path | DenoiserSnapshot, scheduler: str | None = None) -> DEMOPipeline:
@@ -71,21 +92,35 @@ class DEMOPipeline(DiffusionPipeline):
             vae=getattr(load_codec(snapshot.codec), "vae", None),
             id2label={str(label): name for label, name in enumerate(snapshot.class_names)},
             label_dropout=snapshot.label_dropout,
+            objective=snapshot.objective,
         )
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> DEMOPipeline:
-        """Open what `save_pretrained` wrote, from a folder or the Hugging Face hub, whole or not at all.
+        """Open a snapshot, or what `save_pretrained` wrote, from a folder or the Hugging Face hub, whole or not at all.
 
         Raises:
             InputError: Weights lack tensors, have others, or are of another class.
         """
         folder = Path(path) if Path(path).is_dir() else Path(cls.download(path, **options))
+        folder = find_snapshot(folder) if kind_of(folder) == "denoiser" else folder
         if "transformer" not in options:
             options["variant"] = find_weights(folder / "transformer", options.get("variant"))[1]
         if "vae" not in options and (folder / "vae").is_dir():
             check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
         return super().from_pretrained(folder, **options)
+
+    @classmethod
+    def load_config(cls, path: str | os.PathLike, **options: Any) -> Any:
+        """diffusers' own; a snapshot older than ``model_index.json`` in it says the same."""
+        if not options and not (Path(path) / cls.config_name).exists() and kind_of(path) == "denoiser":
+            return pipeline_index(path)
+        return super().load_config(path, **options)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **options: Any) -> None:
+        """diffusers' own, and beside it the code that ``custom_pipeline="pipeline"`` asks for."""
+        Path(save_directory, "pipeline.py").write_text(PIPELINE_CODE)
+        super().save_config(save_directory, push_to_hub, **options)
 
     @property
     def class_names(self) -> list[str]:
@@ -110,8 +145,9 @@ class DEMOPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DEMOPipeline, int, torch.Tensor, dict[str, Any]], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int = 1,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one picture per class label.
+        """Draw one picture per class label, or more.
 
         Args:
             class_labels: Ids or names, or a tensor or an array of ids; may be left out where there is only one class.
@@ -123,11 +159,19 @@ class DEMOPipeline(DiffusionPipeline):
             output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) in [0, 1], or ``latent``.
             callback_on_step_end: Called with (pipeline, index, timestep, {"latents": latents}) after every step; the
                 latents that it returns in a dictionary take their place.
+            num_images_per_prompt: Pictures of each class label, which follow one another.
 
         Raises:
-            InputError: Unknown classes, settings that mean nothing, a list of generators of another length.
+            InputError: Unknown classes, settings that mean nothing, a list of generators of another length, a scheduler
+                of another objective.
         """
+        check_scheduler(self.scheduler, self.config.objective)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise InputError(f"`output_type` must be pil, np, pt or latent, not {output_type!r}")
+        if not is_count(num_images_per_prompt):
+            raise InputError(f"`num_images_per_prompt` must be a positive integer, not {num_images_per_prompt!r}")
         labels = torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
+        labels = labels.repeat_interleave(num_images_per_prompt)
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE if self.config.label_dropout else 1.0
         guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))

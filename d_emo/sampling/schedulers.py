@@ -1,5 +1,6 @@
 """Schedulers by name, over the noise schedule of a snapshot."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,27 @@ def make_scheduler(name: str | None, config: Mapping[str, Any], objective: str |
     if issubclass(kind, DDPMScheduler) and variance is None:
         changes["variance_type"] = "learned_range"  # the config came from such a dpm++
     return kind.from_config({**config, **changes})
+
+
+def check_scheduler(scheduler: Any, objective: str) -> None:
+    """Refuse a scheduler, ours or any of diffusers', that does not sample from what an objective trains.
+
+    One made of another's config forgets a learned variance that it would misread.
+
+    Raises:
+        InputError: It is for another prediction of the network; names those that serve.
+    """
+    # What a scheduler's class does not know is in its config all the same, if it was made of another's.
+    known = "prediction_type" in inspect.signature(type(scheduler).__init__).parameters
+    kind, wanted = scheduler.config.prediction_type if known else "flow", OBJECTIVES[objective].prediction_type
+    if kind.replace("flow_prediction", "flow") != wanted:
+        raise InputError(
+            f"the scheduler {type(scheduler).__name__} is for denoisers that predict {kind}, but this one was trained "
+            f"with {objective} and predicts {wanted}; make one of {', '.join(schedulers_of(objective))} with "
+            "d_emo.sampling.make_scheduler"
+        )
+    if not isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range":
+        scheduler.register_to_config(variance_type=None)  # of DDPM's config; see `make_scheduler`
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:

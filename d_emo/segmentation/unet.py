@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
+from d_emo.kernels.partitions import channels_first, channels_last
 from d_emo.models.blocks import MetaMobileBlock, mobile_block
 from d_emo.models.layers import checkpoint_block
 from d_emo.segmentation.heads import ASPPHead, ConvNormAct, FCNHead, resized
@@ -45,7 +46,7 @@ class Units(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self[0], MetaMobileBlock):
             return super().forward(x)
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return channels_first(super().forward(channels_last(x)))
 
 
 class UNetBackbone(nn.Module):
