@@ -148,7 +148,7 @@ def test_a_dry_run_of_training_says_what_there_is_and_writes_one_picture_only(fo
             "micro_batch_size": 4, "model_options": {"depth": 1, "hidden_size": 48}, "model": "D-EMOv2-Ti-2"}
     train.run(TrainSettings(data_dir=str(folder), dry_run=True, max_steps=30, **tiny))
     said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
-    assert said["by class"] == "cat 13, dog 1" and said["formats"].startswith("PNG 11, BMP 1, JPEG 1")
+    assert said["by class"] == "cat 13, dog 1" and said["formats"].startswith("PNG 12, BMP 1, JPEG 1")
     assert said["training"].startswith("2 steps of 8 images an epoch") and said["memory"].endswith(" GiB")
     assert re.fullmatch(r".* s a step of 8 images by one process here; all 30 steps: .* \(h:mm:ss\)", said["time"])
     picture = tmp_path / "samples" / "dry-run-D-EMOv2-Ti-2-pets-16.png"

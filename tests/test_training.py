@@ -225,10 +225,11 @@ def test_a_hopeless_schedule_is_forecast(steps, times, monkeypatch):
     said, progress = [], Progress(SimpleNamespace(), TrainSettings(max_steps=steps))
     progress.smaller = "Try less."
     monkeypatch.setattr(progress, "say", said.append)
-    progress.micro_batch_took(1.0, 8)
+    progress.bar = SimpleNamespace(set_description=lambda text: None)
+    progress.micro_batch_took(1.0, 1, 8)
     assert not said
-    for _ in range(4):
-        progress.micro_batch_took(1.0, 8)
+    for number in range(2, 6):
+        progress.micro_batch_took(1.0, number, 8)
     assert len(said) == times
     assert all("about 37 days" in line and line.endswith("Try less.") for line in said)
 
