@@ -152,7 +152,7 @@ def test_inflated_weights_answer_the_middle_of_a_still_clip_as_the_image_network
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         still = x[:, :, None].expand(-1, -1, 40, -1, -1)
-        assert torch.allclose(video.stem(still)[:, 10], image.stem(x), rtol=0, atol=1e-12)
+        assert torch.allclose(video.stem(still)[:, :, 10], image.stem(x), rtol=0, atol=1e-12)
         flat = torch.cat([stage[0].operator.local.conv.weight.sum(2).flatten() for stage in video.stages])
     assert torch.allclose(flat, torch.cat([stage[0].operator.local.conv.weight.flatten() for stage in image.stages]))
     repeated = inflate(image.state_dict(), video, "repeat")

@@ -111,6 +111,22 @@ class Stage(nn.Sequential):
         return channels_first(x)  # (B, C', H', W')
 
 
+class Stages(nn.Sequential):
+    """One stage after the other. Shape: (B, C, H, W) -> (B, C', H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self:
+            x = run_stage(stage, x)
+        return x
+
+
+def run_stage(stage: Stage, x: Tensor) -> Tensor:
+    """A stage, in inference a few images at a time. Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
+    if stage.training:  # batch norm takes its statistics from all images
+        return stage(x)
+    return kernels.in_slices(stage, x, math.prod(x.shape[2:]) * stage[0].operator.mid_dim)
+
+
 def make_stage(
     stage: int, dim_in: int, *, block: str, depth: int, dim: int, head_dim: int, attention: bool,
     drop_paths: Sequence[float], output_stride: int, dilation: int, spatial_dims: int = 2, **options: Any,
@@ -214,7 +230,7 @@ class EMO(nn.Module):
         window = sizes(window_size, "window_size", spatial_dims)
         options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
-        self.stages = nn.Sequential(*(
+        self.stages = Stages(*(
             make_stage(
                 stage, dim_in, block=block, attention=stage + 1 in attention_stages and attention_mode != "none",
                 norm=norms[stage], drop_paths=drop_paths[stage].tolist(), window_size=window, arrangement=arrangement,
@@ -274,12 +290,6 @@ class EMO(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    def run_stage(self, stage: Stage, x: Tensor) -> Tensor:
-        """Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
-        if self.training:  # batch norm takes its statistics from all images
-            return stage(x)
-        return kernels.in_slices(stage, x, math.prod(x.shape[2:]) * stage[0].operator.mid_dim)
-
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last stage. Shape: (B, C, H, W) -> same."""
         return channels_first(self.norm(channels_last(x)))
@@ -290,8 +300,7 @@ class EMO(nn.Module):
         Shape: (B, in_channels, H, W) -> (B, C, H / 32, W / 32), rounded up.
         """
         x = self.stem(x)  # (B, C_stem, H / 2, W / 2)
-        for stage in self.stages:
-            x = self.run_stage(stage, x)  # (B, C_1, H / 4, W / 4) ... (B, C_4, H / 32, W / 32)
+        x = self.stages(x)  # (B, C_1, H / 4, W / 4) ... (B, C_4, H / 32, W / 32)
         return self.final_norm(x)  # (B, C_4, H / 32, W / 32)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -323,7 +332,7 @@ class EMO(nn.Module):
         last, maps = len(self.feature_info) - 1, []  # `prune_intermediate_layers` may have dropped the last stages
         x = self.stem(x)  # (B, C_stem, H / 2, W / 2)
         for i, stage in enumerate(stages):
-            x = self.run_stage(stage, x)  # (B, C_i, H', W')
+            x = run_stage(stage, x)  # (B, C_i, H', W')
             if i in wanted:
                 maps.append(self.final_norm(x) if norm and i == last else x)  # (B, C_i, H', W')
         if intermediates_only:

@@ -65,14 +65,14 @@ class DEMOPipeline(DiffusionPipeline):
         codec: str | None = None, noise_schedule: dict[str, Any] | None = None,
     ):  # fmt: skip
         super().__init__()
-        if scheduler is None:
-            if noise_schedule is None:
-                raise InputError("the pipeline needs a `scheduler`; d_emo.sampling.make_scheduler makes one")
-            scheduler = make_scheduler(None, noise_schedule, objective)
         if vae is None and codec is not None:
             vae = getattr(load_codec(codec), "vae", None)
         if vae is not None:
             check_codec(VAECodec(vae, "vae"), transformer)
+        if scheduler is None:
+            if noise_schedule is None:
+                raise InputError("the pipeline needs a `scheduler`; d_emo.sampling.make_scheduler makes one")
+            scheduler = make_scheduler(None, noise_schedule, objective)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = id2label or {label: str(label) for label in range(transformer.num_classes)}
         names = {str(label): name for label, name in names.items()}
