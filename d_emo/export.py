@@ -237,16 +237,33 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
 
     size = sum(parameter.nbytes for parameter in network.module.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(
-            traced(network), (), str(path), dynamo=True, opset_version=opset or OPSET, output_names=["output"],
-            input_names=list(network.input_names), external_data=size > ONE_FILE,
-        )  # fmt: skip
+    program = traced(network)
+    try:
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(
+                program, (), str(path), dynamo=True, opset_version=opset or OPSET, output_names=["output"],
+                input_names=list(network.input_names), external_data=size > ONE_FILE,
+            )  # fmt: skip
+    except Exception as error:  # the converter of versions, of onnx_ir, raises its own
+        if opset in (None, OPSET) or isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"this PyTorch ({torch.__version__}) cannot write `opset` {opset} of this network "
+            f"({type(error).__name__}); leave it out for {OPSET}"
+        ) from error
     if int8:
         from onnxruntime.quantization import quantize_dynamic
 
         whole = path.rename(path.with_suffix(".float32.onnx"))
-        quantize_dynamic(whole, path, op_types_to_quantize=["MatMul", "Gemm"])
+        try:
+            quantize_dynamic(whole, path, op_types_to_quantize=["MatMul", "Gemm"])
+        except Exception as error:  # onnx raises its own where it cannot tell the shapes
+            if isinstance(error, OSError):
+                raise
+            raise InputError(
+                f"onnxruntime {onnxruntime.__version__} cannot write this network with `int8` ({type(error).__name__}); "
+                "newer versions of onnx and onnxruntime can"
+            ) from error
         whole.unlink()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -1,3 +1,4 @@
+import contextlib
 import runpy
 import sys
 import time
@@ -11,7 +12,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from d_emo.errors import InputError
-from d_emo.export import export, open_portable, portable_classifier, portable_denoiser, stir
+from d_emo.export import OPSET, export, open_portable, portable_classifier, portable_denoiser, stir
 from d_emo.models import create_model
 from d_emo.models.attention import WindowAttention
 from d_emo.models.convert import write_timm_folder
@@ -78,9 +79,19 @@ def test_operators_and_eight_bits_of_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
     network, path = portable_classifier(classifier(), (32, 64)), tmp_path / "network.onnx"
     assert network.example(1)[0].shape == (1, 3, 32, 64)
-    assert 1e-5 < export(network, path, opset=20, int8=True) < 0.1
+    opset = OPSET
+    with contextlib.suppress(InputError):  # of a PyTorch whose exporter writes no other
+        export(network, tmp_path / "other.onnx", opset=20)
+        opset = 20
+        (tmp_path / "other.onnx").unlink()
+    assert opset == 20 or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+    try:
+        assert 1e-5 < export(network, path, opset=opset, int8=True) < 0.1
+    except InputError as error:
+        assert "`int8`" in str(error) and opset != 20, error
+        pytest.skip(str(error))
     written = onnx.load(path)
-    assert {each.domain: each.version for each in written.opset_import}[""] == 20
+    assert {each.domain: each.version for each in written.opset_import}[""] == opset
     linear = sum(isinstance(module, nn.Linear) for module in network.module.modules())
     assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in written.graph.node) >= linear
     assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]

@@ -113,7 +113,7 @@ class DEMOPipeline(DiffusionPipeline):
     @classmethod
     def load_config(cls, path: str | os.PathLike, **options: Any) -> Any:
         """diffusers' own; a snapshot older than ``model_index.json`` in it says the same."""
-        if not options and not (Path(path) / cls.config_name).exists() and kind_of(path) == "denoiser":
+        if not any(options.values()) and not (Path(path) / cls.config_name).exists() and kind_of(path) == "denoiser":
             return pipeline_index(path)
         return super().load_config(path, **options)
 
