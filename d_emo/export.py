@@ -261,8 +261,8 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
             if isinstance(error, OSError):
                 raise
             raise InputError(
-                f"onnxruntime {onnxruntime.__version__} cannot write this network with `int8` ({type(error).__name__}); "
-                "newer versions of onnx and onnxruntime can"
+                f"onnxruntime {onnxruntime.__version__} cannot write this network with `int8` "
+                f"({type(error).__name__}); newer versions of onnx and onnxruntime can"
             ) from error
         whole.unlink()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
