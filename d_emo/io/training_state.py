@@ -59,7 +59,8 @@ def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     def whole(value: Any) -> Any:
         return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
-    return tree_map(whole, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return tree_map(whole, kept) | {"moments": len(kept["optimizer"]["state"])}
 
 
 @torch.no_grad()
@@ -80,6 +81,8 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
         raise InputError(problem)
     model.load_state_dict({name: sharded(value, now[name]) for name, value in state["model"].items()})
     optimizer.load_state_dict(state["optimizer"])
+    if (wanted := state.get("moments", len(optimizer.state))) != len(optimizer.state):
+        raise InputError(f"its optimizer has moments of {len(optimizer.state)} of {wanted} parameters")
     kinds = {frozenset(moments) for moments in optimizer.state.values()}
     if len(kinds) > 1:
         some = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
