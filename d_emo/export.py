@@ -231,6 +231,9 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
         network, path: see `export`.
         opset: version of ONNX's operators. Default: `OPSET`.
         int8: linear layers in int8, their inputs scaled as they come (onnxruntime's dynamic quantisation).
+
+    Raises:
+        InputError: The versions that are here cannot write this ``opset``, or these layers in int8.
     """
     import onnxruntime
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
