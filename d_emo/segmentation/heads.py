@@ -4,6 +4,7 @@ Sources: EMOv2 paper, table XIII; EMOv1 paper's segmentation table; DeepLabV3 (a
 (arXiv:1612.01105), Panoptic Feature Pyramid Networks (arXiv:1901.02446), SegFormer (arXiv:2105.15203).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=list(size), mode="bilinear")
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Maps of the backbone to logits: what a subclass makes of them, dropout, a 1 x 1 convolution with bias.
 
     Args:
@@ -57,9 +58,9 @@ class Head(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    @abstractmethod
     def features(self, maps: list[Tensor]) -> Tensor:
         """What the classifier looks at. Shape: maps of (B, C_i, h_i, w_i) -> (B, dim, h, w)."""
-        raise NotImplementedError
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         return self.classifier(self.dropout(self.features(maps)))
