@@ -293,7 +293,7 @@ def test_images_that_cannot_be_read_are_passed_over_where_that_is_asked_for(
 def test_a_set_of_which_nothing_can_be_read_is_refused(main: Callable, good: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("hello")
-    with pytest.raises(InputError, match=r"none of the 1 images in the folder .*bad could be read; the first: .*a\.png"):
+    with pytest.raises(InputError, match=r"none of the 1 images in .*bad could be read; the first: .*a\.png"):
         main(["--samples", str(tmp_path / "bad"), "--reference", str(good), "--skip-corrupt"])
 
 
