@@ -110,6 +110,18 @@ def test_core_ml_converts(tmp_path):
     assert (tmp_path / "network.mlpackage" / "Manifest.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["emov2_1m", "emov1_1m"])
+def test_core_ml_takes_a_program_of_the_users_own(name, tmp_path):
+    coremltools = pytest.importorskip("coremltools")
+    program = torch.export.export(timm.create_model(name).eval(), (torch.randn(1, 3, 96, 128),))
+    with pytest.raises(NotImplementedError, match="run_decompositions"):
+        coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17)
+    converted = coremltools.convert(program.run_decompositions({}), minimum_deployment_target=coremltools.target.iOS17)
+    converted.save(str(tmp_path / "network.mlpackage"))
+    assert (tmp_path / "network.mlpackage" / "Manifest.json").exists()
+
+
 @pytest.mark.parametrize(("said", "kind", "sentence"), [
     ("[MIL FileWriter]: Unknown error occurred while writing data to the file.", OSError, "the disk is full"),
     ("Unsupported fx node alias", InputError, "Core ML cannot express this network"),

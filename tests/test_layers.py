@@ -24,13 +24,13 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
+    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures", "contents"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
-        "tar", "hub", "sampler",
+        "tar", "hub", "sampler", "describing",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
-                  "drawing"],
+                  "drawing", "contents"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [

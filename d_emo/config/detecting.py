@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, NotNegative, Positive, Whole
-from d_emo.config.training import RunSettings
+from d_emo.config.training import RehearsedSettings, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSettings(ReadingSettings, RunSettings):
+class DetectorSettings(ReadingSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_detector.py``; the defaults are EMOv2's recipe for SSDLite on COCO."""
 
     annotations: str | None = setting(

@@ -17,12 +17,12 @@ from d_emo.config.ranges import (
     PositiveFraction,
     Whole,
 )  # fmt: skip
-from d_emo.config.training import RunSettings
+from d_emo.config.training import RehearsedSettings, RunSettings
 from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterSettings(RunSettings):
+class SegmenterSettings(RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_segmenter.py``; the defaults are the papers' recipe for SegFormer on ADE20K."""
 
     model: str = setting("segformer-emov2_5m", "a segmenter's name of list_models()", group="Model")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, MaskFolder
 from d_emo.segmentation.measures import Quality, measure, segment
 from d_emo.segmentation.networks import Segmenter
-from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.pictures import overlay, palette, side_by_side, with_legend
 from d_emo.weights import load_weights
 
 HELD_OUT = 200
@@ -150,6 +151,17 @@ class SegmenterTask:
                          overlay(image, found, colours)])  # fmt: skip
         with replacing(path) as temporary:
             side_by_side(rows).save(temporary, format="PNG")
+
+    def picture(self, batch: list[torch.Tensor]) -> tuple[Image.Image, int]:
+        """The first images of a batch of the data set beside their masks, and how many these are."""
+        names = self.images.class_names
+        images, masks = (part[:PICTURES].cpu() for part in batch)
+        colours, pixels = palette(len(names)), ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        cells = [[image.permute(1, 2, 0).numpy(), overlay(image, mask, colours)]
+                 for image, mask in zip(pixels, masks, strict=True)]  # fmt: skip
+        rows = [sum(cells[start : start + 2], []) for start in range(0, len(cells), 2)]
+        there = [label for label in masks.unique().tolist() if label != IGNORED]
+        return with_legend(side_by_side(rows), names, colours, there), len(images)
 
     def _as_trained(self, model: nn.Module) -> Normalized:
         """The model with the normalisation that it is trained with before it."""
