@@ -37,7 +37,7 @@ class SegmenterSettings(RunSettings):
     )
     freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
     data_dir: str | None = setting(
-        None, "folder of images and PNG masks: as ADE20K, as Cityscapes, or images/ and masks/ with classes.txt "
+        None, "folder of images and masks: as ADE20K, Cityscapes, HRF, DRIVE, or images/ and masks/ with classes.txt "
         "(docs/segmentation.md). Default: scanned digits on photographs, drawn on the fly",
         resumable=True, decisive=True, source=True, group="Data"
     )
@@ -53,6 +53,9 @@ class SegmenterSettings(RunSettings):
     blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
     num_images: Count = setting(2000, "number of different drawn images")
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
+    field_of_view: bool = setting(
+        False, "of fundus photographs as HRF and DRIVE keep them, leave out the pixels outside the round field of view"
+    )
     flip: bool | None = setting(None, "mirror images at random. Default: yes for --data-dir, no for digits")
     scale_range: list[Positive] = setting(
         [0.5, 2.0], "shorter side of an image before the crop, as multiples of --image-size", group="Augmentation"
