@@ -20,7 +20,7 @@ def conclude() -> None:
     rows = []
     for name, folder in RUNS.items():
         measured = load_meta(folder, "detector")["average_precision"]["bbox"]
-        rows.append([name, *(f"{100 * measured[figure]:.1f}" for figure in FIGURES)])
+        rows.append([name, *("-" if measured[each] < 0 else f"{100 * measured[each]:.1f}" for each in FIGURES)])
     scenes = DigitScenes(detector.image_size, split="test")
     picture = Path("demo/detect.png")
     save_png(truth_beside_found(detector.model, scenes, spread(len(scenes), SHOWN)), picture, {"demo": "detect"})
