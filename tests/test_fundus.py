@@ -7,6 +7,8 @@ import yaml
 from PIL import Image
 
 from d_emo.config import SegmenterSettings, parse_settings
+from d_emo.data import fundus
+from d_emo.data.fundus import FundusDrawings
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier
 from d_emo.io.training_state import load_state
@@ -16,11 +18,11 @@ from d_emo.training import fit
 from d_emo.training.segmenter import SegmenterTask
 
 CONFIG = Path(__file__).parents[1] / "configs" / "segmentation" / "hrf_u-emo.yaml"
-TINY = (
-    "--model-options={aux: true, widths: [32, 32, 32, 32, 32], window_size: 2} --image-size=32 --stride=20 "
-    "--scale-range=[1.0,2.0] --batch-size=2 --warmup-steps=1 --state-every=1 --snapshot-every=2 --validate-every=2 "
-    "--validate-images=2 --tracker=none"
-)
+TINY = {
+    "model_options": {"aux": True, "widths": [32] * 5, "window_size": 2}, "image_size": 32, "stride": 20,
+    "scale_range": [1.0, 2.0], "batch_size": 2, "warmup_steps": 1, "state_every": 1, "snapshot_every": 2,
+    "validate_every": 2, "validate_images": 2, "tracker": "none",
+}  # fmt: skip
 SIZE = (40, 52)  # height and width
 
 
@@ -142,12 +144,12 @@ def test_the_papers_recipe_loads_as_it_is_written():
 
 
 def test_u_emo_trains_by_the_recipe_measures_by_windows_and_resumes_exactly(tmp_path):
+    recipe, data = yaml.safe_load(CONFIG.read_text()), str(hrf(tmp_path / "HRF"))
+
     def run(name, steps):
-        flags = [*TINY.split("--")[1:]]
-        settings = parse_settings(SegmenterSettings, "", [
-            "--config", str(CONFIG), *(f"--{flag.strip()}" for flag in flags), "--data-dir", str(hrf(tmp_path / "HRF")),
-            "--output-dir", str(tmp_path / name), "--max-steps", str(steps),
-        ])  # fmt: skip
+        settings = SegmenterSettings.from_mapping(
+            recipe | TINY | {"data_dir": data, "output_dir": str(tmp_path / name), "max_steps": steps}
+        )
         task = SegmenterTask(settings)
         return fit(task, settings, preview=task.preview)
 
@@ -169,3 +171,37 @@ def test_pictures_of_large_photographs_are_small():
 
     large, small = np.zeros((100, 400, 3), dtype=np.uint8), np.zeros((20, 30, 3), dtype=np.uint8)
     assert side_by_side([[large, small]], 200).size == (200 + 30 + 3 * 4, 50 + 2 * 4)
+
+
+def test_drawn_fundus_depends_on_seed_split_and_index_alone_and_its_vessels_are_dark():
+    drawings = FundusDrawings(96, num_images=6)
+    for index in (4, 0):
+        image, objects = drawings.read(index)
+        again, same = FundusDrawings(96, num_images=3).read(index)
+        assert torch.equal(image, again) and torch.equal(objects["masks"], same["masks"])
+        mask = objects["masks"][0].bool()
+        assert image.shape == (3, 96, 96) and 0.03 < mask.float().mean() < 0.2
+        around = torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0].bool() & ~mask
+        green = image[1].float()
+        inside = green > 30
+        assert green[mask].mean() < 0.85 * green[around & inside].mean()
+        assert not mask[:3, :3].any() and green[:3, :3].max() < 25  # outside the field of view
+        left, top, right, bottom = objects["boxes"][0].int().tolist()
+        assert mask[top:bottom, left:right].sum() == mask.sum() and drawings.class_names == ["vessel"]
+    others = FundusDrawings(96, split="test"), FundusDrawings(96, seed=1)
+    assert not any(torch.equal(each.read(0)[0], drawings.read(0)[0]) for each in others)
+    assert not torch.equal(drawings.read(1)[0], drawings.read(0)[0])
+
+
+def test_drawings_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr("d_emo.data.fundus.KEPT", 2)
+    drawings, drawn = FundusDrawings(32), []
+    monkeypatch.setattr(drawings, "_draw", lambda index: drawn.append(index) or (None, torch.ones(1, 2, 2)))
+    for index in (0, 1, 0, 2, 1, 0):
+        drawings.read(index)
+    assert drawn == [0, 1, 2, 0] and len(drawings._drawn) == 2
+
+
+def test_the_photograph_ships():
+    picture = fundus.photograph()
+    assert picture.shape == (448, 448, 3) and picture.std() > 30

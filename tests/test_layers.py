@@ -26,8 +26,8 @@ INSIDE = {
     ],
     "segmentation": ["heads", "networks", "unet", "images", "fundus", "sliding", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
-        "tar", "hub", "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "fundus", "stored", "folder",
+        "augmented", "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing"],
