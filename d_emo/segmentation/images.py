@@ -151,7 +151,13 @@ class MaskFolder(LabelledImages):
 
 
 def check_size(mask: Path, values: np.ndarray, image: Path, pixels: np.ndarray) -> None:
-    """Refuse a mask that is not as large as its image. Shape: (H, W), (H, W, 3)."""
+    """Refuse a mask that is not as large as its image.
+
+    Shape: (H, W), (H, W, 3).
+
+    Raises:
+        InputError: Both sizes, and the files.
+    """
     if values.shape != pixels.shape[:2]:
         shapes = " x ".join(map(str, values.shape[::-1])), " x ".join(map(str, pixels.shape[1::-1]))
         raise InputError(f"the mask {mask} has {shapes[0]} px, and its image {image} {shapes[1]} px")
