@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.dense import DenseSettings
