@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
-        "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
+        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
