@@ -24,7 +24,7 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "losses", "augment", "measures", "pictures"],
+    "segmentation": ["heads", "networks", "unet", "images", "losses", "sliding", "augment", "measures", "pictures"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
         "tar", "hub", "sampler",

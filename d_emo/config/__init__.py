@@ -44,7 +44,7 @@ from d_emo.config.sampling import (
     check_guidance,
     read_sampler,
 )
-from d_emo.config.segmenting import SegmenterSettings, SegmentSettings
+from d_emo.config.segmenting import Blend, SegmenterSettings, SegmentSettings
 from d_emo.config.study import StudySettings
 from d_emo.config.training import (
     ClassifierSettings,

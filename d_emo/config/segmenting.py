@@ -20,6 +20,8 @@ from d_emo.config.ranges import (
 from d_emo.config.training import RunSettings
 from d_emo.errors import InputError
 
+Blend = Literal["mean", "gaussian"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterSettings(RunSettings):
@@ -44,6 +46,11 @@ class SegmenterSettings(RunSettings):
         resumable=True, source=True
     )
     image_size: ClassifierSide = setting(512, "side of the training crops, and shorter side in measuring, in pixels")
+    stride: Count | None = setting(
+        None, "measure images at their own size, by windows of --image-size so many pixels apart. Default: whole ones",
+        resumable=True
+    )
+    blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
     num_images: Count = setting(2000, "number of different drawn images")
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
     flip: bool | None = setting(None, "mirror images at random. Default: yes for --data-dir, no for digits")
@@ -77,6 +84,8 @@ class SegmenterSettings(RunSettings):
     def check(self) -> None:
         if not (len(self.scale_range) == 2 and self.scale_range[0] <= self.scale_range[1]):
             raise InputError(f"`scale_range` must be two rising factors, not {self.scale_range}")
+        if self.stride is not None and self.stride > self.image_size:
+            raise InputError(f"`stride` {self.stride} leaves pixels out between windows of {self.image_size}")
         if self.validate_dir is not None and self.data_dir is None:
             raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; digits hold out their own")
         if self.flip and self.data_dir is None:
@@ -107,6 +116,14 @@ class SegmentSettings(ReadingSettings):
     )
     image_size: ClassifierSide | None = setting(
         None, "pixels of the shorter side that the network sees. Default: as it was trained"
+    )
+    crop: ClassifierSide | None = setting(
+        None, "side of the windows that an image goes through the network in. Default: as it was measured in training, "
+        "which may be whole"
+    )
+    stride: Count | None = setting(None, "pixels from a window to the next. Default: two thirds of the window's side")
+    blend: Blend | None = setting(
+        None, "mean of the logits where windows overlap, or weighted by a Gaussian. Default: as it was trained"
     )
     output: str | None = setting(
         None, "folder for pictures, masks and JSON. Default: samples/segment-<first image>, numbered if it exists",
