@@ -12,8 +12,9 @@ from d_emo.segmentation.images import LabelledScenes
 from d_emo.segmentation.measures import segment
 from d_emo.segmentation.pictures import gallery, lit
 from d_emo.text import markdown_table
+from d_emo.training.segmenter import HELD_OUT
 
-RUNS = {"segmenter": "demo/segmenter", "floor: the same head on a frozen backbone of random weights": "demo/segmenter-floor"}
+RUNS = {"segmenter": "demo/segmenter", "floor: the same head on frozen random weights": "demo/segmenter-floor"}
 TITLES = ("picture", "what is there", "what is found")
 SHOWN, SIDE = 6, 192
 COLOURS = np.array([
@@ -30,7 +31,7 @@ def conclude() -> None:
     rows = [[name, *(f"{100 * value:.1f}" for value in (
         quality["mean_iou"], quality["iou"][0], np.mean(quality["iou"][1:]), quality["pixel_accuracy"])
     )] for name, quality in measured.items()]  # fmt: skip
-    scenes = LabelledScenes(SIDE, num_images=segmenter_images(measured), split="test")
+    scenes = LabelledScenes(SIDE, num_images=HELD_OUT, split="test")
     colours = np.concatenate([np.zeros((1, 3), np.uint8), COLOURS])
     shown = []
     for index in spread(len(scenes), SHOWN):

@@ -83,7 +83,7 @@ def gallery(
     for number, (name, colour) in enumerate(names.items()):
         box = [GAP + number * step, top, GAP + (number + 1) * step - GAP, top + line]
         draw.rectangle(box, fill=tuple(colour))
-        dark = np.dot(colour, (0.299, 0.587, 0.114)) < 128
-        draw.text(((box[0] + box[2]) / 2, top + line / 2), name, fill="white" if dark else "black", font=font, anchor="mm")
+        ink = "white" if np.dot(colour, (0.299, 0.587, 0.114)) < 128 else "black"
+        draw.text(((box[0] + box[2]) / 2, top + line / 2), name, fill=ink, font=font, anchor="mm")
     draw.text((width / 2, top + line * 1.7), remark, fill="black", font=font, anchor="mm")
     return canvas
