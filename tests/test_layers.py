@@ -14,7 +14,7 @@ LAYERS = [
 INSIDE = {
     "config": [
         "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
-        "sampling", "measuring", "exporting", "benchmarking", "study",
+        "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",

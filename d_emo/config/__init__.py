@@ -21,6 +21,7 @@ from d_emo.config.benchmarking import (
     KernelsSettings,
     StepSettings,
 )
+from d_emo.config.demos import DemoSettings
 from d_emo.config.detecting import DetectorSettings, DetectSettings
 from d_emo.config.encoding import EncodeSettings, VAESettings
 from d_emo.config.exporting import ConvertSettings, ExportSettings
