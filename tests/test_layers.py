@@ -24,7 +24,9 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "fundus", "sliding", "augment", "measures", "pictures"],
+    "segmentation": [
+        "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+    ],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "fundus", "stored", "folder",
         "augmented", "tar", "hub", "sampler",

@@ -63,6 +63,10 @@ class SegmenterSettings(DenseSettings):
     largest_share: PositiveFraction = setting(0.75, "of one class in a crop; with more another crop is tried")
     colours: bool = setting(True, "distort brightness, contrast, saturation and hue")
     aux_weight: NotNegative = setting(0.4, "weight of the auxiliary head's loss", group="Loss")
+    dice_weight: NotNegative = setting(
+        0.0, "weight of the Dice loss of the decode head, for classes with few pixels; mmseg's DiceLoss is often used "
+        "with 3"
+    )
     batch_size: Count = setting(32, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(1.2e-4, "peak learning rate of AdamW", aliases=["--lr"])
     head_lr_scale: NotNegative = setting(10.0, "factor on the learning rate of the heads, a feature pyramid left out")

@@ -25,6 +25,7 @@ from d_emo.models.registry import check_kind, check_memory
 from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.fundus import FundusFolder
 from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, MaskFolder
+from d_emo.segmentation.losses import dice_loss
 from d_emo.segmentation.measures import Quality, measure, segment
 from d_emo.segmentation.networks import Segmenter
 from d_emo.segmentation.pictures import overlay, palette, side_by_side
@@ -42,7 +43,7 @@ PARTS = ("agreed", "truth", "predicted")
 
 
 class SegmenterTask:
-    """Cross-entropy of every pixel, and of the auxiliary head's, on crops of images with masks.
+    """Cross-entropy of every pixel, of the auxiliary head's too, and the Dice loss, on crops of images with masks.
 
     Args:
         settings: Resolved settings.
@@ -106,12 +107,17 @@ class SegmenterTask:
         images, masks = batch
         if len(images) == 1:
             raise InputError("batch norm of pooled maps needs two images at once; `micro_batch_size` must be 2 or more")
+        given = model(self.input(images))
         losses = {
             name: F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none").mean()  # as mmseg's
-            for name, logits in model(self.input(images)).items()
+            for name, logits in given.items()
         }
-        total = losses["out"] + self.settings.aux_weight * losses["aux"] if "aux" in losses else losses["out"]
-        return {"loss": total, **({"aux_loss": losses["aux"]} if "aux" in losses else {})}
+        parts = {"aux_loss": losses["aux"]} if "aux" in losses else {}
+        total = losses["out"] + self.settings.aux_weight * losses.get("aux", 0)
+        if self.settings.dice_weight:
+            parts["dice_loss"] = dice_loss(given["out"], masks)
+            total = total + self.settings.dice_weight * parts["dice_loss"]
+        return {"loss": total, **parts}
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Areas of each class over this process's held-out images, the sum of their losses, and their number."""
