@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
-        "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
+        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -24,10 +24,13 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures", "contents"],
+    "segmentation": [
+        "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+        "contents",
+    ],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
-        "tar", "hub", "sampler", "describing",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "fundus", "stored", "folder",
+        "augmented", "tar", "hub", "sampler", "describing",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing", "contents"],

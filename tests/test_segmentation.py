@@ -155,6 +155,9 @@ def test_measures_equal_a_plain_computation():
     assert quality.mean_iou == pytest.approx(np.mean(iou), abs=1e-6)
     assert quality.mean_accuracy == pytest.approx(np.mean(accuracy), abs=1e-6)
     assert quality.pixel_accuracy == pytest.approx((p == t).mean(), abs=1e-6)
+    dice = [2 * ((p == c) & (t == c)).sum() / ((p == c).sum() + (t == c).sum()) for c in range(5)]
+    assert quality.mean_dice == pytest.approx(np.mean(dice), abs=1e-6) and quality.dice[5:] == (None, None)
+    assert quality.dice[:5] == pytest.approx(dice, abs=1e-6)
     assert quality.iou[:5] == pytest.approx(iou, abs=1e-6) and quality.iou[5:] == (None, None)
 
 
@@ -181,7 +184,7 @@ def test_training_resumes_exactly_measures_and_draws(tmp_path):
     assert snapshot.meta["quality"]["images"] == 3 and len(snapshot.meta["quality"]["iou"]) == 11
     assert "On 3 held-out images, at the end of training: mIoU" in (whole / "README.md").read_text()
     with Image.open(tmp_path / "whole" / "samples" / "step-4.png") as picture:
-        assert picture.size == (3 * 36 + 4, 6 * 36 + 4)
+        assert picture.width == 3 * 36 + 4 and picture.height > 22 + 6 * 36  # and the colours' names
 
 
 def test_a_dry_run_says_what_there_is_and_writes_one_picture_only(tmp_path, monkeypatch, capsys):
@@ -196,7 +199,7 @@ def test_a_dry_run_says_what_there_is_and_writes_one_picture_only(tmp_path, monk
     assert said["ignored"] == "5.0% of the pixels are of no class" and said["training"].startswith("1 step of 2 images")
     (picture,) = (path for path in set(tmp_path.rglob("*")) - before if path.is_file())
     assert picture == tmp_path / "samples" / "dry-run-run.png" and "(2 images as" in said["batch"]
-    assert Image.open(picture).size == (4 * 36 + 4, 40 + 22)
+    assert Image.open(picture).size == (4 * 36 + 4, 22 + 36 + 22)
     (folder / "masks" / "train" / "b.png").write_text("hello")
     images = MaskFolder(folder)
     images.class_names.append("nothing")
@@ -218,7 +221,7 @@ def test_validation_over_two_processes_is_that_of_one():
     whole = task.validate(task.model, rank=0, world_size=1)
     summed = task.figures({name: sum(share[name].item() for share in shares) for name in whole})
     alone = task.figures({name: value.item() for name, value in whole.items()})
-    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "aAcc", "mAcc"}
+    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "mDice", "aAcc", "mAcc"}
 
 
 def test_the_backbone_starts_from_a_classifier_and_heads_learn_faster(tmp_path):

@@ -13,8 +13,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from d_emo.detection.augment import ObjectImages
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#f032e6", "#008080", "#9a6324", "#800000", "#808000", "#42d4f4")
-MIN_TEXT = 12
-"""Pixels of the letters on a picture, at least."""
+MIN_TEXT, BAR = 12, 22
+"""Pixels of the letters on a picture, at least, and of a line of titles."""
 
 
 @torch.no_grad()
@@ -74,13 +74,14 @@ def truth_beside_found(
         image, target = images.read(index)
         pictures += [image, image]
         objects += [target, detect(model, image, least_score)]
-    return grid_of_objects(pictures, objects, images.class_names, side=side)
+    return grid_of_objects(pictures, objects, images.class_names, side=side, titles=("there", "found") * 2)
 
 
 def grid_of_objects(
-    images: Iterable[Tensor], objects: Iterable[dict[str, Tensor]], class_names: Sequence[str], *, side: int = 320
+    images: Iterable[Tensor], objects: Iterable[dict[str, Tensor]], class_names: Sequence[str], *, side: int = 320,
+    titles: Sequence[str] = (),
 ) -> Image.Image:
-    """Pictures with what is in them, four in a row, their longer sides ``side`` px.
+    """Pictures with what is in them, four in a row, their longer sides ``side`` px, under the columns' titles.
 
     Shape: of a picture (3, H, W), uint8 or float32 in [0, 1]; objects see `detect`.
     """
@@ -96,4 +97,12 @@ def grid_of_objects(
         pixels = F.resize(F.to_dtype(image.cpu(), torch.uint8, scale=True), size, antialias=True)
         drawn = draw_objects(pixels, shown, class_names)
         cells.append(F.pad(drawn, [0, 0, side - size[1], side - size[0]]))
-    return F.to_pil_image(make_grid(cells, nrow=4, padding=4, pad_value=255))
+    grid = F.to_pil_image(make_grid(cells, nrow=4, padding=4, pad_value=255))
+    if not titles:
+        return grid
+    canvas = Image.new("RGB", (grid.width, grid.height + BAR), "white")
+    canvas.paste(grid, (0, BAR))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(BAR - 6)
+    for column, title in enumerate(titles[: len(cells)]):
+        draw.text((4 + column * (side + 4) + side / 2, BAR / 2 + 2), title, fill="black", font=font, anchor="mm")
+    return canvas
