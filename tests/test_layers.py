@@ -26,11 +26,11 @@ INSIDE = {
     ],
     "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "stored", "folder",
         "augmented", "tar", "hub", "sampler",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
-                  "drawing"],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+                  "average_precision", "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [

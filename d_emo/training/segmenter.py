@@ -30,7 +30,7 @@ from d_emo.segmentation.pictures import overlay, palette, side_by_side
 from d_emo.weights import load_weights
 
 HELD_OUT = 200
-"""Drawn scenes to measure on."""
+"""Built-in pictures to measure on, at most."""
 PICTURES = 6
 """Held-out images in the picture of a snapshot."""
 PLAIN = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -164,8 +164,8 @@ def open_labelled(settings: SegmenterSettings) -> tuple[LabelledImages, Labelled
     """The images to train on and those to measure on; InputError where they have other classes."""
     if settings.data_dir is None:
         made = {"num_images": settings.num_images, "seed": settings.seed}
-        return (LabelledScenes(settings.image_size, **made),
-                LabelledScenes(settings.image_size, num_images=HELD_OUT, split="test"))  # fmt: skip
+        return (LabelledScenes(settings.image_size, dataset=settings.dataset, **made),
+                LabelledScenes(settings.image_size, dataset=settings.dataset, num_images=HELD_OUT, split="test"))
     images = MaskFolder(settings.data_dir, background=settings.background)
     if settings.validate_dir is None and not images.splits:
         if settings.validate_every is not None:
