@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.dense import DenseSettings
@@ -19,6 +19,8 @@ from d_emo.config.ranges import (
     Whole,
 )  # fmt: skip
 from d_emo.errors import InputError
+
+Blend = Literal["mean", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,11 @@ class SegmenterSettings(DenseSettings):
         resumable=True, source=True
     )
     image_size: ClassifierSide = setting(512, "side of the training crops, and shorter side in measuring, in pixels")
+    stride: Count | None = setting(
+        None, "measure images at their own size, by windows of --image-size so many pixels apart. Default: whole ones",
+        resumable=True
+    )
+    blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
     scale_range: list[Positive] = setting(
         [0.5, 2.0], "shorter side of an image before the crop, as multiples of --image-size", group="Augmentation"
@@ -66,6 +73,8 @@ class SegmenterSettings(DenseSettings):
     def check(self) -> None:
         if not (len(self.scale_range) == 2 and self.scale_range[0] <= self.scale_range[1]):
             raise InputError(f"`scale_range` must be two rising factors, not {self.scale_range}")
+        if self.stride is not None and self.stride > self.image_size:
+            raise InputError(f"`stride` {self.stride} leaves pixels out between windows of {self.image_size}")
         if self.validate_dir is not None and self.data_dir is None:
             raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out "
                              "some of their own")  # fmt: skip
@@ -101,6 +110,14 @@ class SegmentSettings(ReadingSettings):
     )
     image_size: ClassifierSide | None = setting(
         None, "pixels of the shorter side that the network sees. Default: as it was trained"
+    )
+    crop: ClassifierSide | None = setting(
+        None, "side of the windows that an image goes through the network in. Default: as it was measured in training, "
+        "which may be whole"
+    )
+    stride: Count | None = setting(None, "pixels from a window to the next. Default: two thirds of the window's side")
+    blend: Blend | None = setting(
+        None, "mean of the logits where windows overlap, or weighted by a Gaussian. Default: as it was trained"
     )
     output: str | None = setting(
         None, "folder for pictures, masks and JSON. Default: samples/segment-<first image>, numbered if it exists",
