@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from d_emo.data.scenes import ShapeScenes
 from d_emo.detection.anchors import fit_of_anchors
 from d_emo.models import create_model
 
@@ -68,10 +67,8 @@ def test_pyramids_have_anchors_too(name):
     assert row.best > 0.3 and small.training
 
 
-def test_scaled_anchors_reach_the_large_objects_of_512_px():
-    pictures = ShapeScenes(512, split="test")
-    fixed, scaled = (
-        fit_of_anchors(model(image_size=512, anchors=anchors), pictures, range(12), sides=(256,))[-1].best
-        for anchors in ("fixed", "scaled")
-    )
-    assert scaled > fixed + 0.1
+def test_scaled_anchors_reach_large_objects_of_512_px_and_fixed_ones_the_small():
+    pictures = Pictures([[56, 56, 456, 456], [100, 100, 128, 128]], (512, 512))
+    fixed, scaled = (fit_of_anchors(model(image_size=512, anchors=anchors), pictures) for anchors in ("fixed", "scaled"))
+    assert scaled[2].best > fixed[2].best + 0.1 and fixed[0].best > scaled[0].best + 0.1
+    assert [row.reached for row in (scaled[2], scaled[0])] == [1, 0]

@@ -117,6 +117,17 @@ def test_a_shape_alone_is_drawn_as_in_shapes_1000(shape):
         assert np.allclose(draw_scene(scene, 80), draw_scenes([scene], 80)[0], atol=1e-5)
 
 
+def test_a_mask_is_where_a_shape_covers_half_of_a_pixel():
+    """So does a disc where the pixel's centre is within 0.95 of its radius."""
+    places = ((-0.4, 0.0, 0.5), (0.7, 0.5, 0.2))
+    discs = [ShapeScene(0, 3, 4, x, y, radius, 0.3, 1.0, 0.0, 0.0) for x, y, radius in places]
+    _, masks = draw_scenes(discs, 64)
+    centres = (torch.arange(64).double() + 0.5) / 32 - 1
+    for disc, mask in zip(discs, masks, strict=True):
+        inside = torch.hypot(centres[None] - disc.x, centres[:, None] - disc.y) <= 0.95 * disc.radius
+        assert np.array_equal(mask.astype(bool), inside.numpy())
+
+
 def test_scenes_have_a_class_for_every_pixel():
     labelled = LabelledScenes(64, num_images=3, dataset="shape-scenes")
     assert labelled.class_names == ["background", *SHAPES] and labelled.flip and labelled.name == "shape-scenes"
