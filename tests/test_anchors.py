@@ -69,6 +69,6 @@ def test_pyramids_have_anchors_too(name):
 
 def test_scaled_anchors_reach_large_objects_of_512_px_and_fixed_ones_the_small():
     pictures = Pictures([[56, 56, 456, 456], [100, 100, 128, 128]], (512, 512))
-    fixed, scaled = (fit_of_anchors(model(image_size=512, anchors=anchors), pictures) for anchors in ("fixed", "scaled"))
+    fixed, scaled = (fit_of_anchors(model(image_size=512, anchors=kind), pictures) for kind in ("fixed", "scaled"))
     assert scaled[2].best > fixed[2].best + 0.1 and fixed[0].best > scaled[0].best + 0.1
     assert [row.reached for row in (scaled[2], scaled[0])] == [1, 0]

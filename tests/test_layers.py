@@ -24,9 +24,11 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "sliding", "augment", "measures", "pictures"],
+    "segmentation": [
+        "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+    ],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "stored", "folder",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "stored", "folder",
         "augmented", "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",

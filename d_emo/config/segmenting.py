@@ -37,7 +37,7 @@ class SegmenterSettings(DenseSettings):
     )
     freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
     data_dir: str | None = setting(
-        None, "folder of images and PNG masks: as ADE20K, as Cityscapes, or images/ and masks/ with classes.txt "
+        None, "folder of images and masks: as ADE20K, Cityscapes, HRF, DRIVE, or images/ and masks/ with classes.txt "
         "(docs/segmentation.md). Default: the pictures of --dataset",
         resumable=True, decisive=True, source=True, group="Data"
     )
@@ -52,12 +52,19 @@ class SegmenterSettings(DenseSettings):
     )
     blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
+    field_of_view: bool = setting(
+        False, "of fundus photographs as HRF and DRIVE keep them, leave out the pixels outside the round field of view"
+    )
     scale_range: list[Positive] = setting(
         [0.5, 2.0], "shorter side of an image before the crop, as multiples of --image-size", group="Augmentation"
     )
     largest_share: PositiveFraction = setting(0.75, "of one class in a crop; with more another crop is tried")
     colours: bool = setting(True, "distort brightness, contrast, saturation and hue")
     aux_weight: NotNegative = setting(0.4, "weight of the auxiliary head's loss", group="Loss")
+    dice_weight: NotNegative = setting(
+        0.0, "weight of the Dice loss of the decode head, for classes with few pixels; mmseg's DiceLoss is often used "
+        "with 3"
+    )
     batch_size: Count = setting(32, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(1.2e-4, "peak learning rate of AdamW", aliases=["--lr"])
     head_lr_scale: NotNegative = setting(10.0, "factor on the learning rate of the heads, a feature pyramid left out")

@@ -142,9 +142,7 @@ class MaskFolder(LabelledImages):
             if stored.mode not in ("1", "L", "P", "I;16", "I"):
                 raise InputError(f"a mask has one value a pixel, its class, and this is {stored.mode}")
             values = np.asarray(stored).astype(np.int64)
-        if values.shape != pixels.shape[:2]:
-            shapes = " x ".join(map(str, values.shape[::-1])), " x ".join(map(str, pixels.shape[1::-1]))
-            raise InputError(f"the mask {mask} has {shapes[0]} px, and its image {image} {shapes[1]} px")
+        check_size(mask, values, image, pixels)
         classes = self.table[np.clip(values, 0, IGNORED)]
         beyond = values[(classes == _UNKNOWN) | (values > IGNORED)]
         if beyond.size:
@@ -153,6 +151,19 @@ class MaskFolder(LabelledImages):
                 f"{self.root} ({IGNORED} is what is ignored)"
             )
         return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
+
+
+def check_size(mask: Path, values: np.ndarray, image: Path, pixels: np.ndarray) -> None:
+    """Refuse a mask that is not as large as its image.
+
+    Shape: (H, W), (H, W, 3).
+
+    Raises:
+        InputError: Both sizes, and the files.
+    """
+    if values.shape != pixels.shape[:2]:
+        shapes = " x ".join(map(str, values.shape[::-1])), " x ".join(map(str, pixels.shape[1::-1]))
+        raise InputError(f"the mask {mask} has {shapes[0]} px, and its image {image} {shapes[1]} px")
 
 
 def class_names_of(root: Path, layout: Layout) -> list[str]:
