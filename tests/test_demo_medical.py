@@ -51,7 +51,8 @@ def test_what_is_found_missed_and_wrong_has_its_colour():
 def test_the_medical_floor_is_the_best_threshold():
     drawings = LabelledScenes(96, num_images=8, dataset="fundus")
     best = demo_medical.fitted_threshold(drawings)
-    dice = [demo_medical.threshold_quality(drawings, range(8), each).dice[1] for each in (best, best - 1, best + 1)]
+    around = demo_medical.threshold_quality(drawings, range(8), [best, best - 1, best + 1])
+    dice = [quality.dice[1] for quality in around]
     assert dice[0] == max(dice) > 0.3
 
 

@@ -1,5 +1,6 @@
 """How ``d-emo demo medical`` ends: Dice of U-EMO, of the convolutional U-Net and of a threshold, and a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def conclude() -> None:
         rows.append([name, f"{meta['parameters']:,}", *in_percent(quality), f"{meta['training_minutes']:.1f}"])
         images = range(meta["quality"]["images"])
     darkest = fitted_threshold(LabelledScenes(size, num_images=200, dataset="fundus"))
-    rows.append(["floor: darker than around", "1", *in_percent(threshold_quality(held_out, images, darkest)), "0"])
+    (floor,) = threshold_quality(held_out, images, [darkest])
+    rows.append(["floor: darker than around", "1", *in_percent(floor), "0"])
     save_png(picture(segmenters, held_out, size), PICTURE, {"demo": "medical"})
     print(markdown_table([f"{len(images)} held-out drawings", "parameters", "Dice of vessels, %", "mDice, %", "mIoU, %",
                           "minutes"], rows))  # fmt: skip
@@ -59,18 +61,22 @@ def darkness(image: Tensor) -> np.ndarray:
     return (blurred(green, side / 30) - blurred(green, side / 300)) * inside
 
 
-def threshold_quality(images: LabelledImages, indices: range, threshold: float) -> Quality:
-    """How good it is to call a vessel what is darker than around it by more than a threshold."""
-    areas = Areas(2)
+def threshold_quality(images: LabelledImages, indices: range, thresholds: Sequence[float]) -> list[Quality]:
+    """How good it is to call a vessel what is darker than around it by more than each of some thresholds."""
+    areas = [Areas(2) for _ in thresholds]
     for index in indices:
         image, truth = images[index]
-        areas.add(torch.from_numpy(darkness(image) > threshold), truth)
-    return Quality.of(areas.sums)
+        dark = torch.from_numpy(darkness(image))
+        for each, threshold in zip(areas, thresholds, strict=True):
+            each.add(dark > threshold, truth)
+    return [Quality.of(each.sums) for each in areas]
 
 
-def fitted_threshold(images: LabelledImages) -> float:
-    """The best one, by Dice, on some drawings to train on."""
-    return max(range(1, 31), key=lambda threshold: threshold_quality(images, range(8), threshold).dice[1] or 0.0)
+def fitted_threshold(images: LabelledImages) -> int:
+    """The best whole one, by Dice, on eight drawings to train on."""
+    thresholds = range(1, 31)
+    found = threshold_quality(images, range(8), thresholds)
+    return max(thresholds, key=lambda each: found[each - 1].dice[1] or 0.0)
 
 
 def picture(segmenters: dict[str, OpenSegmenter], held_out: LabelledImages, size: int) -> Image.Image:
