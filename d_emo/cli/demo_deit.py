@@ -57,7 +57,10 @@ def nearest_mean(images: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
 
 
 def picture(network: nn.Module, images: Tensor, labels: Tensor, shares: Tensor) -> Image.Image:
-    """A digit of each class; where its pixels moved the answer; digits that were read wrongly, or least surely."""
+    """A digit of each class; where its pixels moved the answer; digits that were read wrongly, or least surely.
+
+    Shape: images (N, 3, H, W) in [-1, 1], labels (N,), shares (N, 10).
+    """
     likely, found = shares.max(dim=1)
     first = [int((labels == label).nonzero()[0]) for label in range(10)]
     unsure = sorted(range(len(labels)), key=lambda i: (bool(found[i] == labels[i]), float(likely[i])))[:COLUMNS]
