@@ -13,7 +13,7 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "video", "inspecting",
         "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
@@ -26,16 +26,16 @@ INSIDE = {
     ],
     "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
-        "tar", "hub", "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "moving", "stored", "folder",
+        "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
+        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "video", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",
