@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "video", "inspecting",
-        "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "video",
+        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",

@@ -100,7 +100,7 @@ class VideoSettings(RunSettings):
         if self.data_dir is None and self.flip:
             raise InputError("`flip`: a mirrored motion is of another class; leave it away")
         if self.data_dir is None and self.rand_augment not in (None, "none"):
-            raise InputError(f"`rand_augment` {self.rand_augment} needs videos of your own; with moving digits use none")
+            raise InputError(f"`rand_augment` {self.rand_augment} needs videos of your own; leave it away")
 
     def resolve(self, **facts: Any) -> VideoSettings:
         """Fill in what is left open; ``epochs`` and a folder with train and val once the data are known.

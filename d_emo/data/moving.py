@@ -17,6 +17,9 @@ SPEEDS = {"slow": 1, "fast": 3}
 DIGITS = (3, 4, 6, 7, 9)
 """Those that half a turn changes: of others, 3/8 clockwise would look like 1/8 counterclockwise."""
 
+HELD_OUT = 480
+"""Videos to measure on."""
+
 
 class MovingDigits(ClassImages):
     """One of scikit-learn's scanned digits moves across, down or turns, slowly or fast: twelve motions.
@@ -75,3 +78,8 @@ class MovingDigits(ClassImages):
             ink = np.roll(ink, (round(down * size), round(across * size)), axis=(0, 1))
             video[:, t] = (ground + ink[..., None] * (colour - ground)).transpose(2, 0, 1)
         return torch.from_numpy(video).div_(127.5).sub_(1)
+
+
+def held_out_digits(image_size: int, frames: int) -> MovingDigits:
+    """The videos that networks are measured on, the same for all."""
+    return MovingDigits(image_size, frames=frames, num_videos=HELD_OUT, split="test")

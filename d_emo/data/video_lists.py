@@ -9,7 +9,7 @@ from typing import NamedTuple
 from d_emo.config import folder_of
 from d_emo.data.folder import class_files
 from d_emo.data.listing import find_splits, list_files, list_folders
-from d_emo.data.names import in_class_order, number_classes, read_class_names
+from d_emo.data.names import in_class_order, number_classes
 from d_emo.data.reading import describe_left_out
 from d_emo.data.videos import VIDEOS, is_video
 from d_emo.errors import InputError

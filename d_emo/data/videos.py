@@ -27,9 +27,9 @@ def is_video(path: str | Path) -> bool:
 class ClipSampler:
     """Which frames of a video make a clip, by the times at which they are shown; so a changing rate does not matter.
 
-    Uniform: one frame of each of as many equal parts of the video as a clip has frames (TSN, section 3.1). Dense: frames
-    a fixed time apart, as long as ``interval`` frames take on average (SlowOnly's and I3D's way); a clip longer than
-    the video repeats the last frame.
+    Uniform: one frame of each of as many equal parts of the video as a clip has frames (TSN, section 3.1). Dense:
+    frames a fixed time apart, as long as ``interval`` frames take on average (SlowOnly's and I3D's way); a clip longer
+    than the video repeats the last frame.
 
     Attributes:
         frames: Of a clip, T.

@@ -6,6 +6,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from d_emo.config import EvaluateClassifierSettings
+from d_emo.data import ClassImages
+from d_emo.data.moving import held_out_digits
+from d_emo.data.video_folder import MeasuredVideos
+from d_emo.data.video_lists import list_videos, split_videos
 from d_emo.data.videos import ClipSampler
 from d_emo.errors import InputError
 from d_emo.io.classifier import Normalized, open_snapshot, validate_dir_of
@@ -50,7 +55,11 @@ class VideoClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class OpenVideoClassifier:
-    """A classifier of videos in eval mode, and what is known of the videos it was trained on."""
+    """A classifier of videos in eval mode, and what is known of the videos it was trained on.
+
+    ``validate_dir`` holds those that its run was measured on, where they were the user's own; ``built_in`` says that
+    they were moving digits.
+    """
 
     name: str
     model: VideoClassifier
@@ -58,8 +67,27 @@ class OpenVideoClassifier:
     image_size: int
     sampler: ClipSampler
     validate_dir: str | None
-    """Held-out videos of its run, where those were the user's own; None: moving digits."""
     built_in: bool
+
+
+def open_videos(settings: EvaluateClassifierSettings, classifier: OpenVideoClassifier) -> ClassImages:
+    """The videos to measure on: a folder or list, else those that the run of the classifier was measured on.
+
+    Raises:
+        InputError: None are named and none are known; they have other classes.
+    """
+    if settings.dataset is not None:
+        raise InputError(f"`dataset` {settings.dataset} holds images, and {classifier.name} is a {KIND}; leave it away")
+    size, source = settings.image_size or classifier.image_size, settings.data_dir or classifier.validate_dir
+    if source is None and classifier.built_in:
+        return held_out_digits(size, classifier.sampler.frames)
+    if source is None:
+        raise InputError(f"{classifier.name} was trained without held-out videos; name some with `data_dir`")
+    train, held_out = split_videos(source)
+    return MeasuredVideos(
+        list_videos(held_out or train, classifier.class_names), size, sampler=classifier.sampler, clips=settings.clips,
+        crops=settings.crops, crop_share=settings.crop_share, skip_corrupt=None,
+    )  # fmt: skip
 
 
 def open_video_classifier(source: str, weights: str = "ema") -> OpenVideoClassifier:

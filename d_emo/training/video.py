@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from d_emo.config import VideoSettings
 from d_emo.data import ClassImages
-from d_emo.data.moving import MovingDigits
+from d_emo.data.moving import MovingDigits, held_out_digits
 from d_emo.data.video_folder import MeasuredVideos, TrainingVideos
 from d_emo.data.video_lists import list_videos, split_videos
 from d_emo.data.videos import ClipSampler, import_av
@@ -26,9 +26,6 @@ from d_emo.models.video import classify_clips, inflate
 from d_emo.training.classifier import ClassifierTask
 from d_emo.training.finetuning import start_classifier_from
 from d_emo.weights import load_weights
-
-HELD_OUT = 480
-"""Moving digits to measure on."""
 
 
 class VideoTask(ClassifierTask):
@@ -128,7 +125,9 @@ def open_videos(settings: VideoSettings) -> tuple[ClassImages, ClassImages | Non
     import_av()
     videos = list_videos(split_videos(settings.data_dir)[0])
     if len(videos.class_names) < 2:
-        raise InputError(f"{settings.data_dir} has only the class {videos.class_names[0]}; a classifier needs two or more")
+        raise InputError(
+            f"{settings.data_dir} has only the class {videos.class_names[0]}; a classifier needs two or more"
+        )
     train = TrainingVideos(
         videos, size, sampler=sampler, crop_scale=settings.crop_scale, seed=settings.seed, mirror=settings.flip,
         rand_augment=None if settings.rand_augment == "none" else settings.rand_augment,
@@ -142,8 +141,3 @@ def open_videos(settings: VideoSettings) -> tuple[ClassImages, ClassImages | Non
         list_videos(settings.validate_dir, videos.class_names), size, sampler=sampler, crop_share=settings.crop_share,
         skip_corrupt=settings.skip_corrupt,
     )  # fmt: skip
-
-
-def held_out_digits(image_size: int, frames: int) -> MovingDigits:
-    """The moving digits that networks are measured on."""
-    return MovingDigits(image_size, frames=frames, num_videos=HELD_OUT, split="test")
