@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "video",
-        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
+        "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -24,7 +24,7 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "augment", "measures", "pictures"],
+    "segmentation": ["heads", "networks", "unet", "images", "sliding", "augment", "measures", "pictures"],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "moving", "stored", "folder",
         "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",

@@ -153,6 +153,9 @@ def test_measures_equal_a_plain_computation():
     assert quality.mean_iou == pytest.approx(np.mean(iou), abs=1e-6)
     assert quality.mean_accuracy == pytest.approx(np.mean(accuracy), abs=1e-6)
     assert quality.pixel_accuracy == pytest.approx((p == t).mean(), abs=1e-6)
+    dice = [2 * ((p == c) & (t == c)).sum() / ((p == c).sum() + (t == c).sum()) for c in range(5)]
+    assert quality.mean_dice == pytest.approx(np.mean(dice), abs=1e-6) and quality.dice[5:] == (None, None)
+    assert quality.dice[:5] == pytest.approx(dice, abs=1e-6)
     assert quality.iou[:5] == pytest.approx(iou, abs=1e-6) and quality.iou[5:] == (None, None)
 
 
@@ -188,7 +191,7 @@ def test_validation_over_two_processes_is_that_of_one():
     whole = task.validate(task.model, rank=0, world_size=1)
     summed = task.figures({name: sum(share[name].item() for share in shares) for name in whole})
     alone = task.figures({name: value.item() for name, value in whole.items()})
-    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "aAcc", "mAcc"}
+    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "mDice", "aAcc", "mAcc"}
 
 
 def test_the_backbone_starts_from_a_classifier_and_heads_learn_faster(tmp_path):

@@ -16,6 +16,7 @@ SNAPSHOT: dict[str, Any] = {
     "average_precision": dict[str, Any] | None,
     "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
+    "windows": dict[str, Any] | None,
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

@@ -27,6 +27,7 @@ from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, M
 from d_emo.segmentation.measures import Quality, measure, segment
 from d_emo.segmentation.networks import Segmenter
 from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.sliding import Windows
 from d_emo.weights import load_weights
 
 HELD_OUT = 200
@@ -56,6 +57,9 @@ class SegmenterTask:
         self.images, self.held_out = open_labelled(settings)
         self.facts = {"images": len(self.images)}
         self.settings = settings = settings.resolve(**self.facts)
+        stride, self.windows = settings.stride, None
+        if stride is not None:
+            self.windows = Windows(settings.image_size, stride, settings.blend)
         self.dataset = TrainingCrops(
             self.images, settings.image_size, scale_range=tuple(settings.scale_range), colours=settings.colours,
             largest_share=settings.largest_share, flip=settings.flip, seed=settings.seed,
@@ -120,8 +124,8 @@ class SegmenterTask:
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         labels = range(len(self.images.class_names))
         quality = Quality.of(torch.tensor([[sums[f"{part} {label}"] for label in labels] for part in PARTS]))
-        return {"loss": sums["loss"] / sums["count"], "mIoU": quality.mean_iou, "aAcc": quality.pixel_accuracy,
-                "mAcc": quality.mean_accuracy}  # fmt: skip
+        return {"loss": sums["loss"] / sums["count"], "mIoU": quality.mean_iou, "mDice": quality.mean_dice,
+                "aAcc": quality.pixel_accuracy, "mAcc": quality.mean_accuracy}  # fmt: skip
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return []
@@ -132,6 +136,7 @@ class SegmenterTask:
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.images.name,
             "class_names": self.images.class_names, "num_images": len(self.images),
             "normalisation": dict(zip(("mean", "std"), self.normalisation, strict=True)),
+            "windows": self.windows and asdict(self.windows),
             "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
@@ -145,18 +150,23 @@ class SegmenterTask:
         images, colours, rows = self.held_out or self.images, palette(len(self.images.class_names)), []
         for index in spread(len(images), PICTURES):
             image, truth = images[index]
-            found = segment(self._as_trained(model), image, self.settings.image_size).argmax(dim=0)
+            found = segment(self._as_trained(model), image, self.size, windows=self.windows).argmax(dim=0)
             rows.append([image.permute(1, 2, 0).numpy(), overlay(image, truth, colours),
                          overlay(image, found, colours)])  # fmt: skip
         with replacing(path) as temporary:
             side_by_side(rows).save(temporary, format="PNG")
+
+    @property
+    def size(self) -> int | None:
+        """Pixels of the shorter side of a measured image; None, its own, where it is measured window by window."""
+        return None if self.windows else self.settings.image_size
 
     def _as_trained(self, model: nn.Module) -> Normalized:
         """The model with the normalisation that it is trained with before it."""
         return Normalized(model, *self.normalisation).to(next(model.parameters()).device)
 
     def _measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
-        areas, loss = measure(self._as_trained(model), self.held_out, self.settings.image_size, indices)
+        areas, loss = measure(self._as_trained(model), self.held_out, self.size, indices, windows=self.windows)
         return areas.sums, loss
 
 
