@@ -14,8 +14,8 @@ from d_emo.text import markdown_table
 from d_emo.training.accuracy import Accuracy
 
 RUNS = {"V-EMO": "demo/video", "image network, mean of the frames": "demo/video-frames"}
-ZOOM, LINE, WORDS = 2, 20, 300
-"""Of frames; height of a line and width of the words in pixels."""
+ZOOM, GAP, LINE, WORDS = 2, 4, 20, 250
+"""Of frames; pixels between them, of a line's height and of the words' width."""
 RIGHT, WRONG = (0, 110, 0), (190, 0, 0)
 
 
@@ -46,13 +46,15 @@ def draw(clips: torch.Tensor, names: list[str], found: dict[str, list[int]]) -> 
         names: Of the classes.
         found: The classes of the videos by each network.
     """
-    frames = to_uint8(clips).permute(0, 3, 2, 4, 1).flatten(2, 3).numpy()  # (B, H, T W, 3)
-    height, width = (ZOOM * side for side in frames.shape[1:3])
-    canvas = Image.new("RGB", (WORDS + width, (height + 4) * len(frames)), "white")
+    frames = to_uint8(clips).permute(0, 2, 3, 4, 1).numpy()  # (B, T, H, W, 3)
+    side = ZOOM * frames.shape[2]
+    canvas = Image.new("RGB", (WORDS + (side + GAP) * frames.shape[1], (side + GAP) * len(frames)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for label, strip in enumerate(frames):
-        top = label * (height + 4)
-        canvas.paste(Image.fromarray(strip).resize((width, height), Image.Resampling.NEAREST), (WORDS, top))
+    for label, film in enumerate(frames):
+        top = label * (side + GAP)
+        for t, frame in enumerate(film):
+            zoomed = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(zoomed, (WORDS + t * (side + GAP), top))
         pen.text((6, top), names[label], "black", ImageFont.load_default(16))
         for line, (network, classes) in enumerate(found.items(), 1):
             colour = RIGHT if classes[label] == label else WRONG

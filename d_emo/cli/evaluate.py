@@ -14,7 +14,11 @@ from d_emo.training.accuracy import measure_accuracy
 
 
 def run(settings: EvaluateClassifierSettings) -> None:
-    """Measure the accuracy, print it and write it where asked."""
+    """Measure the accuracy, print it and write it where asked.
+
+    Raises:
+        InputError: Several clips or crops of images.
+    """
     of_videos = kind_of(settings.model) == KIND
     if not of_videos and (settings.clips, settings.crops) != (1, 1):
         raise InputError(f"`clips` and `crops` are for classifiers of videos, and {settings.model} is none")

@@ -117,7 +117,10 @@ class VideoTask(ClassifierTask):
 
 
 def open_videos(settings: VideoSettings) -> tuple[ClassImages, ClassImages | None]:
-    """The videos to train on, and those to measure on: None where data of one's own come without."""
+    """The videos to train on, and those to measure on: None where data of one's own come without.
+
+    InputError for data of one class only, or that do not belong together.
+    """
     size, sampler = settings.image_size, ClipSampler(settings.frames, settings.sampling, settings.frame_interval)
     if settings.data_dir is None:
         made = {"frames": settings.frames, "num_videos": settings.num_videos, "seed": settings.seed}
