@@ -78,6 +78,7 @@ WRITES = {
                            "--output OUT/table",
 }  # fmt: skip
 WRITES_NOTHING = {
+    "demo": "it runs other verbs, one after the other",
     "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
     "benchmark kernels": "it prints", "benchmark step": "it prints",
     "benchmark classifiers": "as denoisers",
