@@ -24,13 +24,15 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "sliding", "augment", "measures", "pictures"],
-    "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "moving", "stored", "folder",
-        "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
+    "segmentation": [
+        "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
-                  "drawing"],
+    "data": [
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
+        "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
+    ],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+                  "average_precision", "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
