@@ -49,4 +49,9 @@ DEMOS: Table[DemoRow] = Table("demo", [
         runs=(("train-classifier", "deit_shapes.yaml"), ("train-classifier", "deit_digits.yaml")),
         conclude="d_emo.cli.demo_deit:conclude",
     ),
+    DemoRow(
+        name="video", title="tell motions of digits apart, which no single frame shows",
+        runs=(("train-video", "video.yaml"), ("train-video", "video_frames.yaml")),
+        conclude="d_emo.cli.demo_video:conclude",
+    ),
 ])  # fmt: skip
