@@ -186,7 +186,7 @@ class DEMOPipeline(DiffusionPipeline):
         set_steps(self.scheduler, num_inference_steps, self._execution_device)
         steps = denoise(
             self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
-            guidance=guidance, generator=generator,
+            guidance=guidance, generator=generator, objective=self.config.objective,
         )
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for step in steps:

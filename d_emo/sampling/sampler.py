@@ -21,6 +21,7 @@ from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.denoising import Step, check_codec, decode, sample
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.tables import objective_of
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """Types of the denoiser by ``mixed_precision`` of settings."""
@@ -58,7 +59,8 @@ class Sampler:
     ):
         self.model, self.codec, self.scheduler_config = model, codec, scheduler_config
         self.class_names, self.snapshot = class_names, snapshot
-        self._scheduler_name, self._objective = scheduler, objective or (snapshot and snapshot.objective)
+        self._scheduler_name = scheduler
+        self._objective = objective or (snapshot and snapshot.objective) or objective_of(scheduler_config)
         self.scheduler, self.steps, self.guidance = _settle(
             scheduler_config, self._objective, scheduler, steps, guidance, snapshot
         )
@@ -137,7 +139,7 @@ class Sampler:
         scheduler = copy.deepcopy(self.scheduler)  # it has a state, and there may be several drawings at once
         for step in sample(
             self.model, scheduler, labels, seeds, steps=self.steps, guidance=self.guidance, batch_size=batch_size,
-            exact=exact,
+            exact=exact, objective=self._objective,
         ):
             if step.is_last:
                 step.images = to_uint8(decode(self.codec, step.latents)).cpu()

@@ -26,6 +26,7 @@ from d_emo.tables.objectives import (
     noise_objectives,
     objective_of,
     schedulers_of,
+    takers,
 )
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
 from d_emo.tables.table import Reference, Table, load

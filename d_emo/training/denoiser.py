@@ -1,5 +1,6 @@
 """The task of training a denoiser on latents."""
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -25,6 +26,9 @@ from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
+
+BASE_SIZE = 4 * 32 * 32
+"""Values of the latents that are not shifted: Stable Diffusion's at 256 px, as in RAE (Zheng et al., 2025)."""
 
 
 class DenoiserTask:
@@ -80,6 +84,7 @@ class DenoiserTask:
             null_class=self.model.null_class, label_dropout=settings.label_dropout,
             learn_sigma=self.model.predicts_variance,
             logit_normal=(settings.logit_mean, settings.logit_std) if settings.timestep_sampling != "uniform" else None,
+            **_terms(settings, self.model.latent_shape),
         )
         self.scheduler = self.objective.noise_schedule()
 
@@ -171,6 +176,14 @@ class DenoiserTask:
         if self.started_from:
             meta["started_from"] = self.started_from
         save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+
+
+def _terms(settings: TrainSettings, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments that only some objectives have."""
+    terms = {name: getattr(settings, name) for name in OBJECTIVES[settings.objective].takes}
+    if terms.get("time_shift") == "auto":
+        terms["time_shift"] = math.sqrt(math.prod(latent_shape) / BASE_SIZE)
+    return terms
 
 
 @torch.no_grad()
