@@ -46,7 +46,7 @@ class ObjectiveSettings(Settings):
         """
         plain = {"time_shift": 1.0, "contrastive": 0.0}
         found = {name: value if (mine := getattr(self, name)) is None else mine for name, value in plain.items()}
-        takes = OBJECTIVES[objective].takes if objective in OBJECTIVES else ()  # a name that nobody knows is refused later
+        takes = OBJECTIVES[objective].takes if objective in OBJECTIVES else ()  # an unknown name is refused later
         for name, value in found.items():
             if name not in takes and value != plain[name]:
                 raise InputError(

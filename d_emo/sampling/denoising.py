@@ -46,6 +46,7 @@ class Step:
 def sample(
     denoiser: DenoiserFrame, scheduler: Any, class_labels: Labels, seeds: Labels, *, steps: int,
     guidance: Guidance, batch_size: int = 64, exact: bool = True, objective: str | None = None,
+    guide: DenoiserFrame | None = None,
 ) -> Iterator[Step]:
     """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
 
@@ -63,6 +64,7 @@ def sample(
         exact: Off, a CPU denoises whole batches, which is faster for small networks; the last bits of an image may
             then depend on its batch.
         objective: What the denoiser was trained for. Default: the first that predicts what the scheduler's config says.
+        guide: A weaker denoiser for the same, see `Guidance`.
 
     Yields:
         All steps of the first images, then those of the next ones: a batch, on a CPU (unless ``exact`` is off) a part
@@ -92,7 +94,7 @@ def sample(
             set_steps(scheduler, steps, denoiser.device)
             for step in denoise(
                 denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators,
-                objective=objective,
+                objective=objective, guide=guide,
             ):
                 step.latents, step.first = step.latents[: len(part)], part[0]
                 yield step
@@ -114,11 +116,12 @@ def _part_size(denoiser: DenoiserFrame) -> int | None:
 def denoise(
     denoiser: DenoiserFrame, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
     generator: torch.Generator | list[torch.Generator] | None = None, objective: str | None = None,
+    guide: DenoiserFrame | None = None,
 ) -> Iterator[Step]:
     """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
 
-    The generator, one for each image or one for all, is for the noise that a scheduler adds. The objective, see
-    `sample`, tells what the denoiser predicts.
+    The generator, one for each image or one for all, is for the noise that a scheduler adds. The objective
+    tells what the denoiser predicts; see `sample`, for the guide too.
 
     Shape: latents (B, C, h, w), labels (B,).
 
@@ -133,8 +136,8 @@ def denoise(
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers lack it, and the next
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
     for index, t in enumerate(scheduler.timesteps):
-        scale = guidance.at(float(t) / longest)
-        output = guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
+        scale, weight = guidance.at(float(t) / longest)
+        output = guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels, guide, weight)
         if not learned_variance:
             output = scheduled(output[:, :channels], latents, float(t) / longest)
         latents = scheduler.step(output, t, latents, **extra).prev_sample

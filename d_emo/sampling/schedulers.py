@@ -65,8 +65,8 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
     if kind.replace("flow_prediction", "flow") != wanted:
         raise InputError(
             f"the scheduler {type(scheduler).__name__} is for denoisers that predict {kind}, but this one was trained "
-            f"with {objective} and predicts {row.prediction_type}; make one of {', '.join(schedulers_of(objective))} with "
-            "d_emo.sampling.make_scheduler"
+            f"with {objective} and predicts {row.prediction_type}; make one of "
+            f"{', '.join(schedulers_of(objective))} with d_emo.sampling.make_scheduler"
         )
     if not isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range":
         scheduler.register_to_config(variance_type=None)  # of DDPM's config; see `make_scheduler`
