@@ -24,7 +24,7 @@ from d_emo.config.ranges import (
     Workers,
 )  # fmt: skip
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
+from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, OPTIMIZERS, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +213,10 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
     label_lr_scale: NotNegative = setting(
         1.0, "factor on the learning rate of the class embeddings; short runs need 3 to 30"
     )
+    optimizer: str = setting(
+        "adamw", "adamw; or muon: Muon on the matrices of the blocks, q, k and v apart, at the same learning rate, and "
+        "AdamW on all else", choices=OPTIMIZERS
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute blocks in the backward pass to save memory", resumable=True
     )
@@ -226,6 +230,8 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
+        if self.optimizer == "muon" and self.train != "all":
+            raise InputError(f"`optimizer` muon is for whole matrices; with `train` {self.train} use adamw")
         super().check()
         family = self.model and family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)

@@ -90,6 +90,13 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
     def tokens(self) -> int:
         """Positions that its widest blocks work on, per image."""
 
+    def block_matrices(self) -> dict[str, int]:
+        """The parameters that are matrices between the features of hidden layers, as an optimizer for such wants them:
+        by name how many matrices one holds, one below the other (q, k and v of one projection). None unless a frame
+        names them.
+        """
+        return {}
+
     @property
     def num_classes(self) -> int:
         """Classes without the null class."""

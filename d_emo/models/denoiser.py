@@ -160,6 +160,13 @@ class Denoiser(DenoiserFrame):
     def tokens(self) -> int:
         return math.prod(self.grid)
 
+    def block_matrices(self) -> dict[str, int]:
+        stacked = {"qk": 2, "qkv": 3}
+        return {
+            name: stacked.get(name.split(".")[-2], 1) for name, parameter in self.named_parameters()
+            if name.startswith("blocks.") and parameter.ndim == 2 and "adaLN_modulation" not in name
+        }  # fmt: skip
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity and the network's output as zero."""

@@ -28,5 +28,6 @@ from d_emo.tables.objectives import (
     schedulers_of,
     takers,
 )
+from d_emo.tables.optimizers import OPTIMIZERS, OptimizerRow
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
 from d_emo.tables.table import Reference, Table, load
