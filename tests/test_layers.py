@@ -13,7 +13,7 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
+        "paths", "ranges", "base", "objective", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
         "sampling", "measuring", "exporting", "benchmarking", "study",
     ],
     "kernels": [
@@ -34,8 +34,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
+        "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "alignment", "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

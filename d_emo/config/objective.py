@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.ranges import Fraction, Positive, Real
+from d_emo.config.ranges import Fraction, NotNegative, Positive, Real, Whole
 from d_emo.errors import InputError
-from d_emo.tables import OBJECTIVES, takers
+from d_emo.tables import OBJECTIVES, parse_alignment, takers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,24 @@ class ObjectiveSettings(Settings):
         "next image of the micro-batch; 0.05 is the paper's. Default: 0"
     )
 
+    align: str | None = setting(
+        None, "an auxiliary loss: align the map after a block with features of the clean image (REPA with iREPA's "
+        "convolution and spatial norm): vae, the clean latents themselves; or emov2:SNAPSHOT, a classifier trained "
+        "here or a released EMO file", group="Alignment"
+    )
+    align_weight: NotNegative | None = setting(None, "with --align: weight of that loss. Default: 0.5")
+    align_block: Whole | None = setting(
+        None, "with --align: which block, from 0. Default: the one in the middle"
+    )
+
+    def check(self) -> None:
+        if self.align is not None:
+            parse_alignment(self.align)
+        for name in ("align_weight", "align_block"):
+            if self.align is None and getattr(self, name) is not None:
+                raise InputError(f"`{name}` belongs to `align`, which is not given")
+        super().check()
+
     def objective_settings(self, objective: str) -> dict[str, Any]:
         """These settings with nothing left open, for an objective by name.
 
@@ -53,7 +71,9 @@ class ObjectiveSettings(Settings):
                     f"`{name}` {value} belongs to `objective` {', '.join(takers(name))}; leave it out for {objective}"
                 )
         return {
-            **found, "objective": objective, "timestep_sampling": self.timestep_sampling or "uniform",
+            **found, "objective": objective,
+            "align_weight": 0.5 if self.align is not None and self.align_weight is None else self.align_weight,
+            "timestep_sampling": self.timestep_sampling or "uniform",
             "logit_mean": 0.0 if self.logit_mean is None else self.logit_mean, "logit_std": self.logit_std or 1.0,
         }
 

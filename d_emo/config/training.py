@@ -24,7 +24,7 @@ from d_emo.config.ranges import (
     Workers,
 )  # fmt: skip
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, OPTIMIZERS, family_of
+from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, OPTIMIZERS, family_of, parse_alignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +230,9 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
+        if self.align is not None and parse_alignment(self.align)[0].images:
+            if given := "latents" if self.latents is not None else "cache_latents" if self.cache_latents else None:
+                raise InputError(f"`align` {self.align} looks at images, of which `{given}` leaves none; use vae")
         if self.optimizer == "muon" and self.train != "all":
             raise InputError(f"`optimizer` muon is for whole matrices; with `train` {self.train} use adamw")
         super().check()

@@ -17,7 +17,16 @@ from d_emo.tables.metrics import (
     with_present_names,
 )
 from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, SIZES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
-from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow, parse_features
+from d_emo.tables.networks import (
+    ALIGNMENTS,
+    CODECS,
+    EXTRACTORS,
+    AlignmentRow,
+    CodecRow,
+    ExtractorRow,
+    parse_alignment,
+    parse_features,
+)
 from d_emo.tables.objectives import (
     OBJECTIVES,
     SCHEDULERS,
