@@ -113,6 +113,13 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
     ),
     Verb(
+        "demo", "demo", "Train", "d_emo.config:DemoSettings",
+        """Train something small from nothing, in minutes on two cores, and show how good it is: figures and a picture.
+
+Everything goes to the folder demo/. It needs no network and no data. Re-run the same command to resume; what is
+trained already is not trained again.""",
+    ),
+    Verb(
         "encode", "encode_latents", "Train", "d_emo.config:EncodeSettings",
         """Encode a data set into latents, once, so that training need not: `--latents DIR` of train reads them.
 

@@ -21,6 +21,7 @@ from d_emo.config.benchmarking import (
     KernelsSettings,
     StepSettings,
 )
+from d_emo.config.demos import DemoSettings
 from d_emo.config.detecting import DetectorSettings, DetectSettings
 from d_emo.config.encoding import EncodeSettings, VAESettings
 from d_emo.config.exporting import ConvertSettings, ExportSettings
@@ -45,7 +46,7 @@ from d_emo.config.sampling import (
     check_guidance,
     read_sampler,
 )
-from d_emo.config.segmenting import SegmenterSettings, SegmentSettings
+from d_emo.config.segmenting import Blend, SegmenterSettings, SegmentSettings
 from d_emo.config.study import StudySettings
 from d_emo.config.training import (
     ClassifierSettings,

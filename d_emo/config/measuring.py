@@ -149,6 +149,7 @@ class FidSettings(ReadingSettings):
     num_images: Count | None = setting(
         None, f"number of samples to measure. Default: all of --samples, {PUBLISHED_COUNT:,} of --checkpoint"
     )
+    skip_corrupt: bool = setting(False, "leave out images that cannot be read, and say how many and why")
     metrics: list[str] = setting(["fid"], "metrics to compute", choices=METRICS, group="Metrics")
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)

@@ -14,6 +14,7 @@ SNAPSHOT: dict[str, Any] = {
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
     "average_precision": dict[str, Any] | None,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
+    "windows": dict[str, Any] | None,
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

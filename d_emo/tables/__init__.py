@@ -4,6 +4,7 @@ Nobody else lists the kinds: settings, help, training, sampling, measuring and r
 """
 
 from d_emo.tables.datasets import DATASETS, DatasetRow
+from d_emo.tables.demos import DEMOS, DemoRow
 from d_emo.tables.metrics import (
     CLASS_ACCURACY,
     EMPTY,
@@ -38,5 +39,6 @@ from d_emo.tables.objectives import (
     takers,
 )
 from d_emo.tables.optimizers import OPTIMIZERS, OptimizerRow
+from d_emo.tables.scenes import SCENES, SceneRow
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
 from d_emo.tables.table import Reference, Table, load
