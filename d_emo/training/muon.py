@@ -83,7 +83,8 @@ class Muon(torch.optim.AdamW):
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"], state["step"] = torch.zeros_like(gradient), torch.zeros(())  # AdamW asks all for a step
+        state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         update = whole(gradient.lerp(state["momentum"], group["momentum"]))
         update = torch.cat([orthogonal(each) for each in update.chunk(group["matrices"])])
