@@ -55,3 +55,4 @@ from d_emo.config.training import (
     RunSettings,
     TrainSettings,
 )
+from d_emo.config.video import VideoSettings

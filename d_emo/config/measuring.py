@@ -57,7 +57,12 @@ class EvaluateClassifierSettings(ReadingSettings):
     image_size: ClassifierSide | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
     crop_share: PositiveFraction = setting(0.875, "side of the centre crop over the image's shorter side")
     num_images: Count | None = setting(
-        None, "number of images to measure on, spread evenly over the data. Default: all, and 2,000 of Shapes-1000"
+        None, "number of images or videos to measure on, spread evenly over the data. Default: all, and 2,000 of "
+        "Shapes-1000"
+    )
+    clips: Count = setting(1, "clips of a video, spread evenly over it; their probabilities are averaged")
+    crops: Literal[1, 3] = setting(
+        1, "squares of a video's frames: the middle, or three along the longer side, as large as the shorter one"
     )
     batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")

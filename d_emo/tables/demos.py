@@ -39,4 +39,9 @@ DEMOS: Table[DemoRow] = Table("demo", [
               ("train-detector", "detector_floor.yaml")),
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
+    DemoRow(
+        name="video", title="tell motions of digits apart, which no single frame shows",
+        runs=(("train-video", "video.yaml"), ("train-video", "video_frames.yaml")),
+        conclude="d_emo.cli.demo_video:conclude",
+    ),
 ])  # fmt: skip
