@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: folders of PNG masks, and scenes that are drawn when asked for."""
+"""Images with a class for every pixel: folders of PNG masks, and built-in pictures of objects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.data.reading import Reading, is_image, naming
-from d_emo.data.scenes import DigitScenes
 from d_emo.errors import InputError
+from d_emo.tables import SCENES, load
 
 IGNORED = 255
 """The class of pixels that count for nothing."""
@@ -46,12 +46,14 @@ class LabelledImages(Dataset, ABC):
 
 
 class LabelledScenes(LabelledImages):
-    """Scanned digits on parts of photographs: the ground is class 0, digit d is class d + 1."""
+    """Built-in pictures of objects: the ground is class 0, and an object of class c is c + 1 here."""
 
-    name, flip = DigitScenes.name, False
-
-    def __init__(self, image_size: int, *, num_images: int, split: str = "train", seed: int = 0):
-        self.scenes = DigitScenes(image_size, num_images=num_images, split=split, seed=seed)
+    def __init__(
+        self, image_size: int, *, num_images: int, split: str = "train", seed: int = 0, dataset: str = "digit-scenes"
+    ):
+        row = SCENES[dataset]
+        self.scenes = load(row.scenes)(image_size, num_images=num_images, split=split, seed=seed)
+        self.name, self.flip = row.name, row.mirrors
         self.class_names = ["background", *self.scenes.class_names]
 
     def __len__(self) -> int:
@@ -59,7 +61,8 @@ class LabelledScenes(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels, objects = self.scenes.read(index)
-        return pixels, (objects["masks"] * (objects["labels"] + 1)[:, None, None].to(torch.uint8)).amax(dim=0)
+        classes = objects["masks"] * (objects["labels"] + 1)[:, None, None].to(torch.uint8)
+        return pixels, torch.cat([torch.zeros_like(pixels[:1]), classes]).amax(dim=0)
 
 
 @dataclass(frozen=True)
