@@ -81,7 +81,7 @@ def test_a_download_that_breaks_off_is_one_sentence(monkeypatch, capfd):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
-    with pytest.raises(InputError, match=r"broke off \(peer closed .* 20\)\. Run the same command again; .*`vae`"):
+    with pytest.raises(InputError, match=r"broke off \(peer closed .* 20\)\)\. Run the same command again; .*`vae`"):
         load_codec("someone/vae")
     assert capfd.readouterr() == ("", "") and logging.getLogger("huggingface_hub").level == verbosity
     hub.warning("heard again")
