@@ -69,7 +69,7 @@ def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
         load_codec("nobody/no-such-vae")
 
 
-def test_a_download_that_breaks_off_is_one_sentence(monkeypatch, capfd):
+def test_a_download_that_breaks_off_is_one_sentence(monkeypatch, caplog):
     hub = logging.getLogger("huggingface_hub.file_download")
     verbosity = logging.getLogger("huggingface_hub").level
 
@@ -83,9 +83,7 @@ def test_a_download_that_breaks_off_is_one_sentence(monkeypatch, capfd):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
     with pytest.raises(InputError, match=r"broke off \(peer closed .* 20\)\)\. Run the same command again; .*`vae`"):
         load_codec("someone/vae")
-    assert capfd.readouterr() == ("", "") and logging.getLogger("huggingface_hub").level == verbosity
-    hub.warning("heard again")
-    assert "heard again" in capfd.readouterr().err
+    assert not caplog.records and logging.getLogger("huggingface_hub").level == verbosity
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: 1 / 0)
     with pytest.raises(InputError, match=r"could not be fetched from the Hugging Face hub \(division by zero\)\. On a"):
         load_codec("someone/vae")
