@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "detecting", "segmenting", "inspecting",
-        "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
+        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
+        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -26,8 +26,8 @@ INSIDE = {
     ],
     "segmentation": ["heads", "networks", "unet", "images", "losses", "sliding", "augment", "measures", "pictures"],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder", "augmented",
-        "tar", "hub", "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder",
+        "augmented", "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
                   "drawing"],

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
-from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, NotNegative, Positive, Whole
-from d_emo.config.training import RunSettings
+from d_emo.config.dense import DenseSettings
+from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, Positive, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSettings(ReadingSettings, RunSettings):
+class DetectorSettings(ReadingSettings, DenseSettings):
     """Settings of ``scripts/train_detector.py``; the defaults are EMOv2's recipe for SSDLite on COCO."""
 
     annotations: str | None = setting(
@@ -50,11 +50,7 @@ class DetectorSettings(ReadingSettings, RunSettings):
     )
     batch_size: Count = setting(192, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW", aliases=["--lr"])
-    weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
     warmup_steps: Whole = setting(500, "steps of linear warm-up")
-    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
-        "constant-cosine", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
-    )
     grad_clip: Positive | None = setting(0.1, "largest gradient norm")
     max_steps: Count | None = setting(
         None, "optimizer steps of the whole run. Default: 366,500, 600 passes over COCO's train2017", resumable=True,
@@ -64,7 +60,6 @@ class DetectorSettings(ReadingSettings, RunSettings):
         6_108, "steps between snapshots, each with its mAP; the last step has one", resumable=True
     )
     ema_decay: BelowOne = setting(0.9998, "decay of the moving average of weights and float buffers")
-    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
 
     def resolve(self, **facts: Any) -> DetectorSettings:
         """Fill in what is left open; ``epochs`` once the data are known.

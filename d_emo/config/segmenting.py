@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
+from d_emo.config.dense import DenseSettings
 from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
@@ -17,14 +18,13 @@ from d_emo.config.ranges import (
     PositiveFraction,
     Whole,
 )  # fmt: skip
-from d_emo.config.training import RunSettings
 from d_emo.errors import InputError
 
 Blend = Literal["mean", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterSettings(RunSettings):
+class SegmenterSettings(DenseSettings):
     """Settings of ``scripts/train_segmenter.py``; the defaults are the papers' recipe for SegFormer on ADE20K."""
 
     model: str = setting("segformer-emov2_5m", "a segmenter's name of list_models()", group="Model")
@@ -67,16 +67,11 @@ class SegmenterSettings(RunSettings):
     batch_size: Count = setting(32, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(1.2e-4, "peak learning rate of AdamW", aliases=["--lr"])
     head_lr_scale: NotNegative = setting(10.0, "factor on the learning rate of the heads, a feature pyramid left out")
-    weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
-    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
-        "constant-cosine", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
-    )
     warmup_steps: Whole = setting(1500, "steps of linear warm-up")
     max_steps: Count | None = setting(
         None, "optimizer steps of the whole run. Default: 160,000", resumable=True, decisive=True
     )
     ema_decay: BelowOne = setting(0.999, "decay of the moving average of weights and float buffers")
-    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
     snapshot_every: Count = setting(
         16_000, "steps between snapshots, each measured, with a picture; the last step has one", resumable=True
     )

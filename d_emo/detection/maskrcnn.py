@@ -105,8 +105,8 @@ class EMOMaskRCNN(Detector, MaskRCNN):
 
 
 def maskrcnn(
-    backbone: str, *, num_classes: int = 80, min_size: int = 800, max_size: int = 1333, norm_eval: bool = True,
-    frozen_stages: int = 1, backbone_options: Mapping[str, Any] | None = None,
+    backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
+    norm_eval: bool = True, frozen_stages: int = 1, backbone_options: Mapping[str, Any] | None = None,
 ) -> EMOMaskRCNN:  # fmt: skip
     """Mask R-CNN on a backbone.
 
@@ -114,6 +114,7 @@ def maskrcnn(
         backbone: Name of a classifier.
         num_classes: Classes of objects, without the background.
         min_size, max_size: An image's shorter side becomes the first, unless its longer one would be above the second.
+            Of several first ones each training image draws one; the last is for measuring.
         norm_eval: Keep the running statistics of the backbone's batch norms.
         frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything.
         backbone_options: Arguments of `EMO` to replace.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -97,8 +97,8 @@ class EMORetinaNet(Detector, RetinaNet):
 
 
 def retinanet(
-    backbone: str, *, num_classes: int = 80, min_size: int = 800, max_size: int = 1333, norm_eval: bool = True,
-    frozen_stages: int = 1, pyramid: Literal["published", "small"] = "published",
+    backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
+    norm_eval: bool = True, frozen_stages: int = 1, pyramid: Literal["published", "small"] = "published",
     backbone_options: Mapping[str, Any] | None = None,
 ) -> EMORetinaNet:  # fmt: skip
     """RetinaNet on a backbone.
@@ -107,6 +107,7 @@ def retinanet(
         backbone: Name of a classifier.
         num_classes: Classes of objects.
         min_size, max_size: An image's shorter side becomes the first, unless its longer one would be above the second.
+            Of several first ones each training image draws one; the last is for measuring.
         norm_eval: Keep the running statistics of the backbone's batch norms.
         frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything.
         pyramid: "published" has five levels of 256 channels and four convolutions in each head. "small" is for short

@@ -31,9 +31,9 @@ def make_optimizer(
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
-    """Learning rate of the update that follows ``step`` done ones: linear warm-up, then constant or cosine.
+    """Learning rate of the update that follows ``step`` done ones: linear warm-up, then constant, cosine or poly.
 
-    "constant-cosine" is constant until the middle of the run, then cosine.
+    "constant-cosine" is constant until the middle of the run, then cosine; "poly" falls as (1 - done)^0.9.
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     if step < warmup:
@@ -42,4 +42,6 @@ def learning_rate(settings: RunSettings, step: int) -> float:
         return peak
     first = max(warmup, settings.max_steps // 2) if settings.schedule == "constant-cosine" else warmup
     done = max(0, step - first) / max(1, settings.max_steps - first)
+    if settings.schedule == "poly":
+        return peak * (1 - done) ** 0.9
     return peak * 0.5 * (1 + math.cos(math.pi * done))
