@@ -69,7 +69,7 @@ def test_run_lengths_are_cocos():
 def test_truth_stands_beside_what_was_found(detectors):
     model = create_model("ssdlite-emov2_1m", num_classes=10, image_size=64, backbone_options=BACKBONE).eval()
     picture = truth_beside_found(model, DigitScenes(64), [0, 1, 2], side=100)
-    assert picture.size == (4 * 104 + 4, 2 * 104 + 4)
+    assert picture.size == (4 * 104 + 4, 2 * 104 + 4 + 20)
 
 
 def test_tags_are_legible_and_stay_within_the_picture():

@@ -15,6 +15,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from d_emo.detection.augment import ObjectImages
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#f032e6", "#008080", "#9a6324", "#800000", "#808000", "#42d4f4")
+TITLES = ("what is there", "what is found")
+GAP = 4
 
 
 @torch.no_grad()
@@ -94,4 +96,12 @@ def truth_beside_found(
                 scaled["masks"] = F.resize(objects["masks"].byte(), size, F.InterpolationMode.NEAREST)
             drawn = draw_objects(F.resize(image, size, antialias=True), scaled, images.class_names)
             cells.append(F.pad(drawn, [0, 0, side - size[1], side - size[0]]))
-    return F.to_pil_image(make_grid(cells, nrow=4, padding=4, pad_value=255))
+    grid = F.to_pil_image(make_grid(cells, nrow=4, padding=GAP, pad_value=255))
+    size = max(10, side // 14)
+    titled = Image.new("RGB", (grid.width, grid.height + 2 * size), "white")
+    titled.paste(grid, (0, 2 * size))
+    draw, font = ImageDraw.Draw(titled), ImageFont.load_default(size)
+    for column in range(min(4, len(cells))):
+        middle = GAP + column * (side + GAP) + side / 2, size + GAP / 2
+        draw.text(middle, TITLES[column % 2], "black", font, anchor="mm")
+    return titled
