@@ -105,6 +105,15 @@ def test_batch_norms_of_the_backbone_keep_their_statistics_and_are_trained():
     assert all(norm.training for norm in batch_norms(small("ssdlite-emov2_5m", norm_eval=False).train()))
 
 
+def test_ssdlite_freezes_as_many_stages_as_are_asked_for():
+    model = small("ssdlite-emov2_5m", frozen_stages=2)
+    fixed = {name.partition(".emo.")[2].rpartition(".")[0][:8] for name, p in model.named_parameters()
+             if not p.requires_grad}  # fmt: skip
+    assert {name.removesuffix(".") for name in fixed if name.startswith("stages")} == {"stages.0", "stages.1"}
+    assert any(name.startswith("stem") for name in fixed)
+    assert not any(norm.training for norm in batch_norms(model.train().backbone.maps.emo.stem))
+
+
 def test_windows_are_the_papers():
     def window(name):
         with torch.device("meta"):

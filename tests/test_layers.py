@@ -24,13 +24,15 @@ INSIDE = {
         "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
-    "segmentation": ["heads", "networks", "unet", "images", "losses", "sliding", "augment", "measures", "pictures"],
+    "segmentation": [
+        "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+    ],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "stored", "folder",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "stored", "folder",
         "augmented", "tar", "hub", "sampler",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "coco", "average_precision",
-                  "drawing"],
+    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+                  "average_precision", "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
     "training": [

@@ -37,8 +37,8 @@ class SegmenterSettings(DenseSettings):
     )
     freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
     data_dir: str | None = setting(
-        None, "folder of images and PNG masks: as ADE20K, as Cityscapes, or images/ and masks/ with classes.txt "
-        "(docs/segmentation.md). Default: scanned digits on photographs, drawn on the fly",
+        None, "folder of images and masks: as ADE20K, Cityscapes, HRF, DRIVE, or images/ and masks/ with classes.txt "
+        "(docs/segmentation.md). Default: the pictures of --dataset",
         resumable=True, decisive=True, source=True, group="Data"
     )
     validate_dir: str | None = setting(
@@ -51,9 +51,10 @@ class SegmenterSettings(DenseSettings):
         resumable=True
     )
     blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
-    num_images: Count = setting(2000, "number of different drawn images")
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
-    flip: bool | None = setting(None, "mirror images at random. Default: yes for --data-dir, no for digits")
+    field_of_view: bool = setting(
+        False, "of fundus photographs as HRF and DRIVE keep them, leave out the pixels outside the round field of view"
+    )
     scale_range: list[Positive] = setting(
         [0.5, 2.0], "shorter side of an image before the crop, as multiples of --image-size", group="Augmentation"
     )
@@ -82,9 +83,14 @@ class SegmenterSettings(DenseSettings):
         if self.stride is not None and self.stride > self.image_size:
             raise InputError(f"`stride` {self.stride} leaves pixels out between windows of {self.image_size}")
         if self.validate_dir is not None and self.data_dir is None:
-            raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; digits hold out their own")
-        if self.flip and self.data_dir is None:
-            raise InputError("`flip`: a mirror image of a digit is of no class; leave it away")
+            raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out "
+                             "some of their own")  # fmt: skip
+        super().check()
+
+    @property
+    def own_data(self) -> str | None:
+        """The path of data that are not built in."""
+        return self.data_dir
 
     def resolve(self, **facts: Any) -> SegmenterSettings:
         """Fill in what is left open; ``epochs`` once the data are known.
@@ -92,10 +98,10 @@ class SegmenterSettings(DenseSettings):
         Args:
             facts: "images", how many there are to train on.
         """
-        data = "digit-scenes" if self.data_dir is None else followed(folder_of(self.data_dir)).name
+        data = self.dataset if self.data_dir is None else followed(folder_of(self.data_dir)).name
         return replace(
             self, output_dir=self.output_dir or f"results/{self.model}-{data}-{self.image_size}",
-            flip=self.data_dir is not None if self.flip is None else self.flip,
+            flip=self.mirrors if self.flip is None else self.flip,
             max_steps=self.steps(facts.get("images"), 160_000),
         )
 

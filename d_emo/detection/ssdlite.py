@@ -59,7 +59,7 @@ class SSDLite(Detector, SSD):
 def ssdlite(
     backbone: str, *, num_classes: int = 80, image_size: int = PUBLISHED_SIZE,
     anchors: Literal["fixed", "scaled"] = "fixed", head_std: float | None = 0.001, norm_eval: bool = True,
-    backbone_options: Mapping[str, Any] | None = None,
+    frozen_stages: int = 0, backbone_options: Mapping[str, Any] | None = None,
 ) -> SSDLite:  # fmt: skip
     """SSDLite on a backbone.
 
@@ -73,6 +73,7 @@ def ssdlite(
         head_std: Standard deviation of the head's first weights; mmdet's is so small that behind its batch norms, of
             eps 0.001, next to nothing is left of a map for the first thousands of steps. None takes PyTorch's own.
         norm_eval: Keep the running statistics of the backbone's batch norms.
+        frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything, as the papers.
         backbone_options: Arguments of `EMO` to replace.
 
     Raises:
@@ -80,7 +81,8 @@ def ssdlite(
     """
     if anchors not in ("fixed", "scaled"):
         raise InputError(f"unknown anchors {anchors!r}; choose 'fixed' (as published) or 'scaled'")
-    maps = SSDLiteMaps(StageMaps(backbone, (3, 4), norm_eval=norm_eval, options=backbone_options))
+    stages = StageMaps(backbone, (3, 4), frozen=frozen_stages, norm_eval=norm_eval, options=backbone_options)
+    maps = SSDLiteMaps(stages)
     factor = image_size / PUBLISHED_SIZE if anchors == "scaled" else 1
     generator = DefaultBoxGenerator(
         [[2, 3]] * len(STRIDES), scales=[side * factor / image_size for side in SIDES],

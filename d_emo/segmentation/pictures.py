@@ -27,8 +27,12 @@ def overlay(image: Tensor, classes: Tensor, colours: np.ndarray, opacity: float 
     return np.rint((1 - opacity) * pixels + opacity * tint).astype(np.uint8)
 
 
-def side_by_side(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures in rows, those of a row beside each other. Shape: (H, W, 3) uint8 each."""
+def side_by_side(rows: Sequence[Sequence[np.ndarray]], largest: int | None = None) -> Image.Image:
+    """Pictures in rows, those of a row beside each other, made smaller where a side has more than ``largest`` pixels.
+
+    Shape: (H, W, 3) uint8 each.
+    """
+    rows = [[smaller(each, largest) for each in row] for row in rows]
     widths = [max(row[column].shape[1] for row in rows) for column in range(len(rows[0]))]
     heights = [max(each.shape[0] for each in row) for row in rows]
     canvas = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(heights) + 1)), "white")
@@ -40,6 +44,15 @@ def side_by_side(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
             left += width + GAP
         top += height + GAP
     return canvas
+
+
+def smaller(picture: np.ndarray, largest: int | None) -> np.ndarray:
+    """A picture whose longer side has at most so many pixels. Shape: (H, W, 3) -> (h, w, 3) uint8."""
+    if largest is None or max(picture.shape[:2]) <= largest:
+        return picture
+    shrunk = Image.fromarray(picture)
+    shrunk.thumbnail((largest, largest), Image.Resampling.BOX)
+    return np.asarray(shrunk)
 
 
 def lit(image: Tensor, classes: Tensor, colours: np.ndarray, *, dim: float = 0.35) -> np.ndarray:

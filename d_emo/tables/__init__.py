@@ -28,5 +28,6 @@ from d_emo.tables.objectives import (
     objective_of,
     schedulers_of,
 )
+from d_emo.tables.scenes import SCENES, SceneRow
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
 from d_emo.tables.table import Reference, Table, load

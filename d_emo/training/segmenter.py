@@ -23,6 +23,7 @@ from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
 from d_emo.segmentation.augment import TrainingCrops
+from d_emo.segmentation.fundus import FundusFolder
 from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, MaskFolder
 from d_emo.segmentation.losses import dice_loss
 from d_emo.segmentation.measures import Quality, measure, segment
@@ -32,9 +33,10 @@ from d_emo.segmentation.sliding import Windows
 from d_emo.weights import load_weights
 
 HELD_OUT = 200
-"""Drawn scenes to measure on."""
+"""Built-in pictures to measure on, at most."""
 PICTURES = 6
-"""Held-out images in the picture of a snapshot."""
+"""Held-out images in the picture of a snapshot, their longer side at most `LARGEST` pixels."""
+LARGEST = 1024
 PLAIN = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and standard deviation with which images in [-1, 1] stay as they are."""
 PARTS = ("agreed", "truth", "predicted")
@@ -160,7 +162,7 @@ class SegmenterTask:
             rows.append([image.permute(1, 2, 0).numpy(), overlay(image, truth, colours),
                          overlay(image, found, colours)])  # fmt: skip
         with replacing(path) as temporary:
-            side_by_side(rows).save(temporary, format="PNG")
+            side_by_side(rows, LARGEST).save(temporary, format="PNG")
 
     @property
     def size(self) -> int | None:
@@ -180,18 +182,28 @@ def open_labelled(settings: SegmenterSettings) -> tuple[LabelledImages, Labelled
     """The images to train on and those to measure on; InputError where they have other classes."""
     if settings.data_dir is None:
         made = {"num_images": settings.num_images, "seed": settings.seed}
-        return (LabelledScenes(settings.image_size, **made),
-                LabelledScenes(settings.image_size, num_images=HELD_OUT, split="test"))  # fmt: skip
-    images = MaskFolder(settings.data_dir, background=settings.background)
+        return (LabelledScenes(settings.image_size, dataset=settings.dataset, **made),
+                LabelledScenes(settings.image_size, dataset=settings.dataset, num_images=HELD_OUT, split="test"))
+    images = open_folder(settings.data_dir, settings)
     if settings.validate_dir is None and not images.splits:
         if settings.validate_every is not None:
             raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")
         return images, None
-    held_out = MaskFolder(settings.validate_dir or settings.data_dir, held_out=settings.validate_dir is None,
-                          background=settings.background)  # fmt: skip
+    held_out = open_folder(settings.validate_dir or settings.data_dir, settings, held_out=settings.validate_dir is None)
     if held_out.class_names != images.class_names:
         raise InputError(f"the classes of {settings.validate_dir} are not those of {settings.data_dir}, in their order")
     return images, held_out
+
+
+def open_folder(folder: str, settings: SegmenterSettings, *, held_out: bool = False) -> MaskFolder | FundusFolder:
+    """The images of a folder, in whatever layout; InputError for one that is not known."""
+    if FundusFolder.fits(folder):
+        return FundusFolder(
+            folder, held_out=held_out, background=settings.background, field_of_view=settings.field_of_view
+        )
+    if settings.field_of_view:
+        raise InputError(f"`field_of_view` is for the layouts of HRF and DRIVE, and {folder} is none of them")
+    return MaskFolder(folder, held_out=held_out, background=settings.background)
 
 
 def start_backbone(segmenter: Segmenter, source: str) -> tuple[str, tuple[Sequence[float], Sequence[float]]]:
