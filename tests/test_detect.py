@@ -77,12 +77,12 @@ def test_tags_are_legible_and_stay_within_the_picture():
     drawn = draw_objects(torch.zeros(3, 160, 160, dtype=torch.uint8),
                          {"boxes": boxes, "labels": torch.tensor([0, 9]), "scores": torch.tensor([0.5, 1.0])},
                          list("0123456789"))  # fmt: skip
-    for label, (rows, columns) in {0: ((1, 11), (1, 40)), 9: ((89, 99), (120, 159))}.items():
+    for label, (rows, columns), white in ((0, ((1, 11), (1, 31)), True), (9, ((89, 99), (125, 159)), False)):
         tag = drawn[:, slice(*rows), slice(*columns)]
         ground = torch.tensor(ImageColor.getrgb(COLOURS[label]))[:, None, None]
-        assert ((tag == ground).all(dim=0)).float().mean() > 0.5, "a ground of the class's colour"
-        words = {0: 255, 9: 0}[label]
-        assert (tag == words).all(dim=0).sum() > 10, "white on dark grounds, black on light ones"
+        assert (tag == ground).all(dim=0).float().mean() > 0.3, "a ground of the class's colour"
+        inked = (tag.amin(dim=0) > 150) if white else (tag.amax(dim=0) < 110)
+        assert inked.sum() > 8, "white on dark grounds, black on light ones"
 
 
 @pytest.mark.parametrize("system", ["ssdlite", "retinanet"])
