@@ -109,8 +109,9 @@ def test_a_difference_of_objects_is_that_of_the_nearest_of_the_label():
     assert detections_apart([each[:2] for each in expected], expected, 100) == float("inf")
 
 
-@pytest.mark.parametrize("name", ["u-emo", pytest.param("unet", marks=slow)])
-@pytest.mark.parametrize("ending", ["onnx", pytest.param("pt2", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["u-emo", "unet"])
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_u_nets_leave_python(name, ending, tmp_path):
     needs(ending)
     portable = portable_classifier(SegmenterOutput(segmenter(name)), (32, 48))
@@ -131,7 +132,7 @@ def test_segmenters_with_free_sides(name, ending, tmp_path):
         assert export(portable, path) < 1e-4
 
 
-@pytest.mark.parametrize("ending", ["onnx", pytest.param("pt2", marks=slow)])
+@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=slow)])
 def test_clips_leave_python(ending, tmp_path):
     needs(ending)
     torch.manual_seed(0)
