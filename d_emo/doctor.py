@@ -85,6 +85,9 @@ class Findings:
         return [group for group in groups.values() if len(group) > 1]
 
 
+_BY_INDEX = ("headers", "digests", "labels", "unreadable")
+
+
 def examine(images: ClassImages, count: int | None = None) -> Findings:
     """Read images as training does, and go on where one cannot be read.
 
@@ -111,7 +114,7 @@ def examine(images: ClassImages, count: int | None = None) -> Findings:
 
     with ThreadPoolExecutor(1 if images.sequential else thread_count()) as pool:
         list(pool.map(look, indices))
-    by_index = {name: dict(sorted(getattr(found, name).items())) for name in ("digests", "unreadable")}
+    by_index = {name: dict(sorted(getattr(found, name).items())) for name in _BY_INDEX}
     return replace(found, **by_index)  # not by which thread was first
 
 

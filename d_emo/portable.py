@@ -15,6 +15,7 @@ from d_emo.errors import InputError
 from d_emo.io.classifier import open_classifier
 from d_emo.io.segmenter import open_segmenter
 from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
+from d_emo.io.video import open_video_classifier
 from d_emo.models import create_model, list_models
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import batch_norms, fold_batch_norms, pair, sizes
@@ -312,14 +313,18 @@ def open_portable(
         denoiser = create_model(source).eval()
         stir(denoiser)
         return f"{source} with random weights", portable_denoiser(denoiser)
-    if kind == "video classifier" and not stored:
-        network = create_model(source).eval()
-        stir(network)
-        frames, *own = network.input_size
-        clip = (frames, *(pair(image_size, "image_size") if image_size else own))
+    if kind == "video classifier":
         if dynamic_size:
             raise InputError("`dynamic_size` is for images; a video classifier takes clips of one size")
-        return f"{source} with random weights", portable_classifier(network, clip, network.in_chans)
+        if stored:
+            opened = open_video_classifier(source)
+            name, network, clip = opened.name, opened.model, (opened.sampler.frames, *[opened.image_size] * 2)
+        else:
+            name, network = f"{source} with random weights", create_model(source).eval()
+            stir(network)
+            clip = network.input_size
+        side = pair(image_size, "image_size") if image_size else clip[1:]
+        return name, portable_classifier(network, (clip[0], *side))
     classifier = open_classifier(source)
     if not there:
         stir(classifier.emo)

@@ -5,6 +5,7 @@ import torch
 from test_detector_training import BACKBONE
 
 from d_emo.cli import run_verb
+from d_emo.config import VideoSettings
 from d_emo.errors import InputError
 from d_emo.export import (
     SegmenterOutput,
@@ -16,6 +17,7 @@ from d_emo.export import (
     stir,
     write_onnx,
 )
+from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 
 slow = pytest.mark.slow
@@ -149,6 +151,21 @@ def test_video_classifiers_are_found_by_name():
     assert name == "v-emov2_1m with random weights" and portable.example(1)[0].shape == (1, 3, 4, 64, 96)
     with pytest.raises(InputError, match="`dynamic_size` is for images"):
         open_portable("v-emov2_1m", dynamic_size=True)
+
+
+def test_a_trained_video_classifier_takes_clips_as_it_was_trained(tmp_path):
+    torch.manual_seed(0)
+    options = {"depths": [1] * 4, "dims": [8, 8, 16, 16], "head_dims": [8] * 4, "num_classes": 2}
+    model = create_model("v-emov2_1m", **options).eval()
+    meta = {"step": 1, "weights": "ema", "image_size": 32, "class_names": ["a", "b"], "frames": 6, "sampling": "dense",
+            "frame_interval": 2, "normalisation": {"mean": [0.4] * 3, "std": [0.2] * 3}}  # fmt: skip
+    save_classifier(tmp_path / "run", model, meta=meta, kind="video classifier", settings=VideoSettings())
+    clips = open_portable(str(tmp_path / "run"))[1].example(2)
+    assert clips[0].shape == (2, 3, 6, 32, 32)
+    with torch.no_grad():
+        found = open_portable(str(tmp_path / "run"))[1].module(*clips)
+        expected = model((clips[0] / 2 + 0.5 - 0.4) / 0.2).log_softmax(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_random_weights_show_the_image():

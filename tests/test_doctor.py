@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from d_emo import doctor
 from d_emo.cli import doctor as cli_doctor
 from d_emo.cli import run_verb, train, train_classifier
 from d_emo.config import ClassifierSettings, TrainSettings
@@ -139,6 +140,30 @@ def test_doctor_prints_a_table_and_writes_the_sheet(folder, tmp_path, monkeypatc
     (folder / "dog" / "cat.png").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 14 images that were tried could be read; the first: "):
         run_verb("doctor", ["--data-dir", str(folder), "--image-size", "16"])
+
+
+def test_findings_do_not_depend_on_which_thread_was_first(folder, monkeypatch):
+    class LastFirst:
+        """A pool whose last task ends first."""
+
+        def __init__(self, threads):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, inputs):
+            return [function(each) for each in reversed(inputs)]
+
+    found, lines = lines_of(folder)
+    monkeypatch.setattr(doctor, "ThreadPoolExecutor", LastFirst)
+    again, lines_again = lines_of(folder)
+    assert lines_again == lines
+    for name in ("headers", "digests", "labels", "unreadable"):
+        assert list(getattr(again, name)) == list(getattr(found, name)) != [], name
 
 
 def test_a_dry_run_of_training_says_what_there_is_and_writes_one_picture_only(folder, tmp_path, monkeypatch, capsys):

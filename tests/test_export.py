@@ -1,7 +1,6 @@
 import contextlib
 import runpy
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -59,9 +58,7 @@ def test_height_and_width_may_be_free(ending, tmp_path):
     """Of images that the window divides and not, of one window and more, at the sizes of SIZES."""
     pytest.importorskip("onnxruntime" if ending == "onnx" else "torch")
     network = portable_classifier(classifier(), (64, 96), dynamic_size=True)
-    started = time.perf_counter()
     assert export(network, tmp_path / f"network.{ending}") < 1e-4
-    assert time.perf_counter() - started < 60  # minutes, where every reshape is reasoned on
 
 
 def test_an_export_of_ones_own_leaves_height_and_width_free():

@@ -262,6 +262,41 @@ def test_samples_of_several_sizes_are_told_the_very_command(main: Callable, good
     main(["--samples", arguments[-1], "--reference", str(good)])
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("side", ["--samples", "--reference"])
+def test_images_that_cannot_be_read_are_passed_over_where_that_is_asked_for(
+    main: Callable, good: Path, tmp_path: Path, side: str, zipped: bool, capsys: pytest.CaptureFixture
+) -> None:
+    intact, holed = write_images(tmp_path / "intact", 5), write_images(tmp_path / "holed", 5)
+    (holed / "8px-1a.png").write_bytes((good / "8px-0.png").read_bytes()[:120])  # its head is whole
+    (holed / "8px-2a.jpg").write_text("hello")
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "holed.zip", "w") as archive:
+            for path in holed.iterdir():
+                archive.write(path, path.name)
+        holed = tmp_path / "holed.zip"
+    other = {"--samples": "--reference", "--reference": "--samples"}[side]
+    with pytest.raises(InputError, match=r"cannot read the image .*; --skip-corrupt passes over such images"):
+        main([side, str(holed), other, str(good)])
+    outputs = []
+    for images in (intact, holed):
+        main([side, str(images), other, str(good), "--skip-corrupt", "--output", str(tmp_path / "o.json"),
+              "--overwrite"])  # fmt: skip
+        outputs.append(json.loads((tmp_path / "o.json").read_text()))
+    assert outputs[0]["fid"] == outputs[1]["fid"]
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert told.startswith(f"warning: of the {side[2:].removesuffix('s')}")
+    assert "2 images passed over: cannot read the image" in told and "8px-1a.png" in told and "8px-2a.jpg" in told
+    assert any("passed over" in each for each in outputs[1]["warnings"])
+
+
+def test_a_set_of_which_nothing_can_be_read_is_refused(main: Callable, good: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_text("hello")
+    with pytest.raises(InputError, match=r"none of the 1 images in .*bad could be read; the first: .*a\.png"):
+        main(["--samples", str(tmp_path / "bad"), "--reference", str(good), "--skip-corrupt"])
+
+
 @pytest.mark.parametrize("side", ["--samples", "--reference"])
 @pytest.mark.parametrize(("make", "sentence"), BAD_SETS, ids=[make.__name__ for make, _ in BAD_SETS])
 def test_bad_set(

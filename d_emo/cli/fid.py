@@ -14,7 +14,7 @@ def run(settings: FidSettings) -> None:
     """Measure images that are there, or a snapshot's; print the result and what to know before comparing it."""
     state = open_processes()
     use_threads(state.device, state.num_processes)
-    options = ("metrics", "features", "inception_weights", "batch_size", "overwrite")
+    options = ("metrics", "features", "inception_weights", "batch_size", "skip_corrupt", "overwrite")
     measurement = Measurement(
         settings.reference, device=state.device, reading=Reading.of(settings),
         output=settings.output if state.is_main_process else None,

@@ -5,6 +5,7 @@ import shlex
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from d_emo.threads import thread_count
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jfif"}
 DECODING_THREADS = 8
+MOST_NAMED = 3
+"""Of the images that cannot be read, how many are named with the reason."""
 
 
 class FolderImages:
@@ -30,6 +33,7 @@ class FolderImages:
         num_images: How many of them. Default: all.
         reading: How they become RGB.
         any_size: Take images of several sizes too, which then wait for `crop_to`.
+        skip_corrupt: Decode every file once before, and leave out those that cannot be read.
 
     Attributes:
         name: Path, for messages.
@@ -38,6 +42,7 @@ class FolderImages:
         num_images: How many there are.
         num_jpegs: How many of them are stored as JPEG.
         left_out: A sentence on the files beside them that are no images, if there are some.
+        skipped: A sentence on the images that cannot be read, and why, if some were passed over.
 
     Raises:
         InputError: No such folder, too few images in it, images of several sizes, or a file that is no image.
@@ -45,9 +50,10 @@ class FolderImages:
 
     def __init__(
         self, folder: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED,
-        any_size: bool = False,
+        any_size: bool = False, skip_corrupt: bool = False,
     ):  # fmt: skip
         self.name, self.reading, self.any_size, folder = str(folder), reading, any_size, Path(folder)
+        self.skip_corrupt = skip_corrupt
         if not folder.is_dir():
             raise InputError(f"the folder {folder} does not exist")
         self._choose(list_files(folder), num_images, f"the folder {folder}")
@@ -58,6 +64,7 @@ class FolderImages:
             raise no_images(name, files)
         others = (path for path in files if not is_image(path) and path.suffix != ".json")  # how they were drawn
         self.left_out = describe_left_out(others)
+        found, self.skipped = self._readable(found, name) if self.skip_corrupt else (found, "")
         self.files = [found[index] for index in choose_evenly(len(found), num_images, name)]
         self.num_images = len(self.files)
         self.num_jpegs = sum(path.suffix.lower() in JPEG_SUFFIXES for path in self.files)
@@ -71,6 +78,27 @@ class FolderImages:
                     f"one size, as in training: {cropping(self.name, min(*size, *self.image_size))} makes a file of "
                     "them that can be given instead"
                 )
+
+    def _readable(self, files: list[Path], name: str) -> tuple[list[Path], str]:
+        """Those that can be decoded, and a sentence on the others."""
+
+        def why_not(path: Path) -> str | None:
+            try:
+                self.reading.read(self._source(path), lambda: str(path))
+            except InputError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(min(DECODING_THREADS, thread_count())) as pool:
+            reasons = list(pool.map(why_not, files))
+        readable = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
+        unreadable = list(filter(None, reasons))
+        if not readable:
+            raise InputError(f"none of the {len(files):,} images in {name} could be read; the first: {unreadable[0]}")
+        if not unreadable:
+            return readable, ""
+        count, some = len(unreadable), "; ".join(unreadable[:MOST_NAMED])
+        more = "; ..." if count > MOST_NAMED else ""
+        return readable, f"{count:,} image{'s' * (count > 1)} passed over: {some}{more}"
 
     def crop_to(self, size: tuple[int, int]) -> None:
         """Crop images of several sizes as training does; those of one size stay as they are.
@@ -102,13 +130,22 @@ class FolderImages:
         return path
 
     def _read_size(self, path: Path) -> tuple[int, int]:
-        return self.reading.size(self._source(path), lambda: str(path))
+        with self._hinting():
+            return self.reading.size(self._source(path), lambda: str(path))
 
     def _read_image(self, path: Path) -> torch.Tensor:
         """Decode one file. Shape: (3, H, W) uint8."""
-        image = self.reading.read(self._source(path), lambda: str(path))
+        with self._hinting():
+            image = self.reading.read(self._source(path), lambda: str(path))
         pixels = np.array(centre_crop(image, self.image_size[0]) if self.mixed else image)
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    @contextmanager
+    def _hinting(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{error}; `skip_corrupt` passes over such images") from None
 
 
 class ZipImages(FolderImages):
@@ -119,9 +156,10 @@ class ZipImages(FolderImages):
     """
 
     def __init__(
-        self, path: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED, any_size: bool = False
-    ):
-        self.name, self.reading, self.any_size = str(path), reading, any_size
+        self, path: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED,
+        any_size: bool = False, skip_corrupt: bool = False,
+    ):  # fmt: skip
+        self.name, self.reading, self.any_size, self.skip_corrupt = str(path), reading, any_size, skip_corrupt
         try:
             self._archive = zipfile.ZipFile(path)
         except Exception as error:
@@ -142,11 +180,13 @@ ImageSource = FolderImages | NpzImages
 
 
 def open_images(
-    source: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED, any_size: bool = False
-) -> ImageSource:
+    source: str | Path, *, num_images: int | None = None, reading: Reading = AS_VIEWED, any_size: bool = False,
+    skip_corrupt: bool = False,
+) -> ImageSource:  # fmt: skip
     """Open a folder, a zip or an ``.npz`` file; of ``num_images``, so many, spread evenly over its order.
 
-    With ``any_size``, images of several sizes are not refused, but wait for `FolderImages.crop_to`.
+    With ``any_size``, images of several sizes are not refused, but wait for `FolderImages.crop_to`; with
+    ``skip_corrupt`` those that cannot be read are left out.
 
     Raises:
         InputError: None of these, or see the classes of this module.
@@ -154,11 +194,10 @@ def open_images(
     path = Path(source)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return NpzImages(path, num_images=num_images)
-    if path.is_file():
-        if path.suffix.lower() != ".zip":
-            raise InputError(f"{path} is neither a folder of images nor a .zip or .npz file")
-        return ZipImages(path, num_images=num_images, reading=reading, any_size=any_size)
-    return FolderImages(path, num_images=num_images, reading=reading, any_size=any_size)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        raise InputError(f"{path} is neither a folder of images nor a .zip or .npz file")
+    kind = ZipImages if path.is_file() else FolderImages
+    return kind(path, num_images=num_images, reading=reading, any_size=any_size, skip_corrupt=skip_corrupt)
 
 
 def cropping(name: str, side: int) -> str:

@@ -50,6 +50,7 @@ class Measurement:
         device: Where the network runs; None: the best one that is there.
         progress: Show progress bars on a terminal.
         reading: How stored images become RGB.
+        skip_corrupt: Leave out stored images that cannot be read; a warning counts them.
 
     Raises:
         InputError: Any of these cannot be used; one sentence says which and why.
@@ -59,7 +60,7 @@ class Measurement:
         self, reference: str | Path | None, *, metrics: Sequence[str] = ("fid",), features: str = FidSettings.features,
         inception_weights: str | Path | None = None, batch_size: int = FidSettings.batch_size,
         output: str | Path | None = None, overwrite: bool = False, device: torch.device | str | None = None,
-        progress: bool = True, reading: Reading = AS_VIEWED,
+        progress: bool = True, reading: Reading = AS_VIEWED, skip_corrupt: bool = False,
     ):  # fmt: skip
         self._metrics = parse_metrics(metrics)
         if batch_size < 1:
@@ -71,10 +72,12 @@ class Measurement:
             if "spatial" in METRICS[name].needs and not parse_features(features)[0].spatial:
                 raise InputError(f"{METRICS[name].title} ({name}) cannot be had of {features}; leave {name} out")
         compares = any(METRICS[name].compares for name in self._metrics)
-        self._reference = Reference(reference, self._metrics, features, reading) if compares else None
+        self._reference = None
+        if compares:
+            self._reference = Reference(reference, self._metrics, features, reading, skip_corrupt)
         self._features, self._inception_weights = features, inception_weights
         self._batch_size, self._output, self._overwrite, self._progress = batch_size, output, overwrite, progress
-        self._device, self._reading = best_device(device), reading
+        self._device, self._reading, self._skip_corrupt = best_device(device), reading, skip_corrupt
 
     def of_images(self, samples: str | Path, *, num_images: int | None = None) -> Result:
         """Measure stored images; ``num_images`` of them, spread evenly over their order, or all.
@@ -82,12 +85,12 @@ class Measurement:
         Raises:
             InputError: The images cannot be used, or see the class.
         """
-        images = open_images(samples, num_images=num_images, reading=self._reading)
+        images = open_images(samples, num_images=num_images, reading=self._reading, skip_corrupt=self._skip_corrupt)
         self._prepare(images.num_images, images.image_size)
         with tempfile.TemporaryDirectory(prefix="d-emo-fid-") as folder:
             sampled = self._gathered(images.num_images, Path(folder))
             sampled.update_all(self._run(images))
-            warnings = self._warnings(images.num_images, images.image_size, images.num_jpegs, images.left_out)
+            warnings = self._warnings(images.num_images, images.image_size, images)
             return self._finish(sampled, Path(folder), str(samples), read_provenance(samples), warnings)
 
     def of_generated(
@@ -214,7 +217,7 @@ class Measurement:
         return result
 
     def _warnings(
-        self, count: int, image_size: tuple[int, int], num_jpegs: int = 0, left_out: str = ""
+        self, count: int, image_size: tuple[int, int], samples: ImageSource | None = None
     ) -> Iterator[str]:
         reference = self._reference and self._reference.images
         if count < PUBLISHED_COUNT:
@@ -222,13 +225,12 @@ class Measurement:
                 f"FID falls as the number of samples grows; FID-{count} compares with other FID-{count} only, "
                 f"published tables use {PUBLISHED_COUNT} samples"
             )
-        if left_out:
-            yield f"of the samples, {left_out}"
-        if reference is not None and reference.left_out:
-            yield f"of the reference, {reference.left_out}"
-        if num_jpegs:
+        for what, images in (("samples", samples), ("reference", reference)):
+            for told in filter(None, (images.left_out, images.skipped) if images is not None else ()):
+                yield f"of the {what}, {told}"
+        if samples is not None and samples.num_jpegs:
             yield (
-                f"{num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
+                f"{samples.num_jpegs} of the {count} samples are JPEG files, whose compression changes the FID; "
                 "save samples as PNG"
             )
         if reference is not None and image_size != reference.image_size:

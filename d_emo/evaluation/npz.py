@@ -46,7 +46,7 @@ class NpzImages:
         InputError: No such file, not an archive, no ``arr_0``, another type or shape, or too few images.
     """
 
-    num_jpegs, left_out, mixed = 0, "", False  # what the images were before is not recorded
+    num_jpegs, left_out, skipped, mixed = 0, "", "", False  # what the images were before is not recorded
 
     def __init__(self, path: str | Path, *, num_images: int | None = None):
         self.path, self.name = Path(path), str(path)

@@ -31,6 +31,7 @@ class Reference:
         metrics: What is to be measured.
         features: In which features.
         reading: How stored images become RGB.
+        skip_corrupt: Leave out images that cannot be read.
 
     Attributes:
         name: The path.
@@ -42,7 +43,10 @@ class Reference:
         InputError: It cannot be used, or lacks what a metric needs.
     """
 
-    def __init__(self, path: str | Path, metrics: Sequence[str], features: str, reading: Reading = AS_VIEWED):
+    def __init__(
+        self, path: str | Path, metrics: Sequence[str], features: str, reading: Reading = AS_VIEWED,
+        skip_corrupt: bool = False,
+    ):  # fmt: skip
         self.name, self._path = str(path), Path(path)
         metrics = [name for name in metrics if METRICS[name].compares]
 
@@ -69,10 +73,11 @@ class Reference:
             )
         from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
         self.images: ImageSource | None = None
+        options = {"reading": reading, "any_size": True, "skip_corrupt": skip_corrupt}
         if from_images:
-            self.images = open_images(path, reading=reading, any_size=True)
+            self.images = open_images(path, **options)
         if from_images == {"rows"} and self.images.num_images > COMPARED:
-            self.images = open_images(path, num_images=COMPARED, reading=reading, any_size=True)
+            self.images = open_images(path, num_images=COMPARED, **options)
         if from_images:
             check_count(needing(*from_images), self.images.num_images)
         self._from_images = from_images
