@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_kills import in_child
 
 from d_emo.config import SegmenterSettings, parse_settings
 from d_emo.data import fundus
@@ -164,6 +166,30 @@ def test_u_emo_trains_by_the_recipe_measures_by_windows_and_resumes_exactly(tmp_
     assert metas[0]["windows"] == {"size": 32, "stride": 20, "blend": "mean"}
     with Image.open(tmp_path / "whole" / "samples" / "step-4.png") as picture:
         assert picture.size == (3 * 56 + 4, 6 * 44 + 4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_of_u_emo_ends_as_if_undisturbed(tmp_path):
+    """SIGKILL after the first state, before a file operation that is late; then the same command again."""
+    settings = TINY | {"model": "u-emo", "dataset": "fundus", "num_images": 4, "max_steps": 2, "validate_every": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def run(name, **kill):
+        words = ["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / name / "run")]
+        (tmp_path / name).mkdir(exist_ok=True)
+        return in_child("train-segmenter", words, tmp_path / name, **kill)
+
+    code, operations = run("whole")
+    assert code == 0 and operations > 10
+    assert run("parts", before=operations * 2 // 3)[0] == -signal.SIGKILL
+    states = tmp_path / "parts" / "run" / "states"
+    assert (states / "step-1").is_dir() and not (states / "step-2").is_dir()
+    assert run("parts")[0] == 0 and "resuming at step 1 of 2" in (tmp_path / "parts.log").read_text()
+    one, two = (load_state(tmp_path / name / "run" / "states" / "step-2") for name in ("whole", "parts"))
+    for key in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+    one, two = (load_classifier(tmp_path / name / "run", "segmenter") for name in ("whole", "parts"))
+    assert one.meta["quality"] == two.meta["quality"] and one.meta["sha256"] == two.meta["sha256"]
 
 
 def test_pictures_of_large_photographs_are_small():
