@@ -219,6 +219,15 @@ def test_drawn_fundus_depends_on_seed_split_and_index_alone_and_its_vessels_are_
     assert not torch.equal(drawings.read(1)[0], drawings.read(0)[0])
 
 
+def test_crops_are_taken_of_larger_drawings(tmp_path):
+    settings = TINY | {"model": "u-emo", "dataset": "fundus", "num_images": 3, "max_steps": 1}
+    task = SegmenterTask(SegmenterSettings(**settings, picture_size=48))
+    assert task.images[0][0].shape == task.held_out[0][0].shape == (3, 48, 48) and task.settings.flip
+    assert task.dataset[0][0].shape == (3, 32, 32) and task.images.class_names == ["background", "vessel"]
+    with pytest.raises(InputError, match="`picture_size` 48 is of built-in pictures"):
+        SegmenterSettings(data_dir=str(tmp_path), picture_size=48)
+
+
 def test_drawings_are_kept_up_to_a_number(monkeypatch):
     monkeypatch.setattr("d_emo.data.fundus.KEPT", 2)
     drawings, drawn = FundusDrawings(32), []
