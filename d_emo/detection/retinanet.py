@@ -99,7 +99,8 @@ class EMORetinaNet(Detector, RetinaNet):
 def retinanet(
     backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
     norm_eval: bool = True, frozen_stages: int = 1, pyramid: Literal["published", "small"] = "published",
-    backbone_options: Mapping[str, Any] | None = None,
+    backbone_options: Mapping[str, Any] | None = None, image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> EMORetinaNet:  # fmt: skip
     """RetinaNet on a backbone.
 
@@ -115,6 +116,8 @@ def retinanet(
             all convolutions (maps of a backbone that was trained briefly are of the order of 0.01), and anchors of
             11 px and more, as upright as digits are.
         backbone_options: Arguments of `EMO` to replace.
+        image_mean, image_std: Of the images, by which they are normalised. Default: ImageNet's; a classifier that was
+            trained here has 0.5 for both.
 
     Raises:
         InputError: Unknown pyramid.
@@ -135,7 +138,7 @@ def retinanet(
             part.conv = part.conv[:2]
     model = EMORetinaNet(
         levels, num_classes, min_size, max_size, anchor_generator=anchors, head=head, score_thresh=0.05,
-        nms_thresh=0.5, detections_per_img=100, topk_candidates=1000,
+        nms_thresh=0.5, detections_per_img=100, topk_candidates=1000, image_mean=image_mean, image_std=image_std,
     )
     model.num_classes = num_classes
     return model
