@@ -19,7 +19,7 @@ from d_emo.training.teacher import load_teacher
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
 kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
 INPUTS = {
-    "annotations", "checkpoint", "classifier", "data_dir", "image", "images", "inception_weights", "init_from",
+    "annotations", "checkpoint", "classifier", "data_dir", "guide", "image", "images", "inception_weights", "init_from",
     "latents", "reference", "runs", "samples", "source", "teacher_weights", "validate_annotations", "validate_dir",
     "validate_images_dir",
 }  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     for each in fields(kind):
         if verb == "compare":  # its settings are a YAML file's, see tests/test_study_checks.py
             continue
-        assert (each.metadata.get("source") is True) == (each.name in INPUTS), each.name
+        assert (each.metadata.get("source") in (True, "or a pattern")) == (each.name in INPUTS), each.name
         if each.name not in INPUTS:
             continue
         argv = [word] if word else []
@@ -49,6 +49,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
             argv += [value] if flag_of(one).isupper() or flag_of(one) == name else [flag_of(one), value]
         others = {"reference": ["--samples", str(tmp_path)], "samples": ["--reference", str(tmp_path)],
                   "checkpoint": ["--reference", str(tmp_path)],
+                  "guide": ["--checkpoint", str(tmp_path), "--reference", str(tmp_path)],
                   "inception_weights": ["--samples", str(tmp_path), "--reference", str(tmp_path)]}  # fmt: skip
         argv += others.get(each.name, []) if verb == "fid" else []
         if each.name == "validate_dir":

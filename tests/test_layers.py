@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
     "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
-    "doctor", "explain", "export", "app", "lab", "cli",
+    "doctor", "explain", "portable", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
-        "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
+        "paths", "ranges", "base", "objective", "finetuning", "training", "encoding", "dense", "detecting",
+        "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -36,8 +36,8 @@ INSIDE = {
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "video", "vae",
+        "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "alignment", "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "video", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -21,7 +21,13 @@ from d_emo.config.ranges import (
     Whole,
     Workers,
 )
-from d_emo.config.sampling import check_guidance, read_sampler
+from d_emo.config.sampling import (
+    check_guidance,
+    check_guide,
+    guide_setting,
+    guide_weight_setting,
+    read_sampler,
+)
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_features, parse_metrics
 
@@ -163,6 +169,8 @@ class FidSettings(ReadingSettings):
     guidance_interval: list[Fraction] = setting(
         [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
+    guide: str | None = guide_setting()
+    guide_weight: NotNegative | None = guide_weight_setting()
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; the FID changes slightly"
     )
@@ -191,6 +199,7 @@ class FidSettings(ReadingSettings):
             if group in (SAMPLING, SAVING) and getattr(self, each.name) != default:
                 raise InputError(f"`{each.name}` is for images drawn from a `checkpoint` only")
         check_guidance(self.guidance_scale, self.guidance_interval)
+        check_guide(self.guide, self.guide_weight)
 
     def resolve(self, **facts: Any) -> FidSettings:
         """Metrics in the order of their table; the number of images that are drawn."""
