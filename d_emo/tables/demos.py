@@ -40,6 +40,16 @@ DEMOS: Table[DemoRow] = Table("demo", [
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
     DemoRow(
+        name="medical", title="find blood vessels in drawn fundus photographs, and in a real one",
+        runs=(("train-segmenter", "medical_u-emo.yaml"), ("train-segmenter", "medical_unet.yaml")),
+        conclude="d_emo.cli.demo_medical:conclude",
+    ),
+    DemoRow(
+        name="deit", title="fine-tune DeiT-Tiny with i2RMBs on scanned digits",
+        runs=(("train-classifier", "deit_shapes.yaml"), ("train-classifier", "deit_digits.yaml")),
+        conclude="d_emo.cli.demo_deit:conclude",
+    ),
+    DemoRow(
         name="video", title="tell motions of digits apart, which no single frame shows",
         runs=(("train-video", "video.yaml"), ("train-video", "video_frames.yaml")),
         conclude="d_emo.cli.demo_video:conclude",
