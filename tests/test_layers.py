@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
     "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
-    "doctor", "explain", "export", "app", "lab", "cli",
+    "doctor", "explain", "portable", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
@@ -35,7 +35,7 @@ INSIDE = {
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
                   "average_precision", "drawing", "contents"],
-    "latents": ["codec", "shards", "encode", "dataset"],
+    "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",

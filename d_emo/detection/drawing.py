@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from d_emo.detection.augment import ObjectImages
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#f032e6", "#008080", "#9a6324", "#800000", "#808000", "#42d4f4")
-MIN_TEXT, BAR = 12, 22
-"""Pixels of the letters on a picture, at least, and of a line of titles."""
+TITLES = ("what is there", "what is found")
+GAP = 4
 
 
 @torch.no_grad()
@@ -46,63 +48,75 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequenc
     words = [class_names[label] for label in objects["labels"].tolist()]
     if "scores" in objects:
         words = [f"{word} {score:.0%}" for word, score in zip(words, objects["scores"].tolist(), strict=True)]
-    image = draw_bounding_boxes(image, objects["boxes"], colors=colours, width=max(1, min(image.shape[1:]) // 160))
-    return _named(image, objects["boxes"].tolist(), words, colours)
+    side = min(image.shape[1:])
+    image = draw_bounding_boxes(image, objects["boxes"], None, colours, width=max(1, side // 120))
+    return _with_tags(image, objects["boxes"].tolist(), words, colours, font_size=max(10, side // 18))
 
 
-def _named(image: Tensor, boxes: Sequence[Sequence[float]], words: Sequence[str], colours: Sequence[str]) -> Tensor:
-    """A picture with words on colour, above their boxes where there is room. Shape: (3, H, W) uint8."""
+def _with_tags(
+    image: Tensor, boxes: Sequence[Sequence[float]], words: Sequence[str], colours: Sequence[str], *, font_size: int
+) -> Tensor:
+    """Words on grounds of their colours, above the boxes, or within them where there is no room. Shape: (3, H, W)."""
     picture = F.to_pil_image(image)
-    draw, size = ImageDraw.Draw(picture), max(MIN_TEXT, min(picture.size) // 24)
-    font = ImageFont.load_default(size)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
     for (left, top, _, _), word, colour in zip(boxes, words, colours, strict=True):
-        width, height = round(font.getlength(word)) + 6, size + 4
-        left = max(0, min(left, picture.width - width))
-        top = top - height if top >= height else top
-        draw.rectangle((left, top, left + width, top + height), fill=colour)
-        dark = ImageColor.getcolor(colour, "L") < 140
-        draw.text((left + 3, top + height / 2), word, fill="white" if dark else "black", font=font, anchor="lm")
+        width, height = math.ceil(draw.textlength(word, font)) + 4, font_size + 2
+        x = max(0, min(round(left), picture.width - width))
+        y = round(top) - height if top >= height else round(top)
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        light = np.dot(ImageColor.getrgb(colour), (0.299, 0.587, 0.114)) > 140
+        draw.text((x + 2, y + height / 2), word, "black" if light else "white", font, anchor="lm")
     return F.pil_to_tensor(picture)
 
 
 def truth_beside_found(
-    model: nn.Module, images: ObjectImages, indices: Iterable[int], *, least_score: float = 0.3, side: int = 320
-) -> Image.Image:
-    """Rows of two pairs: a picture with what is there, and the same with what the detector finds."""
+    model: nn.Module, images: ObjectImages, indices: Iterable[int], *, least_score: float = 0.3, side: int = 320,
+    masks: bool = True,
+) -> Image.Image:  # fmt: skip
+    """Rows of two pairs: a picture with what is there, and the same with what the detector finds.
+
+    Args:
+        model: One of ours, in eval mode.
+        images: Pictures and what is in them.
+        indices: Which of them.
+        least_score: What the detector is less sure of is left out.
+        side: Of each picture, in pixels.
+        masks: Whether masks are shown, where there are some.
+    """
     pictures, objects = [], []
     for index in indices:
         image, target = images.read(index)
         pictures += [image, image]
         objects += [target, detect(model, image, least_score)]
-    return grid_of_objects(pictures, objects, images.class_names, side=side, titles=("there", "found") * 2)
+    return grid_of_objects(pictures, objects, images.class_names, side=side, masks=masks, titles=2 * TITLES)
 
 
 def grid_of_objects(
     images: Iterable[Tensor], objects: Iterable[dict[str, Tensor]], class_names: Sequence[str], *, side: int = 320,
-    titles: Sequence[str] = (),
-) -> Image.Image:
+    masks: bool = True, titles: Sequence[str] = (),
+) -> Image.Image:  # fmt: skip
     """Pictures with what is in them, four in a row, their longer sides ``side`` px, under the columns' titles.
 
     Shape: of a picture (3, H, W), uint8 or float32 in [0, 1]; objects see `detect`.
     """
-    cells = []
+    cells, wanted = [], {"boxes", "labels", "scores", *["masks"] * masks}
     for image, target in zip(images, objects, strict=True):
         scale = side / max(image.shape[1:])
         size = [round(n * scale) for n in image.shape[1:]]
-        shown = {name: value.cpu() for name, value in target.items()
-                 if name in ("boxes", "labels", "scores", "masks")}  # fmt: skip
-        shown["boxes"] = shown["boxes"] * scale
-        if "masks" in shown:
-            shown["masks"] = F.resize(shown["masks"].byte(), size, F.InterpolationMode.NEAREST)
+        scaled = {name: value.cpu() for name, value in target.items() if name in wanted}
+        scaled["boxes"] = scaled["boxes"] * scale
+        if "masks" in scaled:
+            scaled["masks"] = F.resize(scaled["masks"].byte(), size, F.InterpolationMode.NEAREST)
         pixels = F.resize(F.to_dtype(image.cpu(), torch.uint8, scale=True), size, antialias=True)
-        drawn = draw_objects(pixels, shown, class_names)
-        cells.append(F.pad(drawn, [0, 0, side - size[1], side - size[0]]))
-    grid = F.to_pil_image(make_grid(cells, nrow=4, padding=4, pad_value=255))
+        cells.append(F.pad(draw_objects(pixels, scaled, class_names), [0, 0, side - size[1], side - size[0]]))
+    grid = F.to_pil_image(make_grid(cells, nrow=4, padding=GAP, pad_value=255))
     if not titles:
         return grid
-    canvas = Image.new("RGB", (grid.width, grid.height + BAR), "white")
-    canvas.paste(grid, (0, BAR))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(BAR - 6)
+    size = max(10, side // 14)
+    titled = Image.new("RGB", (grid.width, grid.height + 2 * size), "white")
+    titled.paste(grid, (0, 2 * size))
+    draw, font = ImageDraw.Draw(titled), ImageFont.load_default(size)
     for column, title in enumerate(titles[: len(cells)]):
-        draw.text((4 + column * (side + 4) + side / 2, BAR / 2 + 2), title, fill="black", font=font, anchor="mm")
-    return canvas
+        middle = GAP + column * (side + GAP) + side / 2, size + GAP / 2
+        draw.text(middle, title, "black", font, anchor="mm")
+    return titled
