@@ -239,7 +239,8 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
         super().check()
         family = self.model and family_of(self.model)
-        first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
+        kin = [row for row in FAMILIES.values() if family and (row.block, row.frame) == (family.block, family.frame)]
+        first = kin[0] if kin else family
         if family is not first and self.objective not in (None, family.objective):
             raise InputError(
                 f"{self.model} is {first.name} with `objective` {family.objective}; for `objective` {self.objective} "
