@@ -202,3 +202,15 @@ def test_images_taken_a_few_at_a_time_give_the_same_maps(monkeypatch, block):
     torch.testing.assert_close([sliced, *slices], [whole, *maps])
     together = run(2**40, train=True)[0]
     torch.testing.assert_close(run(1, train=True)[0], together)  # batch norm sees all images
+
+
+@pytest.mark.parametrize("block, default", [("i2rmb", 1e-6), ("irmb", None)])
+def test_layer_scales_start_where_they_are_told_to(block, default):
+    def starts(**overrides):
+        model = tiny(block, **overrides)
+        return sorted({value for name, p in model.named_parameters() if name.endswith("gamma") for value in p.tolist()})
+
+    assert starts() == pytest.approx([default] if default else [])
+    assert starts(layer_scale=0.5) == [0.5]
+    with pytest.raises(InputError, match="layer_scale must be positive, .*got 0"):
+        tiny(block, layer_scale=0)

@@ -69,7 +69,8 @@ def test_a_file_of_coco_is_read_as_pycocotools_reads_it(tmp_path):
     assert target["area"].tolist() == [64, 30, 320, 0] and target["iscrowd"].tolist() == [False, False, True, False]
     assert target["masks"][0].sum() == 64 and target["masks"][1].sum() == 20
     assert images.read(0)[1]["boxes"].shape == (0, 4) and images.read(0)[1]["masks"].shape == (0, 8, 8)
-    left = trainable(target, 16, 20)  # clipped; no crowd, nothing without area
+    target["boxes"][3] = torch.tensor([25.0, 2, 30, 9])  # outside of the picture
+    left = trainable(target, 16, 20)  # clipped; no crowd, nothing outside
     assert left["boxes"].tolist() == [[2, 2, 10, 10], [15, 10, 20, 16]] and left["masks"].shape[0] == 2
 
 
@@ -105,6 +106,14 @@ def change(path, value):
         (change(["images", 0, "file_name"], "none.png"), "names the image none.png, which .* does not hold"),
         (change(["annotations", 0, "segmentation"], [[1, 1, 5, 5]]), "annotation 0 has a polygon of 4 numbers"),
         (change(["annotations", 0, "segmentation"], ...), "annotation 0 has no mask"),
+        (change(["annotations", 0, "segmentation"], [[1, 1, 5, 1, 5, float("nan")]]), "annotation 0 .* coordinate nan"),
+        (change(["annotations", 0, "segmentation"], [[1, 1, 5, 1, 5, 1e9]]), "annotation 0 has .* in no picture"),
+        (change(["annotations", 0, "segmentation"], ["P:"]), "annotation 0 has a polygon that is no list of numbers"),
+        (change(["annotations", 1, "id"], None), "annotation None of 'annotations' has no 'id'"),
+        (change(["annotations", 1, "image_id"], [7]), r"annotation 5 of 'annotations' has the image_id \[7\]"),
+        (change(["images", 0, "id"], "7"), "some ids of 'images' are numbers and some are text"),
+        (change(["images", 0, "file_name"], 7), "entry 0 of 'images' has the file_name 7"),
+        (change(["images", 0, "width"], "20"), "entry 0 of 'images' has the width '20'"),
         (change(["annotations", 1, "segmentation", "size"], [20, 16]), "annotation 5 has a mask of the size"),
         (change(["annotations", 1, "segmentation", "counts"], [1, 2]), "annotation 5 has a mask of 3 pixels"),
     ],

@@ -12,6 +12,7 @@ from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.models import count_macs, count_parameters, create_model
 from d_emo.models.hierarchical import HierarchicalDenoiser
+from d_emo.training.alignment import Alignment
 
 TINY = {"widths": (8, 16, 24), "depths": (2, 1, 2), "condition_size": 20, "head_size": 4, "sample_size": 8,
         "patch_size": 1, "num_classes": 3, "window_size": 2}  # fmt: skip
@@ -132,6 +133,19 @@ def test_it_may_be_trained_with_either_objective():
         TrainSettings(model="U-D-EMOv2-Ti-1", objective=objective).check()
     with pytest.raises(InputError, match="SiT-S-2 is DiT with `objective` flow"):
         TrainSettings(model="SiT-S-2", objective="eps").check()
+
+
+def test_muon_takes_the_matrices_between_its_hidden_features():
+    model = tiny()
+    names = model.block_matrices()
+    assert names["mid_blocks.0.operator.expand.qk.weight"] == 2 and names["upsamplers.0.fuse.weight"] == 1
+    assert len(names) == 3 * len(model.block_sequence()) + 3 * (len(TINY["widths"]) - 1)
+    assert not [name for name in names if "adaLN" in name or name.startswith(("x_", "t_", "y_", "final"))]
+
+
+def test_its_maps_are_of_several_sizes_and_cannot_be_aligned():
+    with pytest.raises(InputError, match="`align` vae needs a denoiser that shows a map of four positions"):
+        Alignment(tiny(), "vae", 0.5, None)
 
 
 def test_a_saved_one_is_opened_again_whole(tmp_path):

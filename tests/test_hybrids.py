@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import d_emo  # noqa: F401  (makes the names known to timm)
+from d_emo.config import ClassifierSettings
 from d_emo.errors import InputError
+from d_emo.io.classifier import open_classifier
+from d_emo.models import create_model, list_models
 from d_emo.models.counting import count_macs
 from d_emo.models.hybrids import HYBRIDS, PVT, ReducedBlock, TokenBlock
+from d_emo.models.registry import model_kind
+from d_emo.training import fit
+from d_emo.training.classifier import ClassifierTask
 
 # Parameters and MACs in M that somebody else rebuilt from the two printed numbers of each row (EMOv2 paper, table IV).
 REBUILT = {
@@ -89,6 +95,8 @@ def test_every_parameter_learns_and_timm_changes_the_head():
         model.reset_classifier(5)
         assert model(torch.randn(2, 3, side, side)).shape == (2, 5)
         assert model.forward_head(model.forward_features(torch.randn(2, 3, side, side)), pre_logits=True).ndim == 2
+    smaller = timm.create_model("deit_tiny_i2rmb", img_size=32, depth=1, patch_size=8)
+    assert smaller.blocks[0].grid == (4, 4) and smaller(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
 
 
 def test_positions_of_other_sizes_are_interpolated():
@@ -99,3 +107,33 @@ def test_positions_of_other_sizes_are_interpolated():
     assert torch.equal(model.positions(3, (3, 2))[:, :1], model.pos_embed[3][:, :1])
     with pytest.raises(InputError, match="multiple of 32"):
         timm.create_model("pvt_tiny_irmb", img_size=100)
+
+
+def test_the_registry_has_them_and_a_snapshot_is_opened_again(tmp_path):
+    """Trained by the command line's task, then fine-tuned on another number of classes."""
+    tiny = {
+        "model": "deit_tiny_i2rmb", "model_options": {"embed_dim": 32, "num_heads": 1, "depth": 2}, "image_size": 32,
+        "batch_size": 4, "max_steps": 2, "warmup_steps": 1, "validate_images": 4, "tracker": "none",
+    }  # fmt: skip
+    assert sorted(list_models("*_tiny_*")) == sorted(HYBRIDS) and model_kind("pvt_tiny_irmb") == "classifier"
+    settings = ClassifierSettings(**tiny, dataset="shapes", num_images=40, output_dir=str(tmp_path / "shapes"))
+    first = fit(ClassifierTask(settings), settings.resolve())
+    opened = open_classifier(str(first))
+    assert opened.model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+    settings = ClassifierSettings(
+        **tiny, dataset="digits", init_from=str(first), output_dir=str(tmp_path / "digits"), train="head"
+    )
+    task = ClassifierTask(settings)
+    theirs, mine = opened.model.state_dict(), task.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items() if not name.startswith("head."))
+    assert {name for name, each in task.model.named_parameters() if each.requires_grad} == {"head.weight", "head.bias"}
+    assert open_classifier(str(fit(task, task.settings))).num_classes == 10
+    with pytest.raises(InputError, match="holds a VisionTransformer; this works with EMOv1 and EMOv2 only"):
+        opened.emo  # noqa: B018
+    with pytest.raises(InputError, match="deit_tiny_irmb has no setting 'window'"):
+        create_model("deit_tiny_irmb", window=3)
+    for name in HYBRIDS:
+        with torch.device("meta"):
+            made = create_model(name, img_size=64, num_classes=3)
+            again = create_model(**made.config)
+        assert again.num_classes == 3 and again.state_dict().keys() == made.state_dict().keys()

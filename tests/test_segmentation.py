@@ -138,6 +138,37 @@ def test_crops_move_image_and_mask_together_and_depend_on_seed_epoch_and_index_a
     assert (small[16:] == IGNORED).all()  # padded
 
 
+class Stripe(LabelledScenes):
+    """32 x 256 px of class 0, 16 columns of them of class 1; what is right of ``known`` is ignored."""
+
+    def __init__(self, known=256):
+        self.known, self.class_names = known, ["ground", "stripe"]
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        mask = torch.zeros(32, 256, dtype=torch.uint8)
+        mask[:, 96:112] = 1
+        mask[:, self.known :] = IGNORED
+        return torch.zeros(3, 32, 256, dtype=torch.uint8), mask
+
+
+def test_another_crop_is_tried_while_one_class_covers_too_much():
+    """One crop in seven has the stripe in a quarter or more of it, and four of five times so has one of ten crops."""
+
+    def stripes(share, **options):
+        crops = TrainingCrops(Stripe(**options), 32, scale_range=(1.0, 1.0), largest_share=share, colours=False)
+        return [(crops[index][1] == 1).float().mean().item() for index in range(60)]
+
+    any_share, at_most = stripes(1.0), stripes(0.75)
+    assert sum(share >= 0.25 for share in any_share) < 20 < 40 < sum(share >= 0.25 for share in at_most) < 60
+    assert 0.0 in any_share and 0.5 in any_share + at_most
+    assert (TrainingCrops(Stripe(0), 32)[0][1] == IGNORED).all()  # nothing is known: the tenth is taken
+    some = TrainingCrops(Stripe(64), 32, scale_range=(1.0, 1.0), largest_share=1.0, colours=False)
+    assert sum(bool((some[index][1] != IGNORED).any()) for index in range(60)) > 50  # one in three crops by chance
+
+
 def test_measures_equal_a_plain_computation():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 6, (4, 20, 30), generator=generator).to(torch.uint8)
@@ -153,6 +184,9 @@ def test_measures_equal_a_plain_computation():
     assert quality.mean_iou == pytest.approx(np.mean(iou), abs=1e-6)
     assert quality.mean_accuracy == pytest.approx(np.mean(accuracy), abs=1e-6)
     assert quality.pixel_accuracy == pytest.approx((p == t).mean(), abs=1e-6)
+    dice = [2 * ((p == c) & (t == c)).sum() / ((p == c).sum() + (t == c).sum()) for c in range(5)]
+    assert quality.mean_dice == pytest.approx(np.mean(dice), abs=1e-6) and quality.dice[5:] == (None, None)
+    assert quality.dice[:5] == pytest.approx(dice, abs=1e-6)
     assert quality.iou[:5] == pytest.approx(iou, abs=1e-6) and quality.iou[5:] == (None, None)
 
 
@@ -188,7 +222,7 @@ def test_validation_over_two_processes_is_that_of_one():
     whole = task.validate(task.model, rank=0, world_size=1)
     summed = task.figures({name: sum(share[name].item() for share in shares) for name in whole})
     alone = task.figures({name: value.item() for name, value in whole.items()})
-    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "aAcc", "mAcc"}
+    assert summed == pytest.approx(alone) and alone.keys() == {"loss", "mIoU", "mDice", "aAcc", "mAcc"}
 
 
 def test_the_backbone_starts_from_a_classifier_and_heads_learn_faster(tmp_path):
@@ -230,7 +264,7 @@ def test_the_papers_recipes_load_as_they_are_written(name):
     "changes, words",
     [
         ({"model": "emov2_1m"}, "emov2_1m is a classifier; train it with scripts/train_classifier.py"),
-        ({"flip": True}, "mirror image of a digit"), ({"scale_range": [2.0, 1.0]}, "two rising factors"),
+        ({"flip": True}, "a mirror image is of no class"), ({"scale_range": [2.0, 1.0]}, "two rising factors"),
         ({"validate_dir": "x"}, "belongs to a `data_dir`"),
         ({"model_options": {"num_classes": 3}}, "num_classes follows from the data"),
         ({"micro_batch_size": 1}, "`micro_batch_size` must be 2 or more"),

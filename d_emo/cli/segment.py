@@ -13,22 +13,37 @@ from d_emo.config import SegmentSettings
 from d_emo.data.listing import list_files
 from d_emo.data.reading import Reading, is_image, no_images
 from d_emo.device import best_device
+from d_emo.errors import InputError
 from d_emo.files import write_json
 from d_emo.io.segmenter import OpenSegmenter, open_segmenter
 from d_emo.segmentation.measures import segment
 from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.sliding import Windows
 
 
 def run(settings: SegmentSettings) -> None:
     """Do it."""
     files, segmenter = find_images(settings.images), open_segmenter(settings.model)
     segmenter.model.to(best_device())
-    reading, size = Reading.of(settings), settings.image_size or segmenter.image_size
+    reading, (size, windows) = Reading.of(settings), seen_by(segmenter, settings)
     with claimed_default("segment", settings, f"samples/segment-{files[0].stem}") as folder:
         for name, file in tqdm(list(zip(free_names(files), files, strict=True)), unit="image", disable=len(files) < 5):
             pixels = torch.from_numpy(np.array(reading.read(file, lambda file=file: str(file)))).permute(2, 0, 1)
-            write(folder, name, file, pixels, segmenter, segment(segmenter.model, pixels, size))
+            write(folder, name, file, pixels, segmenter, segment(segmenter.model, pixels, size, windows=windows))
         print(f"pictures  {folder} ({len(files)} of .png, _classes.png and .json each, by {segmenter.name})")
+
+
+def seen_by(segmenter: OpenSegmenter, settings: SegmentSettings) -> tuple[int | None, Windows | None]:
+    """Pixels of the shorter side (None: as it is) and windows that the network sees; InputError for windows that leave
+    pixels out."""
+    known = None if settings.image_size else segmenter.windows
+    if not known and settings.crop is None and settings.stride is None:
+        if settings.blend is not None:
+            raise InputError("`blend` is of windows, and whole images are segmented; give `crop` or `stride`")
+        return settings.image_size or segmenter.image_size, None
+    size = settings.crop or (known.size if known else segmenter.image_size)
+    stride = settings.stride or (known.stride if known and known.size == size else max(1, size * 2 // 3))
+    return settings.image_size, Windows(size, stride, settings.blend or (known.blend if known else "mean"))
 
 
 def write(

@@ -18,10 +18,12 @@ def run(settings: SegmenterSettings) -> None:
     print(f"snapshot  {snapshot}")
     meta = load_classifier(snapshot, "segmenter").meta
     if quality := meta.get("quality"):
-        rows = [[name, "-" if iou is None else f"{100 * iou:.1f}"]
-                for name, iou in zip(meta["class_names"], quality["iou"], strict=True)]  # fmt: skip
-        print(markdown_table(["class", "IoU, %"], rows))
-        print(f"mIoU {quality['mean_iou']:.2%}, aAcc {quality['pixel_accuracy']:.2%}, mAcc "
+        names, nothing = meta["class_names"], [None] * len(meta["class_names"])
+        shares = zip(names, quality["iou"], quality.get("dice", nothing), strict=True)  # older ones lack the last
+        rows = [[name, *("-" if share is None else f"{100 * share:.1f}" for share in both)] for name, *both in shares]
+        print(markdown_table(["class", "IoU, %", "Dice, %"], rows))
+        dice = f"mDice {quality['mean_dice']:.2%}, " if "mean_dice" in quality else ""
+        print(f"mIoU {quality['mean_iou']:.2%}, {dice}aAcc {quality['pixel_accuracy']:.2%}, mAcc "
               f"{quality['mean_accuracy']:.2%} of {quality['images']:,} held-out images")  # fmt: skip
     if settings.push_to_hub:
         print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")

@@ -109,8 +109,19 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train a segmenter (DeepLabV3, PSPNet, Semantic FPN, SegFormer on an EMO) on PNG masks or built-in scenes.",
     ),
     Verb(
+        "train-video", "train_video", "Train", "d_emo.config:VideoSettings",
+        "Train V-EMO, or an image classifier on the mean of frames, on videos or built-in moving digits.",
+    ),
+    Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
         "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
+    ),
+    Verb(
+        "demo", "demo", "Train", "d_emo.config:DemoSettings",
+        """Train something small from nothing, in minutes on two cores, and show how good it is: figures and a picture.
+
+Everything goes to the folder demo/. It needs no network and no data. Re-run the same command to resume; what is
+trained already is not trained again.""",
     ),
     Verb(
         "encode", "encode_latents", "Train", "d_emo.config:EncodeSettings",

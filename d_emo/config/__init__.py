@@ -21,6 +21,7 @@ from d_emo.config.benchmarking import (
     KernelsSettings,
     StepSettings,
 )
+from d_emo.config.demos import DemoSettings
 from d_emo.config.detecting import DetectorSettings, DetectSettings
 from d_emo.config.encoding import EncodeSettings, VAESettings
 from d_emo.config.exporting import ConvertSettings, ExportSettings
@@ -38,13 +39,14 @@ from d_emo.config.measuring import (
 from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
+    DEFAULT_GUIDE_WEIGHT,
     DEFAULT_STEPS,
     AppSettings,
     SampleSettings,
     check_guidance,
     read_sampler,
 )
-from d_emo.config.segmenting import SegmenterSettings, SegmentSettings
+from d_emo.config.segmenting import Blend, SegmenterSettings, SegmentSettings
 from d_emo.config.study import StudySettings
 from d_emo.config.training import (
     ClassifierSettings,
@@ -53,3 +55,4 @@ from d_emo.config.training import (
     RunSettings,
     TrainSettings,
 )
+from d_emo.config.video import VideoSettings

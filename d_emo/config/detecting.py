@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
-from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, NotNegative, Positive, Whole
-from d_emo.config.training import RunSettings
+from d_emo.config.dense import DenseSettings
+from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, Positive, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSettings(ReadingSettings, RunSettings):
+class DetectorSettings(ReadingSettings, DenseSettings):
     """Settings of ``scripts/train_detector.py``; the defaults are EMOv2's recipe for SSDLite on COCO."""
 
     annotations: str | None = setting(
-        None, "objects to train on, a JSON file in COCO's format. Default: built-in scenes of scanned digits on "
-        "photographs", resumable=True, decisive=True, source=True, group="Data"
+        None, "objects to train on, a JSON file in COCO's format. Default: those of --dataset",
+        resumable=True, decisive=True, source=True, group="Data"
     )
     images: str | None = setting(
         None, "folder of the images that --annotations names", resumable=True, decisive=True, source=True
@@ -27,10 +27,6 @@ class DetectorSettings(ReadingSettings, RunSettings):
     )
     validate_images_dir: str | None = setting(
         None, "folder of the images of --validate-annotations. Default: --images", resumable=True, source=True
-    )
-    num_images: Count = setting(2000, "number of different built-in scenes to train on")
-    flip: bool | None = setting(
-        None, "mirror pictures at random. Default: yes for --annotations, no for the digits of the built-in scenes"
     )
     augment: Literal["ssd", "flip", "none"] | None = setting(
         None, "ssd: zoomed out, cropped around some objects, resized to a square, mirrored, and colours changed; flip: "
@@ -42,7 +38,7 @@ class DetectorSettings(ReadingSettings, RunSettings):
     )
     image_size: ClassifierSide | None = setting(
         None, "side that pictures are resized to, in pixels: of the square of SSDLite, else the shorter side. Default: "
-        "the model's; 160 for built-in scenes"
+        "the model's; 160 for --dataset"
     )
     init_from: str | None = setting(
         None, "start the backbone from a classifier: a snapshot, a released file, or a folder made by "
@@ -50,11 +46,7 @@ class DetectorSettings(ReadingSettings, RunSettings):
     )
     batch_size: Count = setting(192, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW", aliases=["--lr"])
-    weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
     warmup_steps: Whole = setting(500, "steps of linear warm-up")
-    schedule: Literal["constant", "cosine", "constant-cosine"] = setting(
-        "constant-cosine", "learning rate after the warm-up; constant-cosine: constant for the first half of the run"
-    )
     grad_clip: Positive | None = setting(0.1, "largest gradient norm")
     max_steps: Count | None = setting(
         None, "optimizer steps of the whole run. Default: 366,500, 600 passes over COCO's train2017", resumable=True,
@@ -64,7 +56,11 @@ class DetectorSettings(ReadingSettings, RunSettings):
         6_108, "steps between snapshots, each with its mAP; the last step has one", resumable=True
     )
     ema_decay: BelowOne = setting(0.9998, "decay of the moving average of weights and float buffers")
-    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
+
+    @property
+    def own_data(self) -> str | None:
+        """The path of data that are not built in."""
+        return self.annotations
 
     def resolve(self, **facts: Any) -> DetectorSettings:
         """Fill in what is left open; ``epochs`` once the data are known.
@@ -74,11 +70,11 @@ class DetectorSettings(ReadingSettings, RunSettings):
         """
         built_in = self.annotations is None
         size = self.image_size or (160 if built_in else None)
-        data = "digit-scenes" if built_in else Path(self.annotations).stem
+        data = self.dataset if built_in else Path(self.annotations).stem
         return replace(
             self, image_size=size, max_steps=self.steps(facts.get("images"), 366_500),
             output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
-            flip=not built_in if self.flip is None else self.flip,
+            flip=self.mirrors if self.flip is None else self.flip,
             augment=self.augment or ("ssd" if self.model.lower().startswith("ssdlite") else "flip"),
             validate_images_dir=self.validate_images_dir or (self.images if self.validate_annotations else None),
         )

@@ -1,4 +1,4 @@
-"""Scanned digits on real textures: pictures with several objects, whose boxes and masks are known exactly."""
+"""Pictures with several objects whose boxes and masks are known exactly: scanned digits on photographs, and shapes."""
 
 from functools import cache
 
@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from d_emo.data.digits import Digits
-from d_emo.data.images import check_image_size, split_number
+from d_emo.data.images import check_image_size, split_number, to_uint8
+from d_emo.data.shapes import COLOURS, GROUNDS, REACH, SHAPES, ShapeScene, draw_scenes
 
-MOST_DIGITS = 6
+MOST_DIGITS = MOST_SHAPES = 6
 _TRIES = 20
 
 
@@ -96,6 +97,65 @@ class DigitScenes:
         crop = Image.fromarray(part[top : top + side, left : left + side])
         ground = np.asarray(crop.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), dtype=np.float64)
         return ground[:, :: 1 if rng.integers(2) else -1].copy()
+
+
+class ShapeScenes:
+    """One to six shapes of Shapes-1000 on one of its grounds, drawn when asked for; the ten shapes are the classes.
+
+    Radii are from 1/32 to 2/5 of the side, evenly on a logarithmic scale, so that at 512 px COCO's small, medium and
+    large objects are all there. Shapes do not overlap, and none leaves the picture. A mask is where a shape covers half
+    or more of a pixel, and a box is the smallest around a mask.
+
+    Args:
+        image_size: Side of the square pictures in pixels, at least 32.
+        num_images: Length of the data set.
+        split: "train" or "test".
+        seed: Seed of the whole set.
+    """
+
+    name = "shape-scenes"
+    radii = (1 / 16, 4 / 5)
+    """Smallest and largest radius, as shares of half of the side."""
+
+    def __init__(self, image_size: int = 160, *, num_images: int = 2000, split: str = "train", seed: int = 0):
+        check_image_size(image_size)
+        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+        self.class_names = list(SHAPES)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def origin(self, index: int) -> str:
+        """Where picture ``index`` comes from, for messages about it."""
+        return f"image {index} of {self.name}"
+
+    def scenes(self, index: int) -> list[ShapeScene]:
+        """The shapes of picture ``index``, the largest first; ground and light are those of the first."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed * 2 + self._split, int(index)]))
+        ground = int(rng.integers(len(GROUNDS)))
+        light = rng.uniform(0.88, 1.02), rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.12)
+        placed: list[ShapeScene] = []
+        for radius in sorted(np.exp(rng.uniform(*np.log(self.radii), rng.integers(1, MOST_SHAPES + 1))), reverse=True):
+            for _ in range(_TRIES):
+                x, y = rng.uniform(REACH * radius - 1, 1 - REACH * radius, 2)
+                if all(np.hypot(x - one.x, y - one.y) > REACH * (radius + one.radius) for one in placed):
+                    kind, angle = rng.integers((len(SHAPES), len(COLOURS))).tolist(), rng.uniform(0, 2 * np.pi)
+                    placed.append(ShapeScene(*kind, ground, x, y, radius, angle, *light))
+                    break
+        return placed
+
+    def read(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A picture and what is in it.
+
+        Shape: (3, H, W) uint8; boxes (n, 4) as left, top, right, bottom, labels (n,), masks (n, H, W) uint8.
+        """
+        scenes = self.scenes(index)
+        rgb, covered = draw_scenes(scenes, self.image_size)
+        masks, labels = torch.from_numpy(covered), torch.tensor([scene.shape for scene in scenes])
+        seen = masks.flatten(1).amax(dim=1) > 0  # a bar of a pixel's width covers none to a half
+        masks, labels = masks[seen], labels[seen]
+        pixels = to_uint8(torch.from_numpy(rgb).permute(2, 0, 1))
+        return pixels, {"boxes": boxes_of(masks), "labels": labels, "masks": masks}
 
 
 def boxes_of(masks: torch.Tensor) -> torch.Tensor:

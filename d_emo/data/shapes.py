@@ -1,5 +1,6 @@
 """Shapes-1000: one shape of one colour on one ground, drawn when asked for."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ GROUNDS = {
     "forest": (25, 70, 45), "maroon": (85, 22, 38), "sand": (214, 190, 140), "sky": (150, 190, 225),
     "mint": (165, 222, 185), "lilac": (192, 165, 222),
 }  # fmt: skip
+REACH = 1.15
+"""No shape reaches further from its centre than so many times its radius."""
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _GROUND_PALETTE = np.array(list(GROUNDS.values()), dtype=np.float32)
 
@@ -90,17 +93,53 @@ def draw_scene(scene: ShapeScene, image_size: int) -> np.ndarray:
     Returns:
         float32 RGB in [-1, 1]. Shape: (image_size, image_size, 3).
     """
-    axis = ((np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size)) - 1
-    x, y = axis[None, :], axis[:, None]
+    ground, colour = _GROUND_PALETTE[scene.ground], _PALETTE[scene.colour]
+    return _lit(ground + _coverage(scene, image_size)[..., None] * (colour - ground), scene)
+
+
+def draw_scenes(scenes: Sequence[ShapeScene], image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw several shapes on the ground of the first, under its light.
+
+    Returns:
+        float32 RGB in [-1, 1], and the masks of the shapes: the pixels that a shape covers to a half or more.
+
+    Shape: -> (image_size, image_size, 3), (n, image_size, image_size) uint8.
+    """
+    rgb = np.broadcast_to(_GROUND_PALETTE[scenes[0].ground], (image_size, image_size, 3)).copy()
+    masks = np.zeros((len(scenes), image_size, image_size), dtype=np.uint8)
+    for mask, scene in zip(masks, scenes, strict=True):
+        middle, reach = (np.array([scene.y, scene.x]) + 1) * image_size / 2, REACH * scene.radius * image_size / 2 + 1
+        edges = np.stack([np.floor(middle - reach).clip(min=0), np.ceil(middle + reach)], axis=1).astype(int)
+        window = tuple(slice(*each) for each in edges)
+        covered = _coverage(scene, image_size, *window)
+        rgb[window] += covered[..., None] * (_PALETTE[scene.colour] - rgb[window])
+        mask[window] = covered >= 0.5
+    return _lit(rgb, scenes[0]), masks
+
+
+def _coverage(
+    scene: ShapeScene, image_size: int, rows: slice = slice(None), columns: slice = slice(None)
+) -> np.ndarray:
+    """Share of each pixel that the shape covers, in some rows and columns. Shape: (H, W) float32."""
+    axis = _centres(image_size)
+    x, y = axis[None, columns], axis[rows, None]
     cos, sin = np.cos(scene.angle) / scene.radius, np.sin(scene.angle) / scene.radius
     u, v = x - scene.x, y - scene.y
     distance = _shape_distance(SHAPES[scene.shape], u * cos + v * sin, v * cos - u * sin)
-    coverage = np.clip(0.5 - distance * (scene.radius * image_size / 2), 0, 1)[..., None]
+    return np.clip(0.5 - distance * (scene.radius * image_size / 2), 0, 1)
+
+
+def _centres(image_size: int) -> np.ndarray:
+    """Where the pixels of a row lie, from -1 to 1. Shape: (image_size,) float32."""
+    return ((np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size)) - 1
+
+
+def _lit(rgb: np.ndarray, scene: ShapeScene) -> np.ndarray:
+    """Colours from 0 to 255 under the light of a scene. Shape: (H, W, 3) -> same, float32 in [-1, 1]."""
+    x, y = _centres(len(rgb))[None, :], _centres(len(rgb))[:, None]
     light = scene.light_strength * (x * np.cos(scene.light_angle) + y * np.sin(scene.light_angle))
     light = (scene.brightness * (1 + light))[..., None]
-    ground, colour = _GROUND_PALETTE[scene.ground], _PALETTE[scene.colour]
-    rgb = (ground + coverage * (colour - ground)) * (light * np.float32(2 / 255)) - 1
-    return np.clip(rgb, -1, 1).astype(np.float32, copy=False)
+    return np.clip(rgb * (light * np.float32(2 / 255)) - 1, -1, 1).astype(np.float32, copy=False)
 
 
 class Shapes1000(ClassImages):
@@ -136,7 +175,7 @@ class Shapes1000(ClassImages):
         draw = rng.random(7)
         label = self.label(index)
         radius = 0.32 + 0.28 * draw[0]
-        reach = 1 - 1.15 * radius  # the shape may touch the border, not leave through it
+        reach = 1 - REACH * radius  # the shape may touch the border, not leave through it
         return ShapeScene(
             shape=label // 100, colour=label // 10 % 10, ground=label % 10, x=reach * (2 * draw[1] - 1),
             y=reach * (2 * draw[2] - 1), radius=radius, angle=2 * np.pi * draw[3], brightness=0.88 + 0.14 * draw[4],

@@ -46,7 +46,20 @@ def trainable(target: dict[str, Tensor], height: int, width: int) -> dict[str, T
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     if "iscrowd" in target:
         keep &= ~target["iscrowd"]
-    return {"boxes": boxes[keep], **{name: target[name][keep] for name in ("labels", "masks") if name in target}}
+    others = target.keys() & {"labels", "masks", "area"}
+    return {"boxes": boxes[keep], **{name: target[name][keep] for name in others}}
+
+
+def areas_of(target: dict[str, Tensor]) -> Tensor:
+    """Areas by which objects are small, medium or large: their own, else of their masks, else of their boxes.
+
+    Shape: see `ObjectImages` -> (n,).
+    """
+    if "area" in target:
+        return target["area"]
+    if "masks" in target:
+        return target["masks"].sum(dim=(1, 2))
+    return (target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(dim=1)
 
 
 def augmentation(augment: Augment, *, flip: bool, side: int | None) -> v2.Transform:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d_emo.detection.augment import ObjectImages
+from d_emo.detection.augment import ObjectImages, areas_of
 from d_emo.detection.masks import rle
 
 FIGURES = ("mAP", "AP50", "AP75", "small", "medium", "large")
@@ -48,9 +48,7 @@ class AveragePrecision:
         """
         number = len(self.images) + 1
         self.images.append({"id": number, "height": size[0], "width": size[1]})
-        areas = target.get("area")
-        if areas is None:
-            areas = target["masks"].sum(dim=(1, 2)) if "masks" in target else _area(target["boxes"])
+        areas = areas_of(target)
         crowd = target.get("iscrowd", torch.zeros(len(areas), dtype=torch.bool))
         for i, row in enumerate(self._rows(number, target)):
             row |= {"id": len(self.objects) + 1, "area": float(areas[i]), "iscrowd": int(crowd[i])}
@@ -86,11 +84,6 @@ class AveragePrecision:
             evaluation = COCOeval_faster(truth, truth.loadRes(found), kind, print_function=lambda *_, **__: None)
             evaluation.run()
         return dict(zip(FIGURES, map(float, evaluation.stats[:6]), strict=True))
-
-
-def _area(boxes: Tensor) -> Tensor:
-    """Shape: (n, 4) -> (n,)."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from d_emo.detection.masks import decode_mask, mask_problem
 from d_emo.errors import InputError
 from d_emo.files import read_json
 
+_KINDS = {**dict.fromkeys(("id", "image_id", "category_id"), (int, float, str)), "file_name": (str,),
+          "width": (int,), "height": (int,)}  # fmt: skip
 _SECTIONS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
              "annotations": ("id", "image_id", "category_id", "bbox")}  # fmt: skip
 
@@ -113,10 +115,16 @@ def _sections(content: Any) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(content.get(section), list):
             raise InputError(f"it has no list {section!r}; a file of annotations in COCO's format has one")
         for number, row in enumerate(content[section]):
+            numbered = section == "annotations" and isinstance(row, dict) and "id" in row
+            which = f"annotation {row['id']}" if numbered else f"entry {number}"
             lacking = [key for key in keys if not isinstance(row, dict) or row.get(key) is None]
             if lacking:
-                which = f"annotation {row['id']}" if isinstance(row, dict) and "id" in row else f"entry {number}"
                 raise InputError(f"{which} of {section!r} has no {lacking[0]!r}")
+            for key in set(keys) & _KINDS.keys():
+                if type(row[key]) not in _KINDS[key]:
+                    raise InputError(f"{which} of {section!r} has the {key} {row[key]!r}")
+        if len({isinstance(row["id"], str) for row in content[section]}) > 1:
+            raise InputError(f"some ids of {section!r} are numbers and some are text")
     return content
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
@@ -100,6 +101,11 @@ class Detector(nn.Module):
         Shape: (B, 3, H, W) -> cls_logits (B, anchors, logits), bbox_regression (B, anchors, 4).
         """
         return self.head(list(self.backbone(images).values()))
+
+    def anchors(self, images: ImageList) -> Tensor:
+        """The anchors of images of one size. Shape: (B, 3, H, W) -> (anchors, 4)."""
+        generator = self.rpn.anchor_generator if hasattr(self, "rpn") else self.anchor_generator
+        return generator(images, list(self.backbone(images.tensors).values()))[0]
 
     def counted_outputs(self, images: Tensor) -> object:
         """What the listed multiply-accumulates are those of. Shape: (B, 3, H, W)."""

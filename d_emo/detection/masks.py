@@ -1,5 +1,6 @@
 """Masks of objects in COCO's three forms: polygons, run lengths, and run lengths packed into a string."""
 
+import math
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from d_emo.errors import InputError
+
+FURTHEST = 10**6
+"""Of the coordinates of polygons, in pixels."""
 
 
 def rle() -> ModuleType:
@@ -36,6 +40,8 @@ def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
     for polygon in segmentation:
         if not isinstance(polygon, list) or not all(type(each) in (int, float) for each in polygon):
             return "has a polygon that is no list of numbers"
+        if beyond := [each for each in polygon if not math.isfinite(each) or abs(each) > FURTHEST]:  # fills the memory
+            return f"has a polygon with the coordinate {beyond[0]:g}, which is in no picture"
         if len(polygon) % 2 or len(polygon) < 6:  # pycocotools takes four numbers for a box
             return f"has a polygon of {len(polygon)} numbers; three points or more are six or more, and even"
     return None

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
 from d_emo.io.schema import noise_schedule, snapshot_meta
-from d_emo.tables import DATASETS, OBJECTIVES, family_of, objective_of
+from d_emo.tables import DATASETS, OBJECTIVES, SCENES, family_of, objective_of
 from d_emo.text import plural
 
 _FIGURE = ("name", "value", "remark")
@@ -35,10 +35,13 @@ def write_card(folder: str | Path) -> Path:
     folder = Path(folder)
     meta, settings = read_json(folder / "snapshot.json", snapshot_meta), read_json(folder / "config.yaml", dict)
     name, data = settings["model"], _data_name(meta, settings)
-    terms = DATASETS[meta["data"]].licence if meta.get("data") in DATASETS else None
-    facts = {"meta": meta, "settings": settings, "data": data, "terms": terms or _OWN_TERMS,
+    built_in = next((table[meta["data"]] for table in (DATASETS, SCENES) if meta.get("data") in table), None)
+    facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
-    tasks = {"classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation"}
+    tasks = {
+        "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",
+        "video classifier": "video-classification",
+    }  # fmt: skip
     if meta["kind"] in tasks:
         cite = ["EMOv2"] * ("emov2" in name.lower()) + ["EMO"]
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
@@ -105,7 +108,7 @@ def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
     """The name of the data, without the place where they lay."""
     if meta.get("data") in DATASETS:
         return DATASETS[meta["data"]].title
-    if meta["kind"] == "detector":
+    if meta["kind"] == "detector" or meta.get("data") in (*SCENES, "moving-digits"):
         return meta.get("data") or "unnamed data"
     place = settings.get("latents") or settings.get("data_dir") or "unnamed data"
     scheme, _, rest = place.partition(":")

@@ -168,6 +168,8 @@ class EMO(nn.Module):
         attention_mode: "none", "near", "far" or "spanning". Default: the block's.
         attention_order: "post" or "pre". Default: the block's.
         arrangement: "attention-conv" (cascade), "conv-attention" or "parallel".
+        layer_scale: start value of the layer scales. Default: the block's, 1e-6 for EMOv2 and none for EMOv1. With 1e-6
+            the stages' maps start a million times smaller than what a norm behind them expects.
         output_stride: 32; with 16 or 8 the last stage or two keep the map and are dilated instead, with the same
             weights. Windows have as many tokens as before.
         spatial_dims: 2 for images; 3 for videos, with kernels in all three directions (V-EMO): the stem's stride halves
@@ -188,8 +190,8 @@ class EMO(nn.Module):
         global_pool: str = "avg", dilations: Sequence[int] = (1, 1, 1, 1),
         norms: Sequence[NormKind] = ("batch", "batch", "layer", "layer"), attention_stages: Sequence[int] = (3, 4),
         attention_mode: AttentionMode | Literal["none"] | None = None, attention_order: AttentionOrder | None = None,
-        arrangement: Arrangement = "attention-conv", output_stride: Literal[8, 16, 32] = 32,
-        spatial_dims: Literal[2, 3] = 2,
+        arrangement: Arrangement = "attention-conv", layer_scale: float | None = None,
+        output_stride: Literal[8, 16, 32] = 32, spatial_dims: Literal[2, 3] = 2,
     ) -> None:  # fmt: skip
         super().__init__()
         if output_stride not in OUTPUT_STRIDES:
@@ -207,6 +209,8 @@ class EMO(nn.Module):
         for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise InputError(f"{name} must be in [0, 1), got {rate!r}.")
+        if layer_scale is not None and not is_ratio(layer_scale):
+            raise InputError(f"layer_scale must be positive, at most {LARGEST_RATIO}, got {layer_scale!r}.")
         if block == "i2rmb":
             stem_dim, first_act, gate = dims[0] // 2, nn.SiLU(), nn.Identity()
         elif block == "irmb":
@@ -228,7 +232,8 @@ class EMO(nn.Module):
         if window_size is None:
             window_size = side if spatial_dims == 2 else (2, side, side)
         window = sizes(window_size, "window_size", spatial_dims)
-        options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order}
+        options: dict[str, Any] = {"attention_mode": attention_mode, "attention_order": attention_order,
+                                   "layer_scale": layer_scale}  # fmt: skip
         options = {name: value for name, value in options.items() if value not in (None, "none")}  # else the block's
         self.stages = Stages(*(
             make_stage(

@@ -3,8 +3,10 @@
 Sources: EMOv2 paper, section III-C3 and table XVI (D-EMO); DiT paper, section 3.2 (frame, initialisation).
 """
 
+from collections.abc import Callable
+
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.attention import AttentionMode
@@ -65,5 +67,12 @@ class Denoiser(TokenDenoiser):
         self.blocks = self._blocks(depth, hidden_size, num_heads, self.grid, hidden_size)
         self._finish(hidden_size, hidden_size)
 
-    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
-        return self._run(self.blocks, x, c)  # (B, H, W, C)
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        return self.config.hidden_size, *self.grid
+
+    def block_sequence(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def trunk(self, x: Tensor, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> Tensor:
+        return run(self.blocks, x)  # (B, H, W, C)

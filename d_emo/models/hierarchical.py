@@ -5,7 +5,7 @@ channels while the map is small, with skip connections, as the U-Net of DDPM (Ho
 DiT's conditioning, U-DiT (Tian et al., 2024) do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -135,14 +135,17 @@ class HierarchicalDenoiser(TokenDenoiser):
         self.up_blocks = nn.ModuleList(map(blocks, reversed(upper)))
         self._finish(widths[0], condition_size)
 
-    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+    def block_sequence(self) -> list[nn.Module]:
+        return [block for blocks in (*self.down_blocks, self.mid_blocks, *self.up_blocks) for block in blocks]
+
+    def trunk(self, x: Tensor, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> Tensor:
         skips = []
         for blocks, downsample in zip(self.down_blocks, self.downsamplers, strict=True):
-            x = self._run(blocks, x, c)  # (B, H, W, C)
+            x = run(blocks, x)  # (B, H, W, C)
             skips.append(x)
             x = downsample(x)  # (B, H / 2, W / 2, D)
-        x = self._run(self.mid_blocks, x, c)
+        x = run(self.mid_blocks, x)
         for blocks, upsample in zip(self.up_blocks, self.upsamplers, strict=True):
             x = upsample(x, skips.pop())  # (B, H, W, C)
-            x = self._run(blocks, x, c)
+            x = run(blocks, x)
         return x

@@ -6,6 +6,7 @@ three exceptions, which are our choice: DeiT's class token passes by the depthwi
 far attention, whose one window is the whole image; PVT's i2RMB, whose keys are spatially reduced, attends once.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -208,9 +209,10 @@ class PVT(nn.Module):
 def deit_tiny(kind: str, img_size: int | tuple[int, int] = 224, **settings: Any) -> VisionTransformer:
     """DeiT-Tiny in timm's frame with our blocks; ``settings`` are those of timm's `VisionTransformer`."""
     rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
-    block = partial(TokenBlock, kind=kind, grid=(rows // 16, columns // 16))
-    frame = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    model = VisionTransformer(img_size=(rows, columns), block_fn=block, **{**frame, **settings})
+    settings = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **settings}
+    patch = settings["patch_size"]
+    block = partial(TokenBlock, kind=kind, grid=(rows // patch, columns // patch))
+    model = VisionTransformer(img_size=(rows, columns), block_fn=block, **settings)
     model.in_chans = settings.get("in_chans", 3)
     return model
 
@@ -219,6 +221,16 @@ HYBRIDS: dict[str, Callable[..., nn.Module]] = {
     f"{frame}_{kind}": partial(make, kind) for frame, make in (("deit_tiny", deit_tiny), ("pvt_tiny", PVT))
     for kind in KERNELS
 }  # fmt: skip
+
+
+def hybrid_settings(name: str) -> list[str]:
+    """What can be set of one of `HYBRIDS`: for DeiT's also what timm's `VisionTransformer` takes beside its frame."""
+    own = list(inspect.signature(HYBRIDS[name]).parameters)
+    if "settings" not in own:
+        return own
+    given = {"self", "block_fn", *own}
+    return [*own[:-1], *(key for key in inspect.signature(VisionTransformer.__init__).parameters if key not in given)]
+
 
 default_cfgs = generate_default_cfgs(
     {

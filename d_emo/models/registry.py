@@ -15,6 +15,9 @@ from d_emo.models.contract import DenoiserFrame
 from d_emo.models.video import VIDEO_BACKBONES
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
 
+HYBRIDS = tuple(f"{frame}_{kind}" for frame in ("deit_tiny", "pvt_tiny") for kind in ("irmb", "i2rmb"))
+"""Those of `d_emo.models.hybrids`, which imports timm and is imported itself when one of them is built."""
+
 
 def list_models(pattern: str | None = None) -> list[str]:
     """Names that `create_model` knows, by family and size.
@@ -23,7 +26,7 @@ def list_models(pattern: str | None = None) -> list[str]:
         pattern: a name; else keep the names that match this shell pattern ("emov2_*"), or contain it if it has no
             wildcard. Case does not matter.
     """
-    names = [*denoisers(), *BACKBONES, *VIDEO_BACKBONES, *systems()]
+    names = [*denoisers(), *BACKBONES, *HYBRIDS, *VIDEO_BACKBONES, *systems()]
     if pattern is None:
         return names
     if exact := [name for name in names if name.lower() == pattern.lower()]:
@@ -55,7 +58,8 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
         overrides: settings of the network to replace, e.g. ``num_classes=10``.
 
     Returns:
-        A denoiser, an `EMO`, or a detector or segmenter on one. ``model.config`` records how to build it again.
+        A denoiser, an `EMO`, a detector or segmenter on one, or DeiT or PVT with its block. ``model.config`` records
+        how to build it again.
 
     Raises:
         InputError: for an unknown name or setting, or values that do not fit together.
@@ -64,6 +68,8 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
     frame, (system, backbone) = frame_of(name), systems().get(name, (None, ""))
     network = load(system.network) if system else frame or EMO
     allowed = [key for key in inspect.signature(network).parameters if not (system and key == "backbone")]
+    if name in HYBRIDS:
+        allowed = load("d_emo.models.hybrids:hybrid_settings")(name)
     for key in overrides:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
@@ -71,6 +77,10 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
             raise InputError(f"{name} has no setting {key!r}; {hint}")
     if system:
         model = network(*filter(None, [backbone]), **{**system.options, **overrides})
+        model.config = {"name": name, **overrides, "num_classes": model.num_classes}
+        return model
+    if name in HYBRIDS:
+        model = load("d_emo.models.hybrids:HYBRIDS")[name](**overrides)
         model.config = {"name": name, **overrides, "num_classes": model.num_classes}
         return model
     if frame is None:
@@ -109,7 +119,9 @@ def model_kind(name: str) -> str:
     name = resolve_name(name)
     if name in systems():
         return {"detection": "detector", "segmentation": "segmenter"}[systems()[name][0].task]
-    return "classifier" if name in BACKBONES else "video classifier" if name in VIDEO_BACKBONES else "denoiser"
+    if name in VIDEO_BACKBONES:
+        return "video classifier"
+    return "classifier" if name in (*BACKBONES, *HYBRIDS) else "denoiser"
 
 
 def check_kind(name: str, wanted: str) -> None:
@@ -119,9 +131,8 @@ def check_kind(name: str, wanted: str) -> None:
         InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
     """
     if (kind := model_kind(name)) != wanted:
-        script = {"denoiser": "train_dit", "video classifier": None}.get(kind, f"train_{kind}")
-        hint = f"train it with scripts/{script}.py" if script else "no command trains it yet"
-        raise InputError(f"{name} is a {kind}; {hint}")
+        script = {"denoiser": "train_dit", "video classifier": "train_video"}.get(kind, f"train_{kind}")
+        raise InputError(f"{name} is a {kind}; train it with scripts/{script}.py")
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

@@ -6,6 +6,7 @@ Source: DiT paper, section 3.2 (frame, initialisation).
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,13 @@ def check_counts(**counts: Any) -> None:
         largest = MOST_BLOCKS if name == "depth" else LARGEST_COUNT
         if not is_count(value, largest):
             raise InputError(f"{name} must be a positive integer of at most {largest:,}, got {value!r}.")
+
+
+@dataclass
+class DenoiserOutput(Transformer2DModelOutput):
+    """The prediction, and in training what the projector makes of a block's map; see `DenoiserFrame.project`."""
+
+    features: Tensor | None = None
 
 
 class FinalLayer(nn.Module):
@@ -120,20 +128,19 @@ class TokenDenoiser(DenoiserFrame):
         out_dim = self.config.patch_size**2 * self.out_channels
         self.final_layer = FinalLayer(dim, out_dim, affine=affine, condition_dim=condition_dim)
         self.gradient_checkpointing = False
+        self.projected, self.projector = 0, None  # see `project`
         self.initialize_weights()
 
     @abstractmethod
-    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
-        """The tokens through all blocks. Shape: x (B, H, W, C), c (B, D) -> (B, H, W, C)."""
+    def block_sequence(self) -> list[nn.Module]:
+        """All blocks, in the order in which tokens pass them."""
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-        """Shape: x (B, H, W, C), c (B, D) -> (B, H, W, C)."""
-        for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c)  # (B, H, W, C)
-            else:
-                x = block(x, c)  # (B, H, W, C)
-        return x
+    @abstractmethod
+    def trunk(self, x: Tensor, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> Tensor:
+        """The tokens through all blocks; ``run(blocks, x)`` takes them through some, one after the other.
+
+        Shape: (B, H, W, C) -> same.
+        """
 
     @classmethod
     def settings_for(cls, latent_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
@@ -152,6 +159,19 @@ class TokenDenoiser(DenoiserFrame):
     @property
     def tokens(self) -> int:
         return math.prod(self.grid)
+
+    def project(self, block: int, projector: nn.Module | None) -> None:
+        count = len(self.block_sequence())
+        if not 0 <= block < count:
+            raise InputError(f"There is no block {block} in a denoiser of {count}; the first is 0.")
+        self.projected, self.projector = block, projector
+
+    def block_matrices(self) -> dict[str, int]:
+        stacked, outside = {"qk": 2, "qkv": 3}, ("x_embedder", "t_embedder", "y_embedder", "final_layer", "projector")
+        return {
+            name: stacked.get(name.split(".")[-2], 1) for name, parameter in self.named_parameters()
+            if not name.startswith(outside) and parameter.ndim == 2 and "adaLN_modulation" not in name
+        }  # fmt: skip
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -202,7 +222,23 @@ class TokenDenoiser(DenoiserFrame):
         x = x + self.pos_embed.view(1, *self.grid, -1)  # (B, H, W, C)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])  # (B,)
         c = self.t_embedder(t) + self.y_embedder(class_labels)  # (B, D)
-        sample = self.unpatchify(self.final_layer(self.trunk(x, c), c))  # (B, C_out, H * p, W * p)
+        shown = self.block_sequence()[self.projected] if self.training and self.projector is not None else None
+        features = None
+
+        def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            nonlocal features
+            for block in blocks:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = self._gradient_checkpointing_func(block, x, c)  # (B, H, W, C)
+                else:
+                    x = block(x, c)  # (B, H, W, C)
+                if block is shown:
+                    features = self.projector(x)  # (B, D, H, W)
+            return x
+
+        sample = self.unpatchify(self.final_layer(self.trunk(x, run), c))  # (B, C_out, H * p, W * p)
+        if features is not None:
+            return DenoiserOutput(sample=sample, features=features)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def unpatchify(self, x: Tensor) -> Tensor:

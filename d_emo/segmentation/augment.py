@@ -42,7 +42,8 @@ class TrainingCrops(Dataset):
         images: What is cropped.
         crop_size: Side of the square crops in pixels.
         scale_range: The shorter side becomes ``crop_size`` times a factor of this range.
-        largest_share: Another crop is tried, up to ten times, while one class covers more than this share of it.
+        largest_share: Another crop is tried, up to ten times, while one class covers more than this share of it, or
+            no class is known; 1 takes one class too.
         flip: Mirror half of the images.
         colours: Distort brightness, contrast, saturation and hue.
         seed: Of all draws.
@@ -85,6 +86,6 @@ class TrainingCrops(Dataset):
             top, left = (int(torch.randint(count, ())) for count in spare)
             part = mask[..., top : top + size, left : left + size]
             counts = torch.bincount(part.flatten().long(), minlength=IGNORED)[:IGNORED]
-            if (counts > 0).sum() > 1 and counts.max() <= self.largest_share * counts.sum():
+            if 0 < counts.max() <= self.largest_share * counts.sum():
                 break
         return TF.crop(image, top, left, size, size), TF.crop(mask, top, left, size, size)

@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: folders of PNG masks, and scenes that are drawn when asked for."""
+"""Images with a class for every pixel: folders of PNG masks, and built-in pictures of objects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.data.reading import Reading, is_image, naming
-from d_emo.data.scenes import DigitScenes
 from d_emo.errors import InputError
+from d_emo.tables import SCENES, load
 
 IGNORED = 255
 """The class of pixels that count for nothing."""
@@ -46,12 +46,14 @@ class LabelledImages(Dataset, ABC):
 
 
 class LabelledScenes(LabelledImages):
-    """Scanned digits on parts of photographs: the ground is class 0, digit d is class d + 1."""
+    """Built-in pictures of objects: the ground is class 0, and an object of class c is c + 1 here."""
 
-    name, flip = DigitScenes.name, False
-
-    def __init__(self, image_size: int, *, num_images: int, split: str = "train", seed: int = 0):
-        self.scenes = DigitScenes(image_size, num_images=num_images, split=split, seed=seed)
+    def __init__(
+        self, image_size: int, *, num_images: int, split: str = "train", seed: int = 0, dataset: str = "digit-scenes"
+    ):
+        row = SCENES[dataset]
+        self.scenes = load(row.scenes)(image_size, num_images=num_images, split=split, seed=seed)
+        self.name, self.flip = row.name, row.mirrors
         self.class_names = ["background", *self.scenes.class_names]
 
     def __len__(self) -> int:
@@ -59,7 +61,8 @@ class LabelledScenes(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels, objects = self.scenes.read(index)
-        return pixels, (objects["masks"] * (objects["labels"] + 1)[:, None, None].to(torch.uint8)).amax(dim=0)
+        classes = objects["masks"] * (objects["labels"] + 1)[:, None, None].to(torch.uint8)
+        return pixels, torch.cat([torch.zeros_like(pixels[:1]), classes]).amax(dim=0)
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,7 @@ class MaskFolder(LabelledImages):
             if stored.mode not in ("1", "L", "P", "I;16", "I"):
                 raise InputError(f"a mask has one value a pixel, its class, and this is {stored.mode}")
             values = np.asarray(stored).astype(np.int64)
-        if values.shape != pixels.shape[:2]:
-            shapes = " x ".join(map(str, values.shape[::-1])), " x ".join(map(str, pixels.shape[1::-1]))
-            raise InputError(f"the mask {mask} has {shapes[0]} px, and its image {image} {shapes[1]} px")
+        check_size(mask, values, image, pixels)
         classes = self.table[np.clip(values, 0, IGNORED)]
         beyond = values[(classes == _UNKNOWN) | (values > IGNORED)]
         if beyond.size:
@@ -150,6 +151,19 @@ class MaskFolder(LabelledImages):
                 f"{self.root} ({IGNORED} is what is ignored)"
             )
         return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
+
+
+def check_size(mask: Path, values: np.ndarray, image: Path, pixels: np.ndarray) -> None:
+    """Refuse a mask that is not as large as its image.
+
+    Shape: (H, W), (H, W, 3).
+
+    Raises:
+        InputError: Both sizes, and the files.
+    """
+    if values.shape != pixels.shape[:2]:
+        shapes = " x ".join(map(str, values.shape[::-1])), " x ".join(map(str, pixels.shape[1::-1]))
+        raise InputError(f"the mask {mask} has {shapes[0]} px, and its image {image} {shapes[1]} px")
 
 
 def class_names_of(root: Path, layout: Layout) -> list[str]:

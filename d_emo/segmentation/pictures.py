@@ -1,10 +1,10 @@
 """Pictures of images beside their classes in colour."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from d_emo.segmentation.images import IGNORED
@@ -27,8 +27,12 @@ def overlay(image: Tensor, classes: Tensor, colours: np.ndarray, opacity: float 
     return np.rint((1 - opacity) * pixels + opacity * tint).astype(np.uint8)
 
 
-def side_by_side(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures in rows, those of a row beside each other. Shape: (H, W, 3) uint8 each."""
+def side_by_side(rows: Sequence[Sequence[np.ndarray]], largest: int | None = None) -> Image.Image:
+    """Pictures in rows, those of a row beside each other, made smaller where a side has more than ``largest`` pixels.
+
+    Shape: (H, W, 3) uint8 each.
+    """
+    rows = [[smaller(each, largest) for each in row] for row in rows]
     widths = [max(row[column].shape[1] for row in rows) for column in range(len(rows[0]))]
     heights = [max(each.shape[0] for each in row) for row in rows]
     canvas = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(heights) + 1)), "white")
@@ -39,4 +43,60 @@ def side_by_side(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
             canvas.paste(Image.fromarray(each), (left, top))
             left += width + GAP
         top += height + GAP
+    return canvas
+
+
+def smaller(picture: np.ndarray, largest: int | None) -> np.ndarray:
+    """A picture whose longer side has at most so many pixels. Shape: (H, W, 3) -> (h, w, 3) uint8."""
+    if largest is None or max(picture.shape[:2]) <= largest:
+        return picture
+    shrunk = Image.fromarray(picture)
+    shrunk.thumbnail((largest, largest), Image.Resampling.BOX)
+    return np.asarray(shrunk)
+
+
+def lit(image: Tensor, classes: Tensor, colours: np.ndarray, *, dim: float = 0.35) -> np.ndarray:
+    """Classes in full colour where they are not 0, the image in dim grey elsewhere.
+
+    Shape: (3, H, W) uint8, (H, W) -> (H, W, 3) uint8.
+    """
+    grey = image.float().mean(dim=0).mul(dim).byte()[..., None].expand(-1, -1, 3).cpu().numpy()
+    tint = colours[classes.cpu().numpy().astype(np.uint8)]
+    return np.where((classes == 0)[..., None].cpu().numpy(), grey, tint)
+
+
+def gallery(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Mapping[str, Sequence[int]], remark: str = "",
+    *, across: int = 2, text_size: int = 18,
+) -> Image.Image:
+    """Rows of pictures, several rows beside each other, with titles above and the colours of classes below.
+
+    Args:
+        rows: Pictures of one size each, as many as titles. Shape: (H, W, 3) uint8.
+        titles: Of the columns.
+        names: Of the classes, with their colours.
+        remark: A line below.
+        across: Rows beside each other.
+        text_size: In pixels.
+    """
+    font, line = ImageFont.load_default(text_size), 2 * text_size
+    count = -(-len(rows) // across)
+    blocks = [side_by_side(rows[i * count : (i + 1) * count]) for i in range(across)]
+    apart = 3 * GAP
+    width = sum(block.width for block in blocks) + apart * (across - 1)
+    canvas = Image.new("RGB", (width, line + blocks[0].height + line * (3 if remark else 2)), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for block in blocks:
+        canvas.paste(block, (left, line))
+        for column, title in enumerate(titles):
+            middle = left + block.width * (column + 0.5) / len(titles)
+            draw.text((middle, line / 2), title, fill="black", font=font, anchor="mm")
+        left += block.width + apart
+    top, step = line + blocks[0].height + line // 2, (width - 2 * GAP) / len(names)
+    for number, (name, colour) in enumerate(names.items()):
+        box = [GAP + number * step, top, GAP + (number + 1) * step - GAP, top + line]
+        draw.rectangle(box, fill=tuple(colour))
+        ink = "white" if np.dot(colour, (0.299, 0.587, 0.114)) < 128 else "black"
+        draw.text(((box[0] + box[2]) / 2, top + line / 2), name, fill=ink, font=font, anchor="mm")
+    draw.text((width / 2, top + line * 1.7), remark, fill="black", font=font, anchor="mm")
     return canvas

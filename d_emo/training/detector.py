@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from d_emo.config import DetectorSettings
 from d_emo.data import Reading, spread
-from d_emo.data.scenes import DigitScenes
 from d_emo.detection.augment import ObjectImages, TrainingImages, augmentation
 from d_emo.detection.average_precision import measure_detector
 from d_emo.detection.coco import CocoImages
@@ -25,12 +24,12 @@ from d_emo.io.snapshot import save_classifier
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
-from d_emo.tables import system_of
+from d_emo.tables import SCENES, load, system_of
 from d_emo.training.progress import means
 from d_emo.weights import differences, shapes_of
 
 HELD_OUT = 200
-"""Built-in scenes to measure on."""
+"""Built-in pictures to measure on, at most."""
 
 
 class DetectorTask:
@@ -147,9 +146,8 @@ def open_objects(settings: DetectorSettings, *, masks: bool) -> tuple[ObjectImag
     if settings.validate_every and settings.annotations and settings.validate_annotations is None:
         raise InputError("`validate_every` needs held-out objects: give `validate_annotations`")
     if settings.annotations is None:
-        size = settings.image_size
-        scenes = DigitScenes(size, num_images=settings.num_images)
-        return scenes, DigitScenes(size, num_images=HELD_OUT, split="test")
+        scenes, size = load(SCENES[settings.dataset].scenes), settings.image_size
+        return scenes(size, num_images=settings.num_images), scenes(size, num_images=HELD_OUT, split="test")
     options: dict[str, Any] = {"reading": Reading.of(settings), "with_masks": masks}
     source = CocoImages(settings.annotations, settings.images, **options)
     if settings.validate_annotations is None:

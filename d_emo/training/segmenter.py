@@ -23,23 +23,27 @@ from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
 from d_emo.segmentation.augment import TrainingCrops
+from d_emo.segmentation.fundus import FundusFolder
 from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, MaskFolder
+from d_emo.segmentation.losses import dice_loss
 from d_emo.segmentation.measures import Quality, measure, segment
 from d_emo.segmentation.networks import Segmenter
 from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.sliding import Windows
 from d_emo.weights import load_weights
 
 HELD_OUT = 200
-"""Drawn scenes to measure on."""
+"""Built-in pictures to measure on, at most."""
 PICTURES = 6
-"""Held-out images in the picture of a snapshot."""
+"""Held-out images in the picture of a snapshot, their longer side at most `LARGEST` pixels."""
+LARGEST = 1024
 PLAIN = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and standard deviation with which images in [-1, 1] stay as they are."""
 PARTS = ("agreed", "truth", "predicted")
 
 
 class SegmenterTask:
-    """Cross-entropy of every pixel, and of the auxiliary head's, on crops of images with masks.
+    """Cross-entropy of every pixel, of the auxiliary head's too, and the Dice loss, on crops of images with masks.
 
     Args:
         settings: Resolved settings.
@@ -56,6 +60,9 @@ class SegmenterTask:
         self.images, self.held_out = open_labelled(settings)
         self.facts = {"images": len(self.images)}
         self.settings = settings = settings.resolve(**self.facts)
+        stride, self.windows = settings.stride, None
+        if stride is not None:
+            self.windows = Windows(settings.image_size, stride, settings.blend)
         self.dataset = TrainingCrops(
             self.images, settings.image_size, scale_range=tuple(settings.scale_range), colours=settings.colours,
             largest_share=settings.largest_share, flip=settings.flip, seed=settings.seed,
@@ -100,12 +107,17 @@ class SegmenterTask:
         images, masks = batch
         if len(images) == 1:
             raise InputError("batch norm of pooled maps needs two images at once; `micro_batch_size` must be 2 or more")
+        given = model(self.input(images))
         losses = {
             name: F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none").mean()  # as mmseg's
-            for name, logits in model(self.input(images)).items()
+            for name, logits in given.items()
         }
-        total = losses["out"] + self.settings.aux_weight * losses["aux"] if "aux" in losses else losses["out"]
-        return {"loss": total, **({"aux_loss": losses["aux"]} if "aux" in losses else {})}
+        parts = {"aux_loss": losses["aux"]} if "aux" in losses else {}
+        total = losses["out"] + self.settings.aux_weight * losses.get("aux", 0)
+        if self.settings.dice_weight:
+            parts["dice_loss"] = dice_loss(given["out"], masks)
+            total = total + self.settings.dice_weight * parts["dice_loss"]
+        return {"loss": total, **parts}
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Areas of each class over this process's held-out images, the sum of their losses, and their number."""
@@ -120,8 +132,8 @@ class SegmenterTask:
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         labels = range(len(self.images.class_names))
         quality = Quality.of(torch.tensor([[sums[f"{part} {label}"] for label in labels] for part in PARTS]))
-        return {"loss": sums["loss"] / sums["count"], "mIoU": quality.mean_iou, "aAcc": quality.pixel_accuracy,
-                "mAcc": quality.mean_accuracy}  # fmt: skip
+        return {"loss": sums["loss"] / sums["count"], "mIoU": quality.mean_iou, "mDice": quality.mean_dice,
+                "aAcc": quality.pixel_accuracy, "mAcc": quality.mean_accuracy}  # fmt: skip
 
     def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
         return []
@@ -132,6 +144,7 @@ class SegmenterTask:
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.images.name,
             "class_names": self.images.class_names, "num_images": len(self.images),
             "normalisation": dict(zip(("mean", "std"), self.normalisation, strict=True)),
+            "windows": self.windows and asdict(self.windows),
             "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
@@ -145,37 +158,52 @@ class SegmenterTask:
         images, colours, rows = self.held_out or self.images, palette(len(self.images.class_names)), []
         for index in spread(len(images), PICTURES):
             image, truth = images[index]
-            found = segment(self._as_trained(model), image, self.settings.image_size).argmax(dim=0)
+            found = segment(self._as_trained(model), image, self.size, windows=self.windows).argmax(dim=0)
             rows.append([image.permute(1, 2, 0).numpy(), overlay(image, truth, colours),
                          overlay(image, found, colours)])  # fmt: skip
         with replacing(path) as temporary:
-            side_by_side(rows).save(temporary, format="PNG")
+            side_by_side(rows, LARGEST).save(temporary, format="PNG")
+
+    @property
+    def size(self) -> int | None:
+        """Pixels of the shorter side of a measured image; None, its own, where it is measured window by window."""
+        return None if self.windows else self.settings.image_size
 
     def _as_trained(self, model: nn.Module) -> Normalized:
         """The model with the normalisation that it is trained with before it."""
         return Normalized(model, *self.normalisation).to(next(model.parameters()).device)
 
     def _measure(self, model: nn.Module, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
-        areas, loss = measure(self._as_trained(model), self.held_out, self.settings.image_size, indices)
+        areas, loss = measure(self._as_trained(model), self.held_out, self.size, indices, windows=self.windows)
         return areas.sums, loss
 
 
 def open_labelled(settings: SegmenterSettings) -> tuple[LabelledImages, LabelledImages | None]:
     """The images to train on and those to measure on; InputError where they have other classes."""
     if settings.data_dir is None:
-        made = {"num_images": settings.num_images, "seed": settings.seed}
-        return (LabelledScenes(settings.image_size, **made),
-                LabelledScenes(settings.image_size, num_images=HELD_OUT, split="test"))  # fmt: skip
-    images = MaskFolder(settings.data_dir, background=settings.background)
+        size, dataset = settings.picture_size or settings.image_size, settings.dataset
+        return (LabelledScenes(size, dataset=dataset, num_images=settings.num_images, seed=settings.seed),
+                LabelledScenes(size, dataset=dataset, num_images=HELD_OUT, split="test"))
+    images = open_folder(settings.data_dir, settings)
     if settings.validate_dir is None and not images.splits:
         if settings.validate_every is not None:
             raise InputError("`validate_every` needs held-out images: give their folder as `validate_dir`")
         return images, None
-    held_out = MaskFolder(settings.validate_dir or settings.data_dir, held_out=settings.validate_dir is None,
-                          background=settings.background)  # fmt: skip
+    held_out = open_folder(settings.validate_dir or settings.data_dir, settings, held_out=settings.validate_dir is None)
     if held_out.class_names != images.class_names:
         raise InputError(f"the classes of {settings.validate_dir} are not those of {settings.data_dir}, in their order")
     return images, held_out
+
+
+def open_folder(folder: str, settings: SegmenterSettings, *, held_out: bool = False) -> MaskFolder | FundusFolder:
+    """The images of a folder, in whatever layout; InputError for one that is not known."""
+    if FundusFolder.fits(folder):
+        return FundusFolder(
+            folder, held_out=held_out, background=settings.background, field_of_view=settings.field_of_view
+        )
+    if settings.field_of_view:
+        raise InputError(f"`field_of_view` is for the layouts of HRF and DRIVE, and {folder} is none of them")
+    return MaskFolder(folder, held_out=held_out, background=settings.background)
 
 
 def start_backbone(segmenter: Segmenter, source: str) -> tuple[str, tuple[Sequence[float], Sequence[float]]]:
