@@ -174,7 +174,10 @@ class SegmenterTask:
         return None if self.windows else self.settings.image_size
 
     def picture(self, batch: list[torch.Tensor]) -> tuple[Image.Image, int]:
-        """The first images of a batch of the data set beside their masks, and how many these are."""
+        """The first images of a batch of the data set beside their masks, and how many these are.
+
+        Shape: (B, 3, H, W) in [-1, 1], (B, H, W).
+        """
         images, masks = (part[:PICTURES].cpu() for part in batch)
         colours, pixels = palette(len(self.images.class_names)), ((images + 1) * 127.5).round().clamp(0, 255).byte()
         cells = [[image.permute(1, 2, 0).numpy(), overlay(image, mask, colours)]
