@@ -39,4 +39,10 @@ DEMOS: Table[DemoRow] = Table("demo", [
               ("train-detector", "detector_floor.yaml")),
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
+    DemoRow(
+        name="segment", title="name the pixels of scanned digits on photographs",
+        runs=(("train-classifier", "classifier.yaml"), ("train-segmenter", "segmenter.yaml"),
+              ("train-segmenter", "segmenter_floor.yaml")),
+        conclude="d_emo.cli.demo_segment:conclude",
+    ),
 ])  # fmt: skip
