@@ -68,7 +68,8 @@ def test_the_segment_demo_ends_with_figures_beside_a_floor_and_a_picture(here, m
     shown = capsys.readouterr().out
     header, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
                      for line in shown.splitlines() if line.startswith("| ")][-3:]  # fmt: skip
-    assert header[1:] == ["mIoU", "background", "digits", "aAcc"] and [row[0] for row in rows] == list(demo_segment.RUNS)
+    assert header[1:] == ["mIoU", "background", "digits", "aAcc"]
+    assert [row[0] for row in rows] == list(demo_segment.RUNS)
     for row in rows:
         mean, ground, digits, right = map(float, row[1:])
         assert 0 <= digits < mean < ground <= 100 and 0 <= right <= 100  # no more than the ground after two steps
