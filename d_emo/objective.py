@@ -4,7 +4,8 @@ The eps objective is that of improved DDPM (Nichol and Dhariwal, 2021) as DiT us
 plus the variational bound, in bits per dimension, for the variance alone (the mean is detached there).
 
 The flow objective is that of SiT (Ma et al., 2024) with the linear path: x_t = (1 - t) x_0 + t noise, t uniform in
-[0, 1], mean squared error of the velocity dx_t / dt = noise - x_0.
+[0, 1], mean squared error of the velocity dx_t / dt = noise - x_0. The network may say x_0 or the noise instead of the
+velocity (Back to Basics; Li and He, 2025).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
+
+from d_emo.errors import InputError
 
 
 class StepNoise(NamedTuple):
@@ -44,6 +47,7 @@ class Objective(nn.Module, ABC):
         num_train_timesteps: The largest timestep that the denoiser sees, T.
         logit_normal: (mean, std) of the logit of t / T, as in Stable Diffusion 3 (Esser et al., 2024, section 3.1);
             None draws t uniformly, as DiT and SiT.
+        time_shift: Factor s of t / T = s u / (1 + (s - 1) u), u the fraction drawn (Stable Diffusion 3, eq. 23).
 
     Attributes:
         whole_timesteps: Whether timesteps are whole numbers, places in a table.
@@ -54,10 +58,11 @@ class Objective(nn.Module, ABC):
     def __init__(
         self, *, null_class: int, label_dropout: float = 0.1, learn_sigma: bool = True,
         num_train_timesteps: int = 1000, logit_normal: tuple[float, float] | None = None,
+        time_shift: float = 1.0,
     ):
         super().__init__()
         self.null_class, self.label_dropout, self.learn_sigma = null_class, label_dropout, learn_sigma
-        self.num_train_timesteps, self.logit_normal = num_train_timesteps, logit_normal
+        self.num_train_timesteps, self.logit_normal, self.time_shift = num_train_timesteps, logit_normal, time_shift
 
     @abstractmethod
     def noise_schedule(self) -> Any:
@@ -75,6 +80,14 @@ class Objective(nn.Module, ABC):
 
         Shape: latents (B, C, *sizes), labels (B,) -> scalars
         """
+
+    @classmethod
+    def scheduled(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: float) -> torch.Tensor:
+        """What the schedulers of this objective take, of the network's prediction at the noise level t in [0, 1].
+
+        Shape: prediction, noisy (B, C, *sizes) -> same
+        """
+        return prediction
 
     def draw(self, generator: torch.Generator, batch_size: int, latent_shape: tuple[int, ...]) -> StepNoise:
         """Draw one step's randomness on the generator's device."""
@@ -94,6 +107,8 @@ class Objective(nn.Module, ABC):
         else:
             mean, std = self.logit_normal
             fraction = torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
+        if self.time_shift != 1:
+            fraction = self.time_shift * fraction / (1 + (self.time_shift - 1) * fraction)
         t = fraction * self.num_train_timesteps
         return t.long().clamp(max=self.num_train_timesteps - 1) if self.whole_timesteps else t
 
@@ -180,19 +195,99 @@ class FlowObjective(Objective):
     The denoiser sees the timestep T t, a float in [0, T]: the unit of its sinusoidal features, and what diffusers'
     flow-matching schedulers hand out. (SiT's code feeds t itself.) A denoiser with learned sigma keeps its 2 C output
     channels, as SiT does: the first half is the velocity, the second is ignored and receives no gradient.
+
+    Args:
+        contrastive: Weight lambda of contrastive flow matching (Stoica et al., 2025): of the loss E |v - u|^2, u the
+            velocity of the image's own path, lambda E |v - u'|^2 is taken away, u' that of the next image of the
+            micro-batch.
+        options: Those of `Objective`.
+
+    Raises:
+        InputError: In `forward`, contrastive with one image at once.
     """
 
+    prediction_type: ClassVar[str | None] = None
+    level = 0.05  # no noise level (flow-x) or rest of it (flow-eps) is divided by less, as in JiT
+
+    def __init__(self, *, contrastive: float = 0.0, **options: Any):
+        super().__init__(**options)
+        self.contrastive = contrastive
+
     def noise_schedule(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=1.0)
+        schedule = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=self.time_shift)
+        if self.prediction_type is not None:  # diffusers has no name for it, and means the velocity
+            schedule.register_to_config(prediction_type=self.prediction_type)
+        return schedule
 
     def forward(self, denoiser: nn.Module, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise) -> dict:
-        velocity, _ = self.predict(denoiser, self.noised(latents, step), labels, step)
-        mse = (velocity - (step.noise - latents)).square().mean()
-        return {"loss": mse, "mse": mse.detach()}
+        noisy, t = self.noised(latents, step), self._levels(latents, step)
+        predicted, _ = self.predict(denoiser, noisy, labels, step)
+        velocity = self.velocity(predicted, noisy, t)
+        target = self.velocity(self.truth(latents, step), noisy, t)
+        mse = (velocity - target).square().mean()
+        if not self.contrastive:
+            return {"loss": mse, "mse": mse.detach()}
+        if len(latents) < 2:
+            raise InputError("`contrastive` compares an image with the next one; give `micro_batch_size` 2 or more")
+        other = (velocity - target.roll(1, 0)).square().mean()
+        return {"loss": mse - self.contrastive * other, "mse": mse.detach(), "contrast": other.detach()}
 
     def noised(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
-        t = per_image(step.timesteps / self.num_train_timesteps, latents)
+        t = self._levels(latents, step)
         return (1 - t) * latents + t * step.noise
+
+    def _levels(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        return per_image(step.timesteps / self.num_train_timesteps, latents)
+
+    def truth(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        """What a perfect network would predict. Shape: (B, C, *sizes) -> same."""
+        return step.noise - latents
+
+    @classmethod
+    def velocity(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: Any) -> torch.Tensor:
+        """The velocity that a prediction means at the noise level t. Shape: (B, C, *sizes), t () or (B, 1, ...)."""
+        return prediction
+
+
+class FlowSampleObjective(FlowObjective):
+    """The flow objective of a network that predicts x_0 (x-prediction, v-loss: JiT; Li and He, 2025, section 4).
+
+    The velocity is (x_t - x_0) / t, prediction and truth alike, and t is at least 0.05 there. When sampling, t is what
+    it is: the last Euler step then ends in x_0 itself.
+    """
+
+    prediction_type = "flow_sample"
+
+    def truth(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        return latents
+
+    @classmethod
+    def velocity(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (noisy - prediction) / t.clamp(min=cls.level)
+
+    @classmethod
+    def scheduled(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: float) -> torch.Tensor:
+        return (noisy - prediction) / max(t, 1e-4)
+
+
+class FlowNoiseObjective(FlowObjective):
+    """The flow objective of a network that predicts the noise (eps-prediction, v-loss: Li and He, 2025, table 1).
+
+    The velocity is (noise - x_t) / (1 - t), prediction and truth alike, and 1 - t is at least 0.05.
+    """
+
+    prediction_type = "flow_epsilon"
+
+    def truth(self, latents: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        return step.noise
+
+    @classmethod
+    def velocity(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (prediction - noisy) / (1 - t).clamp(min=cls.level)
+
+    @classmethod
+    def scheduled(cls, prediction: torch.Tensor, noisy: torch.Tensor, t: float) -> torch.Tensor:
+        return (prediction - noisy) / max(1 - t, cls.level)
 
 
 def per_image(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_what_replaces_an_unreadable_image_is_cropped_anew_every_epoch_too(photo
 def test_every_operation_runs_at_every_strength(photos):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     dataset, seen = augmented(photos), set()
-    for op in dataset.policy.ops:
+    for op in dataset.change.transforms[1].ops:
         seen.add(op.name)
         op.prob, op.magnitude_std = 1.0, 0.0
         for op.magnitude in range(11):

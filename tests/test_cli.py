@@ -19,7 +19,7 @@ from d_emo.training.teacher import load_teacher
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
 kinds = pytest.mark.parametrize(("verb", "word", "kind"), KINDS, ids=[f"{name} {word}" for name, word, _ in KINDS])
 INPUTS = {
-    "annotations", "checkpoint", "classifier", "data_dir", "image", "images", "inception_weights", "init_from",
+    "annotations", "checkpoint", "classifier", "data_dir", "guide", "image", "images", "inception_weights", "init_from",
     "latents", "reference", "runs", "samples", "source", "teacher_weights", "validate_annotations", "validate_dir",
     "validate_images_dir",
 }  # fmt: skip
@@ -49,6 +49,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
             argv += [value] if flag_of(one).isupper() or flag_of(one) == name else [flag_of(one), value]
         others = {"reference": ["--samples", str(tmp_path)], "samples": ["--reference", str(tmp_path)],
                   "checkpoint": ["--reference", str(tmp_path)],
+                  "guide": ["--checkpoint", str(tmp_path), "--reference", str(tmp_path)],
                   "inception_weights": ["--samples", str(tmp_path), "--reference", str(tmp_path)]}  # fmt: skip
         argv += others.get(each.name, []) if verb == "fid" else []
         if each.name == "validate_dir":
@@ -61,7 +62,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("d-emo train-", {"train-classifier", "train-detector", "train-segmenter", "train-vae"}),
+        ("d-emo train-", {"train-classifier", "train-detector", "train-segmenter", "train-vae", "train-video"}),
         ("d-emo benchmark ", {"denoisers", "classifiers", "forms", "kernels", "step"}),
         ("d-emo train --max-", {"--max-steps", "--max-minutes"}),
         ("d-emo benchmark forms --dty", {"--dtype"}),

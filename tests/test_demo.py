@@ -9,9 +9,14 @@ from test_detector_training import BACKBONE, TINY
 from test_segmentation import BACKBONE as OF_SEGMENTERS
 from test_segmentation import TINY as TINY_SEGMENTER
 
+<<<<<<< HEAD
 from d_emo.cli import VERBS, demo, demo_segment, run_verb
+=======
+from d_emo.cli import VERBS, demo, demo_video, run_verb
+>>>>>>> main
 from d_emo.cli.demo_detect import RUNS
 from d_emo.config import parse_settings
+from d_emo.data import moving
 from d_emo.errors import InputError
 from d_emo.tables import DEMOS, load
 from d_emo.tables.demos import CONFIGS
@@ -88,6 +93,21 @@ def test_a_stopped_demo_is_resumed(here, monkeypatch, capsys):
     make_tiny("detect", monkeypatch, here, CLASSIFIER, stopped, floor)
     run_verb("demo", ["detect"])
     assert "resuming at step 1 of 2" in capsys.readouterr().out and (here / "demo/detect.png").exists()
+
+
+def test_the_video_demo_ends_with_figures_beside_those_of_single_frames_and_a_picture(here, monkeypatch, capsys):
+    monkeypatch.setattr(moving, "HELD_OUT", 24)
+    tiny = {"model_options": BACKBONE, "image_size": 32, "num_videos": 24, "batch_size": 4, "max_steps": 1,
+            "warmup_steps": 0, "tracker": "none"}  # fmt: skip
+    make_tiny("video", monkeypatch, here, *(
+        {**tiny, "model": model, "output_dir": folder}
+        for model, folder in zip(("v-emov2_1m", "emov2_1m"), demo_video.RUNS.values(), strict=True)
+    ))  # fmt: skip
+    run_verb("demo", ["video"])
+    *_, first, second, chance, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("| V-EMO | ") and second.startswith("| image network")
+    assert chance == "| chance | 8.3% | 41.7% |"
+    assert Image.open(here / "demo" / "video.png").size == (250 + 68 * 8, 68 * 12)
 
 
 def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(monkeypatch):

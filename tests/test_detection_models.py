@@ -5,6 +5,7 @@ from torchvision.ops import roi_align
 
 from d_emo.detection.maskrcnn import AlignedRoIAlign
 from d_emo.detection.retinanet import P6P7
+from d_emo.detection.ssdlite import SIDES, sides_of
 from d_emo.errors import InputError
 from d_emo.models import count_macs, count_parameters, create_model, list_models
 from d_emo.models.attention import WindowAttention
@@ -113,6 +114,14 @@ def test_ssdlite_freezes_as_many_stages_as_are_asked_for():
     assert not any(norm.training for norm in batch_norms(model.train().backbone.maps.emo.stem))
 
 
+@pytest.mark.parametrize("name", ["ssdlite-emov2_5m", "retinanet-emov2_5m", "maskrcnn-emov2_5m"])
+def test_images_are_normalised_as_it_is_asked_for(name):
+    image = torch.rand(3, 96, 96)
+    plain = small(name, image_mean=[0.5] * 3, image_std=[0.5] * 3).eval().transform([image])[0].tensors[0]
+    assert torch.allclose(plain[:, :96, :96], image * 2 - 1, atol=1e-5)
+    assert small(name).transform.image_mean == [0.485, 0.456, 0.406]
+
+
 def test_windows_are_the_papers():
     def window(name):
         with torch.device("meta"):
@@ -155,6 +164,10 @@ def test_anchors_at_512_px_are_those_of_320_unless_scaled():
     assert (scaled[:, 2:] - scaled[:, :2]).prod(dim=1).sqrt().max() == pytest.approx((304 * 320) ** 0.5 * 1.6, rel=1e-4)
     assert (scaled[-1, :2] + scaled[-1, 2:]).tolist() == pytest.approx([512, 512], abs=0.1)
     assert (scaled[6, 0] + scaled[6, 2] - scaled[0, 0] - scaled[0, 2]).item() == pytest.approx(32, abs=0.1)
+    stretched = anchors_of("ssdlite512-emov2_1m", anchors="stretched")
+    assert torch.allclose(stretched[0], published[0]) and stretched[-1].tolist() != scaled[-1].tolist()
+    assert sides_of("stretched", 512) == pytest.approx([48, 136.7, 222.0, 310.7, 397.7, 484.7, 512], abs=0.1)
+    assert sides_of("stretched", 320) == sides_of("scaled", 320) == sides_of("fixed", 512) == list(SIDES)
     with pytest.raises(InputError, match="unknown anchors 'big'"):
         create_model("ssdlite-emov2_1m", anchors="big")
 

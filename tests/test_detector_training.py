@@ -1,5 +1,6 @@
 import pytest
 import torch
+from test_released import fake
 
 from d_emo.config import ClassifierSettings, DetectorSettings
 from d_emo.data.scenes import DigitScenes
@@ -61,6 +62,17 @@ def test_the_backbone_starts_from_a_classifier(tmp_path):
     assert any("backbone starts from" in line for line in task.introduction())
     with pytest.raises(InputError, match="does not fit the backbone"):
         DetectorTask(DetectorSettings(**{**TINY, "model_options": None}, init_from=str(tmp_path / "classifier")))
+
+
+def test_the_backbone_starts_from_a_released_file(tmp_path):
+    weights, file = fake("emov2_5m"), str(tmp_path / "emov2_5m.pth")
+    torch.save({"net": weights}, file)
+    changes = {"model": "retinanet-emov2_5m", "model_options": None, "init_from": file}
+    task = DetectorTask(DetectorSettings(**{**TINY, **changes}))
+    qk = task.model.backbone.maps.emo.stages[2][1].operator.expand.qk.weight
+    assert torch.equal(qk, weights["stage3.1.eops.0.qk.conv.weight"][:, :, 0, 0])
+    with pytest.raises(InputError, match="does not fit the backbone"):
+        DetectorTask(DetectorSettings(**{**TINY, "model_options": None}, init_from=file))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_kills import in_child
 
 from d_emo.config import SegmenterSettings, parse_settings
 from d_emo.data import fundus
@@ -166,6 +168,30 @@ def test_u_emo_trains_by_the_recipe_measures_by_windows_and_resumes_exactly(tmp_
         assert picture.size == (3 * 56 + 4, 6 * 44 + 4)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_of_u_emo_ends_as_if_undisturbed(tmp_path):
+    """SIGKILL after the first state, before a file operation that is late; then the same command again."""
+    settings = TINY | {"model": "u-emo", "dataset": "fundus", "num_images": 4, "max_steps": 2, "validate_every": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def run(name, **kill):
+        words = ["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / name / "run")]
+        (tmp_path / name).mkdir(exist_ok=True)
+        return in_child("train-segmenter", words, tmp_path / name, **kill)
+
+    code, operations = run("whole")
+    assert code == 0 and operations > 10
+    assert run("parts", before=operations * 2 // 3)[0] == -signal.SIGKILL
+    states = tmp_path / "parts" / "run" / "states"
+    assert (states / "step-1").is_dir() and not (states / "step-2").is_dir()
+    assert run("parts")[0] == 0 and "resuming at step 1 of 2" in (tmp_path / "parts.log").read_text()
+    one, two = (load_state(tmp_path / name / "run" / "states" / "step-2") for name in ("whole", "parts"))
+    for key in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+    one, two = (load_classifier(tmp_path / name / "run", "segmenter") for name in ("whole", "parts"))
+    assert one.meta["quality"] == two.meta["quality"] and one.meta["sha256"] == two.meta["sha256"]
+
+
 def test_pictures_of_large_photographs_are_small():
     from d_emo.segmentation.pictures import side_by_side
 
@@ -191,6 +217,15 @@ def test_drawn_fundus_depends_on_seed_split_and_index_alone_and_its_vessels_are_
     others = FundusDrawings(96, split="test"), FundusDrawings(96, seed=1)
     assert not any(torch.equal(each.read(0)[0], drawings.read(0)[0]) for each in others)
     assert not torch.equal(drawings.read(1)[0], drawings.read(0)[0])
+
+
+def test_crops_are_taken_of_larger_drawings(tmp_path):
+    settings = TINY | {"model": "u-emo", "dataset": "fundus", "num_images": 3, "max_steps": 1}
+    task = SegmenterTask(SegmenterSettings(**settings, picture_size=48))
+    assert task.images[0][0].shape == task.held_out[0][0].shape == (3, 48, 48) and task.settings.flip
+    assert task.dataset[0][0].shape == (3, 32, 32) and task.images.class_names == ["background", "vessel"]
+    with pytest.raises(InputError, match="`picture_size` 48 is of built-in pictures"):
+        SegmenterSettings(data_dir=str(tmp_path), picture_size=48)
 
 
 def test_drawings_are_kept_up_to_a_number(monkeypatch):

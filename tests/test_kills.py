@@ -56,6 +56,8 @@ WRITES = {
                       "--validate-images 2 --model-options {detector} --output-dir OUT/run",
     "train-segmenter": "--image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none --num-images 4 "
                        "--validate-images 2 --model pspnet-emov2_1m --model-options {segmenter} --output-dir OUT/run",
+    "train-video": "--image-size 32 --frames 1 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
+                   "--num-videos 24 --model v-emov2_1m --model-options {video} --output-dir OUT/run",
     "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
     "encode": "{data} --vae pixels --shard-size 600 --output OUT/latents",
     "doctor": "{data} --sample 20 --output OUT/sheet.png",
@@ -76,6 +78,7 @@ WRITES = {
                            "--output OUT/table",
 }  # fmt: skip
 WRITES_NOTHING = {
+    "demo": "it runs other verbs, one after the other",
     "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
     "benchmark kernels": "it prints", "benchmark step": "it prints",
     "benchmark classifiers": "as denoisers",
@@ -124,7 +127,7 @@ def inputs(tmp_path_factory):
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
     parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
              "{detector}": [json.dumps({"backbone_options": CLASSIFIER})],
-             "{segmenter}": [json.dumps(SEGMENTER)]}
+             "{segmenter}": [json.dumps(SEGMENTER)], "{video}": [json.dumps(SEGMENTER["backbone_options"])]}
     found = [part for word in words.split() for part in parts.get(word, [word])]
     return [each.replace("IN/", f"{inputs}/").replace("OUT/", f"{output}/") for each in found]
 

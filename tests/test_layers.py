@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "finetuning", "training", "encoding", "dense", "detecting", "segmenting",
-        "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
+        "paths", "ranges", "base", "objective", "finetuning", "training", "encoding", "dense", "detecting",
+        "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -28,16 +28,16 @@ INSIDE = {
         "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
     ],
     "data": [
-        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "stored", "folder",
-        "augmented", "tar", "hub", "sampler",
+        "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
+        "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
                   "average_precision", "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
-    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "hub"],
+    "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "vae",
+        "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
+        "alignment", "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "video", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -25,6 +25,7 @@ from d_emo.ema import EMA
 from d_emo.io.training_state import gather_training, restore_training
 from d_emo.models import create_model
 from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
+from d_emo.training.optimizer import make_optimizer
 from d_emo.training.parallel import Updates, open_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,8 +186,10 @@ def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_pat
         torch.testing.assert_close(share["state"], plain.state_dict())
 
 
-def test_sharded_models_have_whole_states_and_averages(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_sharded_models_have_whole_states_and_averages(tmp_path, name):
     """FSDP2 on two CPU processes: what a state holds, what it restores, and the average, all equal one process's."""
+    settings = TrainSettings(optimizer=name, learning_rate=1e-3, weight_decay=0.01)
 
     def build():
         torch.manual_seed(0)
@@ -204,7 +207,7 @@ def test_sharded_models_have_whole_states_and_averages(tmp_path):
 
     def run(model, steps, state=None, average=None):
         ema = EMA(build(), 0.9)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = make_optimizer(model, settings, {}, torch.device("cpu"))
         if state is not None:
             restore_training(model, optimizer, state)
             ema.load_state_dict(average)

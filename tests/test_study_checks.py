@@ -23,7 +23,7 @@ from d_emo.latents import encode as write_latents
     ({"samplers": {"eps": "dpm+:20"}}, r"dpm\+:20 does not draw from the eps objective; use one of ddpm, .*dpm\+\+"),
     ({"samplers": {"flow": "ddim:20"}}, "ddim:20 does not draw from the flow objective; use one of euler, heun"),
     ({"samplers": {"eps": "ddim:0"}}, "ddim:0: .*positive"),
-    ({"samplers": {"noise": "ddim:20"}}, "by objective .eps, flow., not by 'noise'"),
+    ({"samplers": {"noise": "ddim:20"}}, "by objective .eps, flow, .*, not by 'noise'"),
     ({"encode": {"dataset": "digits", "imagesize": 8}}, "the study's encode: there is no setting 'imagesize'"),
     ({"encode": {"image_size": 8}}, "which images to encode; give `data_dir`"),
     ({"train": {**TRAIN, "tracker": "wandb"}}, "'D-EMO' has the tracker wandb"),

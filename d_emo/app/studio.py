@@ -48,7 +48,7 @@ class Studio:
     def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
         self.snapshot, self.settings = snapshot, settings
         self.parameters = trained_parameters(snapshot.model)  # before norms are folded
-        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision])
+        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision], guide=settings.guide)
 
     @property
     def path(self) -> Path:
@@ -84,7 +84,8 @@ class Studio:
             seed=_whole("the seed", seed),
             guidance_scale=[_number("the guidance", scale) for scale in scales],
             scheduler=scheduler, steps=_whole("the number of steps", steps),
-            mixed_precision=self.settings.mixed_precision,
+            mixed_precision=self.settings.mixed_precision, guide=self.settings.guide,
+            guide_weight=self.settings.guide_weight,
         )
         if settings.seed >= 2**53:  # a page's numbers are exact up to there
             raise InputError(f"the seed must be from 0 to {2**53 - 1}, not {settings.seed}")
@@ -106,6 +107,9 @@ class Studio:
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
         if self.snapshot.label_dropout:
             words += ["--guidance-scale", *(f"{scale:g}" for scale in settings.guidance_scale)]
+        if settings.guide is not None:
+            words += ["--guide", settings.guide]
+            words += ["--guide-weight", f"{settings.guide_weight:g}"] if settings.guide_weight is not None else []
         words += ["--scheduler", settings.scheduler, "--steps", settings.steps]
         if settings.mixed_precision != "no":
             words += ["--mixed-precision", settings.mixed_precision]

@@ -26,7 +26,7 @@ def draw(request: SampleRequest, output: Path) -> None:
     """What `run` does once its output is claimed."""
     settings, snapshot = request.settings, request.snapshot
     dtype = PRECISIONS[settings.mixed_precision]
-    sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile)
+    sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile, guide=settings.guide)
     steps, count = len(sampler.scheduler.timesteps), len(settings.guidance_scale) * len(request.labels)
     trajectory, drawn, started = Trajectory(steps), [], time.perf_counter()
     with tqdm(total=count * steps, desc="sampling", unit="step") as bar:  # of one image
@@ -48,5 +48,6 @@ def draw(request: SampleRequest, output: Path) -> None:
         print(f"          some of {len(snapshot.class_names):,}; choose by --class {label}{by_name}")
     print(f"seed      {settings.seed} to {request.seeds[-1]}, one per image")
     scales = ", ".join(map("{:g}".format, settings.guidance_scale))
-    print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {scales}")
+    guide = f", guided by {settings.guide} (weight {sampler.guidance.weight:g})" if settings.guide else ""
+    print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {scales}{guide}")
     print(f"speed     {speed:.1f} images/s on {sampler.device.type}")

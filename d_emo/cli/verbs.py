@@ -109,6 +109,10 @@ Run it with `accelerate launch scripts/train_dit.py` (any number of processes an
         "Train a segmenter (DeepLabV3, PSPNet, Semantic FPN, SegFormer on an EMO) on PNG masks or built-in scenes.",
     ),
     Verb(
+        "train-video", "train_video", "Train", "d_emo.config:VideoSettings",
+        "Train V-EMO, or an image classifier on the mean of frames, on videos or built-in moving digits.",
+    ),
+    Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
         "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
     ),

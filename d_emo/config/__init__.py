@@ -39,6 +39,7 @@ from d_emo.config.measuring import (
 from d_emo.config.paths import folder_of, is_folder
 from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
+    DEFAULT_GUIDE_WEIGHT,
     DEFAULT_STEPS,
     AppSettings,
     SampleSettings,
@@ -54,3 +55,4 @@ from d_emo.config.training import (
     RunSettings,
     TrainSettings,
 )
+from d_emo.config.video import VideoSettings

@@ -169,9 +169,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     elif origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return
-        for kind in arguments:
-            if kind is not NoneType:
-                _check_type(name, value, kind)
+        kinds = [kind for kind in arguments if kind is not NoneType]
+        if not any(get_origin(kind) is Literal and value in get_args(kind) for kind in kinds):
+            _check_type(name, value, kinds[0])
     elif origin is list and isinstance(value, list | tuple):
         for each in value:
             _check_type(name, each, arguments[0])

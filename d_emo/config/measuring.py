@@ -21,7 +21,13 @@ from d_emo.config.ranges import (
     Whole,
     Workers,
 )
-from d_emo.config.sampling import check_guidance, read_sampler
+from d_emo.config.sampling import (
+    check_guidance,
+    check_guide,
+    guide_setting,
+    guide_weight_setting,
+    read_sampler,
+)
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_features, parse_metrics
 
@@ -51,7 +57,12 @@ class EvaluateClassifierSettings(ReadingSettings):
     image_size: ClassifierSide | None = setting(None, "side of the images in pixels. Default: the snapshot's, else 224")
     crop_share: PositiveFraction = setting(0.875, "side of the centre crop over the image's shorter side")
     num_images: Count | None = setting(
-        None, "number of images to measure on, spread evenly over the data. Default: all, and 2,000 of Shapes-1000"
+        None, "number of images or videos to measure on, spread evenly over the data. Default: all, and 2,000 of "
+        "Shapes-1000"
+    )
+    clips: Count = setting(1, "clips of a video, spread evenly over it; their probabilities are averaged")
+    crops: Literal[1, 3] = setting(
+        1, "squares of a video's frames: the middle, or three along the longer side, as large as the shorter one"
     )
     batch_size: Count = setting(64, "images per forward pass", group="Machine")
     num_workers: Workers = setting(0, "data loading processes")
@@ -158,6 +169,8 @@ class FidSettings(ReadingSettings):
     guidance_interval: list[Fraction] = setting(
         [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
+    guide: str | None = guide_setting()
+    guide_weight: NotNegative | None = guide_weight_setting()
     mixed_precision: Literal["no", "bf16"] = setting(
         "no", "bf16: cast the denoiser, for speed; the FID changes slightly"
     )
@@ -186,6 +199,7 @@ class FidSettings(ReadingSettings):
             if group in (SAMPLING, SAVING) and getattr(self, each.name) != default:
                 raise InputError(f"`{each.name}` is for images drawn from a `checkpoint` only")
         check_guidance(self.guidance_scale, self.guidance_interval)
+        check_guide(self.guide, self.guide_weight)
 
     def resolve(self, **facts: Any) -> FidSettings:
         """Metrics in the order of their table; the number of images that are drawn."""

@@ -16,6 +16,36 @@ DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
 SNAPSHOT = "snapshot or run folder. Default: the newest under results/, else the one that ships with the package"
 
 
+DEFAULT_GUIDE_WEIGHT = 2.0
+"""Of a weaker denoiser, where one is named."""
+
+
+def guide_setting() -> Any:
+    """The field ``guide``."""
+    return setting(
+        None, "autoguidance: an earlier or smaller snapshot of the same data and objective, whose prediction for the "
+        "same class is what images are pushed away from", source=True
+    )
+
+
+def guide_weight_setting() -> Any:
+    """The field ``guide_weight``."""
+    return setting(
+        None, "with --guide: w of guide + w (given - guide); 1 is none. It adds to the classifier-free guidance of "
+        f"--guidance-scale and has its interval and channels. Default: {DEFAULT_GUIDE_WEIGHT:g}"
+    )
+
+
+def check_guide(guide: str | None, weight: float | None) -> None:
+    """Refuse a weight of nothing.
+
+    Raises:
+        InputError: There is a weight and no guide.
+    """
+    if weight is not None and guide is None:
+        raise InputError(f"`guide_weight` {weight:g} needs a snapshot to guide by; name one with `guide`")
+
+
 def read_sampler(text: str) -> tuple[str, int]:
     """Name and steps of a sampler, given as NAME:STEPS.
 
@@ -60,7 +90,7 @@ class SampleSettings(Settings):
     num_images: Count = setting(8, "images per class")
     guidance_scale: list[NotNegative] = setting(
         [], "classifier-free guidance scale; 1 is no guidance. Several give a row each, from the same noise. Default: "
-        "4, or 1 for a snapshot trained without label dropout", group="Sampling",
+        "4, or 1 for a snapshot trained without label dropout, or with --guide", group="Sampling",
     )
     scheduler: str | None = setting(
         None, "sampler, of those that serve the snapshot's objective. Default: dpm++, or euler for flow",
@@ -70,6 +100,8 @@ class SampleSettings(Settings):
     guidance_interval: list[Fraction] = setting(
         [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
+    guide: str | None = guide_setting()
+    guide_weight: NotNegative | None = guide_weight_setting()
     steps: Steps = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
     batch_size: Count = setting(64, "images denoised at once")
@@ -96,6 +128,9 @@ class SampleSettings(Settings):
     def check(self) -> None:
         for scale in self.guidance_scale or [1.0]:
             check_guidance(scale, self.guidance_interval)
+        check_guide(self.guide, self.guide_weight)
+        if self.interpolate is not None and self.guide is not None:
+            raise InputError("`interpolate` mixes classes that `guide` does not know; leave one of them out")
         if self.interpolate is not None and (len(self.interpolate) != 2 or self.classes or self.num_images < 2):
             raise InputError("`interpolate` takes two classes, at least two `num_images`, and no `classes`")
         if self.format == "png" and (self.trajectory or self.interpolate):
@@ -112,7 +147,7 @@ class SampleSettings(Settings):
         if not facts:
             return self
         objective, label_dropout = facts["objective"], facts["label_dropout"]
-        scales = self.guidance_scale or [DEFAULT_GUIDANCE if label_dropout else 1.0]
+        scales = self.guidance_scale or [DEFAULT_GUIDANCE if label_dropout and self.guide is None else 1.0]
         for scale in scales:
             check_guidance(scale, label_dropout=label_dropout)
         return replace(self, scheduler=self.scheduler or OBJECTIVES[objective].scheduler, guidance_scale=scales)
@@ -123,6 +158,8 @@ class AppSettings(Settings):
     """Settings of ``scripts/app.py``."""
 
     checkpoint: str | None = setting(None, SNAPSHOT, group="Model", source=True)
+    guide: str | None = guide_setting()
+    guide_weight: NotNegative | None = guide_weight_setting()
     mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; images change slightly")
     max_images: Count = setting(64, "largest number of images in one request", group="Sampling")
     preview_share: BelowOne = setting(
@@ -133,3 +170,6 @@ class AppSettings(Settings):
     )
     port: Port = setting(7860, "port to listen on")
     share: bool = setting(False, "also open a public address, through Gradio's servers; nothing else uses the internet")
+
+    def check(self) -> None:
+        check_guide(self.guide, self.guide_weight)

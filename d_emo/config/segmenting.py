@@ -51,6 +51,9 @@ class SegmenterSettings(DenseSettings):
         resumable=True
     )
     blend: Blend = setting("mean", "of the logits where windows overlap, or weighted by a Gaussian", resumable=True)
+    picture_size: ClassifierSide | None = setting(
+        None, "side of built-in pictures in pixels, of which crops are taken. Default: --image-size"
+    )
     background: Colour = setting("white", "colour behind what is transparent, a name or '#rrggbb'")
     field_of_view: bool = setting(
         False, "of fundus photographs as HRF and DRIVE keep them, leave out the pixels outside the round field of view"
@@ -88,6 +91,9 @@ class SegmenterSettings(DenseSettings):
         if self.validate_dir is not None and self.data_dir is None:
             raise InputError(f"`validate_dir` {self.validate_dir} belongs to a `data_dir`; built-in data hold out "
                              "some of their own")  # fmt: skip
+        if self.picture_size is not None and self.data_dir is not None:
+            raise InputError(f"`picture_size` {self.picture_size} is of built-in pictures; those of a `data_dir` have "
+                             "sizes of their own")  # fmt: skip
         super().check()
 
     @property

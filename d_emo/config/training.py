@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, Settings, setting
 from d_emo.config.finetuning import FineTuningSettings
+from d_emo.config.objective import ObjectiveSettings
 from d_emo.config.paths import folder_of, followed, is_folder
 from d_emo.config.ranges import (
     BelowOne,
@@ -18,13 +19,12 @@ from d_emo.config.ranges import (
     NotNegative,
     Positive,
     PositiveFraction,
-    Real,
     Seed,
     Whole,
     Workers,
 )  # fmt: skip
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, family_of
+from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, OPTIMIZERS, family_of, parse_alignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class HeldOutSettings(DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
+class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_dit.py``; the defaults are DiT's recipe for ImageNet 256 x 256."""
 
     exif: bool | None = setting(
@@ -195,20 +195,9 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
         source="or a name"
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
-    objective: str | None = setting(
-        None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
-        "straight path from data to noise, as SiT. Default: flow for SiT models, else eps",
-        group="Objective", choices=OBJECTIVES
+    unconditional: bool = setting(
+        False, "one class for all images, no label dropout; --data-dir may then be flat", group="Objective"
     )
-    timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(
-        None, "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of t / T "
-        "is normal, so that medium noise levels come more often and short runs learn shapes sooner. Default: uniform"
-    )
-    logit_mean: Real | None = setting(
-        None, "of logit-normal: mean of the logit; negative means less noise. Default: 0"
-    )
-    logit_std: Positive | None = setting(None, "of logit-normal: standard deviation of the logit. Default: 1")
-    unconditional: bool = setting(False, "one class for all images, no label dropout; --data-dir may then be flat")
     label_dropout: Fraction = setting(
         0.1, "fraction of labels replaced by the null class, for classifier-free guidance"
     )
@@ -224,6 +213,10 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
     label_lr_scale: NotNegative = setting(
         1.0, "factor on the learning rate of the class embeddings; short runs need 3 to 30"
     )
+    optimizer: str = setting(
+        "adamw", "adamw; or muon: Muon on the matrices of the blocks, q, k and v apart, at the same learning rate, and "
+        "AdamW on all else", choices=OPTIMIZERS
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute blocks in the backward pass to save memory", resumable=True
     )
@@ -237,6 +230,11 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
+        if self.align is not None and parse_alignment(self.align)[0].images:
+            if given := "latents" if self.latents is not None else "cache_latents" if self.cache_latents else None:
+                raise InputError(f"`align` {self.align} looks at images, of which `{given}` leaves none; use vae")
+        if self.optimizer == "muon" and self.train != "all":
+            raise InputError(f"`optimizer` muon is for whole matrices; with `train` {self.train} use adamw")
         super().check()
         family = self.model and family_of(self.model)
         first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
@@ -263,10 +261,8 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
         return replace(
             self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 400_000),
             output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
-            timestep_sampling=self.timestep_sampling or "uniform",
-            logit_mean=0.0 if self.logit_mean is None else self.logit_mean, logit_std=self.logit_std or 1.0,
-            **{name: facts.get(name) for name in left_open},
-            vae=self.vae or facts.get("vae"), objective=self.objective or objective, label_dropout=dropout,
+            **{name: facts.get(name) for name in left_open}, **self.objective_settings(self.objective or objective),
+            vae=self.vae or facts.get("vae"), label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
 
@@ -274,9 +270,7 @@ class TrainSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedS
         names = ["vae", "image_size"] if self.latents is None else []  # what is encoded has its own
         if self.same_model(there):
             names += ["model", "objective"]
-            if self.objective in (None, there.get("objective")):
-                shape = ["logit_mean", "logit_std"] if there.get("timestep_sampling") == "logit-normal" else []
-                names += ["timestep_sampling", *shape]
+            names += self.timesteps_taken(there)
         return names
 
 @dataclass(frozen=True, kw_only=True)

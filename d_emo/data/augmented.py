@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,39 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits < 8 else image
 
 
+def random_change(
+    image_size: int, crop_scale: Sequence[float], rand_augment: str | None
+) -> Callable[[Image.Image], Image.Image]:
+    """A random resized crop, then RandAugment, by Python's and numpy's global generators.
+
+    Args:
+        image_size: Side of the crop.
+        crop_scale, rand_augment: See `AugmentedFolder`.
+
+    Raises:
+        InputError: A policy that timm does not know.
+    """
+    from timm.data.auto_augment import rand_augment_transform  # heavy, and needed for no other data
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+    from torchvision.transforms import Compose
+
+    crop = RandomResizedCropAndInterpolation(image_size, scale=tuple(crop_scale), interpolation="bicubic")
+    if rand_augment is None:
+        return crop
+    settings = {"translate_const": int(image_size * 0.45), "img_mean": GREY}
+    settings["interpolation"] = Image.Resampling.BICUBIC
+    try:
+        policy = rand_augment_transform(rand_augment, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise InputError(
+            f"timm knows no RandAugment policy {rand_augment!r}; the paper's is 'rand-m9-mstd0.5-inc1'"
+        ) from error
+    for op in policy.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = posterize
+    return Compose([crop, policy])
+
+
 class AugmentedFolder(ImageFolder):
     """Training images: a random resized crop, then RandAugment.
 
@@ -56,33 +89,13 @@ class AugmentedFolder(ImageFolder):
         self, root: str | Path, image_size: int, *, crop_scale: Sequence[float], rand_augment: str | None, seed: int,
         skip_corrupt: bool = False, reading: Reading = AS_VIEWED,
     ) -> None:  # fmt: skip
-        from timm.data.auto_augment import rand_augment_transform  # heavy, and needed for no other data
-        from timm.data.transforms import RandomResizedCropAndInterpolation
-
         super().__init__(root, image_size, skip_corrupt=skip_corrupt, reading=reading)
-        self.seed = seed
-        self.random_crop = RandomResizedCropAndInterpolation(
-            image_size, scale=tuple(crop_scale), interpolation="bicubic"
-        )
-        self.policy = None
-        if rand_augment is not None:
-            settings = {"translate_const": int(image_size * 0.45), "img_mean": GREY}
-            settings["interpolation"] = Image.Resampling.BICUBIC
-            try:
-                self.policy = rand_augment_transform(rand_augment, settings)
-            except (AssertionError, ValueError, KeyError) as error:
-                raise InputError(
-                    f"timm knows no RandAugment policy {rand_augment!r}; the paper's is 'rand-m9-mstd0.5-inc1'"
-                ) from error
-            for op in self.policy.ops:
-                if op.name.startswith("Posterize"):
-                    op.aug_fn = posterize
+        self.seed, self.change = seed, random_change(image_size, crop_scale, rand_augment)
 
     def crop(self, image: Image.Image, index: int) -> Image.Image:
         """A random crop of image ``index``, under the policy."""
         with seeded(self.seed, getattr(index, "epoch", 0), int(index)):
-            image = self.random_crop(image)
-            return image if self.policy is None else self.policy(image)
+            return self.change(image)
 
 
 class CentreCroppedFolder(ImageFolder):

@@ -1,5 +1,6 @@
 """Image folders in ImageNet's layout."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from d_emo.config import folder_of
@@ -32,28 +33,9 @@ class ImageFolder(StoredImages):
         reading: Reading = AS_VIEWED,
     ):  # fmt: skip
         check_image_size(image_size)
-        given, root = str(root), folder_of(str(root))
-        folders = list_folders(root)
-        if given == str(root) and (splits := find_splits(folders)):
-            raise _holds_splits(root, *splits)
-        folders = [root.resolve()] if one_class else folders
-        if not folders:
-            raise InputError(
-                f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
-                "denoiser) train with `unconditional`"
-            )
-        ids = {name: label for label, name in enumerate(in_class_order(folder.name for folder in folders))}
-        self.files: list[Path] = []
-        labels: list[int] = []
-        others: list[Path] = []
-        for folder in folders:  # by their paths, so that image i stays the same whatever the order of the classes
-            files = list_files(folder)
-            found = [path for path in files if is_image(path)]
-            others += [path for path in files if not is_image(path)]
-            if not found:
-                raise no_images(f"the class folder {folder}", files)
-            self.files += found
-            labels += [ids[folder.name]] * len(found)
+        self.files, names, others = class_files(root, one_class=one_class)
+        ids = {name: label for label, name in enumerate(in_class_order(set(names)))}
+        labels = [ids[name] for name in names]
         self.left_out = describe_left_out(others)
         super().__init__(labels, list(ids), image_size, skip_corrupt=skip_corrupt, reading=reading)
 
@@ -62,6 +44,45 @@ class ImageFolder(StoredImages):
 
     def origin(self, index: int) -> str:
         return str(self.files[index])
+
+
+def class_files(
+    data_dir: str | Path, *, is_wanted: Callable[[Path], bool] = is_image,
+    none_wanted: Callable[[str, list[Path]], InputError] = no_images, one_class: bool = False,
+) -> tuple[list[Path], list[str], list[Path]]:  # fmt: skip
+    """The wanted files of a folder of class folders by their paths, the class of each, and the other files.
+
+    Args:
+        data_dir: The folder; ``folder:`` before it says that folders called train, val, ... are classes.
+        is_wanted: Whether a file is data.
+        none_wanted: The error of a class folder without any, of its name and files.
+        one_class: All files below are of one class, named after the folder.
+
+    Raises:
+        InputError: See `ImageFolder`.
+    """
+    given, root = str(data_dir), folder_of(str(data_dir))
+    folders = list_folders(root)
+    if given == str(root) and (splits := find_splits(folders)):
+        raise _holds_splits(root, *splits)
+    folders = [root.resolve()] if one_class else folders
+    if not folders:
+        raise InputError(
+            f"the data folder {root} has no sub-folders; put each class's images into one of its own, or (a "
+            "denoiser) train with `unconditional`"
+        )
+    found: list[Path] = []
+    names: list[str] = []
+    others: list[Path] = []
+    for folder in folders:  # by their paths, so that file i stays the same whatever the order of the classes
+        files = list_files(folder)
+        wanted = [path for path in files if is_wanted(path)]
+        others += [path for path in files if not is_wanted(path)]
+        if not wanted:
+            raise none_wanted(f"the class folder {folder}", files)
+        found += wanted
+        names += [folder.name] * len(wanted)
+    return found, names, others
 
 
 def _holds_splits(root: Path, train: list[Path], held_out: list[Path]) -> InputError:

@@ -79,7 +79,7 @@ def no_images(where: str, names: Iterable[str | Path]) -> InputError:
 
 
 @contextmanager
-def naming(name: Callable[[], str]) -> Iterator[None]:
+def naming(name: Callable[[], str], unit: str = "image") -> Iterator[None]:
     """Whatever goes wrong inside becomes an `InputError` that names the file; decoders raise anything at all."""
     try:
         yield
@@ -89,7 +89,7 @@ def naming(name: Callable[[], str]) -> Iterator[None]:
         known = not isinstance(error, UnidentifiedImageError)  # whose text names a Python object
         reason = " ".join(str(error).split()).rstrip(".") if known else "no image of a kind that can be read"
         raise InputError(
-            f"cannot read the image {name()} ({reason or type(error).__name__}); repair or replace it"
+            f"cannot read the {unit} {name()} ({reason or type(error).__name__}); repair or replace it"
         ) from None
 
 

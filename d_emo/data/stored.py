@@ -56,10 +56,11 @@ class StoredImages(ClassImages):
         reading: How a stored picture becomes RGB.
 
     Attributes:
+        unit: What one of them is called.
         enlarged, skipped: Which of the images were smaller than ``image_size``, and which were passed over, so far.
     """
 
-    flip = True
+    flip, unit = True, "image"
 
     def __init__(
         self, labels: Sequence[int], class_names: list[str], image_size: int, *, skip_corrupt: bool | None = False,
@@ -93,9 +94,9 @@ class StoredImages(ClassImages):
     def remarks(self, count: Callable[[torch.Tensor], Any] = torch.count_nonzero) -> list[str]:
         lines = []
         if enlarged := int(count(self.enlarged)):
-            lines.append(f"enlarged  {enlarged:,} image{'s' * (enlarged > 1)} smaller than {self.image_size} px")
+            lines.append(f"enlarged  {enlarged:,} {self.unit}{'s' * (enlarged > 1)} smaller than {self.image_size} px")
         if skipped := int(count(self.skipped)):
-            lines.append(f"skipped   {skipped:,} image{'s' * (skipped > 1)} that cannot be read")
+            lines.append(f"skipped   {skipped:,} {self.unit}{'s' * (skipped > 1)} that cannot be read")
         return lines
 
     def __len__(self) -> int:
@@ -115,8 +116,8 @@ class StoredImages(ClassImages):
                 if self.skip_corrupt is None:
                     raise
                 if not self.skip_corrupt:
-                    raise InputError(f"{error}; `skip_corrupt` passes over such images") from None
+                    raise InputError(f"{error}; `skip_corrupt` passes over such {self.unit}s") from None
                 if not self.skipped[at]:
                     self.skipped[at] = True
                     print(f"skipped ({int(self.skipped.sum())} so far): {error}", file=sys.stderr, flush=True)
-        raise InputError("none of the images could be read")
+        raise InputError(f"none of the {self.unit}s could be read")

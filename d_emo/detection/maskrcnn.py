@@ -107,6 +107,7 @@ class EMOMaskRCNN(Detector, MaskRCNN):
 def maskrcnn(
     backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
     norm_eval: bool = True, frozen_stages: int = 1, backbone_options: Mapping[str, Any] | None = None,
+    image_mean: Sequence[float] | None = None, image_std: Sequence[float] | None = None,
 ) -> EMOMaskRCNN:  # fmt: skip
     """Mask R-CNN on a backbone.
 
@@ -118,10 +119,12 @@ def maskrcnn(
         norm_eval: Keep the running statistics of the backbone's batch norms.
         frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything.
         backbone_options: Arguments of `EMO` to replace.
+        image_mean, image_std: Of the images, by which they are normalised. Default: ImageNet's; a classifier that was
+            trained here has 0.5 for both.
     """
     maps = StageMaps(backbone, (1, 2, 3, 4), frozen=frozen_stages, norm_eval=norm_eval, options=backbone_options)
     model = EMOMaskRCNN(
-        Pyramid(maps, LastLevelMaxPool()), None, min_size, max_size,
+        Pyramid(maps, LastLevelMaxPool()), None, min_size, max_size, image_mean, image_std,
         rpn_anchor_generator=ExactAnchors((4, 8, 16, 32, 64), (8,), (0.5, 1, 2)), rpn_post_nms_top_n_train=1000,
         box_roi_pool=AlignedRoIAlign(7), box_predictor=BoxPredictor(1024, num_classes),
         mask_roi_pool=AlignedRoIAlign(14), mask_predictor=MaskPredictor(num_classes),

@@ -97,6 +97,7 @@ class EMORetinaNet(Detector, RetinaNet):
 def retinanet(
     backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
     norm_eval: bool = True, frozen_stages: int = 1, backbone_options: Mapping[str, Any] | None = None,
+    image_mean: Sequence[float] | None = None, image_std: Sequence[float] | None = None,
 ) -> EMORetinaNet:  # fmt: skip
     """RetinaNet on a backbone.
 
@@ -108,6 +109,8 @@ def retinanet(
         norm_eval: Keep the running statistics of the backbone's batch norms.
         frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything.
         backbone_options: Arguments of `EMO` to replace.
+        image_mean, image_std: Of the images, by which they are normalised. Default: ImageNet's; a classifier that was
+            trained here has 0.5 for both.
     """
     maps = StageMaps(backbone, (2, 3, 4), frozen=frozen_stages, norm_eval=norm_eval, options=backbone_options)
     pyramid = Pyramid(maps, P6P7(maps.widths[-1], Pyramid.out_channels))
@@ -115,7 +118,7 @@ def retinanet(
     head = BatchNormalisedHead(Pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes)
     model = EMORetinaNet(
         pyramid, num_classes, min_size, max_size, anchor_generator=anchors, head=head, score_thresh=0.05,
-        nms_thresh=0.5, detections_per_img=100, topk_candidates=1000,
+        nms_thresh=0.5, detections_per_img=100, topk_candidates=1000, image_mean=image_mean, image_std=image_std,
     )
     model.num_classes = num_classes
     return model

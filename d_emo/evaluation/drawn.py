@@ -14,7 +14,7 @@ from d_emo.evaluation.feature_shards import ALONE, Ranks, draw_labels
 from d_emo.evaluation.features import fingerprint
 from d_emo.evaluation.measurement import Measurement
 from d_emo.evaluation.result import Result
-from d_emo.io.snapshot import DenoiserSnapshot
+from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.sampling import PRECISIONS, Guidance, Sampler
 from d_emo.tables import OBJECTIVES
 
@@ -40,9 +40,11 @@ def measure_snapshot(
     """
     scheduler, seed = settings.scheduler or OBJECTIVES[snapshot.objective].table_scheduler, settings.seed
     weights = fingerprint(snapshot.model, 64)  # before it is folded and cast
+    guide = settings.guide and load_denoiser(settings.guide)
+    weaker = guide and fingerprint(guide.model, 64)
     sampler = Sampler.open(
         snapshot, scheduler=scheduler, steps=settings.steps, guidance=Guidance.of(settings), device=device,
-        dtype=PRECISIONS[settings.mixed_precision], compile=settings.compile,
+        dtype=PRECISIONS[settings.mixed_precision], compile=settings.compile, guide=guide,
     )
     classes = len(sampler.class_names)
 
@@ -62,6 +64,10 @@ def measure_snapshot(
         "classes": classes,
         "versions": {"d_emo": d_emo.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
+    if guide:
+        sampling |= {"guide": str(guide.path), "guide_step": guide.meta["step"],
+                     "guide_weight": sampler.guidance.weight}
+        identity["guide"] = weaker
     height, width = sampler.image_size
     return measurement.of_generated(
         generate, settings.num_images, image_size=(width, height), name=str(snapshot.path), sampling=sampling,

@@ -85,6 +85,10 @@ class Result:
         interval = list(self.sampling.get("guidance_interval", (0, 1)))
         if interval != [0, 1]:
             how["guidance_scale"] += f" from {interval[0]:g} to {interval[1]:g}"
+        if "guide" in self.sampling:
+            how["guidance_scale"] += " and by {guide} (step {guide_step:,}, weight {guide_weight:g})".format_map(
+                self.sampling
+            )
         if self.sampling.get("mixed_precision", "no") != "no":
             how["weights"] += f" in {self.sampling['mixed_precision']}"
         return [(title, how[key]) for key, title in _SAMPLING.items()]

@@ -38,7 +38,10 @@ def write_card(folder: str | Path) -> Path:
     built_in = next((table[meta["data"]] for table in (DATASETS, SCENES) if meta.get("data") in table), None)
     facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
-    tasks = {"classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation"}
+    tasks = {
+        "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",
+        "video classifier": "video-classification",
+    }  # fmt: skip
     if meta["kind"] in tasks:
         cite = ["EMOv2"] * ("emov2" in name.lower()) + ["EMO"]
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
@@ -105,7 +108,7 @@ def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
     """The name of the data, without the place where they lay."""
     if meta.get("data") in DATASETS:
         return DATASETS[meta["data"]].title
-    if meta["kind"] == "detector" or meta.get("data") in SCENES:
+    if meta["kind"] == "detector" or meta.get("data") in (*SCENES, "moving-digits"):
         return meta.get("data") or "unnamed data"
     place = settings.get("latents") or settings.get("data_dir") or "unnamed data"
     scheme, _, rest = place.partition(":")

@@ -12,7 +12,7 @@ from d_emo.config import EvaluateClassifierSettings, check_values
 from d_emo.data import ClassImages, Reading, in_order_of, open_dataset
 from d_emo.errors import InputError
 from d_emo.files import read_json
-from d_emo.io.snapshot import load_classifier
+from d_emo.io.snapshot import ClassifierSnapshot, load_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
@@ -97,19 +97,10 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
         torch.manual_seed(0)
         return Classifier(f"{source} with random weights", create_model(source).eval(), 1000, None, 224, None)
     if path.is_dir() and not (path / "config.json").exists():
-        snapshot = load_classifier(path)
-        name = str(snapshot.path)
-        if weights == "raw":
-            state = snapshot.path.parent.parent / "states" / snapshot.path.name
-            if not state.is_dir():
-                raise InputError(f"the raw weights of {name} are gone: there is no training state {state}")
-            raw = without_adapters(load_state(state)["model"])
-            load_weights(snapshot.model, raw, f"the training state {state}")
-            name += ", raw weights"
-        built_in, config = snapshot.meta.get("data"), snapshot.path / "config.yaml"
-        settings = read_json(config, lambda found: check_values(found, VALIDATE_DIR)) if config.exists() else {}
+        snapshot, name = open_snapshot(path, weights)
+        built_in = snapshot.meta.get("data")
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names, snapshot.image_size,
-                          built_in if built_in in DATASETS else None, settings.get("validate_dir"))
+                          built_in if built_in in DATASETS else None, validate_dir_of(snapshot))
     if path.is_dir():
         try:
             model = timm.create_model(f"local-dir:{path}", pretrained=True)
@@ -128,6 +119,30 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
     labels = cfg.get("label_names")
     return Classifier(source, normalized(model).eval(), model.num_classes, list(labels) if labels else None,
                       cfg["input_size"][-1], None)
+
+
+def open_snapshot(path: Path, weights: str = "ema", kind: str = "classifier") -> tuple[ClassifierSnapshot, str]:
+    """A snapshot, or the newest of a run folder, with averaged or raw weights, and what messages call it.
+
+    Raises:
+        InputError: There is none of this kind, it is damaged, or its raw weights are gone.
+    """
+    snapshot = load_classifier(path, kind)
+    if weights != "raw":
+        return snapshot, str(snapshot.path)
+    state = snapshot.path.parent.parent / "states" / snapshot.path.name
+    if not state.is_dir():
+        raise InputError(f"the raw weights of {snapshot.path} are gone: there is no training state {state}")
+    raw = without_adapters(load_state(state)["model"])
+    load_weights(snapshot.model, raw, f"the training state {state}")
+    return snapshot, f"{snapshot.path}, raw weights"
+
+
+def validate_dir_of(snapshot: ClassifierSnapshot) -> str | None:
+    """The held-out data of the run that wrote a snapshot, where they were the user's own."""
+    config = snapshot.path / "config.yaml"
+    settings = read_json(config, lambda found: check_values(found, VALIDATE_DIR)) if config.exists() else {}
+    return settings.get("validate_dir")
 
 
 def open_images(settings: EvaluateClassifierSettings, classifier: Classifier) -> ClassImages:

@@ -3,16 +3,18 @@
 from typing import Annotated, Any, Literal
 
 from d_emo.config import check_values
-from d_emo.config.ranges import Fraction, ImageSide, NotNegative, Range, Whole
+from d_emo.config.ranges import Count, Fraction, ImageSide, NotNegative, Range, Whole
 
 _Switch = bool | None
 SNAPSHOT: dict[str, Any] = {
-    "kind": Literal["denoiser", "classifier", "detector", "segmenter"], "class_names": list[str],
+    "kind": Literal["denoiser", "classifier", "detector", "segmenter", "video classifier"],
+    "class_names": list[str],
     "image_size": ImageSide, "step": Whole,
     "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
     "average_precision": dict[str, Any] | None,
+    "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "windows": dict[str, Any] | None,
     "sha256": dict[str, str],

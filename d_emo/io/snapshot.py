@@ -26,7 +26,7 @@ from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
 from d_emo.models.contract import DenoiserFrame
-from d_emo.tables import FRAMES, load, objective_of
+from d_emo.tables import FRAMES, OBJECTIVES, load, objective_of
 from d_emo.weights import first_line, load_pretrained, load_weights
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
@@ -114,7 +114,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
     with _refusing(path):
         model = load_pretrained(_class_of(path), path / "transformer")
         scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
-        meta.get("objective") or objective_of(scheduler_config)
+        OBJECTIVES[meta.get("objective") or objective_of(scheduler_config)]
         _check_sums(path, meta)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],

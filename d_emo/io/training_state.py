@@ -83,10 +83,12 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     optimizer.load_state_dict(state["optimizer"])
     if (wanted := state.get("moments", len(optimizer.state))) != len(optimizer.state):
         raise InputError(f"its optimizer has moments of {len(optimizer.state)} of {wanted} parameters")
-    kinds = {frozenset(moments) for moments in optimizer.state.values()}
-    if len(kinds) > 1:
-        some = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
-        raise InputError(f"its optimizer lacks {', '.join(some)} of some parameters")
+    for matrices in (True, False):  # an optimizer may keep other moments of matrices
+        params = [p for group in optimizer.param_groups if ("matrices" in group) == matrices for p in group["params"]]
+        kinds = {frozenset(optimizer.state[parameter]) for parameter in params if parameter in optimizer.state}
+        if len(kinds) > 1:
+            some = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
+            raise InputError(f"its optimizer lacks {', '.join(some)} of some parameters")
     for parameter, moments in optimizer.state.items():
         odd = [name for name, value in moments.items() if value.dim() and value.shape != parameter.shape]
         if odd:  # PyTorch takes them

@@ -91,6 +91,33 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         """Positions that its widest blocks work on, per image."""
 
     @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """(channels, *sizes) of the map between two blocks, where the frame can show it (see `project`)."""
+        return None
+
+    def project(self, block: int, projector: nn.Module | None) -> None:
+        """Show features while training: the output's ``features`` are then ``projector`` of the map after a block.
+
+        The projector becomes a part of the model, trained and kept in training states with it; None takes it away, as
+        snapshots have to. A frame with a `feature_shape` sees to it.
+
+        Args:
+            block: From 0.
+            projector: Takes maps (B, *sizes, channels).
+
+        Raises:
+            InputError: There is no such block.
+        """
+        raise NotImplementedError
+
+    def block_matrices(self) -> dict[str, int]:
+        """The parameters that are matrices between the features of hidden layers, as an optimizer for such wants them:
+        by name how many matrices one holds, one below the other (q, k and v of one projection). None unless a frame
+        names them.
+        """
+        return {}
+
+    @property
     def num_classes(self) -> int:
         """Classes without the null class."""
         return self.config.num_classes

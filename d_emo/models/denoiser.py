@@ -5,6 +5,7 @@ Sources: EMOv2 paper, section III-C3 and table XVI (D-EMO); DiT paper, section 3
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,13 @@ from d_emo.models.layers import (
     pair,
 )
 from d_emo.tables import BLOCKS, load
+
+
+@dataclass
+class DenoiserOutput(Transformer2DModelOutput):
+    """The prediction, and in training what the projector makes of a block's map; see `DenoiserFrame.project`."""
+
+    features: Tensor | None = None
 
 
 class FinalLayer(nn.Module):
@@ -140,6 +148,7 @@ class Denoiser(DenoiserFrame):
         self._no_split_modules = self._repeated_blocks = [type(self.blocks[0]).__name__]
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, affine=row.affine_final_norm)
         self.gradient_checkpointing = False
+        self.projected, self.projector = 0, None  # see `project`
         self.initialize_weights()
 
     @classmethod
@@ -159,6 +168,22 @@ class Denoiser(DenoiserFrame):
     @property
     def tokens(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        return self.config.hidden_size, *self.grid
+
+    def project(self, block: int, projector: nn.Module | None) -> None:
+        if not 0 <= block < len(self.blocks):
+            raise InputError(f"There is no block {block} in a denoiser of {len(self.blocks)}; the first is 0.")
+        self.projected, self.projector = block, projector
+
+    def block_matrices(self) -> dict[str, int]:
+        stacked = {"qk": 2, "qkv": 3}
+        return {
+            name: stacked.get(name.split(".")[-2], 1) for name, parameter in self.named_parameters()
+            if name.startswith("blocks.") and parameter.ndim == 2 and "adaLN_modulation" not in name
+        }  # fmt: skip
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -204,12 +229,17 @@ class Denoiser(DenoiserFrame):
         x = x + self.pos_embed.view(1, *self.grid, -1)  # (B, H, W, C)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])  # (B,)
         c = self.t_embedder(t) + self.y_embedder(class_labels)  # (B, C)
-        for block in self.blocks:
+        features = None
+        for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)  # (B, H, W, C)
             else:
                 x = block(x, c)  # (B, H, W, C)
+            if self.training and self.projector is not None and index == self.projected:
+                features = self.projector(x)  # (B, D, H, W)
         sample = self.unpatchify(self.final_layer(x, c))  # (B, C_out, H * p, W * p)
+        if features is not None:
+            return DenoiserOutput(sample=sample, features=features)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def unpatchify(self, x: Tensor) -> Tensor:

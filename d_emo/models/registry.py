@@ -131,9 +131,8 @@ def check_kind(name: str, wanted: str) -> None:
         InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
     """
     if (kind := model_kind(name)) != wanted:
-        script = {"denoiser": "train_dit", "video classifier": None}.get(kind, f"train_{kind}")
-        hint = f"train it with scripts/{script}.py" if script else "no command trains it yet"
-        raise InputError(f"{name} is a {kind}; {hint}")
+        script = {"denoiser": "train_dit", "video classifier": "train_video"}.get(kind, f"train_{kind}")
+        raise InputError(f"{name} is a {kind}; train it with scripts/{script}.py")
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

@@ -7,7 +7,7 @@ for the frames' stride, the stem's convolution, and one for the window, two fram
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES
@@ -19,9 +19,25 @@ VIDEO_BACKBONES: dict[str, dict[str, Any]] = {
 """Every named network for Kinetics-400 and clips of 4 frames of 160 px; the paper has the 5M, the others follow it."""
 
 
+def classify_clips(model: nn.Module, clips: Tensor, spatial_dims: int) -> Tensor:
+    """Logits of clips: a video network's, or the mean of an image network's over the frames (TSN's consensus).
+
+    Shape: (B, 3, T, H, W) -> (B, num_classes).
+
+    Args:
+        model: An `EMO`, or what wraps it.
+        clips: As it takes them.
+        spatial_dims: Of the `EMO`: 3 of a video network, 2 of an image network.
+    """
+    if spatial_dims == 3:
+        return model(clips)
+    frames = clips.transpose(1, 2)  # (B, T, 3, H, W)
+    return model(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).mean(dim=1)  # (B, num_classes)
+
+
 @torch.no_grad()
 def inflate(
-    weights: dict[str, Tensor], like: torch.nn.Module, rule: Literal["divide", "repeat"] = "divide"
+    weights: dict[str, Tensor], like: nn.Module, rule: Literal["divide", "repeat"] = "divide"
 ) -> dict[str, Tensor]:
     """Weights of an image classifier for the video network of the same size.
 

@@ -14,6 +14,7 @@ from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.guidance import Guidance, guided
 from d_emo.sampling.schedulers import set_steps
+from d_emo.tables import OBJECTIVES, load, objective_of
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Step:
 
 def sample(
     denoiser: DenoiserFrame, scheduler: Any, class_labels: Labels, seeds: Labels, *, steps: int,
-    guidance: Guidance, batch_size: int = 64, exact: bool = True,
+    guidance: Guidance, batch_size: int = 64, exact: bool = True, objective: str | None = None,
+    guide: DenoiserFrame | None = None,
 ) -> Iterator[Step]:
     """Denoise, in batches. All noise of an image comes from a generator of its own, seeded by its seed.
 
@@ -61,6 +63,8 @@ def sample(
         batch_size: Images denoised at once.
         exact: Off, a CPU denoises whole batches, which is faster for small networks; the last bits of an image may
             then depend on its batch.
+        objective: What the denoiser was trained for. Default: the first that predicts what the scheduler's config says.
+        guide: A weaker denoiser for the same, see `Guidance`.
 
     Yields:
         All steps of the first images, then those of the next ones: a batch, on a CPU (unless ``exact`` is off) a part
@@ -89,7 +93,8 @@ def sample(
             labels = torch.tensor([class_labels[index] for index in filled], device=denoiser.device)
             set_steps(scheduler, steps, denoiser.device)
             for step in denoise(
-                denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators
+                denoiser, scheduler, noise.to(denoiser.device), labels, guidance=guidance, generator=generators,
+                objective=objective, guide=guide,
             ):
                 step.latents, step.first = step.latents[: len(part)], part[0]
                 yield step
@@ -110,11 +115,13 @@ def _part_size(denoiser: DenoiserFrame) -> int | None:
 @torch.no_grad()
 def denoise(
     denoiser: DenoiserFrame, scheduler: Any, latents: torch.Tensor, labels: torch.Tensor, *, guidance: Guidance,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None, objective: str | None = None,
+    guide: DenoiserFrame | None = None,
 ) -> Iterator[Step]:
     """Carry one batch from unit noise to latents, along the timesteps that the scheduler has been set to.
 
-    The generator, one for each image or one for all, is for the noise that a scheduler adds.
+    The generator, one for each image or one for all, is for the noise that a scheduler adds. The objective
+    tells what the denoiser predicts; see `sample`, for the guide too.
 
     Shape: latents (B, C, h, w), labels (B,).
 
@@ -122,16 +129,17 @@ def denoise(
         InputError: The latents end in NaN or infinite values.
     """
     channels, longest, steps = latents.shape[1], scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    scheduled = load(OBJECTIVES[objective or objective_of(scheduler.config)].loss).scheduled
     learned_variance = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers lack it, and the next
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
     for index, t in enumerate(scheduler.timesteps):
-        scale = guidance.at(float(t) / longest)
-        output = guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels)
+        scale, weight = guidance.at(float(t) / longest)
+        output = guided(denoiser, scale_input(latents, t), t, labels, scale, guidance.channels, guide, weight)
         if not learned_variance:
-            output = output[:, :channels]
+            output = scheduled(output[:, :channels], latents, float(t) / longest)
         latents = scheduler.step(output, t, latents, **extra).prev_sample
         if index + 1 == steps and not latents.isfinite().all():
             raise InputError(

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, DEFAULT_STEPS, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import (
     PIPELINE_CODE,
@@ -146,12 +146,14 @@ class DEMOPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DEMOPipeline, int, torch.Tensor, dict[str, Any]], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
+        guide: DenoiserFrame | None = None,
+        guide_weight: float = DEFAULT_GUIDE_WEIGHT,
     ) -> ImagePipelineOutput | tuple:
         """Draw one picture per class label, or more.
 
         Args:
             class_labels: Ids or names, or a tensor or an array of ids; may be left out where there is only one class.
-            guidance_scale: 1 is none and costs one forward pass. Default: 4, or 1 without label dropout.
+            guidance_scale: 1 is none and costs one forward pass. Default: 4; without label dropout or with a guide 1.
             num_inference_steps: Denoising steps.
             generator: One for all pictures, or a list of one for each, which frees a picture from its neighbours.
             guidance_channels, guidance_interval: See `Guidance`.
@@ -160,10 +162,12 @@ class DEMOPipeline(DiffusionPipeline):
             callback_on_step_end: Called with (pipeline, index, timestep, {"latents": latents}) after every step; the
                 latents that it returns in a dictionary take their place.
             num_images_per_prompt: Pictures of each class label, which follow one another.
+            guide, guide_weight: Autoguidance by a weaker denoiser, such as another pipeline's ``transformer``, that was
+                trained for the same; see `Guidance`.
 
         Raises:
             InputError: Unknown classes, settings that mean nothing, a list of generators of another length, a scheduler
-                of another objective.
+                of another objective, a guide of other latents or classes.
         """
         check_scheduler(self.scheduler, self.config.objective)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -173,8 +177,10 @@ class DEMOPipeline(DiffusionPipeline):
         labels = torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
         labels = labels.repeat_interleave(num_images_per_prompt)
         if guidance_scale is None:
-            guidance_scale = DEFAULT_GUIDANCE if self.config.label_dropout else 1.0
-        guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval))
+            guidance_scale = DEFAULT_GUIDANCE if self.config.label_dropout and guide is None else 1.0
+        guidance = Guidance(guidance_scale, guidance_channels, tuple(guidance_interval), guide_weight)
+        if guide is not None and (mine := _takes(self.transformer)) != (theirs := _takes(guide)):
+            raise InputError(f"the guide takes latents and classes {theirs}, the pipeline's denoiser {mine}")
         check_guidance(guidance_scale, label_dropout=self.config.label_dropout)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise InputError(f"{len(generator)} generators were given for {len(labels)} pictures; one for each, or one")
@@ -186,7 +192,8 @@ class DEMOPipeline(DiffusionPipeline):
         set_steps(self.scheduler, num_inference_steps, self._execution_device)
         steps = denoise(
             self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
-            guidance=guidance, generator=generator,
+            guidance=guidance, generator=generator, objective=self.config.objective,
+            guide=guide,
         )
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for step in steps:
@@ -203,3 +210,8 @@ class DEMOPipeline(DiffusionPipeline):
     def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
         codec: Codec = PixelCodec() if self.vae is None else VAECodec(self.vae, "vae")
         return VaeImageProcessor().postprocess(decode(codec, latents), output_type)
+
+
+def _takes(denoiser: DenoiserFrame) -> tuple[tuple[int, ...], int]:
+    """Shape of the latents and number of classes."""
+    return denoiser.latent_shape, denoiser.num_classes

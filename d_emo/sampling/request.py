@@ -51,7 +51,7 @@ class SampleRequest:
 
     @property
     def how(self) -> dict[str, Any]:
-        """The arguments of `Sampler`; of several guidance scales the first."""
+        """The arguments of `Sampler` and of its ``replace``; of several guidance scales the first."""
         settings = self.settings
         return {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": Guidance.of(settings)}
 

@@ -19,8 +19,9 @@ from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.denoising import Step, check_codec, decode, sample
-from d_emo.sampling.guidance import Guidance
+from d_emo.sampling.guidance import Guidance, check_guide
 from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.tables import objective_of
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """Types of the denoiser by ``mixed_precision`` of settings."""
@@ -41,9 +42,10 @@ class Sampler:
         class_names: In the order of the labels.
         snapshot: Where the model comes from.
         objective: What the model was trained for. Default: the snapshot's, else what the noise schedule tells.
+        guide: A weaker model for the same, for autoguidance; see `Guidance`.
 
     Attributes:
-        model, codec, steps, class_names, snapshot: As given.
+        model, codec, steps, class_names, snapshot, guide: As given.
         scheduler: A scheduler of diffusers, with its timesteps laid out.
         guidance: A `Guidance`.
 
@@ -54,13 +56,14 @@ class Sampler:
     def __init__(
         self, model: DenoiserFrame, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
         steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
-        snapshot: DenoiserSnapshot | None = None, objective: str | None = None,
+        snapshot: DenoiserSnapshot | None = None, objective: str | None = None, guide: DenoiserFrame | None = None,
     ):
         self.model, self.codec, self.scheduler_config = model, codec, scheduler_config
-        self.class_names, self.snapshot = class_names, snapshot
-        self._scheduler_name, self._objective = scheduler, objective or (snapshot and snapshot.objective)
+        self.class_names, self.snapshot, self.guide = class_names, snapshot, guide
+        self._scheduler_name = scheduler
+        self._objective = objective or (snapshot and snapshot.objective) or objective_of(scheduler_config)
         self.scheduler, self.steps, self.guidance = _settle(
-            scheduler_config, self._objective, scheduler, steps, guidance, snapshot
+            scheduler_config, self._objective, scheduler, steps, guidance, snapshot, guide is not None
         )
 
     @classmethod
@@ -68,6 +71,7 @@ class Sampler:
         cls, snapshot: str | Path | DenoiserSnapshot | None = None, *, scheduler: str | None = None,
         steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None,
         device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, compile: bool = False,
+        guide: str | Path | DenoiserSnapshot | None = None,
     ) -> Sampler:
         """Make a snapshot ready to draw from, as fast as it can be.
 
@@ -78,21 +82,27 @@ class Sampler:
             device: None: the best one that is there.
             dtype: Of the denoiser.
             compile: Compile the denoiser; pays for itself after some hundred images.
+            guide: An earlier or smaller snapshot of the same data and objective, for autoguidance by the weight of
+                ``guidance``; without a scale there is no classifier-free guidance then.
 
         Raises:
-            InputError: There is no such snapshot, or it cannot be sampled like this.
+            InputError: There is no such snapshot, or it cannot be sampled, or guided, like this.
         """
         if not isinstance(snapshot, DenoiserSnapshot):
             snapshot = load_denoiser(snapshot or newest_denoiser())
         # What cannot be drawn is refused before a codec is fetched.
-        _settle(snapshot.scheduler_config, snapshot.objective, scheduler, steps, guidance, snapshot)
+        _settle(snapshot.scheduler_config, snapshot.objective, scheduler, steps, guidance, snapshot, guide is not None)
+        if guide is not None:
+            guide = guide if isinstance(guide, DenoiserSnapshot) else load_denoiser(guide)
+            check_guide(guide, snapshot)
         device = best_device(device)
         codec = load_codec(snapshot.codec).to(device)
         check_codec(codec, snapshot.model)
-        model = prepare_denoiser(snapshot.model.to(device), dtype=dtype, compile=compile)
+        model, weaker = (each and prepare_denoiser(each.model.to(device), dtype=dtype, compile=compile)
+                         for each in (snapshot, guide))
         return cls(
             model, codec, snapshot.scheduler_config, scheduler=scheduler, steps=steps, guidance=guidance,
-            class_names=snapshot.class_names, snapshot=snapshot,
+            class_names=snapshot.class_names, snapshot=snapshot, guide=weaker,
         )
 
     def replace(self, **changes: Any) -> Sampler:
@@ -100,7 +110,7 @@ class Sampler:
         same = {"scheduler": self._scheduler_name, "steps": self.steps, "guidance": self.guidance}
         return Sampler(
             self.model, self.codec, self.scheduler_config, class_names=self.class_names, snapshot=self.snapshot,
-            objective=self._objective, **{**same, **changes},
+            objective=self._objective, guide=self.guide, **{**same, **changes},
         )
 
     @property
@@ -137,7 +147,7 @@ class Sampler:
         scheduler = copy.deepcopy(self.scheduler)  # it has a state, and there may be several drawings at once
         for step in sample(
             self.model, scheduler, labels, seeds, steps=self.steps, guidance=self.guidance, batch_size=batch_size,
-            exact=exact,
+            exact=exact, objective=self._objective, guide=self.guide,
         ):
             if step.is_last:
                 step.images = to_uint8(decode(self.codec, step.latents)).cpu()
@@ -159,14 +169,14 @@ def prepare_denoiser(
 
 def _settle(
     scheduler_config: Mapping[str, Any], objective: str | None, scheduler: str | None, steps: int,
-    guidance: float | Guidance | None, snapshot: DenoiserSnapshot | None,
+    guidance: float | Guidance | None, snapshot: DenoiserSnapshot | None, autoguided: bool,
 ) -> tuple[Any, int, Guidance]:
     """Scheduler, steps and guidance as they are used, or an InputError."""
     made = make_scheduler(scheduler, scheduler_config, objective)
     set_steps(made, steps)
     dropout = None if snapshot is None else snapshot.label_dropout
     if guidance is None:
-        guidance = 1.0 if dropout == 0 else DEFAULT_GUIDANCE
+        guidance = 1.0 if dropout == 0 or autoguided else DEFAULT_GUIDANCE
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     check_guidance(guidance.scale, guidance.interval, label_dropout=dropout)
     return made, steps, guidance

@@ -33,7 +33,7 @@ def make_scheduler(name: str | None, config: Mapping[str, Any], objective: str |
     """
     objective = objective or objective_of(config)
     row = SCHEDULERS[name or OBJECTIVES[objective].scheduler]
-    if objective not in row.objectives:
+    if row.name not in schedulers_of(objective):
         raise InputError(
             f"`scheduler` {row.name} serves the {' and the '.join(row.objectives)} objective, but this snapshot was "
             f"trained with {objective}; use one of {', '.join(schedulers_of(objective))}"
@@ -43,7 +43,11 @@ def make_scheduler(name: str | None, config: Mapping[str, Any], objective: str |
         changes["variance_type"] = None  # it would cut the output after three channels; we cut it ourselves
     if issubclass(kind, DDPMScheduler) and variance is None:
         changes["variance_type"] = "learned_range"  # the config came from such a dpm++
-    return kind.from_config({**config, **changes})
+    if (predicts := OBJECTIVES[objective]).like is None:
+        return kind.from_config({**config, **changes})
+    made = kind.from_config({**{key: value for key, value in config.items() if key != "prediction_type"}, **changes})
+    made.register_to_config(prediction_type=predicts.prediction_type)  # as a noise schedule says it, see `Objective`
+    return made
 
 
 def check_scheduler(scheduler: Any, objective: str) -> None:
@@ -56,12 +60,13 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
     """
     # What a scheduler's class does not know is in its config all the same, if it was made of another's.
     known = "prediction_type" in inspect.signature(type(scheduler).__init__).parameters
-    kind, wanted = scheduler.config.prediction_type if known else "flow", OBJECTIVES[objective].prediction_type
+    kind, row = scheduler.config.prediction_type if known else "flow", OBJECTIVES[objective]
+    wanted = OBJECTIVES[row.like or objective].prediction_type
     if kind.replace("flow_prediction", "flow") != wanted:
         raise InputError(
             f"the scheduler {type(scheduler).__name__} is for denoisers that predict {kind}, but this one was trained "
-            f"with {objective} and predicts {wanted}; make one of {', '.join(schedulers_of(objective))} with "
-            "d_emo.sampling.make_scheduler"
+            f"with {objective} and predicts {row.prediction_type}; make one of "
+            f"{', '.join(schedulers_of(objective))} with d_emo.sampling.make_scheduler"
         )
     if not isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range":
         scheduler.register_to_config(variance_type=None)  # of DDPM's config; see `make_scheduler`

@@ -18,7 +18,16 @@ from d_emo.tables.metrics import (
     with_present_names,
 )
 from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, SIZES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
-from d_emo.tables.networks import CODECS, EXTRACTORS, CodecRow, ExtractorRow, parse_features
+from d_emo.tables.networks import (
+    ALIGNMENTS,
+    CODECS,
+    EXTRACTORS,
+    AlignmentRow,
+    CodecRow,
+    ExtractorRow,
+    parse_alignment,
+    parse_features,
+)
 from d_emo.tables.objectives import (
     OBJECTIVES,
     SCHEDULERS,
@@ -27,7 +36,9 @@ from d_emo.tables.objectives import (
     noise_objectives,
     objective_of,
     schedulers_of,
+    takers,
 )
+from d_emo.tables.optimizers import OPTIMIZERS, OptimizerRow
 from d_emo.tables.scenes import SCENES, SceneRow
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
 from d_emo.tables.table import Reference, Table, load

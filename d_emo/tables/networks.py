@@ -1,7 +1,8 @@
-"""Networks beside the one that is trained: codecs between images and latents, and feature extractors of metrics."""
+"""Networks beside the one that is trained: codecs, feature extractors of metrics, and targets of alignment."""
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from d_emo.errors import InputError
 from d_emo.tables.table import Reference, Table
@@ -44,6 +45,26 @@ class ExtractorRow:
     help: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignmentRow:
+    """Features that those of a denoiser's block are aligned to.
+
+    Attributes:
+        name: ``align`` is this name, or with ``takes`` NAME:WHAT.
+        open: Called with the shape of the denoiser's map and that of its latents, then WHAT (if ``takes``); gives a
+            ``torch.nn.Module`` of forward(images, latents) -> (B, channels, h, w), which has ``channels``.
+        takes: What stands behind the colon, in capitals; None where nothing does.
+        images: Whether it looks at the images, which a run on encoded latents does not have.
+        help: What it is, in a few words.
+    """
+
+    name: str
+    open: Reference
+    takes: str | None = None
+    images: bool = False
+    help: str = ""
+
+
 CODECS: Table[CodecRow] = Table(
     "codec",
     [
@@ -68,13 +89,34 @@ EXTRACTORS: Table[ExtractorRow] = Table(
 )  # fmt: skip
 
 
+ALIGNMENTS: Table[AlignmentRow] = Table(
+    "target of alignment",
+    [
+        AlignmentRow(name="vae", open="d_emo.training.alignment:LatentTarget", help="the clean latents themselves"),
+        AlignmentRow(
+            name="emov2", open="d_emo.training.alignment:ClassifierTarget", takes="SNAPSHOT", images=True,
+            help="the third stage of a classifier trained here, or of a released EMO file",
+        ),
+    ],
+)  # fmt: skip
+
+
 def parse_features(features: str) -> tuple[ExtractorRow, str]:
     """The extractor that ``features`` names, NAME or NAME:WHAT, and what stands behind the colon; else InputError."""
-    name, colon, what = features.partition(":")
-    row = EXTRACTORS[name] if name in EXTRACTORS else None
+    return _parse(EXTRACTORS, "features", features)
+
+
+def parse_alignment(align: str) -> tuple[AlignmentRow, str]:
+    """The target that ``align`` names, NAME or NAME:WHAT, and what stands behind the colon; else InputError."""
+    return _parse(ALIGNMENTS, "align", align)
+
+
+def _parse(table: Table, setting: str, text: str) -> tuple[Any, str]:
+    name, colon, what = text.partition(":")
+    row = table[name] if name in table else None
     if row is None or bool(row.takes) != bool(what) or (colon and not what):
-        forms = {each.name: f"{each.name}:{each.takes}" if each.takes else each.name for each in EXTRACTORS.values()}
+        forms = {each.name: f"{each.name}:{each.takes}" if each.takes else each.name for each in table.values()}
         near = difflib.get_close_matches(name.lower(), forms, n=1)
         guess = f"did you mean {forms[near[0]]}? " if near else ""
-        raise InputError(f"unknown `features` {features!r}; {guess}use {' or '.join(forms.values())}")
+        raise InputError(f"unknown `{setting}` {text!r}; {guess}use {' or '.join(forms.values())}")
     return row, what

@@ -19,6 +19,9 @@ class ObjectiveRow:
         scheduler: The sampler of pictures where none is named.
         table_scheduler: That of tables (FID).
         help: What ``--help`` says of it.
+        like: The objective whose schedulers sample from it, where that is another: its `Objective.scheduled` turns the
+            prediction into that one's.
+        takes: Settings that only some objectives have, as arguments of ``loss``.
         papers: Keys of the papers that a model card cites, beyond those of the model.
     """
 
@@ -28,6 +31,8 @@ class ObjectiveRow:
     scheduler: str
     table_scheduler: str
     help: str = ""
+    like: str | None = None
+    takes: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
 
 
@@ -48,6 +53,8 @@ class SchedulerRow:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+_OF_FLOW = ("time_shift", "contrastive")
+
 OBJECTIVES: Table[ObjectiveRow] = Table(
     "objective",
     [
@@ -58,7 +65,17 @@ OBJECTIVES: Table[ObjectiveRow] = Table(
         ObjectiveRow(
             name="flow", loss="d_emo.objective:FlowObjective", prediction_type="flow", scheduler="euler",
             table_scheduler="euler", help="predict the velocity of the straight path from data to noise, as SiT",
-            papers=("SiT",),
+            takes=_OF_FLOW, papers=("SiT",),
+        ),
+        ObjectiveRow(
+            name="flow-x", loss="d_emo.objective:FlowSampleObjective", prediction_type="flow_sample", like="flow",
+            scheduler="euler", table_scheduler="euler", help="predict x_0 on that path, by the error of the velocity",
+            takes=_OF_FLOW, papers=("SiT", "JiT"),
+        ),
+        ObjectiveRow(
+            name="flow-eps", loss="d_emo.objective:FlowNoiseObjective", prediction_type="flow_epsilon", like="flow",
+            scheduler="euler", table_scheduler="euler", help="predict the noise there, by the error of the velocity",
+            takes=_OF_FLOW, papers=("SiT", "JiT"),
         ),
     ],
 )  # fmt: skip
@@ -88,7 +105,13 @@ SCHEDULERS: Table[SchedulerRow] = Table(
 
 def schedulers_of(objective: str) -> list[str]:
     """Names of the schedulers that sample from what an objective trains."""
-    return [name for name, row in SCHEDULERS.items() if objective in row.objectives]
+    row = OBJECTIVES[objective]
+    return [name for name, scheduler in SCHEDULERS.items() if {row.name, row.like} & {*scheduler.objectives}]
+
+
+def takers(setting: str) -> list[str]:
+    """Names of the objectives that have a setting which not all have."""
+    return [name for name, row in OBJECTIVES.items() if setting in row.takes]
 
 
 def noise_objectives() -> list[str]:

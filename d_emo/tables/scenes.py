@@ -43,5 +43,10 @@ SCENES: Table[SceneRow] = Table(
             licence="The micrograph is one of the 2018 Data Science Bowl's (CC0), and ships inside stardist, which is "
             "under the BSD 3-clause licence.",
         ),
+        SceneRow(
+            name="fundus", title="drawn fundus photographs with their vessels",
+            scenes="d_emo.data.fundus:FundusDrawings",
+            licence="The pictures are drawn by D-EMO's own code and bring none.",
+        ),
     ],
 )  # fmt: skip

@@ -21,7 +21,11 @@ class Accuracy:
     images: int
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} images"
+        return self.in_words("images")
+
+    def in_words(self, unit: str) -> str:
+        """The two shares, of so many ``unit``."""
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} of {self.images:,} {unit}"
 
 
 def measure_accuracy(

@@ -61,13 +61,15 @@ class ClassifierTask:
         InputError: Settings that cannot work together; a data set or model that cannot be opened.
     """
 
+    kind = "classifier"
     lr_scales: dict[str, float] = {}
+    more_meta: dict[str, Any] = {}  # what its snapshots say beside the usual
     smaller = "Choose fewer steps, smaller images or a GPU."
 
     def __init__(self, settings: ClassifierSettings):
         if settings.init_from is not None:
             load_meta(settings.init_from, "classifier")
-        self.facts: dict[str, Any] = {"validate_dir": _own_splits(settings.data_dir)[1]}
+        self.facts: dict[str, Any] = {"validate_dir": own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         check_kind(settings.model, "classifier")
         self.dataset, self.held_out = open_both(settings)
@@ -134,7 +136,7 @@ class ClassifierTask:
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
         share = spread(len(self.held_out), self.settings.validate_images)[rank::world_size]
-        return sum_over(model, self.held_out, share, num_workers=self._workers(world_size))
+        return sum_over(self.as_measured(model), self.held_out, share, num_workers=self._workers(world_size))
 
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
         return means(sums)
@@ -152,17 +154,22 @@ class ClassifierTask:
         }
         if self.started_from:
             meta["started_from"] = self.started_from
+        meta |= self.more_meta
         if self.held_out is not None:
             measured = {"ema": self.measure(model)}
             if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
                 measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
             meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
             meta["held_out_accuracy"] = round(measured["ema"].top1, 4)
-        save_classifier(folder, model, meta=meta, settings=settings)
+        save_classifier(folder, model, meta=meta, settings=settings, kind=self.kind)
+
+    def as_measured(self, model: nn.Module) -> nn.Module:
+        """The network that takes what the held-out data give."""
+        return model
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of ``model`` on the held-out images."""
-        return measure_accuracy(model, self.held_out, num_workers=self._workers(1))
+        return measure_accuracy(self.as_measured(model), self.held_out, num_workers=self._workers(1))
 
     def _workers(self, world_size: int) -> int:
         """Data loading processes for the held-out images; built-in ones are quick to make."""
@@ -181,7 +188,7 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
+def own_splits(data_dir: str | None) -> tuple[str | None, str | None]:
     """The folders train and val of a folder that has both (timm finds training and validation too); else itself."""
     if data_dir is not None and not data_dir.startswith("folder:") and folder_of(data_dir).is_dir():
         train, held_out = find_splits(list_folders(folder_of(data_dir))) or ([], [])
@@ -196,7 +203,7 @@ def open_both(settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | 
     A folder with sub-folders train and val, as ImageNet is laid out, stands for these two. InputError for data of one
     class only, or that do not belong together.
     """
-    data_dir, size = _own_splits(settings.data_dir)[0], settings.image_size
+    data_dir, size = own_splits(settings.data_dir)[0], settings.image_size
     images: ClassImages
     if data_dir is not None and is_folder(data_dir):
         images = AugmentedFolder(

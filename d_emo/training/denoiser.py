@@ -1,5 +1,6 @@
 """The task of training a denoiser on latents."""
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -23,8 +24,12 @@ from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load
+from d_emo.training.alignment import Alignment, Recorded
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
+
+BASE_SIZE = 4 * 32 * 32
+"""Values of the latents that are not shifted: Stable Diffusion's at 256 px, as in RAE (Zheng et al., 2025)."""
 
 
 class DenoiserTask:
@@ -80,8 +85,12 @@ class DenoiserTask:
             null_class=self.model.null_class, label_dropout=settings.label_dropout,
             learn_sigma=self.model.predicts_variance,
             logit_normal=(settings.logit_mean, settings.logit_std) if settings.timestep_sampling != "uniform" else None,
+            **_terms(settings, self.model.latent_shape),
         )
         self.scheduler = self.objective.noise_schedule()
+        self.alignment = None
+        if settings.align is not None:
+            self.alignment = Alignment(self.model, settings.align, settings.align_weight, settings.align_block)
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, self.parameters / 1e6
@@ -104,6 +113,8 @@ class DenoiserTask:
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.codec.to(device)
         self.objective.to(device)
+        if self.alignment is not None:
+            self.alignment.target.to(device)
         if self.encoded and self.settings.latents is None:
             encode(self.images, self.codec, folder / "latents", device=device)
             self.dataset = LatentDataset(folder / "latents")
@@ -113,7 +124,14 @@ class DenoiserTask:
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
-        return self.objective(model, self._latents(values, step), labels, step)
+        latents = self._latents(values, step)
+        if self.alignment is None:
+            return self.objective(model, latents, labels, step)
+        recorded = Recorded(model)
+        losses = self.objective(recorded, latents, labels, step)
+        images = self._mirrored(values, step) if self.alignment.needs_images else None
+        aligned = self.alignment.loss(recorded.output.features, images, latents)
+        return {**losses, "loss": losses["loss"] + self.alignment.weight * aligned, "align": aligned.detach()}
 
     def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
         return self.codec.decode(self._latents(batch[0], step))
@@ -121,15 +139,18 @@ class DenoiserTask:
     @torch.no_grad()
     def _latents(self, values: torch.Tensor, step: StepNoise) -> torch.Tensor:
         """Latents of images or of stored moments, mirrored where the draw says so. Shape: -> (B, C, h, w)."""
-        flip = step.flip[:, None, None, None] & self.images.flip
         if not self.encoded:
-            moments = self.codec.moments(torch.where(flip, values.flip(-1), values))
+            moments = self.codec.moments(self._mirrored(values, step))
         else:
             moments = values.float()
             if self.images.flip:
                 plain, mirrored = moments.chunk(2, dim=1)
-                moments = torch.where(flip, mirrored, plain)
+                moments = torch.where(step.flip[:, None, None, None], mirrored, plain)
         return sample_moments(moments, step.posterior_noise)
+
+    def _mirrored(self, images: torch.Tensor, step: StepNoise) -> torch.Tensor:
+        """Images, mirrored where the draw says so. Shape: (B, 3, H, W) -> same."""
+        return torch.where(step.flip[:, None, None, None] & self.images.flip, images.flip(-1), images)
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of the losses over this process's held-out images, and their number.
@@ -170,7 +191,22 @@ class DenoiserTask:
         }
         if self.started_from:
             meta["started_from"] = self.started_from
-        save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+        projector = getattr(model, "projector", None)
+        if projector is not None:
+            model.project(self.alignment.block, None)  # it is of the training alone
+        try:
+            save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
+        finally:
+            if projector is not None:
+                model.project(self.alignment.block, projector)
+
+
+def _terms(settings: TrainSettings, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments that only some objectives have."""
+    terms = {name: getattr(settings, name) for name in OBJECTIVES[settings.objective].takes}
+    if terms.get("time_shift") == "auto":
+        terms["time_shift"] = math.sqrt(math.prod(latent_shape) / BASE_SIZE)
+    return terms
 
 
 @torch.no_grad()

@@ -69,13 +69,15 @@ def start_from(
 
 
 @torch.no_grad()
-def start_classifier_from(path: str | Path, model: EMO, *, class_names: list[str]) -> tuple[str, dict[str, Any]]:
-    """`start_from` for a classifier: the head keeps the rows of classes with the same name.
+def start_classifier_from(
+    path: str | Path, model: EMO, *, class_names: list[str], kind: str = "classifier"
+) -> tuple[str, dict[str, Any]]:
+    """`start_from` for a classifier of images or videos: the head keeps the rows of classes with the same name.
 
     Raises:
         InputError: No such snapshot, or one of another model; names what differs.
     """
-    old = load_classifier(path)
+    old = load_classifier(path, kind)
     theirs, mine = old.model.state_dict(), model.state_dict()
     head = {name for name in mine if name.startswith("head.")}
     if differ := differences(*(shapes_of({k: v for k, v in each.items() if k not in head}) for each in (theirs, mine))):

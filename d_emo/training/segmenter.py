@@ -186,9 +186,9 @@ class SegmenterTask:
 def open_labelled(settings: SegmenterSettings) -> tuple[LabelledImages, LabelledImages | None]:
     """The images to train on and those to measure on; InputError where they have other classes."""
     if settings.data_dir is None:
-        made = {"num_images": settings.num_images, "seed": settings.seed}
-        return (LabelledScenes(settings.image_size, dataset=settings.dataset, **made),
-                LabelledScenes(settings.image_size, dataset=settings.dataset, num_images=HELD_OUT, split="test"))
+        size, dataset = settings.picture_size or settings.image_size, settings.dataset
+        return (LabelledScenes(size, dataset=dataset, num_images=settings.num_images, seed=settings.seed),
+                LabelledScenes(size, dataset=dataset, num_images=HELD_OUT, split="test"))
     images = open_folder(settings.data_dir, settings)
     if settings.validate_dir is None and not images.splits:
         if settings.validate_every is not None:

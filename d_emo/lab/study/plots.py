@@ -83,9 +83,11 @@ def draw_curves(
 
 def in_words(loss_over: str) -> str:
     """What `results.loss_over` names: "eps, logit-normal 0 1" is an objective and how its timesteps are drawn."""
-    objective, (sampling, *numbers) = loss_over.split(", ")[0], loss_over.split(", ")[1].split()
+    objective, drawn, *terms = loss_over.split(", ")
+    sampling, *numbers = drawn.split()
     words = f"{objective} objective, {sampling} timesteps"
-    return f"{words} (mean {numbers[0]}, standard deviation {numbers[1]})" if numbers else words
+    words += f" (mean {numbers[0]}, standard deviation {numbers[1]})" if numbers else ""
+    return ", ".join([words, *terms])
 
 
 def draw_courses(

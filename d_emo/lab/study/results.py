@@ -106,9 +106,14 @@ def collect(
 
 def loss_over(training: TrainSettings) -> str:
     """What a run's loss is the mean over, such as "eps, uniform": only losses over the same can be compared."""
-    if training.timestep_sampling == "uniform":
-        return f"{training.objective}, uniform"
-    return f"{training.objective}, {training.timestep_sampling} {training.logit_mean:g} {training.logit_std:g}"
+    drawn, words = training.timestep_sampling, []
+    if drawn != "uniform":
+        drawn += f" {training.logit_mean:g} {training.logit_std:g}"
+    if training.time_shift not in (None, 1):
+        words.append(f"shift {training.time_shift}")
+    if training.contrastive:
+        words.append(f"contrastive {training.contrastive:g}")
+    return ", ".join([training.objective, drawn, *words])
 
 
 def runs_of(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:

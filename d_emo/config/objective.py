@@ -1,0 +1,85 @@
+"""Settings of what a denoiser is trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from d_emo.config.base import Settings, setting
+from d_emo.config.ranges import Fraction, NotNegative, Positive, Real, Whole
+from d_emo.errors import InputError
+from d_emo.tables import OBJECTIVES, parse_alignment, takers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(Settings):
+    """The objective, how its timesteps are drawn, and its terms."""
+
+    objective: str | None = setting(
+        None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
+        "straight path from data to noise, as SiT; flow-x and flow-eps: the same path and the same error of the "
+        "velocity, but the network says x_0 or the noise. Default: flow for SiT models, else eps",
+        group="Objective", choices=OBJECTIVES
+    )
+    timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(
+        None, "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of t / T "
+        "is normal, so that medium noise levels come more often and short runs learn shapes sooner. Default: uniform"
+    )
+    logit_mean: Real | None = setting(
+        None, "of logit-normal: mean of the logit; negative means less noise. Default: 0"
+    )
+    logit_std: Positive | None = setting(None, "of logit-normal: standard deviation of the logit. Default: 1")
+    time_shift: Positive | Literal["auto"] | None = setting(
+        None, "of flow: factor s that moves the timesteps of training and sampling, t to s t / (1 + (s - 1) t); above "
+        "1 towards noise. auto: by the size of the latents, sqrt(C h w / 4096), 1 for 4 x 32 x 32. Default: 1"
+    )
+    contrastive: Fraction | None = setting(
+        None, "of flow: weight of contrastive flow matching, which pushes a prediction away from the velocity of the "
+        "next image of the micro-batch; 0.05 is the paper's. Default: 0"
+    )
+
+    align: str | None = setting(
+        None, "an auxiliary loss: align the map after a block with features of the clean image (REPA with iREPA's "
+        "convolution and spatial norm): vae, the clean latents themselves; or emov2:SNAPSHOT, a classifier trained "
+        "here or a released EMO file", group="Alignment"
+    )
+    align_weight: NotNegative | None = setting(None, "with --align: weight of that loss. Default: 0.5")
+    align_block: Whole | None = setting(
+        None, "with --align: which block, from 0. Default: the one in the middle"
+    )
+
+    def check(self) -> None:
+        if self.align is not None:
+            parse_alignment(self.align)
+        for name in ("align_weight", "align_block"):
+            if self.align is None and getattr(self, name) is not None:
+                raise InputError(f"`{name}` belongs to `align`, which is not given")
+        super().check()
+
+    def objective_settings(self, objective: str) -> dict[str, Any]:
+        """These settings with nothing left open, for an objective by name.
+
+        Raises:
+            InputError: The objective has no such term.
+        """
+        plain = {"time_shift": 1.0, "contrastive": 0.0}
+        found = {name: value if (mine := getattr(self, name)) is None else mine for name, value in plain.items()}
+        takes = OBJECTIVES[objective].takes if objective in OBJECTIVES else ()  # an unknown name is refused later
+        for name, value in found.items():
+            if name not in takes and value != plain[name]:
+                raise InputError(
+                    f"`{name}` {value} belongs to `objective` {', '.join(takers(name))}; leave it out for {objective}"
+                )
+        return {
+            **found, "objective": objective,
+            "align_weight": 0.5 if self.align is not None and self.align_weight is None else self.align_weight,
+            "timestep_sampling": self.timestep_sampling or "uniform",
+            "logit_mean": 0.0 if self.logit_mean is None else self.logit_mean, "logit_std": self.logit_std or 1.0,
+        }
+
+    def timesteps_taken(self, there: dict[str, Any]) -> list[str]:
+        """Which of these settings follow those of a snapshot of the same objective, ``there``, where left open."""
+        if self.objective not in (None, there.get("objective")):
+            return []
+        shape = ["logit_mean", "logit_std"] if there.get("timestep_sampling") == "logit-normal" else []
+        return ["timestep_sampling", *shape, *["time_shift"] * ("time_shift" in there)]

@@ -1,0 +1,127 @@
+"""Alignment of a denoiser's features with those of something that sees the clean image.
+
+Sources: REPA (Yu et al., 2025, eq. 8: the mean cosine over positions), with the projector and the norm of iREPA (Singh
+et al., 2025: a 3 x 3 convolution, and targets that are standardised over positions); targets without a network from
+outside: the latents themselves (VAE features; Wang et al., 2026), a classifier of one's own.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d_emo.errors import InputError
+from d_emo.io.classifier import Normalized, open_classifier
+from d_emo.models.contract import DenoiserFrame
+from d_emo.tables import load, parse_alignment
+
+
+class Projector(nn.Module):
+    """A 3 x 3 convolution from a block's map to the target's channels. Shape: (B, H, W, C) -> (B, D, H, W)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2))
+
+
+class LatentTarget(nn.Module):
+    """The clean latents, a token's patch in its channels."""
+
+    def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...]):
+        super().__init__()
+        self.patch = latent_shape[1] // feature_shape[1]
+        self.channels = latent_shape[0] * self.patch**2
+
+    def forward(self, images: Tensor | None, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, self.patch)
+
+
+class ClassifierTarget(nn.Module):
+    """The map after the third stage of an EMO classifier, at a sixteenth of the image, brought to the denoiser's size.
+
+    Raises:
+        InputError: There is no such classifier.
+    """
+
+    stage = 2
+
+    def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...], source: str):
+        super().__init__()
+        if not Path(source).exists():
+            raise InputError(f"`align` emov2:{source}: there is no such snapshot or file")
+        opened = open_classifier(source)
+        self.prepared = opened.model if isinstance(opened.model, Normalized) else None
+        self.network, self.sizes = opened.emo, feature_shape[1:]
+        self.requires_grad_(False)
+        with torch.no_grad():
+            self.channels = self._map(torch.zeros(1, 3, 64, 64)).shape[1]
+
+    def _map(self, images: Tensor) -> Tensor:
+        if self.prepared is not None:
+            images = images * self.prepared.scale + self.prepared.offset
+        options: dict[str, Any] = {"indices": [self.stage], "stop_early": True, "intermediates_only": True}
+        return self.network.forward_intermediates(images, **options)[0]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor | None, latents: Tensor) -> Tensor:
+        return F.interpolate(self._map(images).float(), self.sizes, mode="bilinear", antialias=True)
+
+
+class Alignment:
+    """The auxiliary loss of a run.
+
+    Args:
+        model: Gets a `Projector` after the block; see `DenoiserFrame.project`.
+        target: ``align`` of the settings.
+        weight: Of the loss.
+        block: Whose map is aligned, from 0; None: the one in the middle.
+
+    Attributes:
+        needs_images: Whether the target looks at them.
+
+    Raises:
+        InputError: The model shows no features, or too few positions for a norm over them; there is no such block or
+            target.
+    """
+
+    def __init__(self, model: DenoiserFrame, target: str, weight: float, block: int | None):
+        row, what = parse_alignment(target)
+        shape = model.feature_shape
+        if shape is None or math.prod(shape[1:]) < 4:
+            raise InputError(f"`align` {target} needs a denoiser that shows a map of four positions or more")
+        self.weight, self.needs_images = weight, row.images
+        self.target = load(row.open)(shape, model.latent_shape, *[what] * bool(row.takes))
+        self.block = (len(model.blocks) - 1) // 2 if block is None else block
+        model.project(self.block, Projector(shape[0], self.target.channels))
+
+    def loss(self, features: Tensor, images: Tensor | None, latents: Tensor) -> Tensor:
+        """What is added to the loss, before it is weighed. Shape: features (B, D, H, W) -> ()."""
+        return alignment_loss(features.float(), self.target(images, latents))
+
+
+def alignment_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Minus the mean cosine of features and target, position by position (REPA, eq. 8).
+
+    The target is standardised over positions first, channel by channel (the spatial norm of iREPA).
+
+    Shape: (B, D, H, W) twice -> ().
+    """
+    over = (target - target.mean((2, 3), keepdim=True)) / (target.std((2, 3), keepdim=True) + 1e-6)
+    return -F.cosine_similarity(features, over, dim=1).mean()
+
+
+class Recorded:
+    """A denoiser that is called as ever, and keeps its last output."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.output = model, None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.output = self.model(*args, **options)
+        return self.output
