@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
     "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
-    "doctor", "explain", "export", "app", "lab", "cli",
+    "doctor", "explain", "portable", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [

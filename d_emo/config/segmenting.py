@@ -119,7 +119,11 @@ class SegmenterSettings(DenseSettings):
 class SegmentSettings(ReadingSettings):
     """Settings of ``scripts/segment.py``."""
 
-    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
+    images: list[str] = setting(
+        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="images", group="Input",
+        source="or a pattern"
+    )
+    skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")
     model: str = setting(
         help="segmenter: a snapshot or run folder, or a name of list_models() with random weights",
         source="or a name"
