@@ -9,11 +9,7 @@ from test_detector_training import BACKBONE, TINY
 from test_segmentation import BACKBONE as OF_SEGMENTERS
 from test_segmentation import TINY as TINY_SEGMENTER
 
-<<<<<<< HEAD
-from d_emo.cli import VERBS, demo, demo_segment, run_verb
-=======
-from d_emo.cli import VERBS, demo, demo_video, run_verb
->>>>>>> main
+from d_emo.cli import VERBS, demo, demo_segment, demo_video, run_verb
 from d_emo.cli.demo_detect import RUNS
 from d_emo.config import parse_settings
 from d_emo.data import moving

@@ -40,12 +40,12 @@ DEMOS: Table[DemoRow] = Table("demo", [
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
     DemoRow(
-<<<<<<< HEAD
         name="segment", title="name the pixels of scanned digits on photographs",
         runs=(("train-classifier", "classifier.yaml"), ("train-segmenter", "segmenter.yaml"),
               ("train-segmenter", "segmenter_floor.yaml")),
         conclude="d_emo.cli.demo_segment:conclude",
-=======
+    ),
+    DemoRow(
         name="medical", title="find blood vessels in drawn fundus photographs, and in a real one",
         runs=(("train-segmenter", "medical_u-emo.yaml"), ("train-segmenter", "medical_unet.yaml")),
         conclude="d_emo.cli.demo_medical:conclude",
@@ -59,6 +59,5 @@ DEMOS: Table[DemoRow] = Table("demo", [
         name="video", title="tell motions of digits apart, which no single frame shows",
         runs=(("train-video", "video.yaml"), ("train-video", "video_frames.yaml")),
         conclude="d_emo.cli.demo_video:conclude",
->>>>>>> main
     ),
 ])  # fmt: skip
