@@ -191,7 +191,7 @@ def test_what_has_a_side_is_not_mirrored():
             settings(flip=True)
         assert settings(flip=True, dataset="shape-scenes").resolve().output_dir.endswith("shape-scenes-" + (
             "160" if settings is DetectorSettings else "512"))  # fmt: skip
-        with pytest.raises(InputError, match="--dataset must be one of .*nuclei, not nucle; did you mean nuclei"):
+        with pytest.raises(InputError, match="--dataset must be one of .*nuclei.*, not nucle; did you mean nuclei"):
             parse_settings(settings, "", ["--dataset", "nucle"])
 
 
