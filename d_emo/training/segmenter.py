@@ -68,6 +68,10 @@ class SegmenterTask:
             self.images, settings.image_size, scale_range=tuple(settings.scale_range), colours=settings.colours,
             largest_share=settings.largest_share, flip=settings.flip, seed=settings.seed,
         )  # fmt: skip
+        weights, count = settings.class_weights, len(self.images.class_names)
+        if weights is not None and len(weights) != count:
+            raise InputError(f"`class_weights` has {len(weights)} factors, and the data have {count} classes")
+        self.class_weights = None if weights is None else torch.tensor(weights)
         options = settings.model_options or {}
         if taken := {"name", "num_classes", "in_channels"} & options.keys():
             raise InputError(f"`model_options`: {min(taken)} follows from the data or from `model`; leave it out")
@@ -109,8 +113,9 @@ class SegmenterTask:
         if len(images) == 1:
             raise InputError("batch norm of pooled maps needs two images at once; `micro_batch_size` must be 2 or more")
         given = model(self.input(images))
-        losses = {
-            name: F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none").mean()  # as mmseg's
+        weight = None if self.class_weights is None else self.class_weights.to(images.device)
+        losses = {  # a mean over all pixels, as mmseg's: neither weights nor pixels without a class change the divisor
+            name: F.cross_entropy(logits.float(), masks, weight, ignore_index=IGNORED, reduction="none").mean()
             for name, logits in given.items()
         }
         parts = {"aux_loss": losses["aux"]} if "aux" in losses else {}
