@@ -18,8 +18,8 @@ class ObjectiveSettings(Settings):
     objective: str | None = setting(
         None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
         "straight path from data to noise, as SiT; flow-x and flow-eps: the same path and the same error of the "
-        "velocity, but the network says x_0 or the noise; one-step (from a flow snapshot) and one-step-x (from a flow-x "
-        "one): images in one step. Default: flow for SiT models, else eps",
+        "velocity, but the network says x_0 or the noise; one-step (from a flow snapshot) and one-step-x (from a "
+        "flow-x one): images in one step. Default: flow for SiT models, else eps",
         group="Objective", choices=OBJECTIVES
     )
     timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(

@@ -173,6 +173,10 @@ class Denoiser(DenoiserFrame):
     def feature_shape(self) -> tuple[int, int, int]:
         return self.config.hidden_size, *self.grid
 
+    @property
+    def feature_blocks(self) -> int:
+        return len(self.blocks)
+
     def project(self, block: int, projector: nn.Module | None) -> None:
         if not 0 <= block < len(self.blocks):
             raise InputError(f"There is no block {block} in a denoiser of {len(self.blocks)}; the first is 0.")

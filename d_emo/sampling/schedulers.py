@@ -82,7 +82,7 @@ def steps_for(objective: str, steps: int | None, default: int = DEFAULT_STEPS) -
     only = OBJECTIVES[objective].steps
     if only is not None and steps not in (None, only):
         raise InputError(f"images of the {objective} objective take {only} step, not {steps}; give `steps` {only}")
-    return steps or only or default
+    return (only or default) if steps is None else steps
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
