@@ -21,18 +21,21 @@ INSIDE = {
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "layers", "embeddings", "attention", "blocks", "contract", "token_denoiser", "denoiser",
+        "hierarchical", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
     "segmentation": [
         "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+        "contents",
     ],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
         "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
+        "describing",
     ],
     "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
-                  "average_precision", "drawing"],
+                  "average_precision", "drawing", "contents"],
     "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
