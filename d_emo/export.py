@@ -1,163 +1,40 @@
 """Networks for use without Python: ONNX, torch.export and Core ML, each compared with PyTorch after it was written."""
 
 import contextlib
-import copy
 import io
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
+from torch import Tensor
 
-from d_emo.detection.features import Detector
 from d_emo.errors import InputError, write_error
 from d_emo.files import filling
-from d_emo.io.classifier import open_classifier
-from d_emo.io.segmenter import open_segmenter
-from d_emo.io.snapshot import kind_of, load_classifier, load_denoiser
-from d_emo.models import create_model
-from d_emo.models.contract import DenoiserFrame
-from d_emo.models.layers import fold_batch_norms, pair
-from d_emo.tables import family_of, system_of
+from d_emo.portable import (
+    Portable,
+    SegmenterOutput,
+    open_portable,
+    portable_classifier,
+    portable_denoiser,
+    portable_detector,
+    stir,
+)
+
+__all__ = [
+    "OPSET", "Portable", "SegmenterOutput", "detections_apart", "export", "open_portable", "portable_classifier",
+    "portable_denoiser", "portable_detector", "stir", "write_onnx",
+]  # fmt: skip
 
 OPSET = 18
 BATCHES = (1, 3)
 """Batch sizes that an exported network is compared at; it is traced with another one."""
 
-SIZES = ((33, 40), (64, 96), (97, 75), (160, 224), (256, 256))
-"""Heights and widths that a network with free ones is compared at; a side of 32 px is one token, which is fixed."""
-
 ONE_FILE = 2_000_000_000
 """Bytes of weights beyond which an ONNX file keeps them in a second file, OUT.data: the format ends at 2 GiB."""
-
-
-class DenoiserOutput(nn.Module):
-    """A denoiser as a plain function of three tensors.
-
-    Shape: latents (B, C, *sizes), timesteps (B,), class_labels (B,) -> (B, C_out, *sizes).
-    """
-
-    def __init__(self, denoiser: DenoiserFrame) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        return self.denoiser(latents, timesteps, class_labels, return_dict=False)[0]
-
-
-class BoxesAndScores(nn.Module):
-    """A detector without non-maximum suppression, for square images of one size.
-
-    Shape: images (B, 3, side, side) in [0, 1] -> (B, anchors, 4 + classes), not clipped to the image.
-    """
-
-    def __init__(self, detector: Detector, side: int) -> None:
-        super().__init__()
-        self.detector = detector
-        images = torch.zeros(1, 3, side, side)
-        with torch.no_grad():
-            maps = list(detector.backbone(images).values())
-            (anchors,) = detector.anchor_generator(ImageList(images, [(side, side)]), maps)
-        self.register_buffer("anchors", anchors)
-        mean, std = (torch.tensor(each)[:, None, None] for each in (detector.transform.image_mean,
-                                                                    detector.transform.image_std))  # fmt: skip
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def forward(self, images: Tensor) -> Tensor:
-        outputs = self.detector.dense_outputs((images - self.mean) / self.std)
-        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
-        anchors = self.anchors.expand(images.shape[0], -1, -1).flatten(0, 1)
-        boxes = self.detector.box_coder.decode_single(deltas.flatten(0, 1), anchors).unflatten(0, deltas.shape[:2])
-        background = self.detector.first_label  # softmax with one, sigmoid without
-        scores = logits.softmax(dim=2)[:, :, 1:] if background else logits.sigmoid()
-        return torch.cat([boxes, scores], dim=2)  # (B, anchors, 4 + classes)
-
-
-class SegmenterOutput(nn.Module):
-    """A segmenter as a plain function of images. Shape: (B, 3, H, W) -> (B, num_classes, H, W)."""
-
-    def __init__(self, segmenter: nn.Module) -> None:
-        super().__init__()
-        self.segmenter = segmenter
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.segmenter(images)["out"]
-
-
-@dataclass(frozen=True)
-class Portable:
-    """A network ready for export: a plain module in eval mode, batch norms folded, and inputs to try it with."""
-
-    module: nn.Module
-    input_names: tuple[str, ...]
-    example: Callable[..., tuple[Tensor, ...]]  # of a batch size and, where the sides are free, height and width
-    meaning: str  # of the inputs, for whoever has to make them
-    dynamic_size: bool = False  # whether height and width are free, as the batch is
-
-
-def portable_classifier(
-    network: nn.Module, image_size: int | Sequence[int], channels: int = 3, *, dynamic_size: bool = False
-) -> Portable:
-    """A classifier of images in [-1, 1], on a copy.
-
-    Args:
-        network: an `EMO`, or a module around one.
-        image_size: side of square images in pixels, or height and width.
-        channels: of the images.
-        dynamic_size: whether the exported network shall take any other size too.
-    """
-
-    def example(batch: int, size: int | Sequence[int] = image_size) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(batch)
-        return (torch.rand(batch, channels, *pair(size, "image_size"), generator=generator) * 2 - 1,)
-
-    folded = fold_batch_norms(copy.deepcopy(network).cpu().float().eval())
-    return Portable(folded, ("images",), example, "images are in [-1, 1]", dynamic_size)
-
-
-def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
-    """A denoiser at its own sample size, on a copy; timesteps are float32."""
-
-    def example(batch: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(batch)
-        latents = torch.randn(batch, *denoiser.latent_shape, generator=generator)
-        timesteps = torch.randint(1000, (batch,), generator=generator).float()
-        return latents, timesteps, torch.randint(denoiser.null_class + 1, (batch,), generator=generator)
-
-    module = DenoiserOutput(fold_batch_norms(copy.deepcopy(denoiser).cpu().float().eval()))
-    meaning = f"timesteps are float32 in 0..1000, class_labels int64; {denoiser.null_class} means no class"
-    return Portable(module.eval(), ("latents", "timesteps", "class_labels"), example, meaning)
-
-
-def portable_detector(detector: Detector, image_size: Sequence[int] | int | None = None) -> Portable:
-    """SSDLite or RetinaNet up to its boxes and scores, on a copy, for images of one size; what suppresses is left out.
-
-    Args:
-        detector: One with a single stage.
-        image_size: Side of the square images in pixels. Default: its own (shorter) side.
-
-    Raises:
-        InputError: A detector whose second stage depends on what the first one found; sides that differ.
-    """
-    if hasattr(detector, "roi_heads"):
-        raise InputError("Mask R-CNN looks at the regions that it found, which no plain graph does; export SSDLite or "
-                         "RetinaNet")  # fmt: skip
-    side, other = pair(image_size or min(detector.input_size), "image_size")
-    if side != other:
-        raise InputError(f"`image_size` of a detector must be one side, not {side} and {other}")
-
-    def example(batch: int) -> tuple[Tensor, ...]:
-        return (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(batch)),)
-
-    module = BoxesAndScores(fold_batch_norms(copy.deepcopy(detector).cpu().float().eval()), side)
-    meaning = "images are in [0, 1]; of every anchor left, top, right, bottom in pixels, then a score for each class"
-    return Portable(module.eval(), ("images",), example, meaning)
 
 
 def export(network: Portable, path: Path, **options: Any) -> float | None:
@@ -194,24 +71,62 @@ def export(network: Portable, path: Path, **options: Any) -> float | None:
         raise InputError(f'{path.suffix} needs a package ({error}): pip install "d-emo[{extra}]"') from error
     if run is None:
         return None
-    worst, sizes = 0.0, SIZES if network.dynamic_size else ()
-    for case in [*((batch,) for batch in BATCHES), *((1 + number % 3, size) for number, size in enumerate(sizes))]:
+    cases = [*((batch,) for batch in BATCHES), *((1 + number % 3, size) for number, size in enumerate(network.sizes))]
+    worst = 0.0
+    for case in cases:
         inputs = network.example(*case)
         with torch.no_grad():
             expected = network.module(*inputs)
-        difference = ((run(*inputs) - expected).abs().max() / expected.abs().max()).item()
+        if network.found:
+            difference = detections_apart(run(*inputs), expected, max(inputs[0].shape))
+        else:
+            difference = ((run(*inputs) - expected).abs().max() / expected.abs().max()).item()
         worst = max(worst, difference) if math.isfinite(difference) else math.inf
     return worst
 
 
-Runner = Callable[..., Tensor]
+def detections_apart(found: Sequence[Tensor], expected: Sequence[Tensor], side: int) -> float:
+    """How far what was found is from what was expected, in any order.
+
+    Every expected object is compared with the nearest one of its label that was found.
+
+    Args:
+        found, expected: What `d_emo.portable.Detections` gives.
+        side: The longer one of the image, in pixels; differences of boxes are told as a fraction of it.
+
+    Shape: boxes (n, 4), scores (n,), labels (n,), masks (n, H, W).
+
+    Returns:
+        The largest difference of boxes and scores, and mean one of masks; infinite where other objects were found.
+    """
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return math.inf
+    worst = 0.0
+    for box, score, label, *mask in zip(*expected, strict=True):
+        apart = torch.maximum((found[0] - box).abs().amax(dim=1) / side, (found[1] - score).abs())  # (n,)
+        apart[found[2] != label] = math.inf
+        nearest = apart.argmin()
+        worst = max(worst, apart[nearest].item(), *((found[3][nearest] - one).abs().mean().item() for one in mask))
+    return worst
+
+
+Runner = Callable[..., Any]
+"""Runs a file that was written: tensors in, and out one, or those of ``Portable.found``."""
 
 
 @torch.no_grad()
 def traced(network: Portable) -> torch.export.ExportedProgram:
-    """The network as a graph whose batch size is free and, with ``dynamic_size``, the images' height and width."""
-    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
-    sides = {2 + i: torch.export.Dim(name, min=33, max=4096) for i, name in enumerate(("height", "width"))}
+    """The network as a graph whose batch size is free and, with ``dynamic_size``, the images' height and width.
+
+    Raises:
+        InputError: The network decides by what it found, which such a graph cannot hold.
+    """
+    if network.found:
+        raise InputError("`detections` is for .onnx files: non-maximum suppression decides by how much it was given, "
+                         "which torch.export cannot follow")  # fmt: skip
+    inputs, batch, step = network.example(2), torch.export.Dim("batch", min=1, max=4096), network.multiple
+    least, most = -(-network.least // step), 4096 // step
+    sides = {2 + i: step * torch.export.Dim(name, min=least, max=most) for i, name in enumerate(("height", "width"))}
     free = {0: batch, **(sides if network.dynamic_size else {})}
     return torch.export.export(network.module, inputs, dynamic_shapes=tuple(free for _ in inputs))
 
@@ -233,20 +148,20 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
         int8: linear layers in int8, their inputs scaled as they come (onnxruntime's dynamic quantisation).
 
     Raises:
-        InputError: The versions that are here cannot write this ``opset``, or these layers in int8.
+        InputError: The versions that are here cannot write this ``opset``, or these layers in int8; int8 with
+            detections.
     """
     import onnxruntime
     import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
 
-    size = sum(parameter.nbytes for parameter in network.module.parameters())
+    if int8 and network.found:
+        raise InputError("`int8` moves scores across thresholds, so other objects are found; use it without "
+                         "`detections`")  # fmt: skip
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = traced(network)
+    graph = _following(network) if network.found else _whole(network)
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            torch.onnx.export(
-                program, (), str(path), dynamo=True, opset_version=opset or OPSET, output_names=["output"],
-                input_names=list(network.input_names), external_data=size > ONE_FILE,
-            )  # fmt: skip
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            torch.onnx.export(f=str(path), opset_version=opset or OPSET, input_names=list(network.input_names), **graph)
     except Exception as error:  # the converter of versions, of onnx_ir, raises its own
         if opset in (None, OPSET) or isinstance(error, OSError):
             raise
@@ -268,13 +183,34 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
                 f"({type(error).__name__}); newer versions of onnx and onnxruntime can"
             ) from error
         whole.unlink()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3  # it warns of each output whose size the file does not know
+    session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
 
-    def run(*tensors: Tensor) -> Tensor:
+    def run(*tensors: Tensor) -> Any:
         feed = {name: tensor.numpy() for name, tensor in zip(network.input_names, tensors, strict=True)}
-        return torch.from_numpy(session.run(None, feed)[0])
+        outputs = tuple(map(torch.from_numpy, session.run(None, feed)))
+        return outputs if network.found else outputs[0]
 
     return run
+
+
+def _whole(network: Portable) -> dict[str, Any]:
+    """Arguments of ``torch.onnx.export`` for a network that does the same for every image."""
+    size = sum(parameter.nbytes for parameter in network.module.parameters())
+    return {"model": traced(network), "dynamo": True, "output_names": ["output"], "external_data": size > ONE_FILE}
+
+
+def _following(network: Portable) -> dict[str, Any]:
+    """Those for one whose work depends on what is in the image: only the older exporter has torchvision's operators.
+
+    The newer one stops at ``batched_nms``, which chooses its way by the number of boxes.
+    """
+    free = {name: {0: "objects"} for name in network.found}
+    if network.dynamic_size:
+        free |= {name: {1: "height", 2: "width"} for name in network.input_names}
+    return {"model": network.module, "args": network.example(2), "dynamo": False, "dynamic_axes": free,
+            "output_names": list(network.found)}  # fmt: skip
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
@@ -296,59 +232,3 @@ def write_coreml(network: Portable, path: Path) -> Runner | None:
     converted.save(str(path))
     coremltools.models.MLModel(str(path), skip_model_load=True)
     return None
-
-
-@torch.no_grad()
-def stir(model: nn.Module) -> None:
-    """Give a new network values all of which its output shows: it starts with closed gates and plain batch norms."""
-    for parameter in model.parameters():
-        if parameter.abs().max() < 1e-3:
-            parameter.normal_(std=0.1)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-
-
-def open_portable(
-    source: str, image_size: int | Sequence[int] | None = None, *, dynamic_size: bool = False
-) -> tuple[str, Portable]:
-    """What it is called, and the network: a snapshot or run folder, a released file, a timm folder or a model's name.
-
-    Raises:
-        InputError: if it is none of them, or image sizes are spoken of for a denoiser.
-    """
-    denoiser, kind = None, kind_of(source) or getattr(system_of(source), "task", None) or family_of(source)
-    if dynamic_size and kind not in (None, "classifier"):
-        raise InputError("`dynamic_size` is for classifiers; others have sizes of their own")
-    if Path(source).is_dir() and kind_of(source) == "detector":
-        detector = load_classifier(source, "detector")
-        return str(detector.path), portable_detector(detector.model, image_size)
-    if not Path(source).exists() and getattr(system_of(source), "task", "") == "detection":
-        torch.manual_seed(0)
-        detector = create_model(source).eval()
-        stir(detector)
-        return f"{source} with random weights", portable_detector(detector, image_size)
-    if Path(source).is_dir() and kind_of(source) == "denoiser":
-        snapshot = load_denoiser(source)
-        name, denoiser = str(snapshot.path), snapshot.model
-    elif not Path(source).exists() and family_of(source) is not None:
-        torch.manual_seed(0)
-        name, denoiser = f"{source} with random weights", create_model(source).eval()
-        stir(denoiser)
-    if kind_of(source) == "segmenter" or getattr(system_of(source), "task", None) == "segmentation":
-        segmenter = open_segmenter(source)
-        if not Path(source).exists():
-            stir(segmenter.model)
-        size, network = image_size or segmenter.image_size, SegmenterOutput(segmenter.model)
-        return segmenter.name, portable_classifier(network, size, segmenter.model.model.in_chans)
-    if denoiser is None:
-        classifier = open_classifier(source)
-        if not Path(source).exists():
-            stir(classifier.emo)
-        size, channels = image_size or classifier.image_size, classifier.emo.in_chans
-        return classifier.name, portable_classifier(classifier.model, size, channels, dynamic_size=dynamic_size)
-    if image_size is not None:
-        raise InputError("`image_size` is for classifiers and segmenters; a denoiser has a sample size of its own")
-    return name, portable_denoiser(denoiser)

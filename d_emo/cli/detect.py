@@ -1,17 +1,15 @@
 """``d-emo detect``."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from d_emo.cli.inputs import find_images, read_images
 from d_emo.cli.outputs import claimed_default
 from d_emo.config import DetectSettings
-from d_emo.data import Reading, is_image, list_files
-from d_emo.data.reading import no_images
+from d_emo.data import Reading
 from d_emo.detection.drawing import detect, draw_objects
 from d_emo.device import best_device
 from d_emo.files import filling, write_json
@@ -24,15 +22,12 @@ def run(settings: DetectSettings) -> None:
     Raises:
         InputError: A folder without images, an image that cannot be read, or a model that is no detector.
     """
-    files = [file for path in settings.images for file in _files(Path(path))]
-    reading = Reading.of(settings)
+    files, reading = find_images(settings.images), Reading.of(settings)
     snapshot = load_classifier(settings.checkpoint, "detector")
     model, names = snapshot.model.to(best_device()), snapshot.class_names
     with claimed_default("detect", settings, f"samples/detect-{files[0].stem}") as folder, filling(folder) as new:
         entries = []
-        for number, file in enumerate(files):
-            picture = reading.read(file, lambda file=file: str(file))
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        for number, file, image in read_images(files, reading, skip_corrupt=settings.skip_corrupt):
             found = detect(model, image, settings.score)
             drawn = f"{number:04d}-{file.stem}.png" if len(files) > 1 else f"{file.stem}.png"
             F.to_pil_image(draw_objects(image, found, names)).save(new / drawn)
@@ -43,17 +38,6 @@ def run(settings: DetectSettings) -> None:
         words = ", ".join(f"{each['class']} {each['score']:.0%}" for each in entry["objects"]) or "nothing"
         print(f"picture  {folder / entry['picture']}: {words}")
     print(f"objects  {folder / 'detections.json'}")
-
-
-def _files(path: Path) -> list[Path]:
-    """An image file, or those of a folder."""
-    if not path.is_dir():
-        return [path]
-    found = list_files(path)
-    images = [file for file in found if is_image(file)]
-    if not images:
-        raise no_images(f"the folder {path}", found)
-    return images
 
 
 def _objects(found: dict[str, Tensor], names: list[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """``d-emo segment``."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from d_emo.cli.inputs import find_images, free_names, read_images
 from d_emo.cli.outputs import claimed_default
 from d_emo.config import SegmentSettings
-from d_emo.data.listing import list_files
-from d_emo.data.reading import Reading, is_image, no_images
+from d_emo.data import Reading
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.files import write_json
 from d_emo.io.segmenter import OpenSegmenter, open_segmenter
 from d_emo.segmentation.measures import segment
-from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.pictures import overlay, palette, side_by_side, with_legend
 from d_emo.segmentation.sliding import Windows
 
 
@@ -27,10 +26,13 @@ def run(settings: SegmentSettings) -> None:
     segmenter.model.to(best_device())
     reading, (size, windows) = Reading.of(settings), seen_by(segmenter, settings)
     with claimed_default("segment", settings, f"samples/segment-{files[0].stem}") as folder:
-        for name, file in tqdm(list(zip(free_names(files), files, strict=True)), unit="image", disable=len(files) < 5):
-            pixels = torch.from_numpy(np.array(reading.read(file, lambda file=file: str(file)))).permute(2, 0, 1)
-            write(folder, name, file, pixels, segmenter, segment(segmenter.model, pixels, size, windows=windows))
-        print(f"pictures  {folder} ({len(files)} of .png, _classes.png and .json each, by {segmenter.name})")
+        names, done = free_names(files), 0
+        pictures = read_images(files, reading, skip_corrupt=settings.skip_corrupt)
+        for number, file, pixels in tqdm(pictures, total=len(files), unit="image", disable=len(files) < 5):
+            logits = segment(segmenter.model, pixels, size, windows=windows)
+            write(folder, names[number], file, pixels, segmenter, logits)
+            done += 1
+        print(f"pictures  {folder} ({done} of .png, _classes.png and .json each, by {segmenter.name})")
 
 
 def seen_by(segmenter: OpenSegmenter, settings: SegmentSettings) -> tuple[int | None, Windows | None]:
@@ -55,7 +57,9 @@ def write(
     """
     likely, found = logits.softmax(dim=0).cpu().max(dim=0)  # (H, W) each
     colours = palette(len(segmenter.class_names))
-    side_by_side([[pixels.permute(1, 2, 0).numpy(), overlay(pixels, found, colours)]]).save(folder / f"{name}.png")
+    picture = side_by_side([[pixels.permute(1, 2, 0).numpy(), overlay(pixels, found, colours)]])
+    picture = with_legend(picture, segmenter.class_names, colours, found.unique().tolist())
+    picture.save(folder / f"{name}.png")
     Image.fromarray(found.numpy().astype(np.uint8)).save(folder / f"{name}_classes.png")
     counts = found.flatten().bincount(minlength=len(segmenter.class_names)).tolist()
     classes = [
@@ -69,28 +73,3 @@ def write(
         "image": str(file), "model": segmenter.name, "width": width, "height": height, "mask": f"{name}_classes.png",
         "classes": classes,
     })  # fmt: skip
-
-
-def find_images(sources: Sequence[str]) -> list[Path]:
-    """The files that paths name, and the images in folders; InputError for a folder without any."""
-    found = []
-    for path in map(Path, sources):
-        files = list_files(path) if path.is_dir() else [path]
-        images = [file for file in files if is_image(file)] if path.is_dir() else files
-        if not images:
-            raise no_images(str(path), files)
-        found += images
-    return found
-
-
-def free_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file, its own without the ending, numbered where several have it."""
-    seen: dict[str, int] = {}
-    for file in files:
-        seen[file.stem] = seen.get(file.stem, 0) + 1
-    counts = dict.fromkeys(seen, 0)
-    names = []
-    for file in files:
-        counts[file.stem] += 1
-        names.append(file.stem if seen[file.stem] == 1 else f"{file.stem}-{counts[file.stem]}")
-    return names

@@ -84,7 +84,11 @@ class DetectorSettings(ReadingSettings, DenseSettings):
 class DetectSettings(ReadingSettings):
     """Settings of ``scripts/detect.py``."""
 
-    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
+    images: list[str] = setting(
+        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="images", group="Input",
+        source="or a pattern"
+    )
+    skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")
     checkpoint: str = setting(help="snapshot or run folder of a detector", source=True)
     score: Fraction = setting(0.3, "least score of what is shown and written", group="Detection")
     output: str | None = setting(

@@ -12,15 +12,19 @@ class ExportSettings(Settings):
     """Settings of ``scripts/export.py``."""
 
     model: str = setting(
-        help="a snapshot or run folder of a denoiser, classifier or segmenter, a released .pth file, a folder made by "
-        "convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
+        help="a snapshot or run folder of a denoiser, classifier, detector or segmenter, a released .pth file, a folder"
+        " made by convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
         source="or a name"
     )
     image_size: list[ClassifierSide] = setting(
-        [], "side of a classifier's or segmenter's images in pixels, or height and width. Default: its own"
+        [], "side of images in pixels, or height and width; not of a denoiser. Default: the network's own"
     )
     dynamic_size: bool = setting(
-        False, "let the exported classifier take images of any height and width, as it takes any batch; .onnx and .pt2"
+        False, "let the exported network take images of any height and width, as it takes any batch; .onnx and .pt2"
+    )
+    detections: bool = setting(
+        False, "of a detector, write what it finds in one image (boxes, scores, labels, masks), with thresholds and "
+        "non-maximum suppression, instead of a box and scores for every anchor; .onnx"
     )
     output: str = setting(
         help="file to write, ending in .onnx, .pt2 (torch.export) or .mlpackage", flag="OUT", group="Output",

@@ -3,6 +3,7 @@
 import os
 import stat
 import tempfile
+from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import yaml
 from d_emo.errors import InputError
 from d_emo.files import expand_home
 
-Source = bool | Literal["or a name"]
-"""Whether a setting is the path of an input; "or a name" of something that may also be known by a name."""
+Source = bool | Literal["or a name", "or a pattern"]
+"""Whether a setting is the path of an input; "or a name" of something that may also be known by a name, "or a pattern"
+such as ``photos/*.jpg``."""
 
 LONGEST_NAME = 200
 """Bytes of a file name that is written; file systems take 255, and a temporary name is longer than the final one."""
@@ -47,7 +49,7 @@ def check_source(name: str, path: str, kind: Source = True) -> None:
     try:
         mode = place.stat().st_mode
     except FileNotFoundError:
-        if kind == "or a name" and path[0] != "~":
+        if (kind == "or a name" and path[0] != "~") or (kind == "or a pattern" and has_magic(path)):
             return
         raise InputError(f"`{name}` {path} does not exist") from None
     except OSError as error:

@@ -64,6 +64,9 @@ class SegmenterSettings(DenseSettings):
     largest_share: PositiveFraction = setting(0.75, "of one class in a crop; with more another crop is tried")
     colours: bool = setting(True, "distort brightness, contrast, saturation and hue")
     aux_weight: NotNegative = setting(0.4, "weight of the auxiliary head's loss", group="Loss")
+    class_weights: list[NotNegative] | None = setting(
+        None, "factor on the cross-entropy of each class's pixels, in the order of the classes, as mmseg's class_weight"
+    )
     dice_weight: NotNegative = setting(
         0.0, "weight of the Dice loss of the decode head, for classes with few pixels; mmseg's DiceLoss is often used "
         "with 3"
@@ -116,7 +119,11 @@ class SegmenterSettings(DenseSettings):
 class SegmentSettings(ReadingSettings):
     """Settings of ``scripts/segment.py``."""
 
-    images: list[str] = setting(help="image files, or folders of them", flag="images", group="Input", source=True)
+    images: list[str] = setting(
+        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="images", group="Input",
+        source="or a pattern"
+    )
+    skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")
     model: str = setting(
         help="segmenter: a snapshot or run folder, or a name of list_models() with random weights",
         source="or a name"

@@ -35,7 +35,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         maps = [x[name] for name in self.featmap_names]
         numbers = torch.cat([torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)])
         regions, levels = torch.cat([numbers, torch.cat(boxes)], dim=1), self.level_of(boxes)
-        out = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        out = maps[0].new_zeros(regions.shape[0], maps[0].shape[1], *self.output_size)
         for level, (each, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(levels == level)[0]
             read = roi_align(each, regions[chosen].to(each), self.output_size, 1 / stride, aligned=True)

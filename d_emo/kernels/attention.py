@@ -104,7 +104,7 @@ def _folded(
             fold(qk, window, part), fold(z, window, part), act=act, heads=heads, mode=part, repeat=repeat, merge=False,
             window=(window[0] * window[1], *window[2:]),
         )  # fmt: skip
-        mixed = unfold(mixed, window, part, len(z))
+        mixed = unfold(mixed, window, part, z.shape[0])
         total = mixed if total is None else total + mixed
     return total
 

@@ -94,13 +94,13 @@ def fold(x: Tensor, window: Sequence[int], mode: str) -> Tensor:
         x = x.reshape(batch, frames // t, t, height // h, h, *rest).transpose(2, 3)  # (B, T / t, H / h, t, h, ...)
     else:
         x = x.reshape(batch, t, frames // t, height, *rest).transpose(1, 2)  # (B, T / t, t, H, ...)
-    return x.reshape(batch * frames // t, t * height, *rest)
+    return x.reshape(batch * (frames // t), t * height, *rest)
 
 
 def unfold(x: Tensor, window: Sequence[int], mode: str, batch: int) -> Tensor:
     """What `fold` was given. Shape: (B T / t, t H, ..., C) -> (B, T, H, ..., C)."""
     (t, h, *_), (_, height, *rest) = window, x.shape
-    frames, height = len(x) * t // batch, height // t
+    frames, height = x.shape[0] // batch * t, height // t  # by shape, as len would fix a free batch
     if mode == "near":
         x = x.reshape(batch, frames // t, height // h, t, h, *rest).transpose(2, 3)
     else:

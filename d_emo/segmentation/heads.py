@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FeaturePyramidNetwork
@@ -32,7 +33,9 @@ class ConvNormAct(Conv2dNormActivation):
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """A map at another size, bilinearly, the corners not aligned. Shape: (B, C, h, w) -> (B, C, *size)."""
-    return x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=list(size), mode="bilinear")
+    if statically_known_true(x.shape[2] == size[0]) and statically_known_true(x.shape[3] == size[1]):
+        return x  # free sides of an exported network are not asked, or each answer would be a demand on them
+    return F.interpolate(x, size=list(size), mode="bilinear")
 
 
 class Head(nn.Module, ABC):
