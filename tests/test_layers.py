@@ -31,7 +31,7 @@ INSIDE = {
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
         "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+    "detection": ["targets", "features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
                   "average_precision", "drawing"],
     "latents": ["codec", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
