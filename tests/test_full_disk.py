@@ -16,6 +16,7 @@ from d_emo import claims, explain
 from d_emo.cli import run_verb
 from d_emo.cli.verbs import VERBS
 from d_emo.config.base import flag_of
+from d_emo.data import moving
 from d_emo.lab.study import execution
 from d_emo.tables import load
 
@@ -80,6 +81,7 @@ def test_no_verb_leaves_half_a_file_where_it_may_not_write(fuzz_world, verb, wor
     monkeypatch.setattr(claims, "_write", lambda *_: None)  # else a claim is the first that has no room
     monkeypatch.setattr(execution, "run_child", lambda command, *_: run_verb(command[3], command[4:]))  # of a study
     monkeypatch.setattr(explain, "grad_cam", lambda *_, **__: torch.zeros(32, 32))
+    monkeypatch.setattr(moving, "HELD_OUT", 4)
 
     def found(folder):
         return [str(each.relative_to(folder)) for each in Path(folder).rglob("*") if each.is_file()]

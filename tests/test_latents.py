@@ -58,10 +58,10 @@ def test_local_folders_are_opened(vae, tmp_path):
 def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not exist"):
         load_codec("d-emo-f9")
-    with pytest.raises(InputError, match="does not hold a readable AutoencoderKL"):
+    with pytest.raises(InputError, match="does not hold a readable autoencoder"):
         load_codec(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="does not hold a readable AutoencoderKL"):
+    with pytest.raises(InputError, match="does not hold a readable autoencoder"):
         load_codec(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf download nobody/no-such-vae.*`vae` d-emo-f8"):

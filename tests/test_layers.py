@@ -33,7 +33,7 @@ INSIDE = {
     ],
     "detection": ["targets", "features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
                   "average_precision", "drawing"],
-    "latents": ["codec", "shards", "encode", "dataset"],
+    "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",

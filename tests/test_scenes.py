@@ -106,7 +106,17 @@ def test_shapes_have_exact_boxes_and_masks_and_do_not_overlap():
         changed = np.abs(draw_scenes(scenes, 96)[0] - ground).max(axis=2) > 1e-6
         masks = target["masks"].amax(dim=0).bool().numpy()
         assert changed[masks].all() and (changed & ~masks).sum() < 0.5 * masks.sum() + 60  # edges, to less than a half
-    assert (ShapeScenes(32).read(3)[1]["boxes"][:, 2:] > ShapeScenes(32).read(3)[1]["boxes"][:, :2]).all()
+
+
+def test_shapes_that_cover_no_pixel_are_left_out(monkeypatch):
+    monkeypatch.setattr(ShapeScenes, "radii", (1 / 80, 1 / 16))
+    data, left_out = ShapeScenes(32), 0
+    for index in range(12):
+        _, target = data.read(index)
+        left_out += len(data.scenes(index)) - len(target["labels"])
+        assert target["masks"].flatten(1).any(dim=1).all() and len(target["masks"]) == len(target["labels"])
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+    assert left_out > 3
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))

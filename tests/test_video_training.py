@@ -148,8 +148,13 @@ def test_runs_start_from_snapshots_of_videos(tmp_path, films):
     assert all(torch.equal(value, there[name]) for name, value in task.model.state_dict().items()
                if not name.startswith("head."))  # fmt: skip
     assert "knows 0 of the 2 classes by name" in task.start[0] and task.started_from["step"] == 1
-    mean = VideoTask(settings_of(tmp_path / "mean", init_from=str(tmp_path / "first")))
-    assert torch.equal(mean.model.head.weight, there["head.weight"])
+    same = VideoTask(settings_of(tmp_path / "same", init_from=str(tmp_path / "first")))
+    assert torch.equal(same.model.head.weight, there["head.weight"])
+    frames = train(tmp_path / "frames", model="emov2_1m", max_steps=1)
+    inflated = VideoTask(settings_of(tmp_path / "inflated", init_from=str(frames)))
+    assert "inflated, divided by their depth" in inflated.start[0]
+    with pytest.raises(InputError, match="the classifier .* does not fit|stem.conv"):
+        VideoTask(settings_of(tmp_path / "flat", init_from=str(first), model="emov2_1m"))
 
 
 @pytest.mark.parametrize("changes, message", [

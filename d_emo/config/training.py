@@ -190,7 +190,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         resumable=True, decisive=True, source=True
     )
     vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
+        None, "codec: pixels, d-emo-f8, a local folder of a VAE or a hub name. "
         "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
         source="or a name"
     )

@@ -65,7 +65,7 @@ class ClipSampler:
             room = max(0.0, end - start - step * (self.frames - 1) - frame)
             place = spread if rng is None else rng.random((clips, 1))
             found = start + frame / 2 + place * room + np.arange(self.frames) * step  # (K, T)
-        return np.minimum(found + 0.02 * frame, end - frame / 2)  # at an edge no rounding of time stamps decides
+        return found + 0.02 * frame  # so that at the edge of two frames no rounding decides
 
 
 def read_frames(

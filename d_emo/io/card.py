@@ -35,7 +35,8 @@ def write_card(folder: str | Path) -> Path:
     folder = Path(folder)
     meta, settings = read_json(folder / "snapshot.json", snapshot_meta), read_json(folder / "config.yaml", dict)
     name, data = settings["model"], _data_name(meta, settings)
-    built_in = next((table[meta["data"]] for table in (DATASETS, SCENES) if meta.get("data") in table), None)
+    source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
+    built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
     facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     tasks = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -22,7 +22,7 @@ from d_emo.io.snapshot import (
     load_denoiser,
     pipeline_index,
 )
-from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
+from d_emo.latents import Codec, PixelCodec, autoencoder_in, codec_of, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import is_count
 from d_emo.sampling.classes import Labels, as_list, find_classes
@@ -60,7 +60,7 @@ class DEMOPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: DenoiserFrame, scheduler: Any = None, vae: AutoencoderKL | None = None,
+        self, transformer: DenoiserFrame, scheduler: Any = None, vae: ModelMixin | None = None,
         id2label: dict[str, str] | None = None, label_dropout: float = 0.1, objective: str | None = None,
         codec: str | None = None, noise_schedule: dict[str, Any] | None = None,
     ):  # fmt: skip
@@ -68,7 +68,7 @@ class DEMOPipeline(DiffusionPipeline):
         if vae is None and codec is not None:
             vae = getattr(load_codec(codec), "vae", None)
         if vae is not None:
-            check_codec(VAECodec(vae, "vae"), transformer)
+            check_codec(codec_of(vae), transformer)
         if scheduler is None:
             if noise_schedule is None:
                 raise InputError("the pipeline needs a `scheduler`; d_emo.sampling.make_scheduler makes one")
@@ -107,7 +107,7 @@ class DEMOPipeline(DiffusionPipeline):
         if "transformer" not in options:
             options["variant"] = find_weights(folder / "transformer", options.get("variant"))[1]
         if "vae" not in options and (folder / "vae").is_dir():
-            check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
+            check_pretrained(autoencoder_in(folder / "vae"), folder / "vae", options.get("variant"))
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -208,7 +208,7 @@ class DEMOPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
-        codec: Codec = PixelCodec() if self.vae is None else VAECodec(self.vae, "vae")
+        codec: Codec = PixelCodec() if self.vae is None else codec_of(self.vae)
         return VaeImageProcessor().postprocess(decode(codec, latents), output_type)
 
 

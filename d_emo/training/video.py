@@ -69,25 +69,30 @@ class VideoTask(ClassifierTask):
 
     def _start_from(self, source: str) -> None:
         """Take the weights of a classifier of images or videos, and its normalisation."""
-        if kind_of(source) == KIND and load_classifier(source, KIND).model.spatial_dims == self.model.spatial_dims:
-            there = load_classifier(source, KIND).meta.get("normalisation", {})
-            self.normalisation = there.get("mean", PLAIN[0]), there.get("std", PLAIN[1])
-            words, self.started_from = start_classifier_from(
-                source, self.model, class_names=self.dataset.class_names, kind=KIND
-            )
+        if kind_of(source) == KIND:
+            there = load_classifier(source, KIND)
+            name, network = str(there.path), there.model
+            self.normalisation = tuple(there.meta.get("normalisation", {"mean": PLAIN[0], "std": PLAIN[1]}).values())
+            if network.spatial_dims == self.model.spatial_dims:
+                words, self.started_from = start_classifier_from(
+                    source, self.model, class_names=self.dataset.class_names, kind=KIND
+                )
+                self.start = [words]
+                return
         else:
             classifier = open_classifier(source)
-            weights = classifier.emo.state_dict()
-            rule = {"divide": "divided by their depth", "repeat": "not divided by their depth"}[self.settings.inflate]
-            words = f"weights of {classifier.name}, "
-            if self.model.spatial_dims == 3:
-                weights, words = inflate(weights, self.model, self.settings.inflate), f"{words}inflated, {rule}"
-            else:
-                fresh = {name: value for name, value in self.model.state_dict().items() if name.startswith("head.")}
-                weights, words = {**weights, **fresh}, f"{words}all but its head"
-            load_weights(self.model, weights, f"the classifier {source}")
-            if cfg := getattr(classifier.emo, "pretrained_cfg", None):
+            name, network = classifier.name, classifier.emo
+            if cfg := getattr(network, "pretrained_cfg", None):
                 self.normalisation = tuple(cfg["mean"]), tuple(cfg["std"])
+        weights, words = network.state_dict(), f"Weights from {name}"
+        if self.model.spatial_dims == 3:
+            weights = inflate(weights, self.model, self.settings.inflate)
+            divided = {"divide": "divided by their depth", "repeat": "not divided by their depth"}
+            words += f", inflated, {divided[self.settings.inflate]}."
+        else:
+            head = {key: value for key, value in self.model.state_dict().items() if key.startswith("head.")}
+            weights, words = {**weights, **head}, f"{words}, all but the head."
+        load_weights(self.model, weights, f"the classifier {source}")
         self.start = [words]
 
     def introduction(self) -> list[str]:
