@@ -4,6 +4,7 @@ from test_released import fake
 
 from d_emo.config import ClassifierSettings, DetectorSettings
 from d_emo.data.scenes import DigitScenes
+from d_emo.detection.augment import TrainingImages
 from d_emo.errors import InputError
 from d_emo.io.snapshot import kind_of, load_classifier
 from d_emo.io.training_state import load_state
@@ -48,6 +49,15 @@ def test_detector_training_resumes_exactly(model, tmp_path):
     assert "pipeline_tag: object-detection" in card and "digit-scenes" in card and "train_detector.py" in card
     pytest.importorskip("faster_coco_eval")
     assert trained.meta["average_precision"].keys() == kinds and "| boxes |" in card
+
+
+def test_masks_are_drawn_for_those_only_that_learn_from_them():
+    task = DetectorTask(DetectorSettings(**TINY))
+    assert "masks" not in task.dataset[0][1] and "masks" in task.source.read(0)[1]
+    with_masks = TrainingImages(task.source, task.dataset.change, first_label=1, seed=task.settings.seed)
+    for (image, target), (other, more) in ((task.dataset[i], with_masks[i]) for i in range(3)):
+        assert "masks" in more and torch.equal(image, other)
+        assert all(torch.equal(value, more[name]) for name, value in target.items())
 
 
 def test_the_backbone_starts_from_a_classifier(tmp_path):

@@ -21,7 +21,8 @@ INSIDE = {
         "local", "modulation", "slices", "explaining",
     ],
     "models": [
-        "layers", "embeddings", "attention", "blocks", "contract", "denoiser", "stem", "backbone", "video", "counting",
+        "layers", "embeddings", "attention", "blocks", "contract", "token_denoiser", "denoiser",
+        "hierarchical", "stem", "backbone", "video", "counting",
         "registry", "released", "hybrids", "timm_registry", "convert",
     ],
     "segmentation": [

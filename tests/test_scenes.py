@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from d_emo.config import DetectorSettings, SegmenterSettings, parse_settings
+from d_emo.data import open_dataset
 from d_emo.data.nuclei import SIDE, Nuclei
-from d_emo.data.scenes import ShapeScenes, boxes_of
+from d_emo.data.scenes import DigitsOnPhotographs, ShapeScenes, boxes_of
 from d_emo.data.shapes import SHAPES, ShapeScene, draw_scene, draw_scenes
 from d_emo.errors import InputError
 from d_emo.segmentation.images import LabelledScenes
@@ -79,6 +80,22 @@ def test_an_empty_square_has_no_objects(micrograph, tmp_path):
     Image.fromarray(micrograph * 0).save(tmp_path / "stardist/data/images/mask2d.tif")
     _, target = Nuclei(64).read(0)
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 64, 64)
+
+
+def test_digits_on_photographs_are_scenes_of_one_digit_that_fills_half_or_more():
+    images = open_dataset(dataset="digits-on-photographs", data_dir=None, image_size=32, num_images=40)
+    again, held_out = DigitsOnPhotographs(32), DigitsOnPhotographs(32, split="test")
+    assert len(images) == 40 and images.class_names == list("0123456789") and not images.flip
+    for index in range(40):
+        image, label = images[index]
+        _, objects = images.scenes.read(index)
+        assert image.shape == (3, 32, 32) and -1 <= image.min() < image.max() <= 1
+        assert [label] == objects["labels"].tolist() == [images.label(index)]
+        assert objects["boxes"][0, 3] - objects["boxes"][0, 1] > 32 * 0.35
+        assert torch.equal(image, again[index][0]) and not torch.equal(image, held_out[index][0])
+    assert len({images.label(index) for index in range(40)}) > 5
+    with pytest.raises(InputError, match="a mirror image"):
+        open_dataset(dataset="digits-on-photographs", data_dir=None, image_size=32, flip=True)
 
 
 def test_shape_scenes_depend_on_seed_split_and_number_alone():
@@ -174,7 +191,7 @@ def test_what_has_a_side_is_not_mirrored():
             settings(flip=True)
         assert settings(flip=True, dataset="shape-scenes").resolve().output_dir.endswith("shape-scenes-" + (
             "160" if settings is DetectorSettings else "512"))  # fmt: skip
-        with pytest.raises(InputError, match="--dataset must be one of .*nuclei, not nucle; did you mean nuclei"):
+        with pytest.raises(InputError, match="--dataset must be one of .*nuclei.*, not nucle; did you mean nuclei"):
             parse_settings(settings, "", ["--dataset", "nucle"])
 
 

@@ -237,7 +237,8 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             raise InputError(f"`optimizer` muon is for whole matrices; with `train` {self.train} use adamw")
         super().check()
         family = self.model and family_of(self.model)
-        first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
+        kin = [row for row in FAMILIES.values() if family and (row.block, row.frame) == (family.block, family.frame)]
+        first = kin[0] if kin else family
         if family is not first and self.objective not in (None, family.objective):
             raise InputError(
                 f"{self.model} is {first.name} with `objective` {family.objective}; for `objective` {self.objective} "

@@ -7,7 +7,7 @@ of its own, 10 in all detectors of EMOv2.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,15 +66,16 @@ class StageMaps(nn.Module):
 class Pyramid(nn.Module):
     """A feature pyramid of torchvision on the maps of a backbone; as a backbone of torchvision's detectors.
 
-    Shape: (B, 3, H, W) -> by level (B, 256, h, w).
+    Shape: (B, 3, H, W) -> by level (B, out_channels, h, w).
     """
 
-    out_channels = 256
-
-    def __init__(self, maps: StageMaps, extra: ExtraFPNBlock) -> None:
+    def __init__(
+        self, maps: StageMaps, extra: ExtraFPNBlock | None = None, *, out_channels: int = 256,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.maps = maps
-        self.fpn = FeaturePyramidNetwork(maps.widths, self.out_channels, extra)
+        self.maps, self.out_channels = maps, out_channels
+        self.fpn = FeaturePyramidNetwork(maps.widths, out_channels, extra, norm)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return self.fpn(self.maps(x))

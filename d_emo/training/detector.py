@@ -60,7 +60,9 @@ class DetectorTask:
         self.start = "" if settings.init_from is None else start_backbone(self.model, settings.init_from)
         side = self.model.input_size[0] if system.startswith("ssdlite") else None
         change = augmentation(settings.augment, flip=settings.flip, side=side)
-        self.dataset = TrainingImages(self.source, change, first_label=self.model.first_label, seed=settings.seed)
+        self.dataset = TrainingImages(
+            self.source, change, first_label=self.model.first_label, seed=settings.seed, masks=self.masks
+        )
         self.measures = self.held_out is not None and find_spec("faster_coco_eval") is not None
 
     def _options(self, system: str) -> dict[str, Any]:
