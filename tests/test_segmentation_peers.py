@@ -71,7 +71,7 @@ def test_autocast_moves_little(kind):
 def test_jit_trace_gives_the_same_network(kind):
     model = network(kind).eval()
     with torch.no_grad():
-        traced = torch.jit.trace(model, torch.rand(2, 3, 48, 64), strict=False)
+        traced = torch.jit.trace(model, torch.rand(2, 3, 48, 64), strict=False, check_trace=False)
         images = torch.rand(3, 3, 48, 64)
         torch.testing.assert_close(traced(images)["out"], model(images)["out"], rtol=1e-4, atol=1e-5)
 
