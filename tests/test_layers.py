@@ -49,7 +49,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report", "dense"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 

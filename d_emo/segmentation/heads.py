@@ -46,6 +46,27 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if same else F.interpolate(x, size=list(size), mode="bilinear")
 
 
+@torch.fx.wrap
+def part_means(x: Tensor, parts: int) -> Tensor:
+    """Means over parts x parts of a map, as adaptive pooling has them; one node of a `torch.fx` graph.
+
+    Where torch.export leaves the sides free, two products do it: of adaptive pooling ONNX wants the sides.
+
+    Shape: (B, C, h, w) -> (B, C, parts, parts).
+    """
+    if not any(isinstance(side, torch.SymInt) for side in x.shape[2:]):
+        return F.adaptive_avg_pool2d(x, parts)
+    rows, columns = (_shares(side, parts, x) for side in x.shape[2:])  # (parts, h), (parts, w)
+    return rows @ x @ columns.T
+
+
+def _shares(length: int, parts: int, like: Tensor) -> Tensor:
+    """What each cell of an axis weighs in each part. Shape: -> (parts, length)."""
+    part, cell = torch.arange(parts, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (cell >= part * length // parts) & (cell < ((part + 1) * length + parts - 1) // parts)
+    return inside.to(like) / inside.sum(dim=1, keepdim=True)
+
+
 class Head(nn.Module, ABC):
     """Maps of the backbone to logits: what a subclass makes of them, dropout, a 1 x 1 convolution with bias.
 
@@ -127,7 +148,8 @@ class PSPHead(Head):
 
     def features(self, maps: list[Tensor]) -> Tensor:
         x = maps[0]  # (B, C_4, h, w)
-        return self.merge(torch.cat([x, *(resized(pool(x), x.shape[2:]) for pool in self.pools)], dim=1))
+        parts = [conv(part_means(x, pool.output_size)) for pool, conv in self.pools]  # (B, dim, n, n)
+        return self.merge(torch.cat([x, *(resized(part, x.shape[2:]) for part in parts)], dim=1))
 
 
 class FPNHead(Head):
