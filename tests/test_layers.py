@@ -27,13 +27,15 @@ INSIDE = {
     ],
     "segmentation": [
         "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+        "contents",
     ],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
         "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
+        "describing",
     ],
     "detection": ["targets", "features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
-                  "average_precision", "drawing"],
+                  "average_precision", "drawing", "contents"],
     "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+import d_emo.models.denoiser  # noqa: F401  diffusers opens networks only of modules that are imported already
 from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, DEFAULT_STEPS, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import (
