@@ -78,16 +78,22 @@ def fuse(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def exported(network: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
-    """A function that runs a network in onnxruntime. Shape: images (B, 3, H, W)."""
+def exported(network: nn.Module, images: Tensor) -> bytes:
+    """An ONNX file's content, by PyTorch's older exporter, which takes seconds. Shape: images (B, 3, H, W)."""
+    file = io.BytesIO()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(network, (images,), file, dynamo=False, opset_version=18, input_names=["images"])
+    return file.getvalue()
+
+
+def opened_file(content: bytes, images: Tensor, threads: int) -> Callable[[], object]:
+    """A function that runs an ONNX file in onnxruntime. Shape: images (B, 3, H, W)."""
     import onnxruntime
 
-    file, options = io.BytesIO(), onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):  # by the older exporter, which takes seconds
-        torch.onnx.export(network, (images,), file, dynamo=False, opset_version=18, input_names=["images"])
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"images": images.numpy()})
 
 
@@ -107,6 +113,7 @@ def dense_table(settings: DenseBenchmarkSettings) -> str:
     for name, (_, network) in opened.items():
         (fold_batch_norms if name in settings.models else fuse)(network)
     runtimes = ["PyTorch", *(["onnxruntime"] if find_spec("onnxruntime") and find_spec("onnx") else [])]
+    files = {name: exported(network, images) for name, (_, network) in opened.items()} if runtimes[1:] else {}
     columns, before = [], torch.get_num_threads()
     try:
         for threads in settings.threads:
@@ -114,7 +121,7 @@ def dense_table(settings: DenseBenchmarkSettings) -> str:
             cases = []
             for name, (_, network) in opened.items():
                 runs = [classify(network, images, both=True)]
-                runs += [exported(network, images, threads) for _ in runtimes[1:]]
+                runs += [opened_file(files[name], images, threads) for _ in runtimes[1:]]
                 cases += [Case(runtime, name, run) for runtime, run in zip(runtimes, runs, strict=True)]
             measure(cases, rounds=settings.rounds, device=torch.device("cpu"), clock=settings.clock)
             columns += [(f"{runtime}, {threads} thread{'s' * (threads > 1)}", [case for case in cases
