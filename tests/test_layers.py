@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
-    "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
-    "doctor", "explain", "portable", "export", "app", "lab", "cli",
+    "latents", "models", "detection", "segmentation", "objective", "frechet", "ema", "io", "training", "sampling",
+    "evaluation", "doctor", "explain", "portable", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [

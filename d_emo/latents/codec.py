@@ -78,6 +78,8 @@ class PixelCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.clamp(-1, 1)
 
+    decoded = decode
+
     def to(self, device: torch.device) -> PixelCodec:
         return self
 
@@ -114,6 +116,10 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoded(latents)
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` with gradients. Shape: (B, C, H / f, W / f) -> (B, 3, H, W)."""
         z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
         images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
