@@ -168,6 +168,7 @@ def test_u_emo_trains_by_the_recipe_measures_by_windows_and_resumes_exactly(tmp_
         assert picture.size == (3 * 56 + 4, 6 * 44 + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_of_u_emo_ends_as_if_undisturbed(tmp_path):
     """SIGKILL after the first state, before a file operation that is late; then the same command again."""
