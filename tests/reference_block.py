@@ -216,26 +216,63 @@ def dit(latent, t, y, p, *, depth, heads, patch, out_channels):
     return unpatchify(x, patch, out_channels)
 
 
-def demo(latent, t, y, p, *, depth, heads, patch, out_channels, window, modes=("near", "far")):
-    """D-EMO from our own names: latent (C_in, H, W) -> (out_channels, H, W)."""
-    x, c = embed(latent, p, patch), condition(t, y, p)
-    for i in range(depth):
-        name = f"blocks.{i}"
-        inner = name + ".operator."
-        names = {
-            "qk": inner + "expand.qk",
-            "v": inner + "expand.v",
-            "local": inner + "local.conv",
-            "norm": inner + "local.norm.bn",
-            "proj": inner + "proj",
-        }
-        shift, scale, gate = adaln(c, p, name, 3)
-        u = layer_norm(x, p[name + ".norm.weight"], p[name + ".norm.bias"]) * (1 + scale) + shift
-        x = x + gate * operator(u, p, names=names, act=gelu, heads=heads, window=window, modes=modes)
+def demo_block(x, c, p, name, *, heads, window, modes):
+    """The conditioned i2RMB: (C, H, W) -> (C, H, W)."""
+    inner = name + ".operator."
+    names = {
+        "qk": inner + "expand.qk",
+        "v": inner + "expand.v",
+        "local": inner + "local.conv",
+        "norm": inner + "local.norm.bn",
+        "proj": inner + "proj",
+    }
+    shift, scale, gate = adaln(c, p, name, 3)
+    u = layer_norm(x, p[name + ".norm.weight"], p[name + ".norm.bias"]) * (1 + scale) + shift
+    return x + gate * operator(u, p, names=names, act=gelu, heads=heads, window=window, modes=modes)
+
+
+def demo_head(x, c, p, patch, out_channels):
+    """The final layer: (C, H, W) -> (out_channels, H * p, W * p)."""
     shift, scale = adaln(c, p, "final_layer", 2)
     x = layer_norm(x, p["final_layer.norm.weight"], p["final_layer.norm.bias"]) * (1 + scale) + shift
     x = pointwise(x, p["final_layer.linear.weight"], p["final_layer.linear.bias"])
     return unpatchify(x, patch, out_channels)
+
+
+def demo(latent, t, y, p, *, depth, heads, patch, out_channels, window, modes=("near", "far")):
+    """D-EMO from our own names: latent (C_in, H, W) -> (out_channels, H, W)."""
+    x, c = embed(latent, p, patch), condition(t, y, p)
+    for i in range(depth):
+        x = demo_block(x, c, p, f"blocks.{i}", heads=heads, window=window, modes=modes)
+    return demo_head(x, c, p, patch, out_channels)
+
+
+def hierarchical(latent, t, y, p, *, widths, depths, head_size, patch, out_channels, window):
+    """The U of D-EMO's blocks from our own names: latent (C_in, H, W) -> (out_channels, H, W)."""
+    x, c, skips = embed(latent, p, patch), condition(t, y, p), []
+
+    def blocks(x, name, level):
+        clamped = tuple(min(window, size) for size in x.shape[1:])
+        heads = widths[level] // head_size
+        for i in range(depths[level]):
+            x = demo_block(x, c, p, f"{name}.{i}", heads=heads, window=clamped, modes=("near", "far"))
+        return x
+
+    last = len(widths) - 1
+    for level in range(last):
+        x = blocks(x, f"down_blocks.{level}", level)
+        skips.append(x)
+        neighbours = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+        name = f"downsamplers.{level}.proj"
+        x = pointwise(torch.cat(neighbours), p[name + ".weight"], p[name + ".bias"])
+    x = blocks(x, "mid_blocks", last)
+    for step, level in enumerate(reversed(range(last))):
+        name = f"upsamplers.{step}"
+        x = pointwise(x, p[name + ".proj.weight"], p[name + ".proj.bias"])
+        x = torch.cat([unpatchify(x, 2, widths[level]), skips[level]])
+        x = pointwise(x, p[name + ".fuse.weight"], p[name + ".fuse.bias"])
+        x = blocks(x, f"up_blocks.{step}", level)
+    return demo_head(x, c, p, patch, out_channels)
 
 
 def random_weights(shapes, seed=0):

@@ -39,7 +39,8 @@ def build(settings, **options):
     """The model of some settings, of one block where it is a denoiser's, without weights."""
     own = settings.model_options or {}
     if isinstance(settings, TrainSettings):
-        options = {"sample_size": settings.image_size // 8, "num_classes": 1000, **own, "depth": 1}
+        options = {"sample_size": settings.image_size // 8, "num_classes": 1000, **own}
+        options |= {} if settings.model.startswith("U-") else {"depth": 1}
     elif isinstance(settings, DetectorSettings):
         options = {"num_classes": 10, "image_size": settings.image_size, **own}
     else:

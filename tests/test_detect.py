@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from test_detector_training import BACKBONE
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -10,7 +10,7 @@ from d_emo.cli import run_verb
 from d_emo.cli.detect import run_lengths
 from d_emo.config import DetectorSettings
 from d_emo.data.scenes import DigitScenes
-from d_emo.detection.drawing import truth_beside_found
+from d_emo.detection.drawing import COLOURS, draw_objects, truth_beside_found
 from d_emo.errors import InputError
 from d_emo.export import export, portable_detector, stir
 from d_emo.io.snapshot import save_classifier
@@ -69,7 +69,20 @@ def test_run_lengths_are_cocos():
 def test_truth_stands_beside_what_was_found(detectors):
     model = create_model("ssdlite-emov2_1m", num_classes=10, image_size=64, backbone_options=BACKBONE).eval()
     picture = truth_beside_found(model, DigitScenes(64), [0, 1, 2], side=100)
-    assert picture.size == (4 * 104 + 4, 2 * 104 + 4)
+    assert picture.size == (4 * 104 + 4, 2 * 104 + 4 + 20)
+
+
+def test_tags_are_legible_and_stay_within_the_picture():
+    boxes = torch.tensor([[0.0, 0, 20, 30], [150, 100, 160, 120]])  # no room above; none to the right
+    drawn = draw_objects(torch.zeros(3, 160, 160, dtype=torch.uint8),
+                         {"boxes": boxes, "labels": torch.tensor([0, 9]), "scores": torch.tensor([0.5, 1.0])},
+                         list("0123456789"))  # fmt: skip
+    for label, (rows, columns), white in ((0, ((1, 11), (1, 31)), True), (9, ((89, 99), (125, 159)), False)):
+        tag = drawn[:, slice(*rows), slice(*columns)]
+        ground = torch.tensor(ImageColor.getrgb(COLOURS[label]))[:, None, None]
+        assert (tag == ground).all(dim=0).float().mean() > 0.3, "a ground of the class's colour"
+        inked = (tag.amin(dim=0) > 150) if white else (tag.amax(dim=0) < 110)
+        assert inked.sum() > 8, "white on dark grounds, black on light ones"
 
 
 @pytest.mark.parametrize("system", ["ssdlite", "retinanet"])

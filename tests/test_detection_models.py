@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 
+from d_emo.data.scenes import DigitScenes
 from d_emo.detection.maskrcnn import AlignedRoIAlign
 from d_emo.detection.retinanet import P6P7
 from d_emo.detection.ssdlite import SIDES, sides_of
@@ -206,6 +207,22 @@ def test_losses_of_retinanet_are_normalised_by_the_batch():
     ]
     for name, value in together.items():
         assert value == pytest.approx(((parts[0][name] * 3 + parts[1][name]) / 4).item(), rel=1e-6)
+
+
+def test_the_small_pyramid_fits_small_pictures_of_digits():
+    model = small("retinanet-emov2_1m", pyramid="small", num_classes=10, frozen_stages=0).train()
+    assert count_parameters(model.head) + count_parameters(model.backbone.fpn) < 350_000
+    scenes = DigitScenes(128)
+    boxes = torch.cat([scenes.read(index)[1]["boxes"] for index in range(40)])
+    images = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
+    best = box_iou(boxes, model.anchor_generator(images, list(model.backbone(images.tensors).values()))[0]).amax(dim=1)
+    assert (best > 0.5).float().mean() > 0.85 and best.min() > 0.25
+    image, target = scenes.read(0)
+    losses = model([image.float() / 255], [target])
+    sum(losses.values()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    with pytest.raises(InputError, match="unknown pyramid 'big'; choose 'published' or 'small'"):
+        small("retinanet-emov2_1m", pyramid="big")
 
 
 def test_regions_are_read_aligned():

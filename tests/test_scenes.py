@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from d_emo.config import DetectorSettings, SegmenterSettings, parse_settings
+from d_emo.data import open_dataset
 from d_emo.data.nuclei import SIDE, Nuclei
-from d_emo.data.scenes import ShapeScenes, boxes_of
+from d_emo.data.scenes import DigitsOnPhotographs, ShapeScenes, boxes_of
 from d_emo.data.shapes import SHAPES, ShapeScene, draw_scene, draw_scenes
 from d_emo.errors import InputError
 from d_emo.segmentation.images import LabelledScenes
@@ -81,6 +82,22 @@ def test_an_empty_square_has_no_objects(micrograph, tmp_path):
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 64, 64)
 
 
+def test_digits_on_photographs_are_scenes_of_one_digit_that_fills_half_or_more():
+    images = open_dataset(dataset="digits-on-photographs", data_dir=None, image_size=32, num_images=40)
+    again, held_out = DigitsOnPhotographs(32), DigitsOnPhotographs(32, split="test")
+    assert len(images) == 40 and images.class_names == list("0123456789") and not images.flip
+    for index in range(40):
+        image, label = images[index]
+        _, objects = images.scenes.read(index)
+        assert image.shape == (3, 32, 32) and -1 <= image.min() < image.max() <= 1
+        assert [label] == objects["labels"].tolist() == [images.label(index)]
+        assert objects["boxes"][0, 3] - objects["boxes"][0, 1] > 32 * 0.35
+        assert torch.equal(image, again[index][0]) and not torch.equal(image, held_out[index][0])
+    assert len({images.label(index) for index in range(40)}) > 5
+    with pytest.raises(InputError, match="a mirror image"):
+        open_dataset(dataset="digits-on-photographs", data_dir=None, image_size=32, flip=True)
+
+
 def test_shape_scenes_depend_on_seed_split_and_number_alone():
     one, again, other = ShapeScenes(96), ShapeScenes(96, num_images=5), ShapeScenes(96, split="test")
     counts, radii, labels = set(), [], set()
@@ -106,7 +123,17 @@ def test_shapes_have_exact_boxes_and_masks_and_do_not_overlap():
         changed = np.abs(draw_scenes(scenes, 96)[0] - ground).max(axis=2) > 1e-6
         masks = target["masks"].amax(dim=0).bool().numpy()
         assert changed[masks].all() and (changed & ~masks).sum() < 0.5 * masks.sum() + 60  # edges, to less than a half
-    assert (ShapeScenes(32).read(3)[1]["boxes"][:, 2:] > ShapeScenes(32).read(3)[1]["boxes"][:, :2]).all()
+
+
+def test_shapes_that_cover_no_pixel_are_left_out(monkeypatch):
+    monkeypatch.setattr(ShapeScenes, "radii", (1 / 80, 1 / 16))
+    data, left_out = ShapeScenes(32), 0
+    for index in range(12):
+        _, target = data.read(index)
+        left_out += len(data.scenes(index)) - len(target["labels"])
+        assert target["masks"].flatten(1).any(dim=1).all() and len(target["masks"]) == len(target["labels"])
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+    assert left_out > 3
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
@@ -164,7 +191,7 @@ def test_what_has_a_side_is_not_mirrored():
             settings(flip=True)
         assert settings(flip=True, dataset="shape-scenes").resolve().output_dir.endswith("shape-scenes-" + (
             "160" if settings is DetectorSettings else "512"))  # fmt: skip
-        with pytest.raises(InputError, match="--dataset must be one of .*nuclei, not nucle; did you mean nuclei"):
+        with pytest.raises(InputError, match="--dataset must be one of .*nuclei.*, not nucle; did you mean nuclei"):
             parse_settings(settings, "", ["--dataset", "nucle"])
 
 

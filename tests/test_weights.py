@@ -126,7 +126,7 @@ def test_what_is_no_vae_to_be_read_is_named(tmp_path):
             load_codec(str(tmp_path))
 
     AutoencoderTiny().save_pretrained(tmp_path)
-    refused("holds AutoencoderTiny, not AutoencoderKL")
+    refused("holds AutoencoderTiny, not AutoencoderKL or")
     tiny_vae().save_pretrained(tmp_path)
     whole = tmp_path / f"{STEM}.safetensors"
     shutil.copy(whole, tmp_path / f"{STEM}.fp16.safetensors")

@@ -59,7 +59,7 @@ class EncodeSettings(DataSettings):
     )
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
+        None, "codec: pixels, d-emo-f8, a local folder of a VAE or a hub name. "
         "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents",
         source="or a name"
     )

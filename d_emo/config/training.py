@@ -190,7 +190,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         resumable=True, decisive=True, source=True
     )
     vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local AutoencoderKL folder or a hub name. "
+        None, "codec: pixels, d-emo-f8, a local folder of a VAE or a hub name. "
         "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
         source="or a name"
     )
@@ -237,7 +237,8 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             raise InputError(f"`optimizer` muon is for whole matrices; with `train` {self.train} use adamw")
         super().check()
         family = self.model and family_of(self.model)
-        first = next((row for row in FAMILIES.values() if family and row.block == family.block), family)
+        kin = [row for row in FAMILIES.values() if family and (row.block, row.frame) == (family.block, family.frame)]
+        first = kin[0] if kin else family
         if family is not first and self.objective not in (None, family.objective):
             raise InputError(
                 f"{self.model} is {first.name} with `objective` {family.objective}; for `objective` {self.objective} "
@@ -255,7 +256,9 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         model = self.model or "D-EMOv2-S-2"
         family = family_of(model)
         objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
-        dropout = 0.0 if self.unconditional else self.label_dropout
+        chosen = self.objective or objective
+        one_step = chosen in OBJECTIVES and OBJECTIVES[chosen].steps is not None  # drawn as it is trained: unguided
+        dropout = 0.0 if self.unconditional or one_step else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
         return replace(

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from d_emo.data.digits import Digits
-from d_emo.data.images import check_image_size, split_number, to_uint8
+from d_emo.data.images import ClassImages, check_image_size, split_number, to_uint8
 from d_emo.data.shapes import COLOURS, GROUNDS, REACH, SHAPES, ShapeScene, draw_scenes
 
 MOST_DIGITS = MOST_SHAPES = 6
@@ -34,11 +34,18 @@ class DigitScenes:
         num_images: Length of the data set.
         split: "train" or "test".
         seed: Seed of the whole set.
+        most: Digits of a picture, at most.
+        heights: Least and largest height of a scan, as powers of two of the picture's side.
+        grounds: Least and largest side of the part of a photograph, in its pixels; never more than there is.
     """
 
     name = "digit-scenes"
 
-    def __init__(self, image_size: int = 160, *, num_images: int = 2000, split: str = "train", seed: int = 0):
+    def __init__(
+        self, image_size: int = 160, *, num_images: int = 2000, split: str = "train", seed: int = 0,
+        most: int = MOST_DIGITS, heights: tuple[float, float] = (-3, -1), grounds: tuple[int, int] = (64, 427),
+    ):  # fmt: skip
+        self.most, self.heights, self.grounds = most, heights, grounds
         check_image_size(image_size)
         self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
         self.scans = Digits(image_size, split=split)
@@ -60,9 +67,9 @@ class DigitScenes:
         picture = self._ground(rng)
         free = np.ones(picture.shape[:2], dtype=bool)
         masks, labels = [], []
-        for _ in range(rng.integers(1, MOST_DIGITS + 1)):
+        for _ in range(rng.integers(1, self.most + 1)):
             scan = int(rng.integers(len(self.scans)))
-            side = int(self.image_size * 2 ** rng.uniform(-3, -1))
+            side = int(self.image_size * 2 ** rng.uniform(*self.heights))
             enlarged = Image.fromarray(self.scans.scans[scan]).resize((side, side), Image.Resampling.BICUBIC)
             ink = np.asarray(enlarged) / 255
             colour = rng.uniform(0, 255, 3)
@@ -92,11 +99,43 @@ class DigitScenes:
         photograph = photographs_here[rng.integers(len(photographs_here))]
         edge = photograph.shape[1] * 2 // 3
         part = photograph[:, edge:] if self._split else photograph[:, :edge]
-        side = int(rng.integers(64, min(part.shape[:2])))
+        least, largest = self.grounds
+        side = int(rng.integers(least, min(largest, *part.shape[:2])))
         top, left = rng.integers(0, part.shape[0] - side), rng.integers(0, part.shape[1] - side)
         crop = Image.fromarray(part[top : top + side, left : left + side])
         ground = np.asarray(crop.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), dtype=np.float64)
         return ground[:, :: 1 if rng.integers(2) else -1].copy()
+
+
+class DigitsOnPhotographs(ClassImages):
+    """One digit of `DigitScenes` a picture, from half of its side to all of it high: what a classifier can learn from.
+
+    The ground is as coarse as behind such a digit in a scene four times as wide.
+
+    Args:
+        image_size: Side of the square pictures in pixels, at least 8.
+        num_images: Length of the data set.
+        split: "train" or "test".
+        seed: Seed of the whole set.
+    """
+
+    name = "digits-on-photographs"
+
+    def __init__(self, image_size: int = 64, *, num_images: int = 20_000, split: str = "train", seed: int = 0):
+        self.scenes = DigitScenes(
+            image_size, num_images=num_images, split=split, seed=seed, most=1, heights=(-1, 0), grounds=(16, 107)
+        )
+        self.image_size, self.seed, self.class_names = image_size, seed, self.scenes.class_names
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def label(self, index: int) -> int:
+        return int(self.scenes.read(index)[1]["labels"][0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels, objects = self.scenes.read(index)
+        return pixels.float().div_(127.5).sub_(1), int(objects["labels"][0])
 
 
 class ShapeScenes:

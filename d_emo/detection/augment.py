@@ -91,11 +91,14 @@ class TrainingImages(Dataset):
         change: From `augmentation`.
         first_label: The detector's label of the first class.
         seed: Seed of all draws.
-
+        masks: Whether masks are wanted; to change them takes time.
     """
 
-    def __init__(self, source: ObjectImages, change: v2.Transform, *, first_label: int, seed: int):
+    def __init__(
+        self, source: ObjectImages, change: v2.Transform, *, first_label: int, seed: int, masks: bool = True
+    ):
         self.source, self.change, self.first_label, self.seed = source, change, first_label, seed
+        self.masks = masks
         self.class_names = source.class_names
 
     def __len__(self) -> int:
@@ -109,11 +112,11 @@ class TrainingImages(Dataset):
             "boxes": tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size),
             "labels": target["labels"] + self.first_label,
         }
-        if "masks" in target:
+        if self.masks and "masks" in target:
             wrapped["masks"] = tv_tensors.Mask(target["masks"])
         words = np.random.SeedSequence([self.seed, getattr(index, "epoch", 0), int(index)]).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(words[0] >> 1))
+            torch.default_generator.manual_seed(int(words[0] >> 1))  # torch.manual_seed asks every kind of device
             image, changed = self.change(tv_tensors.Image(image), wrapped)
         return image.float() / 255, changed
 

@@ -7,7 +7,7 @@ of its own, 10 in all detectors of EMOv2.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from d_emo.detection.targets import check_targets
 from d_emo.models.backbone import EMO, build_backbone
 from d_emo.models.layers import batch_norms
 
@@ -65,15 +66,16 @@ class StageMaps(nn.Module):
 class Pyramid(nn.Module):
     """A feature pyramid of torchvision on the maps of a backbone; as a backbone of torchvision's detectors.
 
-    Shape: (B, 3, H, W) -> by level (B, 256, h, w).
+    Shape: (B, 3, H, W) -> by level (B, out_channels, h, w).
     """
 
-    out_channels = 256
-
-    def __init__(self, maps: StageMaps, extra: ExtraFPNBlock) -> None:
+    def __init__(
+        self, maps: StageMaps, extra: ExtraFPNBlock | None = None, *, out_channels: int = 256,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.maps = maps
-        self.fpn = FeaturePyramidNetwork(maps.widths, self.out_channels, extra)
+        self.maps, self.out_channels = maps, out_channels
+        self.fpn = FeaturePyramidNetwork(maps.widths, out_channels, extra, norm)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return self.fpn(self.maps(x))
@@ -94,6 +96,13 @@ class Detector(nn.Module):
     first_label: int
     num_classes: int
     input_size: tuple[int, int]
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Losses in training, else what is found in each image; InputError for targets that cannot be trained on."""
+        if self.training:
+            labels = range(self.first_label, self.first_label + self.num_classes)
+            check_targets(images, targets, labels, masks=hasattr(self, "roi_heads"))
+        return super().forward(images, targets)
 
     def dense_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The heads' outputs of normalised images of one size; anchors are those of ``anchor_generator``, in order.

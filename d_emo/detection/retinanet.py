@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -14,6 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from d_emo.detection.features import Detector, Pyramid, StageMaps
+from d_emo.errors import InputError
 
 COUNTED_SIZE = (800, 1280)
 """(height, width) for which multiply-accumulates of detectors on a pyramid are listed."""
@@ -96,8 +98,9 @@ class EMORetinaNet(Detector, RetinaNet):
 
 def retinanet(
     backbone: str, *, num_classes: int = 80, min_size: int | Sequence[int] = 800, max_size: int = 1333,
-    norm_eval: bool = True, frozen_stages: int = 1, backbone_options: Mapping[str, Any] | None = None,
-    image_mean: Sequence[float] | None = None, image_std: Sequence[float] | None = None,
+    norm_eval: bool = True, frozen_stages: int = 1, pyramid: Literal["published", "small"] = "published",
+    backbone_options: Mapping[str, Any] | None = None, image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> EMORetinaNet:  # fmt: skip
     """RetinaNet on a backbone.
 
@@ -108,16 +111,33 @@ def retinanet(
             Of several first ones each training image draws one; the last is for measuring.
         norm_eval: Keep the running statistics of the backbone's batch norms.
         frozen_stages: Stages of the backbone that are not trained, with the stem; 0 trains everything.
+        pyramid: "published" has five levels of 256 channels and four convolutions in each head. "small" is for short
+            runs on small pictures: three levels of 64 channels, two convolutions in each head, group norms behind
+            all convolutions (maps of a backbone that was trained briefly are of the order of 0.01), and anchors of
+            11 px and more, as upright as digits are.
         backbone_options: Arguments of `EMO` to replace.
         image_mean, image_std: Of the images, by which they are normalised. Default: ImageNet's; a classifier that was
             trained here has 0.5 for both.
+
+    Raises:
+        InputError: Unknown pyramid.
     """
+    if pyramid not in ("published", "small"):
+        raise InputError(f"unknown pyramid {pyramid!r}; choose 'published' or 'small'")
     maps = StageMaps(backbone, (2, 3, 4), frozen=frozen_stages, norm_eval=norm_eval, options=backbone_options)
-    pyramid = Pyramid(maps, P6P7(maps.widths[-1], Pyramid.out_channels))
-    anchors = ExactAnchors((8, 16, 32, 64, 128), (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1, 2))
-    head = BatchNormalisedHead(Pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes)
+    if pyramid == "published":
+        levels = Pyramid(maps, P6P7(maps.widths[-1], 256))
+        anchors = ExactAnchors((8, 16, 32, 64, 128), (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1, 2))
+        head = BatchNormalisedHead(levels.out_channels, anchors.num_anchors_per_location()[0], num_classes)
+    else:
+        norm = partial(nn.GroupNorm, 8)
+        levels = Pyramid(maps, out_channels=64, norm=norm)
+        anchors = ExactAnchors((8, 16, 32), (1.4, 1.9, 2.6, 3.6), (1.6,))
+        head = BatchNormalisedHead(64, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+        for part in (head.classification_head, head.regression_head):
+            part.conv = part.conv[:2]
     model = EMORetinaNet(
-        pyramid, num_classes, min_size, max_size, anchor_generator=anchors, head=head, score_thresh=0.05,
+        levels, num_classes, min_size, max_size, anchor_generator=anchors, head=head, score_thresh=0.05,
         nms_thresh=0.5, detections_per_img=100, topk_candidates=1000, image_mean=image_mean, image_std=image_std,
     )
     model.num_classes = num_classes

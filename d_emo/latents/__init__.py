@@ -6,6 +6,8 @@ from d_emo.latents.codec import (
     Codec,
     PixelCodec,
     VAECodec,
+    autoencoder_in,
+    codec_of,
     default_codec,
     latent_side,
     load_codec,
@@ -15,6 +17,6 @@ from d_emo.latents.dataset import LatentDataset
 from d_emo.latents.encode import encode
 
 __all__ = [
-    "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "LatentDataset", "VAECodec", "default_codec", "encode",
-    "latent_side", "load_codec", "sample_moments",
+    "SHIPPED", "SHIPPED_VAE", "Codec", "PixelCodec", "LatentDataset", "VAECodec", "autoencoder_in", "codec_of",
+    "default_codec", "encode", "latent_side", "load_codec", "sample_moments",
 ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -16,14 +19,11 @@ from d_emo.config import check_values
 from d_emo.config.ranges import Depth
 from d_emo.errors import InputError
 from d_emo.files import digest_of_tensors, expand_home, read_json
-from d_emo.tables import CODECS, load
+from d_emo.tables import AUTOENCODERS, CODECS, load
 from d_emo.weights import STEM, check_finite, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
-
-LAYERS = {"layers_per_block": Depth}
-"""Of an AutoencoderKL's config, what would take for ever to build; its sizes are compared with those of the weights."""
 
 HUB_SECONDS = 5
 """How long the Hugging Face hub has for its first answer."""
@@ -78,6 +78,8 @@ class PixelCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.clamp(-1, 1)
 
+    decoded = decode
+
     def to(self, device: torch.device) -> PixelCodec:
         return self
 
@@ -91,12 +93,7 @@ class VAECodec:
 
     def __init__(self, vae: nn.Module, name: str):
         self.vae, self.name = vae.eval().requires_grad_(False), name
-        image_channels = vae.config.in_channels, vae.config.out_channels
-        if image_channels != (3, 3):
-            raise InputError(
-                f"the VAE {name} takes images of {image_channels[0]} channels and gives {image_channels[1]}; one of "
-                "RGB images, with 3 and 3, is needed"
-            )
+        check_channels(name, vae.config.in_channels, vae.config.out_channels)
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = vae.config.latent_channels
         self.scaling, self.shift = factors_of(vae.config, self.channels, name)
@@ -119,6 +116,10 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoded(latents)
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` with gradients. Shape: (B, C, H / f, W / f) -> (B, 3, H, W)."""
         z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
         images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
@@ -126,6 +127,19 @@ class VAECodec:
     def to(self, device: torch.device) -> VAECodec:
         self.vae.to(device)
         return self
+
+
+def check_channels(name: str, taken: int, given: int) -> None:
+    """Refuse a VAE of other images than RGB.
+
+    Raises:
+        InputError: It is of such.
+    """
+    if (taken, given) != (3, 3):
+        raise InputError(
+            f"the VAE {name} takes images of {taken} channels and gives {given}; one of RGB images, with 3 and 3, is "
+            "needed"
+        )
 
 
 def factors_of(config: Mapping[str, Any], channels: int, name: str) -> tuple[Factor, Factor]:
@@ -170,6 +184,8 @@ def latent_side(codec: Codec, image_size: int) -> int:
         raise InputError(
             f"`image_size` {image_size} is not a multiple of {codec.downsample}, which the codec {codec.name} needs"
         )
+    if (only := getattr(codec, "image_size", image_size)) != image_size:
+        raise InputError(f"the codec {codec.name} is for images of {only} px; give `image_size` {only}")
     return image_size // codec.downsample
 
 
@@ -183,15 +199,13 @@ def load_codec(name: str) -> Codec:
 
     Args:
         name: A name of ``d_emo.tables.CODECS``; a local folder, or the name of a repository on the Hugging Face hub, of
-            an ``AutoencoderKL`` (also a pipeline's, in its sub-folder ``vae``).
+            an autoencoder of a class in ``d_emo.tables.AUTOENCODERS`` (also a pipeline's, in its sub-folder ``vae``).
 
     Raises:
         InputError: There is no such codec, or the hub cannot be reached; says what to do.
     """
     if name in CODECS:
         return load(CODECS[name].open)()
-    from diffusers import AutoencoderKL
-
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     folder = expand_home(name) if looks_local else _fetch(name)
     if folder.is_file():
@@ -207,12 +221,37 @@ def load_codec(name: str) -> Codec:
     if (folder / "vae").is_dir() and not (folder / "config.json").exists():
         folder = folder / "vae"
     try:
-        read_json(folder / "config.json", lambda config: check_values(config, LAYERS))
-        vae = load_pretrained(AutoencoderKL, folder)
+        vae = load_pretrained(autoencoder_in(folder), folder)
         check_finite(vae.state_dict(), str(folder))
     except InputError as error:
-        raise InputError(f"`vae` {name} does not hold a readable AutoencoderKL: {error}") from None
-    return VAECodec(vae, name)
+        raise InputError(f"`vae` {name} does not hold a readable autoencoder: {error}") from None
+    return codec_of(vae, name)
+
+
+def autoencoder_in(folder: Path) -> type[nn.Module]:
+    """The class of diffusers that a folder's ``config.json`` says to hold.
+
+    Raises:
+        InputError: It is another, is not installed, or is of more layers than can be built.
+    """
+    config = read_json(folder / "config.json", dict)
+    if (kind := config.get("_class_name")) not in AUTOENCODERS:
+        raise InputError(f"{folder} holds {kind or 'another network'}, not {' or '.join(AUTOENCODERS)}")
+    # What would take for ever to build; sizes are compared with those of the weights.
+    row = AUTOENCODERS[kind]
+    depths = {name: list[Depth] if isinstance(config.get(name), list) else Depth for name in row.depths}
+    read_json(folder / "config.json", lambda config: check_values(config, depths))
+    if row.needs and find_spec(row.needs) is None:
+        raise InputError(f"{kind} needs {row.needs}: pip install {row.needs}")
+    try:
+        return load(f"diffusers:{kind}")
+    except AttributeError:
+        raise InputError(f"the installed diffusers has no {kind}; a newer one is needed") from None
+
+
+def codec_of(vae: nn.Module, name: str = "vae") -> VAECodec:
+    """The codec over an autoencoder of diffusers; InputError for one of a class without."""
+    return load(AUTOENCODERS[type(vae).__name__].codec)(vae, name)
 
 
 def shipped_vae() -> VAECodec:
@@ -230,14 +269,36 @@ def _fetch(name: str) -> Path:
     wanted = [*files, *(f"vae/{each}" for each in files)]
     refusal = _refusal(lambda: HfApi().model_info(name, timeout=HUB_SECONDS))  # a download asks, and warns, many times
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
+        with _of_few_words():
+            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:  # whatever the HTTP library of the day raises
-        error = refusal or error
+        if refusal is None:
+            what = f"the download of the VAE {name!r} from the Hugging Face hub broke off ({first_line(error)}). Run "
+            what += "the same command again; or, where the network is better,"
+        else:
+            what = f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
+            what += f"({first_line(refusal)}). On a machine with a network"
         raise InputError(
-            f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
-            f"({first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE} or `vae` pixels, which need no network"
+            f"{what} run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give `vae` FOLDER; or use `vae` "
+            f"{SHIPPED_VAE} or `vae` pixels, which need no network"
         ) from None
+
+
+@contextmanager
+def _of_few_words() -> Iterator[None]:
+    """Inside, the hub's client tells of no attempts that failed, and shows bars on a terminal only."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if hidden := bars and not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hidden:
+            enable_progress_bars()
 
 
 def _refusal(ask: Callable[[], Any]) -> Exception | None:

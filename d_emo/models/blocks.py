@@ -263,9 +263,12 @@ def mobile_block(kind: BlockKind, dim: int, out_dim: int | None = None, **option
     return MetaMobileBlock(dim, out_dim, **{**MOBILE_BLOCKS[kind], **options})
 
 
-def adaln_projection(dim: int, chunks: int) -> nn.Sequential:
-    """SiLU and one linear layer from the condition to ``chunks`` vectors of ``dim`` channels."""
-    return Layers(nn.SiLU(), nn.Linear(dim, chunks * dim))
+def adaln_projection(dim: int, chunks: int, condition_dim: int | None = None) -> nn.Sequential:
+    """SiLU and one linear layer from the condition to ``chunks`` vectors of ``dim`` channels.
+
+    Shape: (B, condition_dim or dim) -> (B, chunks * dim).
+    """
+    return Layers(nn.SiLU(), nn.Linear(condition_dim or dim, chunks * dim))
 
 
 def gated_residual(x: Tensor, chunks: Tensor, norm: nn.Module, operator: Callable[[Tensor], Tensor]) -> Tensor:
@@ -283,17 +286,18 @@ class AdaLNMobileBlock(nn.Module):
     One residual, so three chunks where DiT has six; the zero gate replaces LayerScale (EMOv2 paper, III-C3).
 
     Args:
-        dim: channels of the tokens and of the condition.
+        dim: channels of the tokens.
+        condition_dim: channels D of the condition; ``dim`` unless given.
         options: see `MobileOperator`.
 
-    Shape: x (B, H, W, C), c (B, C) -> (B, H, W, C).
+    Shape: x (B, H, W, C), c (B, D) -> (B, H, W, C).
     """
 
-    def __init__(self, dim: int, **options: Any) -> None:
+    def __init__(self, dim: int, *, condition_dim: int | None = None, **options: Any) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.operator = MobileOperator(dim, **options)
-        self.adaLN_modulation = adaln_projection(dim, 3)
+        self.adaLN_modulation = adaln_projection(dim, 3, condition_dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return gated_residual(x, self.adaLN_modulation(c), self.norm, self.operator)  # (B, H, W, C)
@@ -318,16 +322,18 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """DiT's transformer block with adaLN-Zero (DiT paper, fig. 3): attention and MLP, two residuals, six chunks.
 
-    Shape: x (B, H, W, C), c (B, C) -> (B, H, W, C).
+    Shape: x (B, H, W, C), c (B, D) -> (B, H, W, C); D is C unless ``condition_dim`` says otherwise.
     """
 
-    def __init__(self, dim: int, *, num_heads: int, expand_ratio: float = 4.0) -> None:
+    def __init__(
+        self, dim: int, *, num_heads: int, expand_ratio: float = 4.0, condition_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.attn = SelfAttention(dim, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * expand_ratio))
-        self.adaLN_modulation = adaln_projection(dim, 6)
+        self.adaLN_modulation = adaln_projection(dim, 6, condition_dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         attention, mlp = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, 3C)

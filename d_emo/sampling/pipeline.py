@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, DEFAULT_STEPS, check_guidance
+import d_emo.models.denoiser  # noqa: F401  diffusers opens networks only of modules that are imported already
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import (
     PIPELINE_CODE,
@@ -22,13 +23,13 @@ from d_emo.io.snapshot import (
     load_denoiser,
     pipeline_index,
 )
-from d_emo.latents import Codec, PixelCodec, VAECodec, load_codec
+from d_emo.latents import Codec, PixelCodec, autoencoder_in, codec_of, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import is_count
 from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import check_codec, decode, denoise
 from d_emo.sampling.guidance import Guidance
-from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps
+from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps, steps_for
 from d_emo.tables import objective_of
 from d_emo.weights import check_pretrained, find_weights
 
@@ -60,7 +61,7 @@ class DEMOPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: DenoiserFrame, scheduler: Any = None, vae: AutoencoderKL | None = None,
+        self, transformer: DenoiserFrame, scheduler: Any = None, vae: ModelMixin | None = None,
         id2label: dict[str, str] | None = None, label_dropout: float = 0.1, objective: str | None = None,
         codec: str | None = None, noise_schedule: dict[str, Any] | None = None,
     ):  # fmt: skip
@@ -68,7 +69,7 @@ class DEMOPipeline(DiffusionPipeline):
         if vae is None and codec is not None:
             vae = getattr(load_codec(codec), "vae", None)
         if vae is not None:
-            check_codec(VAECodec(vae, "vae"), transformer)
+            check_codec(codec_of(vae), transformer)
         if scheduler is None:
             if noise_schedule is None:
                 raise InputError("the pipeline needs a `scheduler`; d_emo.sampling.make_scheduler makes one")
@@ -107,7 +108,7 @@ class DEMOPipeline(DiffusionPipeline):
         if "transformer" not in options:
             options["variant"] = find_weights(folder / "transformer", options.get("variant"))[1]
         if "vae" not in options and (folder / "vae").is_dir():
-            check_pretrained(AutoencoderKL, folder / "vae", options.get("variant"))
+            check_pretrained(autoencoder_in(folder / "vae"), folder / "vae", options.get("variant"))
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -136,7 +137,7 @@ class DEMOPipeline(DiffusionPipeline):
         self,
         class_labels: Labels = (),
         guidance_scale: float | None = None,
-        num_inference_steps: int = DEFAULT_STEPS,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_channels: Literal["all", "3"] = "all",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -154,7 +155,7 @@ class DEMOPipeline(DiffusionPipeline):
         Args:
             class_labels: Ids or names, or a tensor or an array of ids; may be left out where there is only one class.
             guidance_scale: 1 is none and costs one forward pass. Default: 4; without label dropout or with a guide 1.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps. Default: 30, or the only number that the objective has.
             generator: One for all pictures, or a list of one for each, which frees a picture from its neighbours.
             guidance_channels, guidance_interval: See `Guidance`.
             latents: Unit noise to start from in place of the generator's. Shape: (B, C, h, w).
@@ -189,7 +190,7 @@ class DEMOPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device)
         elif tuple(latents.shape) != shape:
             raise InputError(f"the latents must have the shape {shape}, not {tuple(latents.shape)}")
-        set_steps(self.scheduler, num_inference_steps, self._execution_device)
+        set_steps(self.scheduler, steps_for(self.config.objective, num_inference_steps), self._execution_device)
         steps = denoise(
             self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
             guidance=guidance, generator=generator, objective=self.config.objective,
@@ -208,7 +209,7 @@ class DEMOPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _finish(self, latents: torch.Tensor, output_type: str) -> Any:
-        codec: Codec = PixelCodec() if self.vae is None else VAECodec(self.vae, "vae")
+        codec: Codec = PixelCodec() if self.vae is None else codec_of(self.vae)
         return VaeImageProcessor().postprocess(decode(codec, latents), output_type)
 
 

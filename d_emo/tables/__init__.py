@@ -20,9 +20,11 @@ from d_emo.tables.metrics import (
 from d_emo.tables.models import BLOCKS, FAMILIES, FRAMES, SIZES, BlockRow, FamilyRow, FrameRow, denoisers, family_of
 from d_emo.tables.networks import (
     ALIGNMENTS,
+    AUTOENCODERS,
     CODECS,
     EXTRACTORS,
     AlignmentRow,
+    AutoencoderRow,
     CodecRow,
     ExtractorRow,
     parse_alignment,

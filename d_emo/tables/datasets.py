@@ -51,5 +51,11 @@ DATASETS: Table[DatasetRow] = Table(
             mirrors=False,
             licence="scikit-learn's digits are scans from the UCI repository, which gives them under CC BY 4.0.",
         ),
+        DatasetRow(
+            name="digits-on-photographs", title="scikit-learn's digits on its photographs",
+            images="d_emo.data.scenes:DigitsOnPhotographs", num_classes=10, drawn=True, mirrors=False, held_out=1000,
+            licence="The digits are scans from the UCI repository, which gives them under CC BY 4.0, as scikit-learn's "
+            "photographs are.",
+        ),
     ],
 )  # fmt: skip

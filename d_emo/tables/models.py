@@ -15,7 +15,7 @@ class BlockRow:
         name: The value of ``Denoiser``'s argument ``block``.
         module: Called with ``hidden_size``, and by keyword ``num_heads``, ``expand_ratio`` and the ``options``; gives a
             module of forward(x, c), x (B, H, W, C) and c (B, C) -> (B, H, W, C). Its ``adaLN_modulation[1].weight``, if
-            it has one, starts at zero.
+            it has one, starts at zero. Hierarchical denoisers add ``condition_dim``, the channels of c.
         options: Arguments of ``Denoiser`` that it takes beyond these: of attention_mode, window_size, kernel_size and
             local_norm. All others are refused for it.
         affine_final_norm: Whether the norm of the final layer has a weight and a bias.
@@ -48,6 +48,13 @@ SIZES: dict[str, dict[str, int]] = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 """Depth, width and heads as in DiT; the tiny size is ours."""
+
+LEVELS: dict[str, dict[str, Any]] = {
+    "Ti": {"widths": (96, 192, 288), "depths": (4, 2, 2), "condition_size": 192, "head_size": 32},
+    "S": {"widths": (192, 384, 576), "depths": (4, 2, 2), "condition_size": 384},
+    "B": {"widths": (384, 768, 1152), "depths": (4, 2, 2), "condition_size": 768},
+}
+"""Hierarchical denoisers with the parameters of the flat ones of the same name, within 1 %; all ours."""
 
 PATCH_SIZES = (1, 2, 4, 8)
 
@@ -86,12 +93,19 @@ BLOCKS: Table[BlockRow] = Table(
     ],
 )  # fmt: skip
 
-FRAMES: Table[FrameRow] = Table("denoiser", [FrameRow(name="Denoiser", denoiser="d_emo.models.denoiser:Denoiser")])
+FRAMES: Table[FrameRow] = Table(
+    "denoiser",
+    [
+        FrameRow(name="Denoiser", denoiser="d_emo.models.denoiser:Denoiser"),
+        FrameRow(name="HierarchicalDenoiser", denoiser="d_emo.models.hierarchical:HierarchicalDenoiser"),
+    ],
+)
 
 FAMILIES: Table[FamilyRow] = Table(
     "family of denoisers",
     [
         FamilyRow(name="D-EMOv2", block="i2rmb", papers=("EMOv2", "DiT")),
+        FamilyRow(name="U-D-EMOv2", block="i2rmb", objective="flow", frame="HierarchicalDenoiser", sizes=LEVELS),
         FamilyRow(name="DiT", block="dit"),
         FamilyRow(name="SiT", block="dit", objective="flow"),
     ],

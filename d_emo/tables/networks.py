@@ -24,6 +24,23 @@ class CodecRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencoderRow:
+    """A class of autoencoders that folders and repositories may hold.
+
+    Attributes:
+        name: The class of diffusers, as ``config.json`` names it.
+        codec: Called with one and its name; gives a ``d_emo.latents.Codec``.
+        depths: Names of its config that say how many layers it has, which are bounded before it is built.
+        needs: A package that diffusers builds it with.
+    """
+
+    name: str
+    codec: Reference
+    depths: tuple[str, ...] = ()
+    needs: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractorRow:
     """A network whose features are measured.
 
@@ -72,6 +89,23 @@ CODECS: Table[CodecRow] = Table(
         CodecRow(name="d-emo-f8", open="d_emo.latents.codec:shipped_vae", help="the small VAE that ships"),
     ],
 )
+
+AUTOENCODERS: Table[AutoencoderRow] = Table(
+    "class of autoencoders",
+    [
+        AutoencoderRow(
+            name="AutoencoderKL", codec="d_emo.latents.codec:VAECodec", depths=("layers_per_block",),
+        ),
+        AutoencoderRow(
+            name="AutoencoderDC", codec="d_emo.latents.autoencoders:DCCodec",
+            depths=("encoder_layers_per_block", "decoder_layers_per_block"),
+        ),
+        AutoencoderRow(
+            name="AutoencoderRAE", codec="d_emo.latents.autoencoders:RAECodec",
+            depths=("encoder_num_hidden_layers", "decoder_num_hidden_layers"), needs="transformers",
+        ),
+    ],
+)  # fmt: skip
 
 EXTRACTORS: Table[ExtractorRow] = Table(
     "feature extractor",

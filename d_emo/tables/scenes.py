@@ -31,8 +31,8 @@ SCENES: Table[SceneRow] = Table(
         SceneRow(
             name="digit-scenes", title="scanned digits on photographs", scenes="d_emo.data.scenes:DigitScenes",
             mirrors=False,
-            licence="The digits are scans from the UCI repository, which gives them under CC BY 4.0, as scikit-learn's "
-            "photographs are.",
+            licence="The digits are scans from the UCI repository, which gives them under CC BY 4.0; scikit-learn's "
+            "photographs are under CC BY 2.0.",
         ),
         SceneRow(
             name="shape-scenes", title="shapes of Shapes-1000", scenes="d_emo.data.scenes:ShapeScenes",
@@ -40,8 +40,8 @@ SCENES: Table[SceneRow] = Table(
         ),
         SceneRow(
             name="nuclei", title="a micrograph of nuclei in the package stardist", scenes="d_emo.data.nuclei:Nuclei",
-            licence="The micrograph is one of the 2018 Data Science Bowl's (CC0), and ships inside stardist, which is "
-            "under the BSD 3-clause licence.",
+            licence="The micrograph is one of the 2018 Data Science Bowl's and ships inside stardist, which is under "
+            "the BSD 3-clause licence.",
         ),
         SceneRow(
             name="fundus", title="drawn fundus photographs with their vessels",
