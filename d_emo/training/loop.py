@@ -98,6 +98,7 @@ class _Run:
         if settings.sync_batchnorm:
             synchronise_batch_norms(model)
         self.ema = EMA(model, settings.ema_decay, warmup=settings.ema_warmup)
+        task.averaged = self.ema.model
         optimizer = make_optimizer(model, settings, task.lr_scales, accelerator.device)
         if settings.compile:
             model.compile()
