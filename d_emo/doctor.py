@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from d_emo.data import ClassImages, spread, to_uint8
+from d_emo.data.describing import describe_passes, describe_sizes, some
 from d_emo.data.reading import naming, orientation_of
 from d_emo.errors import InputError
 from d_emo.files import digest
@@ -22,10 +23,6 @@ from d_emo.threads import thread_count
 
 SHEET_SIDE = 8
 """Images along a side of the contact sheet."""
-
-MOST_NAMED = 3
-"""Of the images or classes that a line is about, how many it names."""
-
 FAR_FROM_NORMAL = 0.5, 2.0
 """Deviations of a latent channel outside of these are far from the noise's, which is 1; so are such means."""
 
@@ -130,7 +127,7 @@ def describe(
         lines.append(("beside", images.left_out))
     lines += _files(found) + _classes(counts, images.class_names)
     if found.unreadable:
-        reasons = _some(found.unreadable.values(), "; ")
+        reasons = some(found.unreadable.values(), "; ")
         what = "which training passes over" if getattr(images, "skip_corrupt", False) else (
             "training stops at them unless `skip_corrupt` passes over them"
         )
@@ -138,10 +135,8 @@ def describe(
     lines += _copies(found)
     if held_out is not None:
         lines += _held_out(found, held_out)
-    passes, epoch = max_steps * batch_size / len(images), math.ceil(len(images) / batch_size)
-    lines.append(("training", f"{epoch:,} step{'s' * (epoch > 1)} of {batch_size:,} images an epoch; "
-                              f"{max_steps:,} steps pass over the data {passes:,.{0 if passes > 100 else 1}f} times; "
-                              f"images are {'mirrored at random' if images.flip else 'not mirrored'}"))
+    lines.append(("training", f"{describe_passes(len(images), batch_size, max_steps)}; images are "
+                              f"{'mirrored at random' if images.flip else 'not mirrored'}"))
     return lines
 
 
@@ -149,13 +144,10 @@ def _files(found: Findings) -> list[tuple[str, str]]:
     headers, side = list(found.headers.values()), found.images.image_size
     if not headers:
         return [("files", f"none: the images are drawn at {side} px")]
-    shorter = sorted(min(header.size) for header in headers)
-    small = sum(each < side for each in shorter)
-    several = Counter(f"{width} x {height}" for width, height in (header.size for header in headers))
-    sizes = f"shorter side {shorter[0]} to {shorter[-1]} px, median {median(shorter):g}; {len(several):,} sizes, most "
-    sizes += f"often {several.most_common(1)[0][0]}"
+    small, sizes = sum(min(header.size) < side for header in headers), [header.size for header in headers]
     formats = _counted(Counter(header.format for header in headers))
-    lines = [("sizes", sizes), ("formats", f"{formats}; modes {_counted(Counter(header.mode for header in headers))}")]
+    formats += f"; modes {_counted(Counter(header.mode for header in headers))}"
+    lines = [("sizes", describe_sizes(sizes)), ("formats", formats)]
     turned, clear, coloured = (
         sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent", "coloured")
     )
@@ -176,7 +168,7 @@ def _classes(counts: Counter[int], names: Sequence[str]) -> list[tuple[str, str]
     text = f"{smallest:,} ({names[least]}) to {largest:,} ({names[most]}) images, median {median(counts.values()):g}"
     lines = [("classes", text if len(names) > 1 else names[0])]
     if missing := [name for label, name in enumerate(names) if label not in counts]:
-        lines.append(("LOOK", f"{len(missing):,} classes without an image: {_some(missing)}"))
+        lines.append(("LOOK", f"{len(missing):,} classes without an image: {some(missing)}"))
     if largest > 10 * smallest:
         lines.append(("LOOK", f"{names[most]} has {largest / smallest:.0f} times the images of {names[least]}, and "
                               "training draws it as much more often"))
@@ -200,7 +192,7 @@ def _held_out(found: Findings, held_out: Findings) -> list[tuple[str, str]]:
     lines = [("held out", f"{len(held_out.images):,} images; {len(held_out.digests):,} looked at")]
     if held_out.unreadable:
         lines.append(("LOOK", f"{len(held_out.unreadable):,} held-out images unreadable: "
-                              f"{_some(held_out.unreadable.values(), '; ')}"))
+                              f"{some(held_out.unreadable.values(), '; ')}"))
     if both:
         one, other = both[0]
         lines.append(("LOOK", f"{len(both):,} of them are trained on, such as {held_out.images.origin(one)}, which is "
@@ -266,7 +258,3 @@ def _counted(counter: Counter[str]) -> str:
 def _names(images: ClassImages, group: Sequence[int]) -> str:
     return " and ".join(images.origin(index) for index in group[:2])
 
-
-def _some(texts: Iterable[str], between: str = ", ") -> str:
-    texts = list(texts)
-    return between.join(texts[:MOST_NAMED]) + (f"{between}..." if len(texts) > MOST_NAMED else "")

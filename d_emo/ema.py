@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from d_emo.text import plural
 from d_emo.weights import load_weights
 
 START_SHARE = 0.05
@@ -47,8 +48,8 @@ class EMA:
             return None
         tenth = f", or `ema_decay` {1 - 10 / self.step:.4g}, which averages over a tenth" if self.step > 20 else ""
         return (
-            f"the averaged weights are still to {100 * self.start_share:.1f} % those before training, as {self.step} "
-            f"steps are few for `ema_decay` {self.decay:g}; give `ema_warmup`{tenth}"
+            f"the averaged weights are still to {100 * self.start_share:.1f} % those before training: `ema_decay` "
+            f"{self.decay:g} needs more than {plural(self.step, 'step')}; give `ema_warmup`{tenth}"
         )
 
     def _decay_at(self, step: int) -> float:

@@ -74,7 +74,7 @@ def test_written_settings_read_back_the_same(tmp_path):
         (TrainSettings, ["--dataset", "cifar"], "dataset"),
         (TrainSettings, ["--config", "no-such.yaml"], "--config: File does not exist: "),
         (TrainSettings, ["--model", "SiT-S/2", "--objective", "eps"], "--model DiT-S/2"),
-        (TrainSettings, ["--objective", "flwo"], "--objective must be one of eps, flow, flow-x, flow-eps, not"),
+        (TrainSettings, ["--objective", "flwo"], "--objective must be one of eps, flow, flow-x, flow-eps, one-step"),
         (TrainSettings, ["--objective", "v"], "--objective"),
         (SampleSettings, ["--class", "1", "--steps", "1001"], "--steps"),
         (SampleSettings, ["--class", "1", "--guidance-scale", "-1"], "--guidance-scale"),

@@ -1,10 +1,15 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_released import fake
+from torchvision.transforms.v2 import functional as F
 
+from d_emo.cli import train_detector
 from d_emo.config import ClassifierSettings, DetectorSettings
 from d_emo.data.scenes import DigitScenes
 from d_emo.detection.augment import TrainingImages
+from d_emo.detection.contents import describe_objects
 from d_emo.errors import InputError
 from d_emo.io.snapshot import kind_of, load_classifier
 from d_emo.io.training_state import load_state
@@ -105,3 +110,61 @@ def test_the_schedule_is_constant_for_half_of_the_run():
     settings = DetectorSettings(max_steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [learning_rate(settings, step) for step in (4, 10, 49, 75, 99)]
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.0], abs=2e-3)
+
+
+class Objects:
+    """Three classes, one of them of nothing; a picture each with objects, with none that can be trained on, broken."""
+
+    name, class_names = "objects", ["cat", "dog", "owl"]
+
+    def __len__(self):
+        return 3
+
+    def read(self, index):
+        if index == 2:
+            raise InputError("cannot read the image 2.png (broken); repair or replace it")
+        boxes = torch.tensor([[0.0, 0, 10, 4], [2, 2, 8, 30], [5, 5, 5, 9]])
+        labels, crowd = torch.tensor([1, 0, 1]), torch.tensor([index == 1, index == 1, False])
+        return torch.zeros(3, 20, 40, dtype=torch.uint8), {"boxes": boxes, "labels": labels, "iscrowd": crowd}
+
+
+def test_objects_are_counted_as_training_takes_them():
+    said = describe_objects(Objects(), 1000)
+    assert said == [
+        ("data", "objects: 3 images of 3 classes; 2 looked at"),
+        ("LOOK", "1 unreadable, training stops at them: cannot read the image 2.png (broken); repair or replace it"),
+        ("sizes", "all are 40 x 20 px"),
+        ("objects", "0 to 2 an image, median 1; shorter side 4 to 6 px, median 5"),
+        ("by class", "dog 1, cat 1"),
+        ("beside", "4 objects not to be trained on: crowds, or without an area"),
+        ("LOOK", "1 image without an object to train on"),
+        ("LOOK", "1 class without an object: owl"),
+    ]
+
+
+@pytest.mark.parametrize("model", ["ssdlite-emov2_1m", "maskrcnn-emov2_1m"])
+def test_a_dry_run_says_what_there_is_and_writes_one_picture_only(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = {"model_options": {"backbone_options": BACKBONE}, "batch_size": 2, "image_size": 32}
+    options = {} if model.startswith("ssd") else options
+    train_detector.run(DetectorSettings(**{**TINY, "model": model, "output_dir": "run", "dry_run": True, **options}))
+    said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+    assert said["data"] == "digit-scenes: 12 images of 10 classes; 12 looked at" and "all 4 steps" in said["time"]
+    assert said["training"].startswith(f"{3 if model.startswith('ssd') else 6} steps of") and "GiB" in said["memory"]
+    (picture,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    columns = 4 if model.startswith("ssd") else 2
+    assert picture == tmp_path / "samples" / "dry-run-run.png" and said["batch"].startswith("samples/dry-run-run.png")
+    assert Image.open(picture).size == (columns * 324 + 4, 328)
+
+
+def test_a_dry_run_draws_the_boxes_that_the_network_is_given():
+    task = DetectorTask(DetectorSettings(**TINY))
+    batch = TrainingImages.collate([task.dataset[0], task.dataset[1]])
+    drawn, count = task.picture(batch)
+    nothing = [{name: value[:0] for name, value in each.items()} for each in batch[1]]
+    plain, _ = task.picture([batch[0], nothing])
+    changed = np.any(np.asarray(drawn) != np.asarray(plain), axis=2)[4:324, 4:324]
+    left, top, right, bottom = (batch[1][0]["boxes"][0] * 320 / 64).tolist()
+    assert count == 2 and changed[round((top + bottom) / 2), max(0, round(left))] and changed.mean() < 0.9
+    seen = F.resize(batch[0][0], [320, 320], antialias=True).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(plain)[4:324, 4:324] / 255 - seen).max() < 0.02

@@ -94,11 +94,13 @@ def test_operators_and_eight_bits_of_onnx(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
 
 
+@pytest.mark.parametrize("size", [(8, 9), (9, 9), (8, 8), (9, 8)])  # as the window divides them or not
 @pytest.mark.parametrize("mode", ["near", "far", "spanning"])
-def test_exported_attention_has_tensors_of_at_most_four_axes(mode):
+def test_exported_attention_has_tensors_of_at_most_four_axes_and_no_alias(mode, size):
     """As Core ML wants them."""
     attention = WindowAttention(8, 24, num_heads=2, window_size=(2, 3), mode=mode)
-    graph = torch.export.export(attention, (torch.randn(2, 8, 9, 8),)).run_decompositions({}).graph
+    graph = torch.export.export(attention, (torch.randn(2, *size, 8),)).run_decompositions({}).graph
+    assert not [node for node in graph.nodes if node.target is torch.ops.aten.alias.default]
     shapes = [node.meta["val"].shape for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert len(shapes) > 20 and max(map(len, shapes)) == 4
 
@@ -107,6 +109,18 @@ def test_exported_attention_has_tensors_of_at_most_four_axes(mode):
 def test_core_ml_converts(tmp_path):
     pytest.importorskip("coremltools")
     assert export(portable_classifier(classifier(), 64), tmp_path / "network.mlpackage") is None
+    assert (tmp_path / "network.mlpackage" / "Manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("emov2_1m", (224, 224)), ("emov1_1m", (96, 128))])
+def test_core_ml_takes_a_program_of_the_users_own(name, size, tmp_path):
+    coremltools = pytest.importorskip("coremltools")
+    program = torch.export.export(timm.create_model(name).eval(), (torch.randn(1, 3, *size),))
+    with pytest.raises(NotImplementedError, match="run_decompositions"):
+        coremltools.convert(program, minimum_deployment_target=coremltools.target.iOS17)
+    converted = coremltools.convert(program.run_decompositions({}), minimum_deployment_target=coremltools.target.iOS17)
+    converted.save(str(tmp_path / "network.mlpackage"))
     assert (tmp_path / "network.mlpackage" / "Manifest.json").exists()
 
 

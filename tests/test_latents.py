@@ -1,4 +1,5 @@
 import copy
+import logging
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_codecs_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf download nobody/no-such-vae.*`vae` d-emo-f8"):
         load_codec("nobody/no-such-vae")
+
+
+def test_a_download_that_breaks_off_is_one_sentence(monkeypatch, caplog):
+    hub = logging.getLogger("huggingface_hub.file_download")
+    verbosity = logging.getLogger("huggingface_hub").level
+
+    def fetch(name, **options):
+        if options["local_files_only"]:
+            raise LookupError("not there")
+        hub.warning("Error while downloading from https://...\nTrying to resume download...")
+        raise ConnectionError("peer closed connection (received 10 bytes, expected 20)\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: None)
+    with pytest.raises(InputError, match=r"broke off \(peer closed .* 20\)\)\. Run the same command again; .*`vae`"):
+        load_codec("someone/vae")
+    assert not caplog.records and logging.getLogger("huggingface_hub").level == verbosity
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: 1 / 0)
+    with pytest.raises(InputError, match=r"could not be fetched from the Hugging Face hub \(division by zero\)\. On a"):
+        load_codec("someone/vae")
 
 
 def test_an_encoder_is_known_by_its_weights_not_by_its_name_or_decoder(vae):

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "d_emo"
 LAYERS = [
     "errors", "text", "files", "claims", "tables", "config", "threads", "device", "weights", "kernels", "data",
-    "latents", "models", "detection", "segmentation", "objective", "ema", "io", "training", "sampling", "evaluation",
-    "doctor", "explain", "portable", "export", "app", "lab", "cli",
+    "latents", "models", "detection", "segmentation", "objective", "frechet", "ema", "io", "training", "sampling",
+    "evaluation", "doctor", "explain", "portable", "export", "app", "lab", "cli",
 ]
 INSIDE = {
     "config": [
@@ -27,13 +27,15 @@ INSIDE = {
     ],
     "segmentation": [
         "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",
+        "contents",
     ],
     "data": [
         "reading", "images", "listing", "names", "shapes", "digits", "scenes", "nuclei", "fundus", "moving", "stored",
         "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
+        "describing",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
-                  "average_precision", "drawing"],
+    "detection": ["targets", "features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+                  "average_precision", "drawing", "contents"],
     "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
@@ -49,7 +51,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report", "dense"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 

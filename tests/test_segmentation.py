@@ -7,7 +7,7 @@ import torch
 import yaml
 from PIL import Image
 
-from d_emo.cli import run_verb
+from d_emo.cli import run_verb, train_segmenter
 from d_emo.config import SegmenterSettings, parse_settings
 from d_emo.data.sampler import EpochIndex
 from d_emo.errors import InputError
@@ -16,8 +16,10 @@ from d_emo.io.snapshot import load_classifier, save_classifier
 from d_emo.io.training_state import load_state
 from d_emo.models import create_model
 from d_emo.segmentation.augment import TrainingCrops
+from d_emo.segmentation.contents import describe_masks
 from d_emo.segmentation.images import IGNORED, LabelledScenes, MaskFolder
 from d_emo.segmentation.measures import Areas, Quality, segment
+from d_emo.segmentation.pictures import palette, with_legend
 from d_emo.training import fit
 from d_emo.training.optimizer import learning_rate
 from d_emo.training.segmenter import SegmenterTask, start_backbone
@@ -213,7 +215,35 @@ def test_training_resumes_exactly_measures_and_draws(tmp_path):
     assert snapshot.meta["quality"]["images"] == 3 and len(snapshot.meta["quality"]["iou"]) == 11
     assert "On 3 held-out images, at the end of training: mIoU" in (whole / "README.md").read_text()
     with Image.open(tmp_path / "whole" / "samples" / "step-4.png") as picture:
-        assert picture.size == (3 * 36 + 4, 6 * 36 + 4)
+        assert picture.width == 3 * 36 + 4 and picture.height > 22 + 6 * 36  # and the colours' names
+
+
+def test_a_dry_run_says_what_there_is_and_writes_one_picture_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "set")
+    before = set(tmp_path.rglob("*"))
+    values = {**TINY, "data_dir": str(folder), "batch_size": 2, "output_dir": "run", "dry_run": True}
+    train_segmenter.run(SegmenterSettings(**values))
+    said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+    assert said["data"] == "set: 2 images of 2 classes; 2 looked at" and said["sizes"] == "all are 30 x 20 px"
+    assert said["by images"] == "ground 2, thing 2" and said["by pixels"] == "thing 81.7%, ground 18.3%"
+    assert said["ignored"] == "5.0% of the pixels are of no class" and said["training"].startswith("1 step of 2 images")
+    (picture,) = (path for path in set(tmp_path.rglob("*")) - before if path.is_file())
+    assert picture == tmp_path / "samples" / "dry-run-run.png" and "(2 images as" in said["batch"]
+    assert Image.open(picture).size == (4 * 36 + 4, 22 + 36 + 22)
+    (folder / "masks" / "train" / "b.png").write_text("hello")
+    images = MaskFolder(folder)
+    images.class_names.append("nothing")
+    lines = describe_masks(images, 1000)
+    assert lines[1][0] == "LOOK" and lines[1][1].startswith("1 unreadable, training stops at them: cannot read")
+    assert lines[-1] == ("LOOK", "1 class in no mask: nothing")
+
+
+def test_a_legend_takes_as_many_lines_as_it_needs():
+    picture, colours = Image.new("RGB", (100, 50)), palette(3)
+    one, three = (with_legend(picture, ["background"] * 3, colours, range(count)) for count in (1, 3))
+    assert one.size == (100, 72) and three.size == (100, 50 + 3 * 22)
+    assert one.getpixel((10, 55)) == tuple(colours[0]) and three.getpixel((10, 99)) == tuple(colours[2])
 
 
 def test_validation_over_two_processes_is_that_of_one():

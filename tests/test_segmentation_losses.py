@@ -9,6 +9,7 @@ from test_segmentation import BACKBONE, TINY
 from torch.nn import functional as F
 
 from d_emo.config import SegmenterSettings
+from d_emo.errors import InputError
 from d_emo.segmentation.images import IGNORED
 from d_emo.segmentation.losses import dice_loss
 from d_emo.segmentation.pictures import gallery, lit
@@ -39,11 +40,16 @@ def test_dice_is_zero_where_all_is_right_and_finite_where_nothing_counts():
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize("weight", [0.0, 3.0])
-def test_the_dice_loss_is_added_by_its_weight(weight):
+def make_task(**changes):
+    """A task whose network does the same in every call."""
     backbone = {**BACKBONE, "drop_path_rate": 0.0}
     options = {"aux": True, "width": 16, "drop_rate": 0.0, "backbone_options": backbone}
-    task = SegmenterTask(SegmenterSettings(**{**TINY, "dice_weight": weight, "model_options": options}))
+    return SegmenterTask(SegmenterSettings(**{**TINY, "model_options": options, **changes}))
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_the_dice_loss_is_added_by_its_weight(weight):
+    task = make_task(dice_weight=weight)
     batch = [torch.stack(each) for each in zip(*(task.dataset[index] for index in range(4)), strict=True)]
     losses = task.loss(task.model, batch, task.draw(torch.Generator(), 4))
     out = task.model(task.input(batch[0]))["out"]
@@ -54,6 +60,19 @@ def test_the_dice_loss_is_added_by_its_weight(weight):
     else:
         assert "dice_loss" not in losses
     torch.testing.assert_close(losses["loss"], plain)
+
+
+def test_pixels_of_a_class_count_as_much_as_its_weight():
+    task, weighted = make_task(), make_task(class_weights=[0.5, *range(10)])
+    batch = [torch.stack(each) for each in zip(*(task.dataset[index] for index in range(4)), strict=True)]
+    weighted.model.load_state_dict(task.model.state_dict())
+    losses = weighted.loss(weighted.model, batch, weighted.draw(torch.Generator(), 4))
+    outputs, factors = task.model(task.input(batch[0])), torch.tensor([0.5, *range(10), *[0] * 245])[batch[1]]
+    plain = [(F.cross_entropy(outputs[name], batch[1], ignore_index=IGNORED, reduction="none") * factors).mean()
+             for name in ("out", "aux")]  # fmt: skip
+    torch.testing.assert_close(losses["loss"], plain[0] + 0.4 * plain[1])
+    with pytest.raises(InputError, match="`class_weights` has 2 factors, and the data have 11 classes"):
+        make_task(class_weights=[1.0, 2.0])
 
 
 def test_a_gallery_shows_classes_in_their_colours_and_names_them():

@@ -16,6 +16,7 @@ HEAVY = {
     "deepspeed", "gradio", "matplotlib", "onnx", "onnxscript", "pandas", "scipy.integrate._ivp",
     "scipy.stats._stats_py", "sklearn", "tensorboard", "timm", "torch_fidelity", "torchvision",
 }  # fmt: skip
+DENOISERS = {"diffusers", "timm", "torch._dynamo", "torchvision"}
 START = f"""
 import sys
 from d_emo.cli import main
@@ -38,6 +39,23 @@ def test_training_and_sampling_import_nothing_heavy_that_they_do_not_need(tmp_pa
     done = subprocess.run([sys.executable, "-c", START, *flags], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["[]", "0.5"], done.stderr
     assert (tmp_path / "samples" / "step-1.png").exists() and "loading" not in done.stderr
+
+
+def test_verbs_on_classifiers_and_files_import_nothing_of_denoisers():
+    code = f"""
+import sys
+from d_emo.cli.verbs import importing
+others = {DENOISERS!r}
+with importing():
+    import d_emo.cli.evaluate, d_emo.cli.explain
+print(sorted((others | {{"accelerate"}}) & set(sys.modules)))
+with importing():
+    import d_emo.cli.fid, d_emo.cli.train_classifier
+print(sorted(others & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
 
 
 def test_a_terminal_is_told_that_something_is_being_imported(monkeypatch, capsys):

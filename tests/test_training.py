@@ -319,7 +319,7 @@ def test_training_works_outside_of_the_main_thread_and_says_what_an_early_averag
     with ThreadPoolExecutor(1) as pool:
         weights = pool.submit(train, tmp_path, ema_decay=0.9999).result()
     assert weights and signal.getsignal(signal.SIGTERM) is handler
-    said = "step 4: the averaged weights are still to 100.0 % those before training, as 4 steps are few for `ema_decay`"
+    said = "step 4: the averaged weights are still to 100.0 % those before training: `ema_decay` 0.9999 needs"
     assert said in capsys.readouterr().out
     train(tmp_path / "warm", ema_warmup=True)
     assert "those before training" not in capsys.readouterr().out

@@ -35,7 +35,8 @@ def run(settings: JudgeSettings) -> None:
         InputError: The classifier is of other classes, or the card cannot be written.
     """
     snapshot = load_denoiser(settings.checkpoint)
-    runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
+    row = OBJECTIVES[snapshot.objective]
+    runs = settings.sampler_steps() or [(row.scheduler, row.steps or settings.steps)]
     sampler = Sampler.open(snapshot, scheduler=runs[0][0], steps=runs[0][1], guidance=settings.guidance_scale)
     samplers = [sampler.replace(scheduler=name, steps=steps) for name, steps in runs]
     features = ClassifierFeatures(settings.classifier, device=sampler.device)
@@ -60,7 +61,7 @@ def run(settings: JudgeSettings) -> None:
         return compare_samplers(metrics, runs, samplers, labels, record, Path(settings.output))
     drawn = metrics.measure(draw_classes(sampler, labels.tolist()), labels)
     record["conditions"] = (
-        f"guidance {settings.guidance_scale:g}, {settings.steps} steps of {runs[0][0]}, images {settings.num_images}"
+        f"guidance {settings.guidance_scale:g}, {runs[0][1]} steps of {runs[0][0]}, images {settings.num_images}"
     )
     compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size)
     record["figures"] = [each.to_dict() for each in compared]

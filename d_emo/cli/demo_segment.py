@@ -1,6 +1,7 @@
 """How ``d-emo demo segment`` ends: mIoU beside a floor, and a picture."""
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -28,9 +29,12 @@ def conclude() -> None:
     """Print IoU of the segmenter and of its floor, and draw held-out scenes, their truth and what it finds."""
     segmenter = open_segmenter(RUNS["segmenter"])
     measured = {name: load_meta(folder, "segmenter")["quality"] for name, folder in RUNS.items()}
-    rows = [[name, *(f"{100 * value:.1f}" for value in (
-        quality["mean_iou"], quality["iou"][0], np.mean(quality["iou"][1:]), quality["pixel_accuracy"])
-    )] for name, quality in measured.items()]  # fmt: skip
+    rows = []
+    for name, quality in measured.items():
+        ground, *digits = quality["iou"]
+        of_digits = fmean(iou for iou in digits if iou is not None)
+        shares = quality["mean_iou"], ground, of_digits, quality["pixel_accuracy"]
+        rows.append([name, *(f"{100 * share:.1f}" for share in shares)])
     scenes = LabelledScenes(SIDE, num_images=HELD_OUT, split="test")
     colours = np.concatenate([np.zeros((1, 3), np.uint8), COLOURS])
     shown = []

@@ -1,24 +1,23 @@
-"""``d-emo doctor``, and what ``--dry-run`` of training prints."""
+"""``d-emo doctor``, and what ``--dry-run`` of training prints of images with labels."""
 
 from collections import Counter
-from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
+from d_emo.cli.dry_run import dry_run, print_lines, save
 from d_emo.cli.outputs import claimed_default
 from d_emo.config import DoctorSettings
-from d_emo.data import Reading, open_dataset, open_held_out
+from d_emo.data import ClassImages, Reading, open_dataset, open_held_out
+from d_emo.data.describing import largest
 from d_emo.device import best_device
 from d_emo.doctor import SHEET_SIDE, Findings, contact_sheet, describe, describe_latents, examine, sheet_of
-from d_emo.errors import InputError, said
-from d_emo.files import free_path, replacing
+from d_emo.errors import InputError
 from d_emo.latents import latent_side, load_codec
-from d_emo.training.rehearsal import Rehearsable, rehearse
-
-MOST_CLASSES = 8
-"""Of the classes, the largest first, how many are listed with their images."""
+from d_emo.training.rehearsal import Rehearsal
+from d_emo.training.task import Task
 
 
 def run(settings: DoctorSettings) -> None:
@@ -54,35 +53,33 @@ def look(settings: DoctorSettings, output: Path) -> None:
     chosen, pixels = sheet_of(found)
     if codec is not None:
         lines += describe_latents(codec, pixels.to(best_device()))
-    _save(contact_sheet(found, chosen, pixels), output)
-    _print([*lines, ("sheet", f"{output}  ({len(chosen)} images as training sees them)")])
+    save(contact_sheet(found, chosen, pixels), output)
+    print_lines([*lines, ("sheet", f"{output}  ({len(chosen)} images as training sees them)")])
 
 
-def dry_run(task: Rehearsable) -> None:
-    """What ``--dry-run`` of training does: the doctor's lines, a few images through the network, a picture of them."""
+class Rehearsable(Task, Protocol):
+    """A task on images with labels that can show what its network sees."""
+
+    dataset: ClassImages
+    held_out: ClassImages | None  # to validate on
+
+    def seen(self, batch: Any, draws: Any) -> torch.Tensor:
+        """The images of a micro-batch as the network sees them, latents decoded. Shape: -> (B, 3, H, W)."""
+
+
+def dry_run_of_images(task: Rehearsable) -> None:
+    """``--dry-run`` of training on images with labels: the doctor's lines, and what `dry_run` does."""
     images, held_out, settings = task.dataset, task.held_out, task.settings
     lines = [("run", line) for line in task.introduction() if line != images.left_out]
     if getattr(settings, "latents", None) is None:
         found, others = (each and examine(each, DoctorSettings.sample) for each in (images, held_out))
         lines += describe(found, batch_size=settings.batch_size, max_steps=settings.max_steps, held_out=others)
-    counts = Counter(map(images.label, range(len(images)))).most_common(MOST_CLASSES)
-    named = [f"{images.class_names[label]} {count:,}" for label, count in counts]
-    _print([*lines, ("by class", ", ".join(named + ["..."] * (len(images.class_names) > MOST_CLASSES)))])
-    tried = rehearse(task)
-    whole = timedelta(seconds=round(tried.seconds * settings.max_steps))
-    lines = [("time", f"{tried.seconds:.3g} s a step of {settings.batch_size:,} images by one process here; all "
-                      f"{settings.max_steps:,} steps: {whole} (h:mm:ss)"), ("memory", f"{tried.gib:.2g} GiB")]
-    output, shown = free_path(f"samples/dry-run-{Path(settings.output_dir).name}.png"), tried.images[: SHEET_SIDE**2]
-    found = Findings(images, labels=dict(enumerate(tried.labels.tolist())))
-    _save(contact_sheet(found, range(len(shown)), shown), output)
-    _print([*lines, ("batch", f"{output}  ({len(shown)} images as the network sees them)")])
+    counts = Counter(map(images.label, range(len(images))))
 
+    def picture(tried: Rehearsal) -> tuple[Image.Image, int]:
+        with torch.no_grad():
+            shown = task.seen(tried.batch, tried.draws).float().cpu()[: SHEET_SIDE**2]
+        labels = dict(enumerate(tried.batch[1].tolist()))
+        return contact_sheet(Findings(images, labels=labels), range(len(shown)), shown), len(shown)
 
-def _save(picture: Image.Image, output: Path) -> None:
-    with replacing(output) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def _print(lines: Sequence[tuple[str, str]]) -> None:
-    width = max(len("duplicates"), *(len(topic) for topic, _ in lines))
-    print(said("\n".join(f"{topic:<{width}}  {text}" for topic, text in lines)), flush=True)
+    dry_run(task, [*lines, ("by class", largest(counts, images.class_names))], picture)

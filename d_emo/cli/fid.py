@@ -4,7 +4,7 @@ import sys
 
 from d_emo.config import FidSettings
 from d_emo.data import Reading
-from d_emo.evaluation import Measurement, Ranks, measure_snapshot
+from d_emo.evaluation import Measurement, Ranks
 from d_emo.io.snapshot import load_denoiser
 from d_emo.threads import use_threads
 from d_emo.training.parallel import open_processes
@@ -21,6 +21,8 @@ def run(settings: FidSettings) -> None:
         **{name: getattr(settings, name) for name in options},
     )
     if settings.checkpoint is not None:
+        from d_emo.evaluation import measure_snapshot  # brings diffusers along
+
         ranks = Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
         snapshot = load_denoiser(settings.checkpoint)
         result = measure_snapshot(measurement, snapshot, settings, device=state.device, ranks=ranks)

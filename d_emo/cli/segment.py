@@ -16,7 +16,7 @@ from d_emo.errors import InputError
 from d_emo.files import write_json
 from d_emo.io.segmenter import OpenSegmenter, open_segmenter
 from d_emo.segmentation.measures import segment
-from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.pictures import overlay, palette, side_by_side, with_legend
 from d_emo.segmentation.sliding import Windows
 
 
@@ -57,7 +57,9 @@ def write(
     """
     likely, found = logits.softmax(dim=0).cpu().max(dim=0)  # (H, W) each
     colours = palette(len(segmenter.class_names))
-    side_by_side([[pixels.permute(1, 2, 0).numpy(), overlay(pixels, found, colours)]]).save(folder / f"{name}.png")
+    picture = side_by_side([[pixels.permute(1, 2, 0).numpy(), overlay(pixels, found, colours)]])
+    picture = with_legend(picture, segmenter.class_names, colours, found.unique().tolist())
+    picture.save(folder / f"{name}.png")
     Image.fromarray(found.numpy().astype(np.uint8)).save(folder / f"{name}_classes.png")
     counts = found.flatten().bincount(minlength=len(segmenter.class_names)).tolist()
     classes = [

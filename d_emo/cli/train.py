@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from d_emo.cli.doctor import dry_run
+from d_emo.cli.doctor import dry_run_of_images
 from d_emo.config import TrainSettings
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.sampling import preview_grid
@@ -14,7 +14,7 @@ from d_emo.training.denoiser import DenoiserTask
 def run(settings: TrainSettings) -> None:
     """Do it."""
     if settings.dry_run:
-        return dry_run(DenoiserTask(replace(settings, cache_latents=False)))
+        return dry_run_of_images(DenoiserTask(replace(settings, cache_latents=False)))
     prepare_push(settings.push_to_hub)
     task = DenoiserTask(settings)
     preview = partial(

@@ -12,9 +12,9 @@ from d_emo.training.classifier import ClassifierTask
 def run(settings: ClassifierSettings) -> None:
     """Do it."""
     if settings.dry_run:
-        from d_emo.cli.doctor import dry_run  # brings diffusers along
+        from d_emo.cli.doctor import dry_run_of_images  # brings diffusers along
 
-        return dry_run(ClassifierTask(settings))
+        return dry_run_of_images(ClassifierTask(settings))
     prepare_push(settings.push_to_hub)
     snapshot = fit(ClassifierTask(settings), settings)
     if snapshot is not None:

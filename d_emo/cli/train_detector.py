@@ -4,8 +4,10 @@ from pathlib import Path
 
 from torch import nn
 
-from d_emo.config import DetectorSettings
+from d_emo.cli.dry_run import dry_run_of_scenes
+from d_emo.config import DetectorSettings, DoctorSettings
 from d_emo.data import spread
+from d_emo.detection.contents import describe_objects
 from d_emo.detection.drawing import truth_beside_found
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier
@@ -16,8 +18,11 @@ from d_emo.training.detector import DetectorTask
 
 def run(settings: DetectorSettings) -> None:
     """Do it."""
-    prepare_push(settings.push_to_hub)
     task = DetectorTask(settings)
+    if settings.dry_run:
+        contents = describe_objects(task.source, DoctorSettings.sample)
+        return dry_run_of_scenes(task, contents, lambda tried: task.picture(tried.batch))
+    prepare_push(settings.push_to_hub)
 
     def preview(path: Path, model: nn.Module) -> None:
         if task.held_out is not None:

@@ -1,8 +1,10 @@
 """``d-emo train-segmenter``."""
 
-from d_emo.config import SegmenterSettings
+from d_emo.cli.dry_run import dry_run_of_scenes
+from d_emo.config import DoctorSettings, SegmenterSettings
 from d_emo.io.hub import prepare_push, push_snapshot
 from d_emo.io.snapshot import load_classifier
+from d_emo.segmentation.contents import describe_masks
 from d_emo.text import markdown_table
 from d_emo.training import fit
 from d_emo.training.segmenter import SegmenterTask
@@ -10,8 +12,11 @@ from d_emo.training.segmenter import SegmenterTask
 
 def run(settings: SegmenterSettings) -> None:
     """Do it."""
-    prepare_push(settings.push_to_hub)
     task = SegmenterTask(settings)
+    if settings.dry_run:
+        contents = describe_masks(task.images, DoctorSettings.sample)
+        return dry_run_of_scenes(task, contents, lambda tried: task.picture(tried.batch))
+    prepare_push(settings.push_to_hub)
     snapshot = fit(task, settings, preview=task.preview)
     if snapshot is None:
         return

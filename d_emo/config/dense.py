@@ -7,13 +7,13 @@ from typing import Literal
 
 from d_emo.config.base import setting
 from d_emo.config.ranges import Count, NotNegative
-from d_emo.config.training import RunSettings
+from d_emo.config.training import RehearsedSettings, RunSettings
 from d_emo.errors import InputError
 from d_emo.tables import SCENES
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSettings(RunSettings):
+class DenseSettings(RunSettings, RehearsedSettings):
     """The built-in data, and what the papers' recipes for detectors and for segmenters have in common."""
 
     dataset: str = setting(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d_emo.config.base import Settings, setting
-from d_emo.config.ranges import Fraction, NotNegative, Positive, Real, Whole
+from d_emo.config.ranges import BelowOne, Fraction, Images, NotNegative, Positive, Real, Whole
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, parse_alignment, takers
 
@@ -18,7 +18,8 @@ class ObjectiveSettings(Settings):
     objective: str | None = setting(
         None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
         "straight path from data to noise, as SiT; flow-x and flow-eps: the same path and the same error of the "
-        "velocity, but the network says x_0 or the noise. Default: flow for SiT models, else eps",
+        "velocity, but the network says x_0 or the noise; one-step (from a flow snapshot) and one-step-x (from a "
+        "flow-x one): images in one step. Default: flow for SiT models, else eps",
         group="Objective", choices=OBJECTIVES
     )
     timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(
@@ -38,6 +39,16 @@ class ObjectiveSettings(Settings):
         "next image of the micro-batch; 0.05 is the paper's. Default: 0"
     )
 
+    fd_features: str | None = setting(
+        None, "of one-step: emov2:SNAPSHOT, a classifier in whose features the Frechet distance is taken. Report the "
+        "result in another network's"
+    )
+    fd_decay: BelowOne | None = setting(
+        None, "of one-step: decay of the running statistics of what is drawn. Default: 0.999"
+    )
+    fd_images: Images | None = setting(
+        None, "of one-step: how many images, at most, make up the statistics of real ones. Default: 50,000"
+    )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA with iREPA's "
         "convolution and spatial norm): vae, the clean latents themselves; or emov2:SNAPSHOT, a classifier trained "
@@ -62,7 +73,7 @@ class ObjectiveSettings(Settings):
         Raises:
             InputError: The objective has no such term.
         """
-        plain = {"time_shift": 1.0, "contrastive": 0.0}
+        plain = {"time_shift": 1.0, "contrastive": 0.0, "fd_features": None, "fd_decay": None, "fd_images": None}
         found = {name: value if (mine := getattr(self, name)) is None else mine for name, value in plain.items()}
         takes = OBJECTIVES[objective].takes if objective in OBJECTIVES else ()  # an unknown name is refused later
         for name, value in found.items():
@@ -70,6 +81,11 @@ class ObjectiveSettings(Settings):
                 raise InputError(
                     f"`{name}` {value} belongs to `objective` {', '.join(takers(name))}; leave it out for {objective}"
                 )
+        if "fd_features" in takes:
+            if found["fd_features"] is None:
+                raise InputError(f"`objective` {objective} needs `fd_features` emov2:SNAPSHOT, a classifier's")
+            found["fd_decay"] = 0.999 if found["fd_decay"] is None else found["fd_decay"]
+            found["fd_images"] = found["fd_images"] or 50_000
         return {
             **found, "objective": objective,
             "align_weight": 0.5 if self.align is not None and self.align_weight is None else self.align_weight,

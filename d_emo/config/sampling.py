@@ -102,7 +102,10 @@ class SampleSettings(Settings):
     )
     guide: str | None = guide_setting()
     guide_weight: NotNegative | None = guide_weight_setting()
-    steps: Steps = setting(DEFAULT_STEPS, "denoising steps (tables of DiT use --scheduler ddpm --steps 250)")
+    steps: Steps | None = setting(
+        None, "denoising steps (tables of DiT use --scheduler ddpm --steps 250). Default: "
+        f"{DEFAULT_STEPS}, or 1 of a one-step snapshot"
+    )
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
     batch_size: Count = setting(64, "images denoised at once")
     format: Literal["grid", "png"] = setting(
@@ -150,7 +153,11 @@ class SampleSettings(Settings):
         scales = self.guidance_scale or [DEFAULT_GUIDANCE if label_dropout and self.guide is None else 1.0]
         for scale in scales:
             check_guidance(scale, label_dropout=label_dropout)
-        return replace(self, scheduler=self.scheduler or OBJECTIVES[objective].scheduler, guidance_scale=scales)
+        row = OBJECTIVES[objective]
+        return replace(
+            self, scheduler=self.scheduler or row.scheduler, guidance_scale=scales,
+            steps=self.steps or row.steps or DEFAULT_STEPS,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

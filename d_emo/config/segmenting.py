@@ -64,6 +64,9 @@ class SegmenterSettings(DenseSettings):
     largest_share: PositiveFraction = setting(0.75, "of one class in a crop; with more another crop is tried")
     colours: bool = setting(True, "distort brightness, contrast, saturation and hue")
     aux_weight: NotNegative = setting(0.4, "weight of the auxiliary head's loss", group="Loss")
+    class_weights: list[NotNegative] | None = setting(
+        None, "factor on the cross-entropy of each class's pixels, in the order of the classes, as mmseg's class_weight"
+    )
     dice_weight: NotNegative = setting(
         0.0, "weight of the Dice loss of the decode head, for classes with few pixels; mmseg's DiceLoss is often used "
         "with 3"

@@ -98,7 +98,7 @@ class StudySettings(Settings):
 
     def resolve(self, **facts: Any) -> StudySettings:
         """The images to encode, a sampler for every objective, and tables of all runs where none are named."""
-        samplers = {name: f"{row.scheduler}:{DEFAULT_STEPS}" for name, row in OBJECTIVES.items()}
+        samplers = {name: f"{row.scheduler}:{row.steps or DEFAULT_STEPS}" for name, row in OBJECTIVES.items()}
         encode = self.encode if self.data_dir is None else {**self.encode, "data_dir": self.data_dir}
         return replace(
             self, encode=encode, samplers=samplers | (self.samplers or {}),

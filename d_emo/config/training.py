@@ -256,7 +256,9 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         model = self.model or "D-EMOv2-S-2"
         family = family_of(model)
         objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
-        dropout = 0.0 if self.unconditional else self.label_dropout
+        chosen = self.objective or objective
+        one_step = chosen in OBJECTIVES and OBJECTIVES[chosen].steps is not None  # drawn as it is trained: unguided
+        dropout = 0.0 if self.unconditional or one_step else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
         return replace(

@@ -83,25 +83,40 @@ def truth_beside_found(
         side: Of each picture, in pixels.
         masks: Whether masks are shown, where there are some.
     """
-    cells = []
+    pictures, objects = [], []
     for index in indices:
         image, target = images.read(index)
-        wanted = {"boxes", "labels", "scores", *["masks"] * masks}
-        for objects in (target, detect(model, image, least_score)):
-            scale = side / max(image.shape[1:])
-            size = [round(n * scale) for n in image.shape[1:]]
-            scaled = {name: value for name, value in objects.items() if name in wanted}
-            scaled["boxes"] = objects["boxes"] * scale
-            if "masks" in scaled:
-                scaled["masks"] = F.resize(objects["masks"].byte(), size, F.InterpolationMode.NEAREST)
-            drawn = draw_objects(F.resize(image, size, antialias=True), scaled, images.class_names)
-            cells.append(F.pad(drawn, [0, 0, side - size[1], side - size[0]]))
+        pictures += [image, image]
+        objects += [target, detect(model, image, least_score)]
+    return grid_of_objects(pictures, objects, images.class_names, side=side, masks=masks, titles=2 * TITLES)
+
+
+def grid_of_objects(
+    images: Iterable[Tensor], objects: Iterable[dict[str, Tensor]], class_names: Sequence[str], *, side: int = 320,
+    masks: bool = True, titles: Sequence[str] = (),
+) -> Image.Image:  # fmt: skip
+    """Pictures with what is in them, four in a row, their longer sides ``side`` px, under the columns' titles.
+
+    Shape: of a picture (3, H, W), uint8 or float32 in [0, 1]; objects see `detect`.
+    """
+    cells, wanted = [], {"boxes", "labels", "scores", *["masks"] * masks}
+    for image, target in zip(images, objects, strict=True):
+        scale = side / max(image.shape[1:])
+        size = [round(n * scale) for n in image.shape[1:]]
+        scaled = {name: value.cpu() for name, value in target.items() if name in wanted}
+        scaled["boxes"] = scaled["boxes"] * scale
+        if "masks" in scaled:
+            scaled["masks"] = F.resize(scaled["masks"].byte(), size, F.InterpolationMode.NEAREST)
+        pixels = F.resize(F.to_dtype(image.cpu(), torch.uint8, scale=True), size, antialias=True)
+        cells.append(F.pad(draw_objects(pixels, scaled, class_names), [0, 0, side - size[1], side - size[0]]))
     grid = F.to_pil_image(make_grid(cells, nrow=4, padding=GAP, pad_value=255))
+    if not titles:
+        return grid
     size = max(10, side // 14)
     titled = Image.new("RGB", (grid.width, grid.height + 2 * size), "white")
     titled.paste(grid, (0, 2 * size))
     draw, font = ImageDraw.Draw(titled), ImageFont.load_default(size)
-    for column in range(min(4, len(cells))):
+    for column, title in enumerate(titles[: len(cells)]):
         middle = GAP + column * (side + GAP) + side / 2, size + GAP / 2
-        draw.text(middle, TITLES[column % 2], "black", font, anchor="mm")
+        draw.text(middle, title, "black", font, anchor="mm")
     return titled

@@ -7,6 +7,9 @@ images, by many processes), ``result`` (the report), ``measurement`` (all of it 
 extractors are rows of ``d_emo.tables``.
 """
 
+from importlib import import_module
+from typing import Any
+
 from d_emo.evaluation.classifier_metrics import (
     ClassifierMetrics,
     compare_with_real,
@@ -15,7 +18,6 @@ from d_emo.evaluation.classifier_metrics import (
     open_real,
     sampler_table,
 )
-from d_emo.evaluation.drawn import draw_classes, measure_snapshot
 from d_emo.evaluation.feature_shards import Ranks, draw_labels
 from d_emo.evaluation.features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, create_extractor
 from d_emo.evaluation.images import open_images
@@ -24,3 +26,9 @@ from d_emo.evaluation.metrics import InceptionScore, kernel_distance, precision_
 from d_emo.evaluation.reference import write_reference
 from d_emo.evaluation.result import Result
 from d_emo.evaluation.statistics import FeatureStatistics, frechet_distance
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("draw_classes", "measure_snapshot"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("d_emo.evaluation.drawn"), name)  # diffusers, which stored images can do without

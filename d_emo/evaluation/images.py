@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from d_emo.data import centre_crop, is_clutter, list_files
+from d_emo.data.describing import some
 from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, naming, no_images
 from d_emo.errors import InputError
 from d_emo.evaluation.npz import NpzImages, choose_evenly
@@ -19,8 +20,6 @@ from d_emo.threads import thread_count
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jfif"}
 DECODING_THREADS = 8
-MOST_NAMED = 3
-"""Of the images that cannot be read, how many are named with the reason."""
 
 
 class FolderImages:
@@ -96,9 +95,8 @@ class FolderImages:
             raise InputError(f"none of the {len(files):,} images in {name} could be read; the first: {unreadable[0]}")
         if not unreadable:
             return readable, ""
-        count, some = len(unreadable), "; ".join(unreadable[:MOST_NAMED])
-        more = "; ..." if count > MOST_NAMED else ""
-        return readable, f"{count:,} image{'s' * (count > 1)} passed over: {some}{more}"
+        count = len(unreadable)
+        return readable, f"{count:,} image{'s' * (count > 1)} passed over: {some(unreadable, '; ')}"
 
     def crop_to(self, size: tuple[int, int]) -> None:
         """Crop images of several sizes as training does; those of one size stay as they are.

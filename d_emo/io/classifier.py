@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +16,6 @@ from d_emo.io.training_state import load_state
 from d_emo.models import EMO, create_model
 from d_emo.models.convert import read_released_classifier
 from d_emo.models.registry import model_kind
-from d_emo.models.timm_registry import default_cfgs
 from d_emo.tables import DATASETS, family_of
 from d_emo.weights import check_finite, load_weights, without_adapters
 
@@ -102,6 +100,8 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
         return Classifier(name, snapshot.model, len(snapshot.class_names), snapshot.class_names, snapshot.image_size,
                           built_in if built_in in DATASETS else None, validate_dir_of(snapshot))
     if path.is_dir():
+        import timm  # brings torchvision along, which is not needed where it is not
+
         try:
             model = timm.create_model(f"local-dir:{path}", pretrained=True)
         except Exception as error:  # timm raises a dozen types for a damaged folder
@@ -113,6 +113,8 @@ def open_classifier(source: str, weights: str = "ema") -> Classifier:
         if len(counts) > 1:  # timm makes a head of random weights then, and says so in a log
             raise InputError(f"{path / 'config.json'} gives several numbers of classes: {sorted(counts)}")
     else:
+        from d_emo.models.timm_registry import default_cfgs
+
         model = read_released_classifier(path)
         model.pretrained_cfg = default_cfgs[model.config["name"]].default.to_dict()
     cfg = model.pretrained_cfg

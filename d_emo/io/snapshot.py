@@ -6,14 +6,16 @@ under a temporary name and renamed. ``snapshot.json`` has a checksum of each fil
 A denoiser's has what diffusers looks for too: ``model_index.json``, and the pipeline's code.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,9 +27,11 @@ from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
-from d_emo.models.contract import DenoiserFrame
 from d_emo.tables import FRAMES, OBJECTIVES, load, objective_of
 from d_emo.weights import first_line, load_pretrained, load_weights
+
+if TYPE_CHECKING:
+    from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
 _META = "snapshot.json"
@@ -137,7 +141,7 @@ def pipeline_index(path: str | Path, kind: type[DenoiserFrame] | None = None) ->
         schedule = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         objective = meta.get("objective") or objective_of(schedule)
     return {
-        "_class_name": "DEMOPipeline", "_diffusers_version": diffusers.__version__,
+        "_class_name": "DEMOPipeline", "_diffusers_version": version("diffusers"),
         "transformer": [kind.__module__, kind.__name__], "scheduler": [None, None], "vae": [None, None],
         "id2label": {str(label): name for label, name in enumerate(meta["class_names"])},
         "label_dropout": meta.get("label_dropout", 0.1), "objective": objective, "codec": meta["codec"],

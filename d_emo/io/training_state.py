@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from d_emo.errors import InputError
@@ -57,7 +56,7 @@ def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """Model and optimizer as a state keeps them, whole also where they are sharded (FSDP2); runs on all processes."""
 
     def whole(value: Any) -> Any:
-        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value  # a DTensor
 
     kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     return tree_map(whole, kept) | {"moments": len(kept["optimizer"]["state"])}
@@ -70,6 +69,8 @@ def restore_training(model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     Raises:
         InputError, KeyError, RuntimeError: The state is that of another model.
     """
+
+    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second, which opening files can do without
 
     def sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if not isinstance(like, DTensor) or value.shape != like.shape:

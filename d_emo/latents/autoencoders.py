@@ -54,7 +54,6 @@ class RAECodec(DCCodec):
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         return (images + 1) / 2
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
         images = self.vae.decode(latents.to(self.vae.dtype)).sample.float() * 2 - 1
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +78,8 @@ class PixelCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.clamp(-1, 1)
 
+    decoded = decode
+
     def to(self, device: torch.device) -> PixelCodec:
         return self
 
@@ -112,6 +116,10 @@ class VAECodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoded(latents)
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` with gradients. Shape: (B, C, H / f, W / f) -> (B, 3, H, W)."""
         z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
         images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
@@ -261,14 +269,36 @@ def _fetch(name: str) -> Path:
     wanted = [*files, *(f"vae/{each}" for each in files)]
     refusal = _refusal(lambda: HfApi().model_info(name, timeout=HUB_SECONDS))  # a download asks, and warns, many times
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
+        with _of_few_words():
+            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:  # whatever the HTTP library of the day raises
-        error = refusal or error
+        if refusal is None:
+            what = f"the download of the VAE {name!r} from the Hugging Face hub broke off ({first_line(error)}). Run "
+            what += "the same command again; or, where the network is better,"
+        else:
+            what = f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
+            what += f"({first_line(refusal)}). On a machine with a network"
         raise InputError(
-            f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
-            f"({first_line(error)}). On a machine with a network run `hf download {name} --local-dir FOLDER`, "
-            f"copy FOLDER here and give `vae` FOLDER; or use `vae` {SHIPPED_VAE} or `vae` pixels, which need no network"
+            f"{what} run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give `vae` FOLDER; or use `vae` "
+            f"{SHIPPED_VAE} or `vae` pixels, which need no network"
         ) from None
+
+
+@contextmanager
+def _of_few_words() -> Iterator[None]:
+    """Inside, the hub's client tells of no attempts that failed, and shows bars on a terminal only."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if hidden := bars and not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hidden:
+            enable_progress_bars()
 
 
 def _refusal(ask: Callable[[], Any]) -> Exception | None:

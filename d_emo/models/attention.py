@@ -36,7 +36,10 @@ def pad_to_multiple(x: Tensor, window: tuple[int, ...]) -> Tensor:
 def crop(x: Tensor, like: Tensor) -> Tensor:
     """What `pad_to_multiple` was given. Shape: (B, H', W', M), like (B, H, W, C) -> (B, H, W, M)."""
     if not is_free(x):
-        return x[(slice(None), *map(slice, like.shape[1:-1]))]
+        for axis, wanted in enumerate(like.shape[1:-1], 1):
+            if x.shape[axis] != wanted:  # a slice that takes all is an alias to torch.export, which Core ML lacks
+                x = x.narrow(axis, 0, wanted)
+        return x
     # A slice would be of min(H, H') rows.
     more = [wanted - size for wanted, size in zip(like.shape[1:-1], x.shape[1:-1], strict=True)]
     return F.pad(x, (0, 0, *(pad for size in reversed(more) for pad in (0, size))))

@@ -95,6 +95,11 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         """(channels, *sizes) of the map between two blocks, where the frame can show it (see `project`)."""
         return None
 
+    @property
+    def feature_blocks(self) -> int:
+        """How many blocks `project` may be asked for."""
+        return 0
+
     def project(self, block: int, projector: nn.Module | None) -> None:
         """Show features while training: the output's ``features`` are then ``projector`` of the map after a block.
 

@@ -12,7 +12,6 @@ from d_emo.files import is_free, replacing, write_json
 from d_emo.models.backbone import EMO
 from d_emo.models.registry import create_model, resolve_name
 from d_emo.models.released import load_released, read_checkpoint, unwrap, variant_of
-from d_emo.models.timm_registry import default_cfgs
 from d_emo.weights import shapes_of
 
 HEADS = ("head.weight", "head.bias")
@@ -68,6 +67,8 @@ def write_timm_folder(
     """
     if not is_free(folder) and not overwrite:
         raise InputError(f"{folder} already exists and is not an empty folder; name another place to write to.")
+    from d_emo.models.timm_registry import default_cfgs
+
     settings = dict(model.config)
     name = settings.pop("name")
     default = default_cfgs[name].default

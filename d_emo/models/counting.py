@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d_emo import kernels
 from d_emo.models.attention import WindowAttention
-from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import pair, sizes
 
 
@@ -19,7 +18,7 @@ def count_parameters(model: nn.Module) -> int:
 
     That is the convention of the DiT, SiT and D-EMO logs.
     """
-    fixed = model.fixed_tensors if isinstance(model, DenoiserFrame) else ()
+    fixed = getattr(model, "fixed_tensors", ())  # of denoisers
     position = sum(buffer.numel() for name, buffer in model.named_buffers() if name in fixed)
     return sum(p.numel() for p in model.parameters()) + position
 
@@ -75,8 +74,8 @@ def count_macs(
     """
     device = next(model.parameters()).device
     inputs: tuple[Tensor, ...]
-    if isinstance(model, DenoiserFrame):
-        channels, *size = model.latent_shape
+    if (latent_shape := getattr(model, "latent_shape", None)) is not None:  # a denoiser's
+        channels, *size = latent_shape
         if image_or_latent_size is not None:
             size = pair(image_or_latent_size, "image_or_latent_size")
         ones = torch.ones(1, dtype=torch.long, device=device)

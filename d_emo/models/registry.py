@@ -1,19 +1,23 @@
 """Names of the networks, as in the papers' tables, and how a name becomes a network."""
 
+from __future__ import annotations
+
 import difflib
 import fnmatch
 import inspect
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
-from d_emo.models.contract import DenoiserFrame
 from d_emo.models.video import VIDEO_BACKBONES
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
+
+if TYPE_CHECKING:
+    from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
 
 HYBRIDS = tuple(f"{frame}_{kind}" for frame in ("deit_tiny", "pvt_tiny") for kind in ("irmb", "i2rmb"))
 """Those of `d_emo.models.hybrids`, which imports timm and is imported itself when one of them is built."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO
-from d_emo.models.denoiser import Denoiser
 from d_emo.models.registry import create_model
 from d_emo.tables import denoisers
 from d_emo.weights import check_finite, differences, shapes_of
@@ -145,7 +144,7 @@ def released_names(model: nn.Module) -> dict[str, str]:
     """
     if isinstance(model, EMO):
         rules = RELEASED_NAMES[model.block]
-    elif isinstance(model, Denoiser) and model.config.block == "dit":
+    elif getattr(getattr(model, "config", None), "block", None) == "dit":
         rules = RELEASED_NAMES["dit"]
     else:
         raise InputError(

@@ -160,8 +160,12 @@ class TokenDenoiser(DenoiserFrame):
     def tokens(self) -> int:
         return math.prod(self.grid)
 
+    @property
+    def feature_blocks(self) -> int:
+        return len(self.block_sequence())
+
     def project(self, block: int, projector: nn.Module | None) -> None:
-        count = len(self.block_sequence())
+        count = self.feature_blocks
         if not 0 <= block < count:
             raise InputError(f"There is no block {block} in a denoiser of {count}; the first is 0.")
         self.projected, self.projector = block, projector

@@ -14,6 +14,8 @@ from d_emo.latents import Codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import caption
 from d_emo.sampling.sampler import Sampler
+from d_emo.sampling.schedulers import steps_for
+from d_emo.tables import objective_of
 
 
 def draw_grid(
@@ -91,7 +93,8 @@ def preview_grid(
     Where the samples are not finite it says so and writes nothing.
     """
     rows, columns = min(8, len(class_names)), 2  # few: a large model on a CPU must get through them
-    sampler = Sampler(denoiser, codec, scheduler_config, steps=20, guidance=guidance_scale, objective=objective)
+    steps = steps_for(objective or objective_of(scheduler_config), None, 20)
+    sampler = Sampler(denoiser, codec, scheduler_config, steps=steps, guidance=guidance_scale, objective=objective)
     try:
         grid = class_grid(class_names, rows, columns, lambda labels: sampler.images(labels, range(len(labels))))
     except InputError as error:  # values that are not finite: no reason to stop a training run

@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, DEFAULT_STEPS, check_guidance
+import d_emo.models.denoiser  # noqa: F401  diffusers opens networks only of modules that are imported already
+from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_GUIDE_WEIGHT, check_guidance
 from d_emo.errors import InputError
 from d_emo.io.snapshot import (
     PIPELINE_CODE,
@@ -28,7 +29,7 @@ from d_emo.models.layers import is_count
 from d_emo.sampling.classes import Labels, as_list, find_classes
 from d_emo.sampling.denoising import check_codec, decode, denoise
 from d_emo.sampling.guidance import Guidance
-from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps
+from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps, steps_for
 from d_emo.tables import objective_of
 from d_emo.weights import check_pretrained, find_weights
 
@@ -136,7 +137,7 @@ class DEMOPipeline(DiffusionPipeline):
         self,
         class_labels: Labels = (),
         guidance_scale: float | None = None,
-        num_inference_steps: int = DEFAULT_STEPS,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_channels: Literal["all", "3"] = "all",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -154,7 +155,7 @@ class DEMOPipeline(DiffusionPipeline):
         Args:
             class_labels: Ids or names, or a tensor or an array of ids; may be left out where there is only one class.
             guidance_scale: 1 is none and costs one forward pass. Default: 4; without label dropout or with a guide 1.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps. Default: 30, or the only number that the objective has.
             generator: One for all pictures, or a list of one for each, which frees a picture from its neighbours.
             guidance_channels, guidance_interval: See `Guidance`.
             latents: Unit noise to start from in place of the generator's. Shape: (B, C, h, w).
@@ -189,7 +190,7 @@ class DEMOPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device)
         elif tuple(latents.shape) != shape:
             raise InputError(f"the latents must have the shape {shape}, not {tuple(latents.shape)}")
-        set_steps(self.scheduler, num_inference_steps, self._execution_device)
+        set_steps(self.scheduler, steps_for(self.config.objective, num_inference_steps), self._execution_device)
         steps = denoise(
             self.transformer, self.scheduler, latents.to(self._execution_device, torch.float32), labels,
             guidance=guidance, generator=generator, objective=self.config.objective,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d_emo.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, check_guidance
+from d_emo.config import DEFAULT_GUIDANCE, check_guidance
 from d_emo.data import to_uint8
 from d_emo.device import best_device
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser, newest_denoiser
@@ -20,7 +20,7 @@ from d_emo.models.layers import fold_batch_norms
 from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.denoising import Step, check_codec, decode, sample
 from d_emo.sampling.guidance import Guidance, check_guide
-from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.sampling.schedulers import make_scheduler, set_steps, steps_for
 from d_emo.tables import objective_of
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -37,7 +37,7 @@ class Sampler:
         codec: On the same device.
         scheduler_config: Noise schedule that the model was trained on.
         scheduler: Its name; None: the default of the model's objective.
-        steps: Denoising steps.
+        steps: Denoising steps; None: 30, or the only number that the objective has.
         guidance: A scale, or more; None: the default scale, or none where the snapshot cannot be guided.
         class_names: In the order of the labels.
         snapshot: Where the model comes from.
@@ -55,7 +55,7 @@ class Sampler:
 
     def __init__(
         self, model: DenoiserFrame, codec: Codec, scheduler_config: Mapping[str, Any], *, scheduler: str | None = None,
-        steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
+        steps: int | None = None, guidance: float | Guidance | None = None, class_names: Sequence[str] = (),
         snapshot: DenoiserSnapshot | None = None, objective: str | None = None, guide: DenoiserFrame | None = None,
     ):
         self.model, self.codec, self.scheduler_config = model, codec, scheduler_config
@@ -69,7 +69,7 @@ class Sampler:
     @classmethod
     def open(
         cls, snapshot: str | Path | DenoiserSnapshot | None = None, *, scheduler: str | None = None,
-        steps: int = DEFAULT_STEPS, guidance: float | Guidance | None = None,
+        steps: int | None = None, guidance: float | Guidance | None = None,
         device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, compile: bool = False,
         guide: str | Path | DenoiserSnapshot | None = None,
     ) -> Sampler:
@@ -168,11 +168,12 @@ def prepare_denoiser(
 
 
 def _settle(
-    scheduler_config: Mapping[str, Any], objective: str | None, scheduler: str | None, steps: int,
+    scheduler_config: Mapping[str, Any], objective: str | None, scheduler: str | None, steps: int | None,
     guidance: float | Guidance | None, snapshot: DenoiserSnapshot | None, autoguided: bool,
 ) -> tuple[Any, int, Guidance]:
     """Scheduler, steps and guidance as they are used, or an InputError."""
     made = make_scheduler(scheduler, scheduler_config, objective)
+    steps = steps_for(objective or objective_of(scheduler_config), steps)
     set_steps(made, steps)
     dropout = None if snapshot is None else snapshot.label_dropout
     if guidance is None:

@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from d_emo.config import DEFAULT_STEPS
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS, load, objective_of, schedulers_of
 
@@ -70,6 +71,18 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
         )
     if not isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") == "learned_range":
         scheduler.register_to_config(variance_type=None)  # of DDPM's config; see `make_scheduler`
+
+
+def steps_for(objective: str, steps: int | None, default: int = DEFAULT_STEPS) -> int:
+    """How many denoising steps to make: those asked for, else the only number that the objective has, else a default.
+
+    Raises:
+        InputError: The objective has another number.
+    """
+    only = OBJECTIVES[objective].steps
+    if only is not None and steps not in (None, only):
+        raise InputError(f"images of the {objective} objective take {only} step, not {steps}; give `steps` {only}")
+    return (only or default) if steps is None else steps
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from d_emo.segmentation.images import IGNORED
 
-GAP = 4
+GAP, TEXT, LINE = 4, 14, 22
+"""Pixels between pictures, of letters, and of a line of them."""
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -27,22 +28,53 @@ def overlay(image: Tensor, classes: Tensor, colours: np.ndarray, opacity: float 
     return np.rint((1 - opacity) * pixels + opacity * tint).astype(np.uint8)
 
 
-def side_by_side(rows: Sequence[Sequence[np.ndarray]], largest: int | None = None) -> Image.Image:
-    """Pictures in rows, those of a row beside each other, made smaller where a side has more than ``largest`` pixels.
+def side_by_side(
+    rows: Sequence[Sequence[np.ndarray]], largest: int | None = None, titles: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures in rows, those of a row beside each other; only later rows may be shorter than the first.
 
-    Shape: (H, W, 3) uint8 each.
+    Args:
+        rows: Shape: (H, W, 3) uint8 each.
+        largest: They are made smaller where a side has more pixels.
+        titles: Of the columns.
     """
     rows = [[smaller(each, largest) for each in row] for row in rows]
-    widths = [max(row[column].shape[1] for row in rows) for column in range(len(rows[0]))]
+    widths = [max(row[column].shape[1] for row in rows if column < len(row)) for column in range(len(rows[0]))]
     heights = [max(each.shape[0] for each in row) for row in rows]
-    canvas = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(heights) + 1)), "white")
-    top = GAP
+    top = LINE if titles else GAP
+    size = sum(widths) + GAP * (len(widths) + 1), top + sum(heights) + GAP * len(heights)
+    canvas, left = Image.new("RGB", size, "white"), GAP
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
+    for title, width in zip(titles, widths, strict=bool(titles)):
+        draw.text((left + width / 2, LINE / 2), title, fill="black", font=font, anchor="mm")
+        left += width + GAP
     for row, height in zip(rows, heights, strict=True):
         left = GAP
-        for each, width in zip(row, widths, strict=True):
+        for each, width in zip(row, widths, strict=False):
             canvas.paste(Image.fromarray(each), (left, top))
             left += width + GAP
         top += height + GAP
+    return canvas
+
+
+def with_legend(
+    picture: Image.Image, class_names: Sequence[str], colours: np.ndarray, labels: Sequence[int]
+) -> Image.Image:
+    """A picture with the colours and names of some classes below it. Shape: colours (256, 3) uint8."""
+    font, places, left, top = ImageFont.load_default(TEXT), [], GAP, 0
+    for label in labels:
+        width = TEXT + GAP + round(font.getlength(class_names[label]))
+        if left > GAP and left + width > picture.width:
+            left, top = GAP, top + LINE
+        places.append((left, top, label))
+        left += width + 3 * GAP
+    canvas = Image.new("RGB", (picture.width, picture.height + top + LINE), "white")
+    canvas.paste(picture)
+    draw = ImageDraw.Draw(canvas)
+    for left, top, label in places:
+        top += picture.height
+        draw.rectangle((left, top, left + TEXT, top + TEXT), fill=tuple(colours[label].tolist()))
+        draw.text((left + TEXT + GAP, top), class_names[label], fill="black", font=font)
     return canvas
 
 

@@ -21,6 +21,8 @@ class ObjectiveRow:
         help: What ``--help`` says of it.
         like: The objective whose schedulers sample from it, where that is another: its `Objective.scheduled` turns the
             prediction into that one's.
+        steps: Denoising steps of an image, where only one number makes sense.
+        starts_from: The objective of the snapshot that a run has to start from.
         takes: Settings that only some objectives have, as arguments of ``loss``.
         papers: Keys of the papers that a model card cites, beyond those of the model.
     """
@@ -32,6 +34,8 @@ class ObjectiveRow:
     table_scheduler: str
     help: str = ""
     like: str | None = None
+    steps: int | None = None
+    starts_from: str | None = None
     takes: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
 
@@ -53,7 +57,7 @@ class SchedulerRow:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OF_FLOW = ("time_shift", "contrastive")
+_OF_FLOW, _OF_ONE_STEP = ("time_shift", "contrastive"), ("fd_features", "fd_decay", "fd_images")
 
 OBJECTIVES: Table[ObjectiveRow] = Table(
     "objective",
@@ -76,6 +80,16 @@ OBJECTIVES: Table[ObjectiveRow] = Table(
             name="flow-eps", loss="d_emo.objective:FlowNoiseObjective", prediction_type="flow_epsilon", like="flow",
             scheduler="euler", table_scheduler="euler", help="predict the noise there, by the error of the velocity",
             takes=_OF_FLOW, papers=("SiT", "JiT"),
+        ),
+        ObjectiveRow(
+            name="one-step", loss="d_emo.frechet:OneStepObjective", prediction_type="flow_one_step", like="flow",
+            scheduler="euler", table_scheduler="euler", help="from a flow snapshot: images in one step, by the Frechet "
+            "distance of features", steps=1, starts_from="flow", takes=_OF_ONE_STEP, papers=("SiT",),
+        ),
+        ObjectiveRow(
+            name="one-step-x", loss="d_emo.frechet:OneStepSampleObjective", prediction_type="flow_one_step_sample",
+            like="flow", scheduler="euler", table_scheduler="euler", help="the same, from a flow-x snapshot",
+            steps=1, starts_from="flow-x", takes=_OF_ONE_STEP, papers=("SiT", "JiT"),
         ),
     ],
 )  # fmt: skip

@@ -97,7 +97,7 @@ class Alignment:
             raise InputError(f"`align` {target} needs a denoiser that shows a map of four positions or more")
         self.weight, self.needs_images = weight, row.images
         self.target = load(row.open)(shape, model.latent_shape, *[what] * bool(row.takes))
-        self.block = (len(model.blocks) - 1) // 2 if block is None else block
+        self.block = (model.feature_blocks - 1) // 2 if block is None else block
         model.project(self.block, Projector(shape[0], self.target.channels))
 
     def loss(self, features: Tensor, images: Tensor | None, latents: Tensor) -> Tensor:

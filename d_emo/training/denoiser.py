@@ -1,6 +1,7 @@
 """The task of training a denoiser on latents."""
 
 import math
+import os
 import re
 import zlib
 from collections import Counter
@@ -16,17 +17,21 @@ from torch.utils.data import default_collate
 from d_emo.config import TrainSettings
 from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
+from d_emo.frechet import Judge, RunningMoments, check_one_process
 from d_emo.io.card import describe_hardware
-from d_emo.io.snapshot import load_meta, save_denoiser
+from d_emo.io.snapshot import load_classifier, load_meta, pipeline_index, save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
-from d_emo.tables import DATASETS, OBJECTIVES, load
+from d_emo.tables import DATASETS, OBJECTIVES, load, parse_features
 from d_emo.training.alignment import Alignment, Recorded
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
+
+OF_TRAINING = ("projector", "moments")
+"""Parts of a model that training states keep and snapshots have not: those of alignment and of one-step objectives."""
 
 BASE_SIZE = 4 * 32 * 32
 """Values of the latents that are not shifted: Stable Diffusion's at 256 px, as in RAE (Zheng et al., 2025)."""
@@ -88,9 +93,46 @@ class DenoiserTask:
             **_terms(settings, self.model.latent_shape),
         )
         self.scheduler = self.objective.noise_schedule()
+        self.judge = None
+        if OBJECTIVES[settings.objective].starts_from is not None:
+            self._judge_by(settings)
         self.alignment = None
         if settings.align is not None:
             self.alignment = Alignment(self.model, settings.align, settings.align_weight, settings.align_block)
+
+    def _judge_by(self, settings: TrainSettings) -> None:
+        """What the one-step objectives need: a judge of images, and a place for its statistics in the model."""
+        row = OBJECTIVES[settings.objective]
+        there = settings.init_from and pipeline_index(settings.init_from)["objective"]
+        if there not in (row.starts_from, row.name):
+            raise InputError(
+                f"`objective` {row.name} goes on from a snapshot of {row.starts_from}, not of {there or 'none'}; name "
+                "one with `init_from`"
+            )
+        given = {"validate_every": settings.validate_every, "align": settings.align, "latents": settings.latents,
+                 "cache_latents": settings.cache_latents}  # fmt: skip
+        if odd := [name for name, value in given.items() if value]:
+            raise InputError(f"`objective` {row.name} looks at whole images and at nothing else; leave `{odd[0]}` out")
+        check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
+        extractor, source = parse_features(settings.fd_features)
+        if extractor.name != "emov2":
+            raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
+        classifier = load_classifier(source)
+        self.judge = Judge(classifier.model, self.codec, classifier.image_size)
+        with torch.no_grad():
+            dim = self.judge.features(torch.zeros(1, 3, *[classifier.image_size] * 2)).shape[1]
+        self.model.moments = RunningMoments(dim, settings.fd_decay)
+        self.objective.kept = {"judge": self.judge, "moments": self.model.moments}
+
+    @torch.no_grad()
+    def _learn_real_images(self, device: torch.device) -> None:
+        self.judge.to(device)
+        chosen, features = spread(len(self.images), self.settings.fd_images), []
+        for start in range(0, len(chosen), 32):
+            images = torch.stack([self.images[index][0] for index in chosen[start : start + 32]])
+            features.append(self.judge.features(images.to(device)).double())
+        features = torch.cat(features)
+        self.judge.learn(features.mean(0), features.mT.cov())
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, self.parameters / 1e6
@@ -115,6 +157,8 @@ class DenoiserTask:
         self.objective.to(device)
         if self.alignment is not None:
             self.alignment.target.to(device)
+        if self.judge is not None:
+            self._learn_real_images(device)
         if self.encoded and self.settings.latents is None:
             encode(self.images, self.codec, folder / "latents", device=device)
             self.dataset = LatentDataset(folder / "latents")
@@ -191,14 +235,14 @@ class DenoiserTask:
         }
         if self.started_from:
             meta["started_from"] = self.started_from
-        projector = getattr(model, "projector", None)
-        if projector is not None:
-            model.project(self.alignment.block, None)  # it is of the training alone
+        parts = {name: part for name in OF_TRAINING if (part := model._modules.pop(name, None)) is not None}
         try:
+            for name in parts:
+                setattr(model, name, None)
             save_denoiser(folder, model, scheduler=self.scheduler, meta=meta, settings=settings)
         finally:
-            if projector is not None:
-                model.project(self.alignment.block, projector)
+            for name, part in parts.items():
+                setattr(model, name, part)
 
 
 def _terms(settings: TrainSettings, latent_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +18,7 @@ from d_emo.data import Reading, spread
 from d_emo.detection.augment import ObjectImages, TrainingImages, augmentation
 from d_emo.detection.average_precision import measure_detector
 from d_emo.detection.coco import CocoImages
+from d_emo.detection.drawing import grid_of_objects
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.classifier import open_classifier
@@ -30,6 +32,8 @@ from d_emo.weights import differences, shapes_of
 
 HELD_OUT = 200
 """Built-in pictures to measure on, at most."""
+PICTURES = 16
+"""Of a batch, how many are drawn before a run."""
 
 
 class DetectorTask:
@@ -137,6 +141,12 @@ class DetectorTask:
             chosen = spread(len(self.held_out), settings.validate_images)
             meta["average_precision"] = measure_detector(model, self.held_out, chosen, masks=self.masks)
         save_classifier(folder, model, meta=meta, settings=settings, kind="detector")
+
+    def picture(self, batch: list[Any]) -> tuple[Image.Image, int]:
+        """The first pictures of a batch of the data set, with their boxes and masks, and how many these are."""
+        images, targets = (part[:PICTURES] for part in batch)
+        targets = [{**target, "labels": target["labels"] - self.model.first_label} for target in targets]
+        return grid_of_objects(images, targets, self.source.class_names), len(images)
 
 
 def open_objects(settings: DetectorSettings, *, masks: bool) -> tuple[ObjectImages, ObjectImages | None]:

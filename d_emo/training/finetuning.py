@@ -1,10 +1,12 @@
 """Fine-tuning: a new model that starts from the weights of a snapshot, all of which or a part are trained."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,9 +14,11 @@ from torch import nn
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.models import EMO
-from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import trained_parameters
 from d_emo.weights import differences, shapes_of, without_adapters
+
+if TYPE_CHECKING:
+    from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
 
 
 @torch.no_grad()

@@ -2,10 +2,9 @@
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
 from d_emo.device import best_device
 from d_emo.ema import EMA
@@ -23,27 +22,18 @@ class Rehearsal(NamedTuple):
     """What was seen of a run; by one process, not compiled.
 
     Attributes:
-        images, labels: A micro-batch as the network sees it. Shape: (B, 3, H, W) in [-1, 1], and (B,).
+        batch, draws: A micro-batch as the data set gives it, and its rows of the step's randomness.
         seconds: Of a whole step, by its second micro-batch and the optimizer's update.
         gib: Most memory that was in use.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    batch: list[Any]
+    draws: Any
     seconds: float
     gib: float
 
 
-class Rehearsable(Task, Protocol):
-    """A task that can show what its network sees."""
-
-    held_out: Dataset | None  # to validate on
-
-    def seen(self, batch: Any, draws: Any) -> torch.Tensor:
-        """The images of a micro-batch as the network sees them, latents decoded. Shape: -> (B, 3, H, W)."""
-
-
-def rehearse(task: Rehearsable) -> Rehearsal:
+def rehearse(task: Task) -> Rehearsal:
     """Take two micro-batches through a task whose data set is not to be encoded first; its model is changed."""
     device, settings = best_device(), task.settings
     use_threads(device, 1)
@@ -64,9 +54,7 @@ def rehearse(task: Rehearsable) -> Rehearsal:
         optimizer.step()
         average.update(model)
     seconds = (computed - began) * settings.batch_size / micro + _now(device) - computed
-    with torch.no_grad():
-        images = task.seen(batch, draws).float().cpu()
-    return Rehearsal(images, batch[1].cpu(), seconds, peak_memory(device))
+    return Rehearsal(batch, draws, seconds, peak_memory(device))
 
 
 def _now(device: torch.device) -> float:

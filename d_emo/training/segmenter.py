@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ from d_emo.segmentation.images import IGNORED, LabelledImages, LabelledScenes, M
 from d_emo.segmentation.losses import dice_loss
 from d_emo.segmentation.measures import Quality, measure, segment
 from d_emo.segmentation.networks import Segmenter
-from d_emo.segmentation.pictures import overlay, palette, side_by_side
+from d_emo.segmentation.pictures import overlay, palette, side_by_side, with_legend
 from d_emo.segmentation.sliding import Windows
 from d_emo.weights import load_weights
 
@@ -67,6 +68,10 @@ class SegmenterTask:
             self.images, settings.image_size, scale_range=tuple(settings.scale_range), colours=settings.colours,
             largest_share=settings.largest_share, flip=settings.flip, seed=settings.seed,
         )  # fmt: skip
+        weights, count = settings.class_weights, len(self.images.class_names)
+        if weights is not None and len(weights) != count:
+            raise InputError(f"`class_weights` has {len(weights)} factors, and the data have {count} classes")
+        self.class_weights = None if weights is None else torch.tensor(weights)
         options = settings.model_options or {}
         if taken := {"name", "num_classes", "in_channels"} & options.keys():
             raise InputError(f"`model_options`: {min(taken)} follows from the data or from `model`; leave it out")
@@ -108,8 +113,9 @@ class SegmenterTask:
         if len(images) == 1:
             raise InputError("batch norm of pooled maps needs two images at once; `micro_batch_size` must be 2 or more")
         given = model(self.input(images))
-        losses = {
-            name: F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none").mean()  # as mmseg's
+        weight = None if self.class_weights is None else self.class_weights.to(images.device)
+        losses = {  # a mean over all pixels, as mmseg's: neither weights nor pixels without a class change the divisor
+            name: F.cross_entropy(logits.float(), masks, weight, ignore_index=IGNORED, reduction="none").mean()
             for name, logits in given.items()
         }
         parts = {"aux_loss": losses["aux"]} if "aux" in losses else {}
@@ -156,18 +162,38 @@ class SegmenterTask:
     def preview(self, path: Path, model: nn.Module) -> None:
         """Write held-out images (else those trained on), their truth and their prediction side by side."""
         images, colours, rows = self.held_out or self.images, palette(len(self.images.class_names)), []
+        there: set[int] = set()
         for index in spread(len(images), PICTURES):
             image, truth = images[index]
             found = segment(self._as_trained(model), image, self.size, windows=self.windows).argmax(dim=0)
             rows.append([image.permute(1, 2, 0).numpy(), overlay(image, truth, colours),
                          overlay(image, found, colours)])  # fmt: skip
+            there.update(truth.unique().tolist(), found.unique().tolist())
+        picture = side_by_side(rows, LARGEST, ("image", "truth", "found"))
         with replacing(path) as temporary:
-            side_by_side(rows, LARGEST).save(temporary, format="PNG")
+            self._with_legend(picture, there).save(temporary, format="PNG")
 
     @property
     def size(self) -> int | None:
         """Pixels of the shorter side of a measured image; None, its own, where it is measured window by window."""
         return None if self.windows else self.settings.image_size
+
+    def picture(self, batch: list[torch.Tensor]) -> tuple[Image.Image, int]:
+        """The first images of a batch of the data set beside their masks, and how many these are.
+
+        Shape: (B, 3, H, W) in [-1, 1], (B, H, W).
+        """
+        images, masks = (part[:PICTURES].cpu() for part in batch)
+        colours, pixels = palette(len(self.images.class_names)), ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        cells = [[image.permute(1, 2, 0).numpy(), overlay(image, mask, colours)]
+                 for image, mask in zip(pixels, masks, strict=True)]  # fmt: skip
+        rows = [sum(cells[start : start + 2], []) for start in range(0, len(cells), 2)]
+        picture = side_by_side(rows, LARGEST, ("image", "mask") * min(2, len(cells)))
+        return self._with_legend(picture, masks.unique().tolist()), len(images)
+
+    def _with_legend(self, picture: Image.Image, labels: Iterable[int]) -> Image.Image:
+        names = self.images.class_names
+        return with_legend(picture, names, palette(len(names)), sorted(set(labels) - {IGNORED}))
 
     def _as_trained(self, model: nn.Module) -> Normalized:
         """The model with the normalisation that it is trained with before it."""

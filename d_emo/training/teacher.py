@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +44,9 @@ def load_teacher(name: str, weights: str | None, class_names: Sequence[str]) -> 
 def _timm_model(name: str, weights: str | None) -> Normalized:
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"`teacher_weights` {weights} does not exist")
+    import timm
+    from timm.models import load_state_dict
+
     try:
         if weights is None:
             return normalized(timm.create_model(name, pretrained=True))

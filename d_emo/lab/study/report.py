@@ -56,7 +56,9 @@ def introduction(
         )
     if settings.reference is not None:
         return [done, f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."]
-    samplers = " and ".join(f"{sampler} ({objective})" for objective, sampler in settings.samplers.items())
+    used = {loss_over.partition(",")[0] for loss_over in rows["loss_over"]} if "loss_over" in rows else set()
+    those = {name: sampler for name, sampler in settings.samplers.items() if not used or name in used}
+    samplers = " and ".join(f"{sampler} ({name})" for name, sampler in those.items())
     seen = (
         ", shape, colour and ground are the shares of drawings in which it sees what was asked for, empty that of "
         "drawings without a shape." if "empty" in rows else
