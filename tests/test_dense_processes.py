@@ -9,6 +9,8 @@ import test_segmentation as segmenters
 from test_processes import in_processes
 from test_resume import last_state, logged, same
 
+from d_emo.errors import InputError
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {**segmenters.TINY["model_options"], "drop_rate": 0.0}
 LOGGED = {"tracker": "tensorboard", "log_every": 1}
@@ -32,6 +34,12 @@ def kill_at(step, train, folder, **options):
         train(folder, **options)
 
     assert in_processes(1, killed) == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("alone", ["batch_size", "micro_batch_size"])
+def test_a_single_image_whose_map_is_one_pixel_is_refused(alone, tmp_path):
+    with pytest.raises(InputError, match="a batch norm sees one value .* raise `batch_size`"):
+        detectors.train(tmp_path, **{alone: 1})
 
 
 def test_two_processes_train_a_segmenter_as_one_does(tmp_path):
