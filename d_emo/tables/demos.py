@@ -35,7 +35,7 @@ class DemoRow:
 DEMOS: Table[DemoRow] = Table("demo", [
     DemoRow(
         name="detect", title="find scanned digits on photographs",
-        runs=(("train-classifier", "photo_classifier.yaml"), ("train-detector", "detector.yaml"),
+        runs=(("train-classifier", "classifier.yaml"), ("train-detector", "detector.yaml"),
               ("train-detector", "detector_floor.yaml")),
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
