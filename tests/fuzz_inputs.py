@@ -33,7 +33,7 @@ from d_emo.tables import load
 
 SOURCES = {"data_dir", "validate_dir", "latents", "init_from", "teacher_weights", "checkpoint", "classifier", "image",
            "samples", "reference", "inception_weights", "source", "runs", "resume", "vae", "judge", "teacher", "images",
-           "annotations", "validate_annotations", "validate_images_dir"}  # fmt: skip
+           "annotations", "validate_annotations", "validate_images_dir", "guide"}  # fmt: skip
 FILES = {"image", "samples", "reference", "inception_weights", "source", "teacher_weights", "teacher", "judge",
          "images", "annotations", "validate_annotations"}  # fmt: skip
 OUTPUTS = {"output", "output_dir", "report_dir", "save_npz", "save_png", "work_dir"}

@@ -93,6 +93,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
     ("benchmark", "kernels"): lambda world: {"batch_size": ["1"]},
     ("benchmark", "step"): lambda world: {
         "model": ["D-EMOv2-Ti-4"], "depth": ["1"], "image_size": ["64"], "batch_size": ["2"]},
+    ("benchmark", "dense"): lambda world: {
+        "models": ["segformer-emov2_1m"], "peers": ["lraspp_mobilenet_v3_large"], "image_size": ["64"]},
 }  # fmt: skip
 """By verb and word: settings with which it would run, as the words after the flags."""
 
@@ -202,7 +204,8 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
         "d_emo.export:traced": _stop, "d_emo.cli.explain:explain": _stop, "d_emo.cli.plot_loss:plot_losses": _stop,
         "d_emo.lab.study:Study.work": _stop, "d_emo.lab.study:Study.plan": _stop,
         "d_emo.lab.study:Study.conclude": _stop,
-        "d_emo.lab.benchmark:measure": _stop, "d_emo.lab.models_table:count_macs": _stop,
+        "d_emo.lab.benchmark:measure": _stop, "d_emo.lab.benchmark.dense:count_macs": _stop,
+        "d_emo.lab.models_table:count_macs": _stop,
         "d_emo.kernels:explain": _stop,
         "d_emo.cli.benchmark:TABLES": {**TABLES, KernelsSettings: _stop},
         "d_emo.training.classifier:measure_accuracy": _stop,

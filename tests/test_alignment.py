@@ -4,16 +4,17 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.models import create_model
 from d_emo.training import fit
-from d_emo.training.alignment import Alignment, alignment_loss
+from d_emo.training.alignment import Alignment, ViTTarget, alignment_loss
 from d_emo.training.denoiser import DenoiserTask
 
 CLASSIFIER = Path(__file__).parent / "data" / "artefacts" / "classifier"
@@ -79,6 +80,46 @@ def test_a_classifier_looks_at_the_images_as_they_are_seen():
     assert all(p.grad is None for p in task.alignment.target.parameters())
 
 
+def test_sra_asks_the_average_for_a_later_block_under_less_noise(monkeypatch):
+    """Jiang et al., 2025: the teacher's t is less by 0.2 u, u uniform in [0, 1], and no less than 0."""
+    task = DenoiserTask(TrainSettings(**TINY, align="sra", objective="flow", align_block=0))
+    torch.manual_seed(1)
+    task.averaged = create_model(TINY["model"], depth=3, hidden_size=48, sample_size=8, num_classes=10)
+    for block in task.averaged.block_sequence():
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.2)
+    task.averaged.eval()
+    (values, labels), draws = batch(task)
+    draws = draws._replace(timesteps=torch.tensor([50.0, 500.0, 999.0]), drop_label=torch.tensor([False, True, False]))
+    shares = torch.tensor([0.9, 0.5, 0.25])
+    monkeypatch.setattr(torch, "rand", lambda *args, **options: shares)
+    aligned, seen = task.alignment.target, []
+    plain = aligned.forward
+    aligned.forward = lambda *args: seen.append(plain(*args)) or seen[-1]
+    task.loss(task.model.train(), [values, labels], draws)["loss"].backward()
+    latents, t = task._latents(values, draws), torch.tensor([0.0, 400.0, 949.0])
+    noisy = (1 - t / 1000).view(3, 1, 1, 1) * latents + (t / 1000).view(3, 1, 1, 1) * draws.noise
+    kept = []
+    task.averaged.blocks[2].register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        task.averaged(noisy, t, torch.tensor([0, 10, 0]))
+    torch.testing.assert_close(seen[0], kept[0].permute(0, 3, 1, 2))
+    assert all(p.grad is None for p in task.averaged.parameters())
+    assert task.model.projector.conv.weight.grad.abs().max() > 0
+
+
+def test_dinov2_sees_the_image_as_many_patches_as_there_are_tokens(tmp_path):
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=12, dynamic_img_size=True).eval()
+    save_file(network.state_dict(), tmp_path / "dinov2.safetensors")
+    target = ViTTarget((48, 2, 2), (4, 4, 4), str(tmp_path / "dinov2.safetensors"))
+    images = torch.rand(1, 3, 28, 28) * 2 - 1
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        tokens = network.forward_features(((images + 1) / 2 - mean) / std)[:, 1:]  # (1, 4, 384)
+    given = target(images, None)
+    assert given.shape == (1, 384, 2, 2) and target.channels == 384
+    torch.testing.assert_close(given.flatten(2).mT, tokens, rtol=1e-3, atol=1e-4)
+
+
 def test_snapshots_do_not_have_the_projector_and_states_do(tmp_path):
     AcceleratorState._reset_state(True)
     settings = TrainSettings(**TINY, align="vae", output_dir=str(tmp_path))
@@ -93,7 +134,9 @@ def test_snapshots_do_not_have_the_projector_and_states_do(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"align": "dino"}, "unknown `align` 'dino'.*use vae or emov2:SNAPSHOT"),
+    ({"align": "dino"}, "unknown `align` 'dino'.*use vae or emov2:SNAPSHOT or sra"),
+    ({"align": "dinov2:nowhere"}, "`align` dinov2:nowhere: there is no such file"),
+    ({"align": f"dinov2:{__file__}"}, "is no DINOv2 of timm"),
     ({"align": "emov2:nowhere"}, "`align` emov2:nowhere: there is no such snapshot or file"),
     ({"align": "emov2:x", "cache_latents": True}, "`align` emov2:x looks at images, of which `cache_latents` leaves"),
     ({"align_weight": 0.5}, "`align_weight` belongs to `align`"),

@@ -58,7 +58,7 @@ def test_the_medical_floor_is_the_best_threshold():
 
 def test_the_deit_demo_ends_with_accuracy_beside_floors_and_a_picture(here, monkeypatch, capsys):  # noqa: F811
     first, second = demo_deit.RUNS.values()
-    make_tiny("deit", monkeypatch, here, CLASSIFIER | {"dataset": "shapes", "num_images": 8, "output_dir": first},
+    make_tiny("deit", monkeypatch, here, CLASSIFIER | {"dataset": "digits", "output_dir": first},
               CLASSIFIER | {"dataset": "digits", "init_from": first, "output_dir": second})  # fmt: skip
     run_verb("demo", ["deit"])
     rows = table_of(capsys.readouterr().out)

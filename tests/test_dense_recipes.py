@@ -1,4 +1,4 @@
-"""The papers' recipes for detectors and segmenters in configs/: they load, fit their models, and train a step."""
+"""The papers' recipes on COCO and ADE20K in configs/: they load, fit their models, and train a step."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from d_emo.training.segmenter import SegmenterTask
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
     file.stem: yaml.safe_load(file.read_text())
-    for folder in ("detection", "segmentation") for file in sorted((CONFIGS / folder).glob("*.yaml"))
+    for files in ("detection/coco_*.yaml", "segmentation/ade20k_*.yaml") for file in sorted(CONFIGS.glob(files))
 }  # fmt: skip
 TINY = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32], "head_dims": [16] * 4}
 PAPERS = {

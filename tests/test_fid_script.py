@@ -290,6 +290,23 @@ def test_images_that_cannot_be_read_are_passed_over_where_that_is_asked_for(
     assert any("passed over" in each for each in outputs[1]["warnings"])
 
 
+def test_a_reference_counts_no_image_twice_for_one_that_cannot_be_read(
+    main: Callable, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    intact, holed = write_images(tmp_path / "intact", 5), write_images(tmp_path / "holed", 5)
+    (holed / "8px-1a.png").write_bytes((good / "8px-0.png").read_bytes()[:120])
+    files = []
+    for folder in (intact, holed):
+        files.append(tmp_path / f"{folder.name}.npz")
+        run_verb("reference", ["--data-dir", str(folder), "--image-size", "8", "--output", str(files[-1]),
+                               "--skip-corrupt"])  # fmt: skip
+    one, two = map(np.load, files)
+    assert all(np.array_equal(one[name], two[name]) for name in ("arr_0", "mu", "sigma", "num_images"))
+    assert "left out   1 image: cannot read the image" in capsys.readouterr().out
+    with pytest.raises(InputError, match="8px-1a.png.*--skip-corrupt passes over such images"):
+        run_verb("reference", ["--data-dir", str(holed), "--image-size", "8", "--output", str(tmp_path / "o.npz")])
+
+
 def test_a_set_of_which_nothing_can_be_read_is_refused(main: Callable, good: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("hello")

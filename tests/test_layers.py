@@ -34,7 +34,7 @@ INSIDE = {
         "folder", "augmented", "videos", "video_lists", "video_folder", "tar", "hub", "sampler",
         "describing",
     ],
-    "detection": ["features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
+    "detection": ["targets", "features", "ssdlite", "retinanet", "maskrcnn", "masks", "augment", "anchors", "coco",
                   "average_precision", "drawing", "contents"],
     "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
@@ -51,7 +51,7 @@ INSIDE = {
     ],
     "app": ["studio", "page"],
     "lab": ["reporting", "models_table", "loss_curves", "benchmark", "study"],
-    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report"],
+    "lab/benchmark": ["timing", "transcription", "forms", "kernels", "cases", "step", "profile", "report", "dense"],
     "lab/study": ["plan", "execution", "measuring", "results", "checks", "report", "plots", "cost", "study"],
 }
 

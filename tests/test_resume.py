@@ -35,6 +35,7 @@ VARIANTS = {
     "x of the flow, shifted, contrastive": {"objective": "flow-x", "time_shift": "auto", "contrastive": 0.05},
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "alignment": {"align": "vae", "align_block": 0},
+    "alignment with its own average": {"align": "sra", "align_block": 0},
     "images drawn on the fly": {"dataset": "shapes", "num_images": 30},
     "cached latents": {"cache_latents": True},
     "accumulation": {"micro_batch_size": 2},

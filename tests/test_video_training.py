@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 import yaml
+from PIL import Image
 from test_video_data import write_video
 
-from d_emo.cli import run_verb
+from d_emo.cli import run_verb, train_video
 from d_emo.config import ClassifierSettings, VideoSettings
 from d_emo.data import moving
 from d_emo.errors import InputError
@@ -19,6 +20,7 @@ from d_emo.models import create_model
 from d_emo.models.video import inflate
 from d_emo.training import fit
 from d_emo.training.classifier import ClassifierTask
+from d_emo.training.rehearsal import Rehearsal
 from d_emo.training.video import VideoTask
 
 NETWORK = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": [8] * 4}
@@ -106,13 +108,15 @@ def test_videos_are_trained_and_measured_on(tmp_path, films, capsys):
 
 def test_an_image_classifier_is_trained_on_the_mean_of_frames(tmp_path, capsys):
     snapshot = train(tmp_path / "run", model="emov2_1m", max_steps=1)
-    model = load_classifier(snapshot, KIND).model
+    model = open_video_classifier(str(snapshot)).model
+    assert model.model.spatial_dims == 2
+    model.model = network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 8), torch.nn.ReLU())
+    network.spatial_dims = 2
     clips = torch.rand(2, 3, 4, 32, 32) * 2 - 1
     with torch.no_grad():
-        expected = torch.stack([model(clips[:, :, t]) for t in range(4)]).mean(0)
-        answer = open_video_classifier(str(snapshot)).model(clips)
-        assert torch.allclose(answer, expected.log_softmax(1), atol=1e-5)
-        shuffled = open_video_classifier(str(snapshot)).model(clips[:, :, [2, 0, 3, 1]])
+        frames = torch.stack([network(clips[:, :, t]) for t in range(4)])
+        answer, shuffled = model(clips), model(clips[:, :, [2, 0, 3, 1]])
+    assert torch.allclose(answer, frames.mean(0).log_softmax(1), atol=1e-5) and frames.std(0).max() > 0.1
     assert torch.allclose(answer, shuffled, atol=1e-5)
     run_verb("evaluate", [str(snapshot), "--num-images=12"])
     assert "on moving-digits, 32 px: top-1" in capsys.readouterr().out
@@ -185,3 +189,23 @@ def test_other_verbs_say_what_a_snapshot_of_videos_is(tmp_path, image_classifier
     (snapshot / "snapshot.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="does not say its frames; it is damaged"):
         open_video_classifier(str(snapshot))
+
+
+def test_a_dry_run_says_what_there_is_and_writes_one_picture_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_video.run(settings_of("run", dry_run=True))
+    said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+    assert said["data"].startswith("moving-digits: 24 videos of") and said["data"].endswith("24 looked at")
+    assert said["training"].startswith("6 steps of 4 images an epoch") and "all 4 steps" in said["time"]
+    (picture,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert picture == tmp_path / "samples" / "dry-run-run.png" and "(4 images as" in said["batch"]
+    assert Image.open(picture).size == (4 * 132 + 4, 4 * (128 + 22) + 4)
+
+
+def test_a_clip_is_drawn_in_its_order_under_its_class():
+    task = VideoTask(settings_of("run"))
+    clips = torch.full((1, 3, 4, 32, 32), -1.0)
+    clips[:, :, 1] = 1  # the second frame is white
+    drawn, count = train_video.picture(task, Rehearsal([clips, torch.tensor([1])], None, 1.0, 1.0))
+    greys = [drawn.getpixel((4 + 132 * frame + 64, 22 + 64))[0] for frame in range(4)]
+    assert count == 1 and greys == [0, 255, 0, 0]

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
-from d_emo.config import BenchmarkSettings, FormsSettings, KernelsSettings, StepSettings
-from d_emo.lab.benchmark import forms_table, kernels_table, run_benchmark, step_table, table, write_report
+from d_emo.config import BenchmarkSettings, DenseBenchmarkSettings, FormsSettings, KernelsSettings, StepSettings
+from d_emo.lab.benchmark import dense_table, forms_table, kernels_table, run_benchmark, step_table, table, write_report
 
-TABLES = {FormsSettings: forms_table, KernelsSettings: kernels_table, StepSettings: step_table}
+TABLES = {
+    FormsSettings: forms_table, KernelsSettings: kernels_table, StepSettings: step_table,
+    DenseBenchmarkSettings: dense_table,
+}  # fmt: skip
 
 
-def run(settings: BenchmarkSettings | FormsSettings | KernelsSettings | StepSettings) -> None:
+def run(
+    settings: BenchmarkSettings | FormsSettings | KernelsSettings | StepSettings | DenseBenchmarkSettings,
+) -> None:
     """Measure, print the table and, where a folder is named, write it."""
     if type(settings) in TABLES:
         print(TABLES[type(settings)](settings))

@@ -207,8 +207,10 @@ nobody works on.""",
             "forms": "d_emo.config:FormsSettings",
             "kernels": "d_emo.config:KernelsSettings",
             "step": "d_emo.config:StepSettings",
+            "dense": "d_emo.config:DenseBenchmarkSettings",
         },
-        "Measure speed beside DiT (`denoisers`) or peers of timm (`classifiers`); `forms`: which kernels run; "
+        "Measure speed beside DiT (`denoisers`), peers of timm (`classifiers`) or of torchvision (`dense`: detectors "
+        "and segmenters); `forms`: which kernels run; "
         "`kernels`: their times on a GPU; `step`: what a run adds to a bare training step.",
     ),
 ])  # fmt: skip

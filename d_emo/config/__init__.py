@@ -17,6 +17,7 @@ from d_emo.config.benchmarking import (
     BenchmarkSettings,
     ClassifierBenchmarkSettings,
     DenoiserBenchmarkSettings,
+    DenseBenchmarkSettings,
     FormsSettings,
     KernelsSettings,
     StepSettings,

@@ -101,7 +101,24 @@ class StepSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast", group="Machine")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseBenchmarkSettings(Settings):
+    """Settings of ``d-emo benchmark dense``: detectors up to their heads and segmenters, beside torchvision's."""
+
+    models: list[str] = setting(
+        ["ssdlite-emov2_1m", "ssdlite-emov2_2m", "deeplabv3-emov2_1m", "segformer-emov2_1m"],
+        "detectors of a single stage, and segmenters", group="Networks"
+    )
+    peers: list[str] = setting(
+        ["ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"], "such networks of torchvision"
+    )
+    image_size: ClassifierSide = setting(320, "side of the one square image in pixels", group="Measurement")
+    rounds: Count = setting(15, "measured rounds, each of every network once, after one to warm up")
+    clock: Literal["wall", "cpu"] = setting("wall", "cpu: CPU time of this process, for a machine shared with others")
+    threads: list[Threads] = setting([1, 2], "numbers of CPU threads to measure with", group="Machine")
+
+
 BENCHMARKS: dict[str, type[Any]] = {
     "denoisers": DenoiserBenchmarkSettings, "classifiers": ClassifierBenchmarkSettings, "forms": FormsSettings,
-    "kernels": KernelsSettings, "step": StepSettings,
+    "kernels": KernelsSettings, "step": StepSettings, "dense": DenseBenchmarkSettings,
 }  # fmt: skip

@@ -220,7 +220,7 @@ class ReferenceSettings(ReadingSettings):
     num_images: Count | None = setting(
         None, "number of images, spread evenly over the data. Default: all (50,000 of Shapes-1000)"
     )
-    skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")
+    skip_corrupt: bool = setting(False, "leave out images that cannot be read, and say how many and why")
     features: str = setting("inception", "inception, or emov2:SNAPSHOT for a classifier trained here", group="Features")
     inception_weights: str | None = setting(None, "file of torch-fidelity's Inception weights", source=True)
     batch_size: Count = setting(64, "images per forward pass")

@@ -50,9 +50,10 @@ class ObjectiveSettings(Settings):
         None, "of one-step: how many images, at most, make up the statistics of real ones. Default: 50,000"
     )
     align: str | None = setting(
-        None, "an auxiliary loss: align the map after a block with features of the clean image (REPA with iREPA's "
-        "convolution and spatial norm): vae, the clean latents themselves; or emov2:SNAPSHOT, a classifier trained "
-        "here or a released EMO file", group="Alignment"
+        None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "
+        "convolution and spatial norm of iREPA): vae, the clean latents themselves; emov2:SNAPSHOT, a classifier "
+        "trained here or a released EMO file; sra, the moving average under less noise; dinov2:FILE, weights of timm's",
+        group="Alignment"
     )
     align_weight: NotNegative | None = setting(None, "with --align: weight of that loss. Default: 0.5")
     align_block: Whole | None = setting(

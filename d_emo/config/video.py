@@ -17,12 +17,12 @@ from d_emo.config.ranges import (
     PositiveFraction,
     Whole,
 )
-from d_emo.config.training import RunSettings
+from d_emo.config.training import RehearsedSettings, RunSettings
 from d_emo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoSettings(RunSettings):
+class VideoSettings(RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_video.py``; the defaults are V-EMO's recipe for Kinetics-400."""
 
     model: str = setting(

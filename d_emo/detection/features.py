@@ -15,6 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from d_emo.detection.targets import check_targets
 from d_emo.models.backbone import EMO, build_backbone
 from d_emo.models.layers import batch_norms
 
@@ -95,6 +96,13 @@ class Detector(nn.Module):
     first_label: int
     num_classes: int
     input_size: tuple[int, int]
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Losses in training, else what is found in each image; InputError for targets that cannot be trained on."""
+        if self.training:
+            labels = range(self.first_label, self.first_label + self.num_classes)
+            check_targets(images, targets, labels, masks=hasattr(self, "roi_heads"))
+        return super().forward(images, targets)
 
     def dense_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The heads' outputs of normalised images of one size; anchors are those of ``anchor_generator``, in order.

@@ -115,6 +115,13 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         """
         raise NotImplementedError
 
+    def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """The map after a block, without gradients. A frame with a `feature_shape` sees to it.
+
+        Shape: as ``forward`` -> (B, channels, *sizes).
+        """
+        raise NotImplementedError
+
     def block_matrices(self) -> dict[str, int]:
         """The parameters that are matrices between the features of hidden layers, as an optimizer for such wants them:
         by name how many matrices one holds, one below the other (q, k and v of one projection). None unless a frame

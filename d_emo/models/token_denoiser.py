@@ -170,6 +170,16 @@ class TokenDenoiser(DenoiserFrame):
             raise InputError(f"There is no block {block} in a denoiser of {count}; the first is 0.")
         self.projected, self.projector = block, projector
 
+    @torch.no_grad()
+    def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        hook = self.block_sequence()[block].register_forward_hook(lambda module, given, output: kept.append(output))
+        try:
+            self(hidden_states, timestep, class_labels)
+        finally:
+            hook.remove()
+        return kept[0].permute(0, 3, 1, 2)
+
     def block_matrices(self) -> dict[str, int]:
         stacked, outside = {"qk": 2, "qkv": 3}, ("x_embedder", "t_embedder", "y_embedder", "final_layer", "projector")
         return {

@@ -12,7 +12,6 @@ from d_emo.config import DEFAULT_GUIDE_WEIGHT, FidSettings, SampleSettings, chec
 from d_emo.errors import InputError
 from d_emo.io.snapshot import DenoiserSnapshot
 from d_emo.models.contract import DenoiserFrame
-from d_emo.weights import some
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,14 @@ def check_guide(guide: DenoiserSnapshot, snapshot: DenoiserSnapshot) -> None:
         "the codec": lambda each: each.codec,
         "latents of shape": lambda each: each.model.latent_shape,
         "the number of classes": lambda each: len(each.class_names),
-        "the classes": lambda each: some(list(each.class_names)),
+        "class": lambda each: next(
+            (f"{label} {each.class_names[label]}" for label, (one, other) in both if one != other), None
+        ),
     }
+    both = list(enumerate(zip(guide.class_names, snapshot.class_names, strict=False)))
     for what, of in facts.items():
         theirs, ours = of(guide), of(snapshot)
-        if theirs != ours or what == "the classes" and guide.class_names != snapshot.class_names:
+        if theirs != ours:
             raise InputError(
                 f"`guide` {guide.path} cannot guide {snapshot.path}: {what} {theirs} there, {ours} here; an earlier "
                 "or smaller snapshot trained for the same is needed"

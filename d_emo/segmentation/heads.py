@@ -31,11 +31,40 @@ class ConvNormAct(Conv2dNormActivation):
             self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
 
 
+@torch.fx.wrap
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map at another size, bilinearly, the corners not aligned. Shape: (B, C, h, w) -> (B, C, *size)."""
-    if statically_known_true(x.shape[2] == size[0]) and statically_known_true(x.shape[3] == size[1]):
-        return x  # free sides of an exported network are not asked, or each answer would be a demand on them
-    return F.interpolate(x, size=list(size), mode="bilinear")
+    """A map at another size, bilinearly, the corners not aligned; one node of a `torch.fx` graph.
+
+    Shape: (B, C, h, w) -> (B, C, *size).
+    """
+    sides = list(zip(x.shape[2:], size, strict=True))
+    if any(isinstance(side, torch.SymInt) for each in sides for side in each):
+        # free sides of an exported network are not asked, as each answer would be a demand on them
+        same = all(statically_known_true(one == other) for one, other in sides)
+    else:
+        same = x.shape[2:] == torch.Size(size)
+    return x if same else F.interpolate(x, size=list(size), mode="bilinear")
+
+
+@torch.fx.wrap
+def part_means(x: Tensor, parts: int) -> Tensor:
+    """Means over parts x parts of a map, as adaptive pooling has them; one node of a `torch.fx` graph.
+
+    Where torch.export leaves the sides free, two products do it: of adaptive pooling ONNX wants the sides.
+
+    Shape: (B, C, h, w) -> (B, C, parts, parts).
+    """
+    if not any(isinstance(side, torch.SymInt) for side in x.shape[2:]):
+        return F.adaptive_avg_pool2d(x, parts)
+    rows, columns = (_shares(side, parts, x) for side in x.shape[2:])  # (parts, h), (parts, w)
+    return rows @ x @ columns.T
+
+
+def _shares(length: int, parts: int, like: Tensor) -> Tensor:
+    """What each cell of an axis weighs in each part. Shape: -> (parts, length)."""
+    part, cell = torch.arange(parts, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (cell >= part * length // parts) & (cell < ((part + 1) * length + parts - 1) // parts)
+    return inside.to(like) / inside.sum(dim=1, keepdim=True)
 
 
 class Head(nn.Module, ABC):
@@ -99,8 +128,9 @@ class ASPPHead(Head):
 
     def features(self, maps: list[Tensor]) -> Tensor:
         x = maps[0]  # (B, C_4, h, w)
-        mean = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])  # (B, dim, h, w)
-        return self.merge(torch.cat([mean, *(branch(x) for branch in self.branches)], dim=1))
+        each = [branch(x) for branch in self.branches]  # (B, dim, h, w)
+        mean = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand_as(each[0])
+        return self.merge(torch.cat([mean, *each], dim=1))
 
 
 class PSPHead(Head):
@@ -118,7 +148,8 @@ class PSPHead(Head):
 
     def features(self, maps: list[Tensor]) -> Tensor:
         x = maps[0]  # (B, C_4, h, w)
-        return self.merge(torch.cat([x, *(resized(pool(x), x.shape[2:]) for pool in self.pools)], dim=1))
+        parts = [conv(part_means(x, pool.output_size)) for pool, conv in self.pools]  # (B, dim, n, n)
+        return self.merge(torch.cat([x, *(resized(part, x.shape[2:]) for part in parts)], dim=1))
 
 
 class FPNHead(Head):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d_emo.errors import InputError
 from d_emo.models.backbone import EMO, build_backbone
 from d_emo.models.layers import is_count
 from d_emo.segmentation.heads import ASPPHead, FCNHead, FPNHead, Head, MLPHead, PSPHead, resized
+
+torch.fx.wrap("resized")  # torch.fx looks for wrapped functions by module
 
 WINDOWS = {"emov1_1m": 7, "emov1_2m": 7, "emov1_5m": 16}
 """Windows of EMOv1's segmenters in tokens; all of EMOv2's have 10."""

@@ -17,6 +17,8 @@ from d_emo.models.layers import checkpoint_block
 from d_emo.segmentation.heads import ASPPHead, ConvNormAct, FCNHead, resized
 from d_emo.segmentation.networks import Segmenter
 
+torch.fx.wrap("resized")  # torch.fx looks for wrapped functions by module
+
 WIDTHS = 64, 128, 256, 512, 1024
 HEAD_DIM = 32
 

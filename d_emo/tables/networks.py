@@ -69,7 +69,7 @@ class AlignmentRow:
     Attributes:
         name: ``align`` is this name, or with ``takes`` NAME:WHAT.
         open: Called with the shape of the denoiser's map and that of its latents, then WHAT (if ``takes``); gives a
-            ``torch.nn.Module`` of forward(images, latents) -> (B, channels, h, w), which has ``channels``.
+            ``torch.nn.Module`` of forward(images, latents, labels, step) -> (B, channels, h, w), and of ``channels``.
         takes: What stands behind the colon, in capitals; None where nothing does.
         images: Whether it looks at the images, which a run on encoded latents does not have.
         help: What it is, in a few words.
@@ -130,6 +130,14 @@ ALIGNMENTS: Table[AlignmentRow] = Table(
         AlignmentRow(
             name="emov2", open="d_emo.training.alignment:ClassifierTarget", takes="SNAPSHOT", images=True,
             help="the third stage of a classifier trained here, or of a released EMO file",
+        ),
+        AlignmentRow(
+            name="sra", open="d_emo.training.alignment:SelfTarget", help="a later block of the moving average, which "
+            "sees less noise",
+        ),
+        AlignmentRow(
+            name="dinov2", open="d_emo.training.alignment:ViTTarget", takes="FILE", images=True,
+            help="the tokens of timm's DINOv2, of a file of its weights",
         ),
     ],
 )  # fmt: skip

@@ -2,21 +2,26 @@
 
 Sources: REPA (Yu et al., 2025, eq. 8: the mean cosine over positions), with the projector and the norm of iREPA (Singh
 et al., 2025: a 3 x 3 convolution, and targets that are standardised over positions); targets without a network from
-outside: the latents themselves (VAE features; Wang et al., 2026), a classifier of one's own.
+outside: the latents themselves (VAE features; SRA 2, 2026), a classifier of one's own, the denoiser's own average under
+less noise (SRA; Jiang et al., 2025).
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
 from d_emo.io.classifier import Normalized, open_classifier
 from d_emo.models.contract import DenoiserFrame
+from d_emo.objective import StepNoise
 from d_emo.tables import load, parse_alignment
+from d_emo.weights import check_finite
 
 
 class Projector(nn.Module):
@@ -38,8 +43,61 @@ class LatentTarget(nn.Module):
         self.patch = latent_shape[1] // feature_shape[1]
         self.channels = latent_shape[0] * self.patch**2
 
-    def forward(self, images: Tensor | None, latents: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None, latents: Tensor, *_: Any) -> Tensor:
         return F.pixel_unshuffle(latents, self.patch)
+
+
+class SelfTarget(nn.Module):
+    """The denoiser's own moving average, which sees the same image under less noise, in a later block (SRA).
+
+    t is less by up to a fifth of the path, at random; the block is at five sevenths of the depth (Jiang et al., 2025:
+    the 20th of 28).
+
+    Attributes:
+        teacher: A function of (latents, labels, step, share) -> features; the task's.
+    """
+
+    def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...]):
+        super().__init__()
+        self.channels, self.teacher = feature_shape[0], None
+
+    def forward(self, images: Tensor | None, latents: Tensor, labels: Tensor, step: StepNoise) -> Tensor:
+        share = 0.2 * torch.rand(len(latents), device=latents.device)  # the loop seeds it by the step
+        return self.teacher(latents, labels, step, share).float()
+
+
+class ViTTarget(nn.Module):
+    """The tokens of a DINOv2 of timm, whose weights lie in a file; images have one patch of 14 px for each token.
+
+    Raises:
+        InputError: The file is missing, or holds no such network.
+    """
+
+    patch = 14
+
+    def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...], file: str):
+        super().__init__()
+        if not Path(file).is_file():
+            raise InputError(f"`align` dinov2:{file}: there is no such file")
+        try:
+            weights = load_state_dict(file, weights_only=True)
+            size = {384: "small", 768: "base", 1024: "large", 1536: "giant"}[weights["cls_token"].shape[-1]]
+            registers = "_reg4" if "reg_token" in weights else ""
+            name = f"vit_{size}_patch14{registers}_dinov2"
+            self.network = timm.create_model(name, num_classes=0, dynamic_img_size=True, checkpoint_path=file)
+        except Exception as error:  # timm and PyTorch raise a dozen types
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"`align` dinov2:{file} is no DINOv2 of timm ({type(error).__name__}: {reason})") from None
+        check_finite(self.network.state_dict(), file)
+        cfg, self.size = self.network.pretrained_cfg, tuple(self.patch * side for side in feature_shape[1:])
+        self.prepared = Normalized(nn.Identity(), cfg["mean"], cfg["std"])
+        self.channels = self.network.num_features
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, latents: Tensor, *_: Any) -> Tensor:
+        images = self.prepared(F.interpolate(images, self.size, mode="bicubic", antialias=True))
+        return self.network.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)[0].float()
 
 
 class ClassifierTarget(nn.Module):
@@ -69,7 +127,7 @@ class ClassifierTarget(nn.Module):
         return self.network.forward_intermediates(images, **options)[0]
 
     @torch.no_grad()
-    def forward(self, images: Tensor | None, latents: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None, latents: Tensor, *_: Any) -> Tensor:
         return F.interpolate(self._map(images).float(), self.sizes, mode="bilinear", antialias=True)
 
 
@@ -100,9 +158,11 @@ class Alignment:
         self.block = (model.feature_blocks - 1) // 2 if block is None else block
         model.project(self.block, Projector(shape[0], self.target.channels))
 
-    def loss(self, features: Tensor, images: Tensor | None, latents: Tensor) -> Tensor:
+    def loss(
+        self, features: Tensor, images: Tensor | None, latents: Tensor, labels: Tensor, step: StepNoise
+    ) -> Tensor:
         """What is added to the loss, before it is weighed. Shape: features (B, D, H, W) -> ()."""
-        return alignment_loss(features.float(), self.target(images, latents))
+        return alignment_loss(features.float(), self.target(images, latents, labels, step))
 
 
 def alignment_loss(features: Tensor, target: Tensor) -> Tensor:

@@ -93,12 +93,13 @@ class DenoiserTask:
             **_terms(settings, self.model.latent_shape),
         )
         self.scheduler = self.objective.noise_schedule()
-        self.judge = None
+        self.averaged, self.judge = self.model, None
         if OBJECTIVES[settings.objective].starts_from is not None:
             self._judge_by(settings)
         self.alignment = None
         if settings.align is not None:
             self.alignment = Alignment(self.model, settings.align, settings.align_weight, settings.align_block)
+            self.alignment.target.teacher = self._under_less_noise
 
     def _judge_by(self, settings: TrainSettings) -> None:
         """What the one-step objectives need: a judge of images, and a place for its statistics in the model."""
@@ -174,8 +175,18 @@ class DenoiserTask:
         recorded = Recorded(model)
         losses = self.objective(recorded, latents, labels, step)
         images = self._mirrored(values, step) if self.alignment.needs_images else None
-        aligned = self.alignment.loss(recorded.output.features, images, latents)
+        aligned = self.alignment.loss(recorded.output.features, images, latents, labels, step)
         return {**losses, "loss": losses["loss"] + self.alignment.weight * aligned, "align": aligned.detach()}
+
+    def _under_less_noise(
+        self, latents: torch.Tensor, labels: torch.Tensor, step: StepNoise, share: torch.Tensor
+    ) -> torch.Tensor:
+        """What the moving average makes of latents whose timestep is less by a share of T. Shape: share (B,)."""
+        less = (step.timesteps - share * self.objective.num_train_timesteps).clamp(min=0).to(step.timesteps.dtype)
+        noisy = self.objective.noised(latents, step._replace(timesteps=less))
+        labels = torch.where(step.drop_label, self.model.null_class, labels)
+        block = (self.averaged.feature_blocks * 5 - 1) // 7
+        return self.averaged.features(block, noisy, less, labels)
 
     def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
         return self.codec.decode(self._latents(batch[0], step))

@@ -1,16 +1,36 @@
 """What happens when a loss or a gradient is not finite: no update is made with it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from d_emo.errors import RunError
+from d_emo.errors import InputError, RunError
 from d_emo.files import write_json
 
 _MOST_IN_A_ROW = 10
 _MOST_OVERFLOWS_IN_A_ROW = 30  # a gradient scaler halves its factor at each; from 65,536 it takes 16 to reach 1
+
+
+@contextmanager
+def variance_of_one_refused() -> Iterator[None]:
+    """A context for a forward pass in which a batch norm may see a single value of each channel.
+
+    Raises:
+        InputError: It does.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "a batch norm sees one value of each channel, which has no variance: a map of one pixel, of one image; "
+            "raise `batch_size` (and `micro_batch_size`, if it is given) so that a process takes two images at a time"
+        ) from None
 
 
 class NonFiniteGuard:

@@ -25,7 +25,7 @@ from d_emo.models.layers import norm_buffers, synchronise_batch_norms
 from d_emo.threads import use_threads
 from d_emo.training.feed import Feed
 from d_emo.training.finetuning import adapted, merged
-from d_emo.training.guard import NonFiniteGuard
+from d_emo.training.guard import NonFiniteGuard, variance_of_one_refused
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
@@ -98,6 +98,7 @@ class _Run:
         if settings.sync_batchnorm:
             synchronise_batch_norms(model)
         self.ema = EMA(model, settings.ema_decay, warmup=settings.ema_warmup)
+        task.averaged = self.ema.model
         optimizer = make_optimizer(model, settings, task.lr_scales, accelerator.device)
         if settings.compile:
             model.compile()
@@ -220,7 +221,7 @@ class _Run:
         rate = learning_rate(settings, self.step)
         self.updates.set_learning_rate(rate)
         for batch, draws in self.feed.step(self.step):
-            with self.accelerator.accumulate(model):
+            with variance_of_one_refused(), self.accelerator.accumulate(model):
                 losses = self.task.loss(model, batch, draws)  # autocast inside the model
                 self.updates.backward(losses["loss"])
             parts.append({name: value.detach().float() for name, value in losses.items()})

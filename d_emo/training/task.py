@@ -20,6 +20,7 @@ class Task(Protocol):
     facts: dict[str, Any]  # what its settings are resolved with
     smaller: str  # a configuration to try where this one would take too long
     lr_scales: dict[str, float]  # by parameter name, where the learning rate is not that of the rest
+    averaged: nn.Module | None  # the moving average of the model; the loop sets it
 
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""

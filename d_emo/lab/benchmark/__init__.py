@@ -8,6 +8,7 @@ from d_emo.config import BenchmarkSettings, DenoiserBenchmarkSettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.lab.benchmark.cases import BASELINE, classifier_cases, denoiser_cases
+from d_emo.lab.benchmark.dense import dense_table
 from d_emo.lab.benchmark.forms import forms_table
 from d_emo.lab.benchmark.kernels import kernels_table
 from d_emo.lab.benchmark.profile import profile_table
@@ -17,7 +18,9 @@ from d_emo.lab.benchmark.timing import measure
 from d_emo.lab.benchmark.transcription import transcribe
 from d_emo.models.registry import resolve_name
 
-__all__ = ["forms_table", "kernels_table", "run_benchmark", "step_table", "table", "transcribe", "write_report"]
+__all__ = [
+    "dense_table", "forms_table", "kernels_table", "run_benchmark", "step_table", "table", "transcribe", "write_report",
+]  # fmt: skip
 
 
 def run_benchmark(settings: BenchmarkSettings) -> Report:

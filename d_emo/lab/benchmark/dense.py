@@ -1,0 +1,138 @@
+"""Detectors and segmenters beside torchvision's small ones, up to their raw outputs, in PyTorch and onnxruntime."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from d_emo.config import DenseBenchmarkSettings
+from d_emo.errors import InputError
+from d_emo.lab.benchmark.cases import classify
+from d_emo.lab.benchmark.report import machine
+from d_emo.lab.benchmark.timing import Case, measure
+from d_emo.models import count_macs, count_parameters, create_model
+from d_emo.models.layers import fold_batch_norms
+from d_emo.portable import stir
+from d_emo.tables import system_of
+from d_emo.text import markdown_table
+
+CLASSES = {"detection": 90, "segmentation": 21}
+"""Of every network that is compared, without the background of a detector: those of torchvision's weights."""
+
+
+class RawOutputs(nn.Module):
+    """A detector up to its heads, or a segmenter up to its logits. Shape: (B, 3, H, W) -> (B, ...)."""
+
+    in_chans = 3
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not hasattr(self.network, "anchor_generator"):
+            return self.network(images)["out"]  # (B, classes, H, W)
+        outputs = self.network.head(list(self.network.backbone(images).values()))
+        return torch.cat([outputs["cls_logits"], outputs["bbox_regression"]], dim=2)  # (B, anchors, logits + 4)
+
+
+def ours(name: str) -> tuple[str, RawOutputs]:
+    """What one of our networks does, and the network; InputError for one that is neither or has two stages."""
+    task = getattr(system_of(name), "task", None)
+    if task is None or name.lower().startswith("maskrcnn"):
+        raise InputError(f"`models` {name!r} is no segmenter, and no detector of a single stage")
+    network = create_model(name, num_classes=CLASSES[task]).eval()
+    stir(network)
+    return task, RawOutputs(network).eval()
+
+
+def theirs(name: str) -> tuple[str, RawOutputs]:
+    """What one of torchvision's networks does, and the network; InputError for a name that is none of these."""
+    for task in CLASSES:
+        if name in torchvision.models.list_models(module=getattr(torchvision.models, task)):
+            classes = CLASSES[task] + (task == "detection" and "retinanet" not in name and "fcos" not in name)
+            network = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+            if hasattr(network, "roi_heads"):
+                break
+            return task, RawOutputs(network).eval()
+    raise InputError(f"`peers` {name!r} is no segmenter of torchvision, and no detector of a single stage")
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """Absorb batch norms of a network of torchvision into the convolutions before them; in place."""
+    for module in [each for each in network.modules() if isinstance(each, nn.Sequential)]:
+        for (place, conv), (after, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, place, fuse_conv_bn_eval(conv, norm))
+                setattr(module, after, nn.Identity())
+    return network
+
+
+@torch.no_grad()
+def exported(network: nn.Module, images: Tensor) -> bytes:
+    """An ONNX file's content, by PyTorch's older exporter, which takes seconds. Shape: images (B, 3, H, W)."""
+    file = io.BytesIO()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(network, (images,), file, dynamo=False, opset_version=18, input_names=["images"])
+    return file.getvalue()
+
+
+def opened_file(content: bytes, images: Tensor, threads: int) -> Callable[[], object]:
+    """A function that runs an ONNX file in onnxruntime. Shape: images (B, 3, H, W)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"images": images.numpy()})
+
+
+def dense_table(settings: DenseBenchmarkSettings) -> str:
+    """Markdown: parameters, MACs and milliseconds of every network on one image, by number of threads.
+
+    Raises:
+        InputError: A name that is none of a segmenter or a detector of a single stage.
+    """
+    torch.manual_seed(0)
+    side, images = settings.image_size, torch.rand(1, 3, settings.image_size, settings.image_size)
+    opened = {name: ours(name) for name in settings.models} | {name: theirs(name) for name in settings.peers}
+    facts = {
+        name: [task, name, f"{count_parameters(network):,}", f"{count_macs(network, side) / 1e9:.2f}G"]
+        for name, (task, network) in opened.items()
+    }
+    for name, (_, network) in opened.items():
+        (fold_batch_norms if name in settings.models else fuse)(network)
+    runtimes = ["PyTorch", *(["onnxruntime"] if find_spec("onnxruntime") and find_spec("onnx") else [])]
+    files = {name: exported(network, images) for name, (_, network) in opened.items()} if runtimes[1:] else {}
+    columns, before = [], torch.get_num_threads()
+    try:
+        for threads in settings.threads:
+            torch.set_num_threads(threads)
+            cases = []
+            for name, (_, network) in opened.items():
+                runs = [classify(network, images, both=True)]
+                runs += [opened_file(files[name], images, threads) for _ in runtimes[1:]]
+                cases += [Case(runtime, name, run) for runtime, run in zip(runtimes, runs, strict=True)]
+            measure(cases, rounds=settings.rounds, device=torch.device("cpu"), clock=settings.clock)
+            columns += [(f"{runtime}, {threads} thread{'s' * (threads > 1)}", [case for case in cases
+                         if case.group == runtime]) for runtime in runtimes]  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for _, cases in columns:
+        for case in cases:
+            facts[case.name].append("{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * s for s in (case.median, *case.spread))))
+    rows = sorted(facts.values(), key=lambda row: list(CLASSES).index(row[0]))
+    head = ["raw outputs of", f"network at {side} px", "parameters", "MACs", *(f"{title}, ms" for title, _ in columns)]
+    where = machine(torch.device("cpu"))
+    about = f"{where['device']}, PyTorch {where['torch']}, {settings.clock} time"
+    return f"{markdown_table(head, rows, words=2)}\n\n{about}, medians and quartiles of {settings.rounds} in turns"
