@@ -152,14 +152,14 @@ def _files(found: Findings) -> list[tuple[str, str]]:
         sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent", "coloured")
     )
     if turned:
-        lines.append(("EXIF", f"{turned:,} carry an orientation"))
+        lines.append(("EXIF", f"{turned:,} with an orientation"))
     if clear:
-        lines.append(("alpha", f"{clear:,} are transparent"))
+        lines.append(("alpha", f"{clear:,} transparent"))
     if coloured:
-        lines.append(("LOOK", f"{coloured:,} have a colour profile other than sRGB, which is not applied: a viewer "
-                              "shows other colours; convert them to sRGB"))
+        lines.append(("LOOK", f"{coloured:,} with a colour profile other than sRGB, which is not applied: a viewer "
+                              "shows other colours; convert to sRGB"))
     if small:
-        lines.append(("LOOK", f"{small:,} are smaller than {side} px and will be enlarged"))
+        lines.append(("LOOK", f"{small:,} smaller than {side} px, to be enlarged"))
     return lines
 
 
@@ -168,7 +168,7 @@ def _classes(counts: Counter[int], names: Sequence[str]) -> list[tuple[str, str]
     text = f"{smallest:,} ({names[least]}) to {largest:,} ({names[most]}) images, median {median(counts.values()):g}"
     lines = [("classes", text if len(names) > 1 else names[0])]
     if missing := [name for label, name in enumerate(names) if label not in counts]:
-        lines.append(("LOOK", f"{len(missing):,} classes without an image: {some(missing)}"))
+        lines.append(("LOOK", f"{len(missing):,} class{'es' * (len(missing) > 1)} without an image: {some(missing)}"))
     if largest > 10 * smallest:
         lines.append(("LOOK", f"{names[most]} has {largest / smallest:.0f} times the images of {names[least]}, and "
                               "training draws it as much more often"))
@@ -180,9 +180,9 @@ def _copies(found: Findings) -> list[tuple[str, str]]:
     if not groups:
         return [("duplicates", "none among those that were read")]
     more = sum(len(group) - 1 for group in groups)
-    lines = [("duplicates", f"{more:,} are the same as another, such as {_names(images, groups[0])}")]
+    lines = [("duplicates", f"{more:,} the same as another, such as {_names(images, groups[0])}")]
     if torn := [group for group in groups if len({found.labels[index] for index in group}) > 1]:
-        lines.append(("LOOK", f"{len(torn):,} of them are in several classes, such as {_names(images, torn[0])}"))
+        lines.append(("LOOK", f"{len(torn):,} of them in several classes, such as {_names(images, torn[0])}"))
     return lines
 
 
@@ -195,7 +195,7 @@ def _held_out(found: Findings, held_out: Findings) -> list[tuple[str, str]]:
                               f"{some(held_out.unreadable.values(), '; ')}"))
     if both:
         one, other = both[0]
-        lines.append(("LOOK", f"{len(both):,} of them are trained on, such as {held_out.images.origin(one)}, which is "
+        lines.append(("LOOK", f"{len(both):,} of them trained on, such as {held_out.images.origin(one)}, which is "
                               f"{found.images.origin(other)}"))
     return lines
 

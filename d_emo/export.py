@@ -124,9 +124,9 @@ def traced(network: Portable) -> torch.export.ExportedProgram:
     if network.found:
         raise InputError("`detections` is for .onnx files: non-maximum suppression decides by how much it was given, "
                          "which torch.export cannot follow")  # fmt: skip
-    inputs, batch, step = network.example(2), torch.export.Dim("batch", min=1, max=4096), network.multiple
-    least, most = -(-network.least // step), 4096 // step
-    sides = {2 + i: step * torch.export.Dim(name, min=least, max=most) for i, name in enumerate(("height", "width"))}
+    inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
+    names = enumerate(("height", "width"))
+    sides = {2 + i: torch.export.Dim(name, min=network.least, max=4096) for i, name in names}
     free = {0: batch, **(sides if network.dynamic_size else {})}
     return torch.export.export(network.module, inputs, dynamic_shapes=tuple(free for _ in inputs))
 

@@ -132,7 +132,6 @@ class Portable:
         example: Gives inputs of a batch size and, where the sides are free, height and width.
         meaning: Of the inputs, for whoever has to make them.
         dynamic_size: Whether height and width are free, as the batch is.
-        multiple: What free sides must be multiples of.
         least: The smallest free side: where a map has one row, an exported graph has the number 1.
         found: Names of outputs whose number of rows depends on what is in the one image that it takes.
     """
@@ -142,22 +141,19 @@ class Portable:
     example: Callable[..., tuple[Tensor, ...]]
     meaning: str
     dynamic_size: bool = False
-    multiple: int = 1
     least: int = STRIDE + 1
     found: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Heights and widths to compare at where they are free."""
-        step = self.multiple
         tried = SIZES if self.dynamic_size else ()
-        return tuple(tuple(-(-max(n, self.least) // step) * step for n in size) for size in tried)
+        return tuple((max(height, self.least), max(width, self.least)) for height, width in tried)
 
 
 def portable_classifier(
-    network: nn.Module, image_size: int | Sequence[int], channels: int = 3, *, dynamic_size: bool = False,
-    multiple: int = 1,
-) -> Portable:  # fmt: skip
+    network: nn.Module, image_size: int | Sequence[int], channels: int = 3, *, dynamic_size: bool = False
+) -> Portable:
     """A classifier of images or clips in [-1, 1], on a copy.
 
     Args:
@@ -165,7 +161,6 @@ def portable_classifier(
         image_size: side of square images in pixels, or height and width; of a clip frames, height and width.
         channels: of the images.
         dynamic_size: whether the exported network shall take any other size too.
-        multiple: what other sizes must be multiples of.
     """
     size = image_size if isinstance(image_size, int) else list(image_size)
     own = sizes(size, "image_size", 3) if isinstance(size, list) and len(size) == 3 else pair(size, "image_size")
@@ -176,7 +171,7 @@ def portable_classifier(
 
     folded = fold_batch_norms(copy.deepcopy(network).cpu().float().eval())
     inputs = ("images", "images are in [-1, 1]") if len(own) == 2 else ("clips", "frames of clips are in [-1, 1]")
-    return Portable(folded, inputs[:1], example, inputs[1], dynamic_size, multiple)
+    return Portable(folded, inputs[:1], example, inputs[1], dynamic_size)
 
 
 def portable_denoiser(denoiser: DenoiserFrame) -> Portable:
@@ -304,7 +299,7 @@ def open_portable(
             stir(network, lambda: network.logits(torch.randn(2, network.in_chans, 128, 128)))
         return segmenter.name, portable_classifier(
             SegmenterOutput(segmenter.model), image_size or segmenter.image_size, network.in_chans,
-            dynamic_size=dynamic_size, multiple=getattr(network, "multiple", 1),
+            dynamic_size=dynamic_size,
         )  # fmt: skip
     if kind == "denoiser":
         if stored:

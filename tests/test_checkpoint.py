@@ -61,6 +61,12 @@ def test_a_run_folder_stands_for_its_newest_snapshot(snapshot, tiny_denoiser):
     assert newest_denoiser(snapshot.parents[2]) == later
 
 
+def test_a_run_without_a_snapshot_says_when_there_will_be_one(tmp_path):
+    (tmp_path / "run" / "states").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"the run .*run has no snapshot yet; training writes one every `snapshot_eve"):
+        load_denoiser(tmp_path / "run")
+
+
 def test_without_snapshots_the_shipped_one_is_taken(tmp_path):
     assert newest_denoiser(tmp_path) == SHIPPED_SNAPSHOT
 

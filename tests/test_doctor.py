@@ -65,13 +65,13 @@ def test_everything_that_is_wrong_is_said(folder, tmp_path):
     assert said["data"] == "folder: 14 images of 2 classes; 14 looked at"
     assert said["sizes"] == "shorter side 9 to 16 px, median 16; 3 sizes, most often 16 x 16"
     assert said["formats"] == "PNG 11, BMP 1, JPEG 1; modes RGB 13"
-    assert said["EXIF"] == "1 carry an orientation" and "alpha" not in said
+    assert said["EXIF"] == "1 with an orientation" and "alpha" not in said
     assert said["classes"] == "1 (dog) to 13 (cat) images, median 7"
-    assert said["duplicates"].startswith("2 are the same as another, such as ")
+    assert said["duplicates"].startswith("2 the same as another, such as ")
     assert said["training"] == "4 steps of 4 images an epoch; 30 steps pass over the data 8.6 times; images are " \
                                "mirrored at random"
     look = [text for topic, text in lines if topic == "LOOK"]
-    starts = ("1 are smaller than 16 px", "cat has 13 times the images of dog", "1 unreadable", "1 of them are in sev")
+    starts = ("1 smaller than 16 px", "cat has 13 times the images of dog", "1 unreadable", "1 of them in sev")
     assert [any(text.startswith(start) for text in look) for start in starts] == [True] * 4 and len(look) == 4
     assert "torn.png" in look[2] and found.images.origin(next(iter(found.unreadable))).endswith("torn.png")
 
@@ -82,7 +82,7 @@ def test_held_out_images_that_are_trained_on_are_found(folder, tmp_path):
     _, lines = lines_of(folder, tmp_path / "val")
     assert ("held out", "2 images; 2 looked at") in lines
     assert [text for topic, text in lines if "trained on" in text] == [
-        f"1 of them are trained on, such as {tmp_path}/val/dog/old.png, which is {folder}/cat/4.png"
+        f"1 of them trained on, such as {tmp_path}/val/dog/old.png, which is {folder}/cat/4.png"
     ]
 
 
@@ -112,7 +112,7 @@ def test_latents_far_from_the_noise_are_said():
 def test_colour_profiles_are_counted_and_a_damaged_tag_spoils_nothing(folder, monkeypatch):
     for name, profile in ("a", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), ("b", b"P3"):
         picture(folder / "cat" / f"{name}.jpg", 40, icc_profile=profile)
-    assert any(text.startswith("1 have a colour profile other than sRGB") for _, text in lines_of(folder)[1])
+    assert any(text.startswith("1 with a colour profile other than sRGB") for _, text in lines_of(folder)[1])
 
     def damaged(image):
         raise SyntaxError("not a TIFF file")

@@ -285,6 +285,12 @@ def test_classes_are_found_by_id_and_by_name():
             sampling.find_classes([wrong], names)
 
 
+def test_of_few_classes_all_are_named():
+    for count, named in ((3, r"3 classes, 0 \(a0\), 1 \(a1\), 2 \(a2\)$"), (6, r"6 classes, 0 \(a0\) to 5 \(a5\)$")):
+        with pytest.raises(InputError, match=f"no class is called 'cow': this snapshot knows {named}"):
+            sampling.find_classes(["cow"], [f"a{label}" for label in range(count)])
+
+
 def test_a_class_that_can_be_meant_twice_is_asked_about():
     numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...: text, as 0.1.0 had them
     with pytest.raises(InputError, match="called '8', or the one of this name, whose id is 2; write id:10 or name:10"):

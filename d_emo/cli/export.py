@@ -22,8 +22,7 @@ def run(settings: ExportSettings) -> None:
     print(f"wrote    {path}\nnetwork  {title}, batch norms folded")
     after = "" if network.found else ", after the batch"
     free = ", with free height and width" if network.dynamic_size else ""
-    steps = f", multiples of {network.multiple}" if free and network.multiple > 1 else ""
-    print(f"inputs   {shapes}{after}{free}{steps}\nwhere    {network.meaning}")
+    print(f"inputs   {shapes}{after}{free}\nwhere    {network.meaning}")
     if difference is None:
         print("checked  converted and read back; this operating system cannot run it")
         return

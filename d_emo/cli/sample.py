@@ -45,7 +45,9 @@ def draw(request: SampleRequest, output: Path) -> None:
     if not (settings.classes or settings.interpolate) and len(snapshot.class_names) > 1:
         label, name = spell_class(request.classes[0], snapshot.class_names), snapshot.class_names[request.classes[0]]
         by_name = "" if name.isdecimal() else f" or --class {shlex.quote(name)}"
-        print(f"          some of {len(snapshot.class_names):,}; choose by --class {label}{by_name}")
+        count = len(snapshot.class_names)
+        which = "all" if len(request.classes) == count else f"some of {count:,}"
+        print(f"          {which}; choose by --class {label}{by_name}")
     print(f"seed      {settings.seed} to {request.seeds[-1]}, one per image")
     scales = ", ".join(map("{:g}".format, settings.guidance_scale))
     guide = f", guided by {settings.guide} (weight {sampler.guidance.weight:g})" if settings.guide else ""

@@ -204,6 +204,10 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"the snapshot folder {path} does not exist")
     if not (path / _META).exists() and (path / "snapshots").is_dir():
         path = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
+    if not (path / _META).exists() and (path / "states").is_dir():
+        raise InputError(
+            f"the run {path} has no snapshot yet; training writes one every `snapshot_every` steps and after its last"
+        )
     if not (path / _META).exists():
         state = " (a training state, made for `resume`)" if (path / MANIFEST).exists() else ""
         raise InputError(f"{path} is not a snapshot{state}: it has no {_META}")

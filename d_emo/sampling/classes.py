@@ -14,6 +14,8 @@ from d_emo.models.contract import DenoiserFrame
 
 Labels = str | int | Sequence[str | int] | torch.Tensor | np.ndarray
 """Ids or names of classes as people give them: one or several, as numbers, a tensor or an array."""
+FEW = 5
+"""So many classes and fewer are all named in a message."""
 
 
 def as_list(values: Labels) -> list[Any]:
@@ -36,7 +38,9 @@ def find_classes(wanted: Sequence[str | int], class_names: Sequence[str]) -> lis
     ids, last = [], len(class_names) - 1
     if not wanted and last == 0:
         return [0]
-    known = f"this snapshot knows {last + 1} classes, 0 ({class_names[0]}) to {last} ({class_names[last]})"
+    named = [f"{label} ({name})" for label, name in enumerate(class_names)]
+    named = ", ".join(named) if len(named) <= FEW else f"{named[0]} to {named[-1]}"
+    known = f"this snapshot knows {last + 1} classes, {named}"
     if not wanted:
         raise InputError(f"name at least one class, e.g. `classes` {last // 2}: {known}")
     for each in wanted:

@@ -59,7 +59,7 @@ class StopSignal:
         self.received = max(self.received, wish)
         with suppress(RuntimeError):  # the signal came in the middle of a print
             self.say(f"{wish.reason}: stopping after the images at work, then the state is saved; Ctrl-C"
-                     f"{' again' * (wish == Stop.INTERRUPTED)} stops at once, without")
+                     f"{' again' * (wish == Stop.INTERRUPTED)} stops at once, without saving")
 
     def __enter__(self) -> StopSignal:
         main = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
