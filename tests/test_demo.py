@@ -81,7 +81,7 @@ def test_the_video_demo_ends_with_figures_beside_those_of_single_frames_and_a_pi
     *_, first, second, chance, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("| V-EMO | ") and second.startswith("| image network")
     assert chance == "| chance | 8.3% | 41.7% |"
-    assert Image.open(here / "demo" / "video.png").size == (250 + 68 * 8, 68 * 12)
+    assert Image.open(here / "demo" / "video.png").size == (280 + 68 * 8, 68 * 12)
 
 
 def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(monkeypatch):

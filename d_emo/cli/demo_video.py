@@ -14,7 +14,7 @@ from d_emo.text import markdown_table
 from d_emo.training.accuracy import Accuracy
 
 RUNS = {"V-EMO": "demo/video", "image network, mean of the frames": "demo/video-frames"}
-ZOOM, GAP, LINE, WORDS = 2, 4, 20, 250
+ZOOM, GAP, LINE, WORDS = 2, 4, 20, 280
 """Of frames; pixels between them, of a line's height and of the words' width."""
 RIGHT, WRONG = (0, 110, 0), (190, 0, 0)
 

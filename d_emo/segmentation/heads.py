@@ -50,14 +50,15 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 def part_means(x: Tensor, parts: int) -> Tensor:
     """Means over parts x parts of a map, as adaptive pooling has them; one node of a `torch.fx` graph.
 
-    Where torch.export leaves the sides free, two products do it: of adaptive pooling ONNX wants the sides.
+    Where torch.export leaves the sides free, two weighted sums do it: of adaptive pooling ONNX wants the sides.
 
     Shape: (B, C, h, w) -> (B, C, parts, parts).
     """
     if not any(isinstance(side, torch.SymInt) for side in x.shape[2:]):
         return F.adaptive_avg_pool2d(x, parts)
     rows, columns = (_shares(side, parts, x) for side in x.shape[2:])  # (parts, h), (parts, w)
-    return rows @ x @ columns.T
+    x = (rows[:, :, None] * x[:, :, None]).sum(dim=3)  # (B, C, parts, w); a matrix product would ask for the sides
+    return (x[:, :, :, None] * columns).sum(dim=4)
 
 
 def _shares(length: int, parts: int, like: Tensor) -> Tensor:
