@@ -244,8 +244,8 @@ def stir(model: nn.Module, forward: Callable[[], object] | None = None) -> None:
             image in a network with many.
     """
     for parameter in model.parameters():
-        if parameter.abs().max() < 1e-2:
-            parameter.normal_(std=0.1)
+        if (largest := parameter.abs().max()) < 1e-2:
+            parameter.normal_(std=0.1 if largest < 1e-3 else 0.02)  # gates; SSDLite's heads, of many channels
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.1)

@@ -1,5 +1,6 @@
 """`d-emo demo medical` and `d-emo demo deit`, with tiny settings from end to end."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,12 +34,19 @@ def test_the_medical_demo_ends_with_dice_beside_a_floor_and_a_picture(here, monk
         )
     ]
     make_tiny("medical", monkeypatch, here, *runs)
-    run_verb("demo", ["medical"])
-    rows = table_of(capsys.readouterr().out)
+    eye = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    sizes = []
+    for photograph in (None, eye):
+        monkeypatch.setattr(demo_medical, "photograph", lambda photograph=photograph: photograph)
+        run_verb("demo", ["medical"])
+        with Image.open(here / "demo" / "medical.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[1][0] == sizes[0][0] > 4 * demo_medical.SIDE and sizes[1][1] - sizes[0][1] > demo_medical.SIDE
+    out = capsys.readouterr().out
+    assert "with a photograph too after pip install scikit-image" in out and "and what in a photograph" in out
+    rows = table_of(out)
     assert len(rows["2 held-out drawings"]) == len(rows["U-EMO"]) == len(rows["U-Net"]) == 5
     assert float(rows["floor: darker than around"][1]) > 30  # whatever untrained networks find
-    with Image.open(here / "demo" / "medical.png") as picture:
-        assert picture.width > 4 * demo_medical.SIDE and picture.height > 3 * demo_medical.SIDE
 
 
 def test_what_is_found_missed_and_wrong_has_its_colour():

@@ -27,8 +27,8 @@ def test_an_example_is_short_and_says_how_to_run_it(file):
     assert f"    python examples/{file.name} " in text
 
 
-def test_there_are_seven():
-    assert [file.stem for file in EXAMPLES] == ["blocks", "finetune", "int8", "measure", "objective", "sample", "train"]
+def test_there_are_six():
+    assert [file.stem for file in EXAMPLES] == ["finetune", "int8", "measure", "objective", "sample", "train"]
 
 
 def test_train_then_sample(photos, tmp_path):
@@ -61,15 +61,3 @@ def test_finetune(photos, tmp_path):
 def test_objective(tmp_path):
     shown = run("objective", "l1.png", "--steps=2", folder=tmp_path)
     assert "drew the ten digits with FlowMatchEulerDiscreteScheduler" in shown and (tmp_path / "l1.png").exists()
-
-
-@pytest.mark.slow
-def test_blocks(tmp_path):
-    pytest.importorskip("scipy"), pytest.importorskip("pandas")
-    tiny = ("max_steps=1", "snapshot_every=1", "batch_size=2", "micro_batch_size=2", "image_size=32",
-            "validate_images=2", "tracker=none")  # fmt: skip
-    shown = run("blocks", "runs", "--seeds", 0, 1, "--set", *tiny, folder=tmp_path).splitlines()[-4:]
-    sizes = [int(line.split()[1].replace(",", "")) for line in shown[:2]]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.01 and [line.split(":")[0] for line in shown[:2]] == ["i2RMB", "IRB"]
-    assert all("decided (t, 95 %)" in line and line.count("±") == 3 for line in shown[2:])
-    assert len(list((tmp_path / "runs").glob("*-seed[01]/snapshots/step-1"))) == 4

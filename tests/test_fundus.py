@@ -238,6 +238,10 @@ def test_drawings_are_kept_up_to_a_number(monkeypatch):
     assert drawn == [0, 1, 2, 0] and len(drawings._drawn) == 2
 
 
-def test_the_photograph_ships():
+def test_the_photograph_of_scikit_image_is_there_where_that_is(monkeypatch):
+    monkeypatch.setattr(fundus, "find_spec", lambda name: None)
+    assert fundus.photograph() is None
+    monkeypatch.undo()
+    pytest.importorskip("skimage")
     picture = fundus.photograph()
     assert picture.shape == (448, 448, 3) and picture.std() > 30

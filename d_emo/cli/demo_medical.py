@@ -26,7 +26,6 @@ SHOWN = (0, 3)
 SIDE = 288
 FOUND, MISSED, FALSE = (255, 255, 255), (64, 140, 255), (255, 120, 40)
 LEGEND = {"vessel, found": (225, 225, 225), "vessel, missed": MISSED, "found, and none": FALSE}
-TITLES = "drawing, photograph", "truth"
 REMARK = "Trained on drawings only. Of the photograph there is no truth, and all that is found in it is white."
 
 
@@ -43,10 +42,13 @@ def conclude() -> None:
     darkest = fitted_threshold(LabelledScenes(size, num_images=200, dataset="fundus"))
     (floor,) = threshold_quality(held_out, images, [darkest])
     rows.append(["floor: darker than around", "1", *in_percent(floor), "0"])
-    save_png(picture(segmenters, held_out, size), PICTURE, {"demo": "medical"})
+    eye = photograph()
+    save_png(picture(segmenters, held_out, size, eye), PICTURE, {"demo": "medical"})
     print(markdown_table([f"{len(images)} held-out drawings", "parameters", "Dice of vessels, %", "mDice, %", "mIoU, %",
                           "minutes"], rows))  # fmt: skip
-    print(f"picture   {PICTURE}: the truth and what is found, in drawings and in a photograph")
+    print(f"picture   {PICTURE}: the truth and what is found in drawings" + (
+        "; with a photograph too after pip install scikit-image" if eye is None else ", and what in a photograph"
+    ))  # fmt: skip
 
 
 def in_percent(quality: Quality) -> list[str]:
@@ -79,19 +81,25 @@ def fitted_threshold(images: LabelledImages) -> int:
     return max(thresholds, key=lambda each: found[each - 1].dice[1] or 0.0)
 
 
-def picture(segmenters: dict[str, OpenSegmenter], held_out: LabelledImages, size: int) -> Image.Image:
-    """Drawings, their truth and both predictions; in the last row a photograph of a real eye, which has no truth."""
+def picture(
+    segmenters: dict[str, OpenSegmenter], held_out: LabelledImages, size: int, eye: np.ndarray | None
+) -> Image.Image:
+    """Drawings, their truth and both predictions; in the last row a photograph of a real eye, which has no truth.
+
+    Shape: eye (H, W, 3) uint8.
+    """
     rows = []
     for index in SHOWN:
         image, truth = held_out[index]
         predictions = [compared(found_in(each, image, size), truth.numpy()) for each in segmenters.values()]
         rows.append([image.permute(1, 2, 0).numpy(), compared(truth.numpy(), truth.numpy()), *predictions])
-    eye = torch.from_numpy(photograph()).permute(2, 0, 1)
-    nothing = np.full((*eye.shape[1:], 3), 255, dtype=np.uint8)
-    found = [found_in(each, eye, size) for each in segmenters.values()]
-    rows.append([eye.permute(1, 2, 0).numpy(), nothing, *(compared(each, each) for each in found)])
+    if eye is not None:
+        image = torch.from_numpy(eye).permute(2, 0, 1)
+        found = [found_in(each, image, size) for each in segmenters.values()]
+        rows.append([eye, np.full_like(eye, 255), *(compared(each, each) for each in found)])
+    titles = ["drawing" if eye is None else "drawing, photograph", "truth", *segmenters]
     rows = [[as_large(each) for each in row] for row in rows]
-    return gallery(rows, [*TITLES, *segmenters], LEGEND, REMARK, across=1)
+    return gallery(rows, titles, LEGEND, "" if eye is None else REMARK, across=1)
 
 
 def as_large(picture: np.ndarray) -> np.ndarray:

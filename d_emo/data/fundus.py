@@ -1,8 +1,8 @@
 """Fundus photographs that are drawn when asked for, and where their blood vessels are, exactly."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import dist
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -202,13 +202,18 @@ class Eye:
         return np.asarray(coarse.resize((self.size, self.size), Image.Resampling.BICUBIC), dtype=np.float64)
 
 
-def photograph() -> np.ndarray:
-    """A real eye's ground: a photograph by Mikael Häggström (2014), CC0, made smaller. Shape: (448, 448, 3) uint8.
+def photograph() -> np.ndarray | None:
+    """A real eye's ground, where scikit-image is installed: the photograph that ships in it, made smaller.
 
-    Source: Medical gallery of Mikael Häggström 2014, WikiJournal of Medicine 1 (2); as scikit-image's `retina`.
+    By Mikael Häggström, CC0: Medical gallery of Mikael Häggström 2014, WikiJournal of Medicine 1 (2).
+
+    Shape: (448, 448, 3) uint8.
     """
-    with Image.open(Path(__file__).with_name("retina.jpg")) as stored:
-        return np.array(stored.convert("RGB"))
+    if find_spec("skimage") is None:
+        return None
+    from skimage import data
+
+    return np.asarray(Image.fromarray(data.retina()).resize((448, 448), Image.Resampling.LANCZOS))
 
 
 def blurred(values: np.ndarray, radius: float) -> np.ndarray:
