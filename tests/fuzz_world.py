@@ -55,6 +55,7 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         "image_size": ["32"], "frames": ["1"], "model": ["v-emov2_1m"], "output_dir": ["out"], "num_videos": ["24"],
         "model_options": [yaml.safe_dump(TINY_SEGMENTER["backbone_options"], default_flow_style=True)],
         "max_steps": ["1"], "batch_size": ["2"], "tracker": ["none"]},
+    ("demo", ""): lambda world: {"name": ["video"]},
     ("segment", ""): lambda world: {
         "images": [str(world / "photos/train/ant/0.png")], "model": ["pspnet-emov2_1m"], "image_size": ["32"]},
     ("train-vae", ""): lambda world: {
