@@ -43,7 +43,7 @@ def test_the_medical_demo_ends_with_dice_beside_a_floor_and_a_picture(here, monk
             sizes.append(picture.size)
     assert sizes[1][0] == sizes[0][0] > 4 * demo_medical.SIDE and sizes[1][1] - sizes[0][1] > demo_medical.SIDE
     out = capsys.readouterr().out
-    assert "with a photograph too after pip install scikit-image" in out and "and what in a photograph" in out
+    assert "with a photograph too after pip install 'd-emo[medical]'" in out and "and what in a photograph" in out
     rows = table_of(out)
     assert len(rows["2 held-out drawings"]) == len(rows["U-EMO"]) == len(rows["U-Net"]) == 5
     assert float(rows["floor: darker than around"][1]) > 30  # whatever untrained networks find

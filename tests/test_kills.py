@@ -81,7 +81,7 @@ WRITES_NOTHING = {
     "demo": "it runs other verbs, one after the other",
     "app": "its files live in a temporary folder", "models": "it prints", "benchmark forms": "it prints",
     "benchmark kernels": "it prints", "benchmark step": "it prints",
-    "benchmark classifiers": "as denoisers",
+    "benchmark classifiers": "as denoisers", "benchmark dense": "as denoisers",
 }
 CLOCKS = {"minutes", "training_minutes", "seconds", "images_per_second", "hardware", "command", "sha256"}
 """Keys whose values tell how long something took, or are checksums of files that do."""

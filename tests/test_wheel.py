@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pytorch_grad_cam": "grad-cam",
-                 "torch_fidelity": "torch-fidelity"}  # fmt: skip
+                 "torch_fidelity": "torch-fidelity", "skimage": "scikit-image"}  # fmt: skip
 BROUGHT_ALONG = {"triton": "torch"}
 
 

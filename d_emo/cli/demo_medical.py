@@ -47,7 +47,7 @@ def conclude() -> None:
     print(markdown_table([f"{len(images)} held-out drawings", "parameters", "Dice of vessels, %", "mDice, %", "mIoU, %",
                           "minutes"], rows))  # fmt: skip
     print(f"picture   {PICTURE}: the truth and what is found in drawings" + (
-        "; with a photograph too after pip install scikit-image" if eye is None else ", and what in a photograph"
+        "; with a photograph too after pip install 'd-emo[medical]'" if eye is None else ", and what in a photograph"
     ))  # fmt: skip
 
 

@@ -174,14 +174,3 @@ def alignment_loss(features: Tensor, target: Tensor) -> Tensor:
     """
     over = (target - target.mean((2, 3), keepdim=True)) / (target.std((2, 3), keepdim=True) + 1e-6)
     return -F.cosine_similarity(features, over, dim=1).mean()
-
-
-class Recorded:
-    """A denoiser that is called as ever, and keeps its last output."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.output = model, None
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.output = self.model(*args, **options)
-        return self.output

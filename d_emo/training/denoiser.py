@@ -26,7 +26,6 @@ from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load, parse_features
-from d_emo.training.alignment import Alignment, Recorded
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
 
@@ -98,6 +97,8 @@ class DenoiserTask:
             self._judge_by(settings)
         self.alignment = None
         if settings.align is not None:
+            from d_emo.training.alignment import Alignment  # and timm, which takes a second
+
             self.alignment = Alignment(self.model, settings.align, settings.align_weight, settings.align_block)
             self.alignment.target.teacher = self._under_less_noise
 
@@ -301,3 +302,14 @@ def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Co
         name: getattr(latents, name) for name in ("image_size", "exif", "background", "flip")
     }
     return OneClass(latents) if settings.unconditional else latents, codec, facts
+
+
+class Recorded:
+    """A denoiser that is called as ever, and keeps its last output."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.output = model, None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.output = self.model(*args, **options)
+        return self.output
