@@ -160,7 +160,8 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     graph = _following(network) if network.found else _whole(network)
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.onnx.export(f=str(path), opset_version=opset or OPSET, input_names=list(network.input_names), **graph)
     except Exception as error:  # the converter of versions, of onnx_ir, raises its own
         if opset in (None, OPSET) or isinstance(error, OSError):

@@ -85,6 +85,14 @@ def test_tags_are_legible_and_stay_within_the_picture():
         assert inked.sum() > 8, "white on dark grounds, black on light ones"
 
 
+def test_the_surest_of_two_names_for_one_thing_is_on_top():
+    box = torch.tensor([[20.0, 60, 100, 140]])
+    both = {"boxes": box.repeat(2, 1), "labels": torch.tensor([3, 9]), "scores": torch.tensor([0.8, 0.8 / 2])}
+    alone = {name: value[:1] for name, value in both.items()}
+    ground, names = torch.zeros(3, 160, 160, dtype=torch.uint8), list("0123456789")
+    assert torch.equal(draw_objects(ground, both, names), draw_objects(ground, alone, names))
+
+
 @pytest.mark.parametrize("system", ["ssdlite", "retinanet"])
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])
 def test_boxes_and_scores_leave_python(system, ending, tmp_path):

@@ -39,9 +39,15 @@ def detect(model: nn.Module, image: Tensor, least_score: float) -> dict[str, Ten
 
 
 def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
-    """A picture with boxes, names, scores and masks on it. Shape: (3, H, W) uint8 -> same; see `detect`."""
+    """A picture with boxes, names, scores and masks on it, the surest on top.
+
+    Shape: (3, H, W) uint8 -> same; objects see `detect`.
+    """
     if not len(objects["boxes"]):
         return image
+    if "scores" in objects:
+        order = objects["scores"].argsort()
+        objects = {name: value[order] for name, value in objects.items()}
     colours = [COLOURS[label % len(COLOURS)] for label in objects["labels"].tolist()]
     if len(objects.get("masks", ())):
         image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.4, colors=colours)

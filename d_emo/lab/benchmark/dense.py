@@ -82,7 +82,8 @@ def exported(network: nn.Module, images: Tensor) -> bytes:
     """An ONNX file's content, by PyTorch's older exporter, which takes seconds. Shape: images (B, 3, H, W)."""
     file = io.BytesIO()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.onnx.export(network, (images,), file, dynamo=False, opset_version=18, input_names=["images"])
     return file.getvalue()
 
