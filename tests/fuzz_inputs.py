@@ -52,7 +52,7 @@ MAPPING = [
     "", "5", "text", "[1]", "{", "{a", "{? : }", "[[[[", "&a [*a]", "{1: 2}", "{nope: 1}", "{a: {b: {c: {d: 1}}}}",
     "{depth: -1}", "{depth: many}", "{depth: 1.5}", "{depth: 1000000000}", "{hidden_size: 1000000000}",
     "{hidden_size: 99999999999999999999}", "{hidden_size: [1]}", "{num_heads: 0}", "{depth: {a: b}}", "{depth: .nan}",
-    "{patch_size: 0}", "{window_size: [1, 2, 3]}", "{window_size: -5}", "{kernel_size: 1000001}", "{block: nope}",
+    "{patch_size: 0}", "{window_size: [1, 2, 3, 4]}", "{window_size: -5}", "{kernel_size: 1000001}", "{block: nope}",
     "{expand_ratio: .inf}", "{expand_ratio: -1}", "{expand_ratio: 1e18}", "{local_norm: 7}", "{depth: null}",
     "{attention_mode: [near]}", "{position_embedding: {}}", "{learn_sigma: perhaps}", "{dims: []}", "{dims: [8, 8]}",
     "{hidden_size: 400000, depth: 1000}", "{dims: [1e400, a]}", "{depths: [1000000000, 1, 1, 1]}", "{dims: 5}",
