@@ -111,16 +111,19 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
             projector: Takes maps (B, *sizes, channels).
 
         Raises:
-            InputError: There is no such block.
+            InputError: There is no such block, or the frame shows no features.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} shows no features")
 
     def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """The map after a block, without gradients. A frame with a `feature_shape` sees to it.
 
         Shape: as ``forward`` -> (B, channels, *sizes).
+
+        Raises:
+            InputError: The frame shows none.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} shows no features")
 
     def block_matrices(self) -> dict[str, int]:
         """The parameters that are matrices between the features of hidden layers, as an optimizer for such wants them:
