@@ -6,6 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -105,8 +106,7 @@ def theirs(name: str) -> tuple[str, RawOutputs]:
             if hasattr(network, "roi_heads"):
                 break
             raw = RawOutputs(network).eval()
-            with torch.no_grad():
-                stir(network, lambda: raw(torch.randn(2, 3, 320, 320)))
+            stir(network, partial(raw, torch.randn(2, 3, 320, 320)))
             return task, raw
     raise InputError(f"`peers` {name!r} is no segmenter of torchvision, and no detector of a single stage")
 
