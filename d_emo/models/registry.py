@@ -15,6 +15,7 @@ from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.video import VIDEO_BACKBONES
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
+from d_emo.text import command
 
 if TYPE_CHECKING:
     from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
@@ -70,8 +71,8 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
         overrides: settings of the network to replace, e.g. ``num_classes=10``.
 
     Returns:
-        A denoiser, an `EMO`, a detector or segmenter on one, DeiT or PVT with its block, or one of timm's. ``model.config`` records
-        how to build it again.
+        A denoiser, an `EMO`, a detector or segmenter on one, DeiT or PVT with its block, or one of timm's.
+        ``model.config`` records how to build it again.
 
     Raises:
         InputError: for an unknown name or setting, or values that do not fit together.
@@ -145,8 +146,9 @@ def check_kind(name: str, wanted: str) -> None:
         InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
     """
     if (kind := model_kind(name)) != wanted:
-        script = {"denoiser": "train_dit", "video classifier": "train_video"}.get(kind, f"train_{kind}")
-        raise InputError(f"{name} is a {kind}; train it with scripts/{script}.py")
+        what = {"denoiser": "", "video classifier": "-video"}.get(kind, f"-{kind}")
+        script = f"train{what.replace('-', '_') or '_dit'}.py"
+        raise InputError(f"{name} is a {kind}; train it with `{command(f'train{what}', script)}`")
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,21 +115,24 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
         What is trained, in a sentence; "" for all.
 
     Raises:
-        InputError: PEFT is not installed.
+        InputError: PEFT is not installed, or adapters of the rank would be larger than the layers that they adapt.
     """
     if part == "all":
         return ""
     whole = trained_parameters(model)
     model.requires_grad_(False)
     if part.startswith("lora:"):
+        layers = {name: module.weight.shape for name, module in model.named_modules()
+                  if type(module) is nn.Linear and not name.startswith(tuple(head))}  # fmt: skip
+        rank = int(part.removeprefix("lora:"))
+        most = sum(map(prod, layers.values())) // max(1, sum(map(sum, layers.values())))
+        if rank > most:
+            raise InputError(f"`train` {part}: adapters of a rank above {most} are larger than the layers they adapt")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise InputError(f"`train` {part} needs PEFT: pip install 'd-emo[lora]'") from None
-        rank = int(part.removeprefix("lora:"))
-        layers = [name for name, module in model.named_modules()
-                  if type(module) is nn.Linear and not name.startswith(tuple(head))]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head)):
             parameter.requires_grad_(True)
