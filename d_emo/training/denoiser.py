@@ -188,8 +188,7 @@ class DenoiserTask:
         less = (step.timesteps - share * self.objective.num_train_timesteps).clamp(min=0).to(step.timesteps.dtype)
         noisy = self.objective.noised(latents, step._replace(timesteps=less))
         labels = torch.where(step.drop_label, self.model.null_class, labels)
-        block = (self.averaged.feature_blocks * 5 - 1) // 7
-        return self.averaged.features(block, noisy, less, labels)
+        return self.averaged.features(self.alignment.later_block, noisy, less, labels)
 
     def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
         return self.codec.decode(self._latents(batch[0], step))

@@ -84,7 +84,7 @@ def start_classifier_from(
     """
     old = load_classifier(path, kind)
     theirs, mine = old.model.state_dict(), model.state_dict()
-    head = {name for name in mine if name.startswith("head.")}
+    head = {name for name in mine if name.startswith(tuple(head_of(model)))}
     if differ := differences(*(shapes_of({k: v for k, v in each.items() if k not in head}) for each in (theirs, mine))):
         raise InputError(
             f"the snapshot {old.path} is of another model ({differ}); `model` and `model_options` must be those in its "
@@ -95,6 +95,12 @@ def start_classifier_from(
         mine[name][list(known)] = theirs[name][list(known.values())]
     model.load_state_dict({**theirs, **{name: mine[name] for name in head}})
     return f"Weights from {old.path} (step {old.meta['step']:,}), {words}.", _trained(old.meta)
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Beginnings of the names of a classifier's last layer's parameters."""
+    last = model.get_classifier()
+    return [f"{name}." for name, module in model.named_modules() if module is last]
 
 
 def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
