@@ -6,8 +6,10 @@ import pytest
 import yaml
 from PIL import Image
 from test_detector_training import BACKBONE, TINY
+from test_segmentation import BACKBONE as OF_SEGMENTERS
+from test_segmentation import TINY as TINY_SEGMENTER
 
-from d_emo.cli import VERBS, demo, demo_video, run_verb
+from d_emo.cli import VERBS, demo, demo_segment, demo_video, run_verb
 from d_emo.cli.demo_detect import RUNS
 from d_emo.config import parse_settings
 from d_emo.data import moving
@@ -54,6 +56,28 @@ def test_the_detect_demo_ends_with_figures_beside_a_floor_and_a_picture(here, mo
     second = capsys.readouterr().out
     assert second.count("nothing to do at step 2 of 2") == 3 and second.splitlines()[-4:] == first.splitlines()[-4:]
     assert (here / "demo" / "detect.png").exists()
+
+
+def test_the_segment_demo_ends_with_figures_beside_a_floor_and_a_picture(here, monkeypatch, capsys):
+    segmenter, floor = ({**TINY_SEGMENTER, "max_steps": 2, "validate_every": None, "output_dir": folder}
+                        for folder in demo_segment.RUNS.values())  # fmt: skip
+    classifier = {**CLASSIFIER, "model_options": OF_SEGMENTERS}
+    runs = classifier, {**segmenter, "init_from": "demo/classifier"}, {**floor, "freeze_backbone": True}
+    make_tiny("segment", monkeypatch, here, *runs)
+    monkeypatch.setattr(demo_segment, "SIDE", 96)
+    run_verb("demo", ["segment"])
+    shown = capsys.readouterr().out
+    of_digits, *by_class, header, first, second = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")
+    ][-6:]
+    assert of_digits == ["IoU of digits, %", *"0123456789"] and header[1:4] == ["mIoU, %", "digits", "background"]
+    assert [row[0] for row in (first, second)] == list(demo_segment.RUNS) and header[0] == "3 held-out scenes"
+    for row, each in zip((first, second), by_class, strict=True):
+        mean, digits, ground, right, _ = map(float, row[1:])
+        assert 0 <= digits <= mean < ground <= 100 and 0 <= right <= 100  # no more than the ground after two steps
+        assert digits == pytest.approx(sum(map(float, each[1:])) / 10, abs=0.5)
+    with Image.open(here / "demo" / "segment.png") as picture:
+        assert picture.width > 6 * 96 and picture.height > 3 * 96
 
 
 def test_a_stopped_demo_is_resumed(here, monkeypatch, capsys):
