@@ -64,7 +64,7 @@ def test_the_segment_demo_ends_with_figures_beside_a_floor_and_a_picture(here, m
     classifier = {**CLASSIFIER, "model_options": OF_SEGMENTERS}
     runs = classifier, {**segmenter, "init_from": "demo/classifier"}, {**floor, "freeze_backbone": True}
     make_tiny("segment", monkeypatch, here, *runs)
-    monkeypatch.setattr(demo_segment, "SIDE", 96)
+    monkeypatch.setattr(demo_segment, "SIDE", 96), monkeypatch.setattr(demo_segment, "WIDE", 64)
     run_verb("demo", ["segment"])
     shown = capsys.readouterr().out
     of_digits, *by_class, header, first, second = [
@@ -73,8 +73,8 @@ def test_the_segment_demo_ends_with_figures_beside_a_floor_and_a_picture(here, m
     assert of_digits == ["IoU of digits, %", *"0123456789"] and header[1:4] == ["mIoU, %", "digits", "background"]
     assert [row[0] for row in (first, second)] == list(demo_segment.RUNS) and header[0] == "3 held-out scenes"
     for row, each in zip((first, second), by_class, strict=True):
-        mean, digits, ground, right, _ = map(float, row[1:])
-        assert 0 <= digits <= mean < ground <= 100 and 0 <= right <= 100  # no more than the ground after two steps
+        mean, digits, ground, right, wide, _ = map(float, row[1:])
+        assert 0 <= digits <= mean < ground <= 100 and 0 <= right <= 100 and 0 < wide < 20  # after two steps: ground
         assert digits == pytest.approx(sum(map(float, each[1:])) / 10, abs=0.5)
     with Image.open(here / "demo" / "segment.png") as picture:
         assert picture.width > 6 * 96 and picture.height > 3 * 96
@@ -128,5 +128,6 @@ def test_every_config_of_a_demo_is_taken_by_its_verb_and_writes_to_the_folder_de
 
 
 def test_the_classifier_of_the_demos_is_that_of_make_demo():
+    assert DEMOS["segment"].runs[0] == DEMOS["detect"].runs[0] == ("train-classifier", "classifier.yaml")
     ours = CONFIGS.parents[1] / "configs" / "demo_classifier.yaml"
     assert yaml.safe_load(ours.read_text()) == yaml.safe_load((CONFIGS / "classifier.yaml").read_text())
