@@ -36,7 +36,7 @@ def __dir__() -> list[str]:
 
 
 def _register_with_timm() -> None:
-    import_module("d_emo.models.timm_registry").register_with_timm()
+    import_module("d_emo.models.timm_registry")  # which may be what imports timm
 
 
 def _register_with_diffusers() -> None:

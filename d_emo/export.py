@@ -119,11 +119,15 @@ def traced(network: Portable) -> torch.export.ExportedProgram:
     """The network as a graph whose batch size is free and, with ``dynamic_size``, the images' height and width.
 
     Raises:
-        InputError: The network decides by what it found, which such a graph cannot hold.
+        InputError: The network decides by what it found, which such a graph cannot hold, or has too much to ask of free
+            sides.
     """
     if network.found:
         raise InputError("`detections` is for .onnx files: non-maximum suppression decides by how much it was given, "
                          "which torch.export cannot follow")  # fmt: skip
+    if network.older:
+        raise InputError("`dynamic_size` of U-EMO is for .onnx files: torch.export does not come to an end with its "
+                         "free sides in minutes")  # fmt: skip
     inputs, batch = network.example(2), torch.export.Dim("batch", min=1, max=4096)
     names = enumerate(("height", "width"))
     sides = {2 + i: torch.export.Dim(name, min=network.least, max=4096) for i, name in names}
@@ -158,7 +162,7 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
         raise InputError("`int8` moves scores across thresholds, so other objects are found; use it without "
                          "`detections`")  # fmt: skip
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    graph = _following(network) if network.found else _whole(network)
+    graph = _older(network) if network.found or network.older else _whole(network)
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -202,16 +206,17 @@ def _whole(network: Portable) -> dict[str, Any]:
     return {"model": traced(network), "dynamo": True, "output_names": ["output"], "external_data": size > ONE_FILE}
 
 
-def _following(network: Portable) -> dict[str, Any]:
-    """Those for one whose work depends on what is in the image: only the older exporter has torchvision's operators.
+def _older(network: Portable) -> dict[str, Any]:
+    """Those for PyTorch's older exporter, which follows a network through one example.
 
-    The newer one stops at ``batched_nms``, which chooses its way by the number of boxes.
+    It has torchvision's operators, where the newer one stops at ``batched_nms``, which chooses its way by the number of
+    boxes; and it asks nothing of free sides, on which the newer one may reason for minutes.
     """
-    free = {name: {0: "objects"} for name in network.found}
-    if network.dynamic_size:
-        free |= {name: {1: "height", 2: "width"} for name in network.input_names}
+    sides = {1: "height", 2: "width"} if network.found else {0: "batch", 2: "height", 3: "width"}
+    free = {name: sides for name in network.input_names} if network.dynamic_size else {}
+    free |= {name: {0: "objects"} for name in network.found} or {"output": sides}
     return {"model": network.module, "args": network.example(2), "dynamo": False, "dynamic_axes": free,
-            "output_names": list(network.found)}  # fmt: skip
+            "output_names": list(network.found) or ["output"]}  # fmt: skip
 
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:

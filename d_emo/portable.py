@@ -20,6 +20,7 @@ from d_emo.models import create_model, list_models
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import batch_norms, fold_batch_norms, pair, sizes
 from d_emo.models.registry import model_kind
+from d_emo.segmentation.unet import UNetBackbone
 
 SIZES = ((33, 40), (64, 96), (97, 75), (160, 224), (256, 256))
 """Heights and widths that a network with free ones is compared at; a side of 32 px is one token, which is fixed."""
@@ -134,6 +135,7 @@ class Portable:
         dynamic_size: Whether height and width are free, as the batch is.
         least: The smallest free side: where a map has one row, an exported graph has the number 1.
         found: Names of outputs whose number of rows depends on what is in the one image that it takes.
+        older: Whether only PyTorch's older exporter of ONNX comes to an end with it.
     """
 
     module: nn.Module
@@ -143,6 +145,7 @@ class Portable:
     dynamic_size: bool = False
     least: int = STRIDE + 1
     found: tuple[str, ...] = ()
+    older: bool = False
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -171,7 +174,9 @@ def portable_classifier(
 
     folded = fold_batch_norms(copy.deepcopy(network).cpu().float().eval())
     inputs = ("images", "images are in [-1, 1]") if len(own) == 2 else ("clips", "frames of clips are in [-1, 1]")
-    return Portable(folded, inputs[:1], example, inputs[1], dynamic_size)
+    # U-EMO's maps are halved four times, padded to windows and cut again: torch.export reasons for minutes
+    older = dynamic_size and any(isinstance(each, UNetBackbone) and each.window for each in network.modules())
+    return Portable(folded, inputs[:1], example, inputs[1], dynamic_size, older=older)
 
 
 def portable_denoiser(denoiser: DenoiserFrame) -> Portable:

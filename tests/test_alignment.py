@@ -141,18 +141,17 @@ def test_snapshots_do_not_have_the_projector_and_states_do(tmp_path):
     ({"align": "emov2:x", "cache_latents": True}, "`align` emov2:x looks at images, of which `cache_latents` leaves"),
     ({"align_weight": 0.5}, "`align_weight` belongs to `align`"),
     ({"align": "vae", "align_block": 3}, "There is no block 3 in a denoiser of 3"),
-    ({"align": "vae", "image_size": 16}, "needs a denoiser that shows a map of four positions"),
+    ({"align": "vae", "image_size": 16}, "needs a map of four positions or more; that of block 1 has 1 x 1"),
 ])
 def test_wrong_combinations_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         DenoiserTask(TrainSettings(**{**TINY, **changes}))
 
 
-def test_a_frame_that_shows_nothing_is_refused():
+def test_a_frame_that_shows_nothing_is_refused(monkeypatch):
     model = create_model("DiT-Ti-2", depth=1, hidden_size=48, num_heads=3, sample_size=4, num_classes=3)
-    type(model).feature_shape, kept = None, type(model).feature_shape
-    try:
-        with pytest.raises(InputError, match="`align` vae needs a denoiser that shows a map"):
-            Alignment(model, "vae", 0.5, None)
-    finally:
-        type(model).feature_shape = kept
+    monkeypatch.setattr(type(model), "feature_shapes", ())
+    with pytest.raises(InputError, match="`align` vae needs a denoiser that shows its maps"):
+        Alignment(model, "vae", 0.5, None)
+    with pytest.raises(InputError, match="Denoiser shows no features"):
+        model.project(0, None)

@@ -74,7 +74,7 @@ def test_the_page_draws_what_the_sample_script_draws(tmp_path, monkeypatch, fold
     ours = tmp_path / Path(request.default_path).name
     request.save(ours, drawn(studio, request))
     command, program, *arguments = shlex.split(studio.command(request))
-    assert (command, program) == ("python", "scripts/sample.py")
+    assert (command, program) == ("d-emo", "sample")
     script(monkeypatch, "sample.py", *arguments, "--output", tmp_path / "theirs.png")
     with Image.open(ours) as mine, Image.open(tmp_path / "theirs.png") as theirs:
         assert np.array_equal(np.array(mine), np.array(theirs)) and len(set(np.array(mine).flat)) > 50
@@ -87,7 +87,7 @@ def test_the_command_of_a_snapshot_below_the_working_directory_is_short(tmp_path
     monkeypatch.chdir(tmp_path)
     command = studio.command(studio.read([2], 1, 0, 4, "ddim", 5))
     assert command == (
-        "python scripts/sample.py --checkpoint snap --class 2 --num-images 1 --seed 0 --guidance-scale 4 "
+        "d-emo sample --checkpoint snap --class 2 --num-images 1 --seed 0 --guidance-scale 4 "
         "--scheduler ddim --steps 5"
     )
 

@@ -127,7 +127,13 @@ def test_a_visitor_draws(open_page, tmp_path, studio, width):
     assert [image.get_attribute("alt") for image in pictures.all()] == captions
     for image, label in zip(pictures.all(), visitor.locator("#pictures .caption-label").all(), strict=True):
         assert box(image)["width"] >= 150 and box(label)["y"] >= box(image)["y"] + box(image)["height"] - 1
-    assert visitor.locator("#command textarea").input_value() == studio.command(request)
+    command = visitor.locator("#command code")
+    assert command.text_content() == studio.command(request)
+    height, flags = box(command.locator("span").first)["height"], command.get_by_text(re.compile("^--")).all()
+    assert len(flags) == 7 and all(box(flag)["height"] == height for flag in flags), "no line ends in a flag"
+    visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visitor.get_by_role("button", name="Copy", exact=True).click()
+    assert visitor.evaluate("navigator.clipboard.readText()") == studio.command(request)
     with visitor.expect_download() as download:
         visitor.locator("#download").click()
     ours = tmp_path / Path(request.default_path).name

@@ -3,12 +3,13 @@ import torch
 from test_detection_models import small as detector
 from test_segmentation_models import small as segmenter
 from torchvision.models import get_model
+from torchvision.ops import boxes as box_ops
 
 from d_emo.cli import run_verb
 from d_emo.config import DenseBenchmarkSettings
 from d_emo.errors import InputError
 from d_emo.lab.benchmark import dense
-from d_emo.lab.benchmark.dense import RawOutputs, dense_table, fuse, ours, theirs
+from d_emo.lab.benchmark.dense import CANDIDATES, Answers, RawOutputs, dense_table, fuse, ours, theirs
 
 
 def test_what_is_timed_are_the_heads_outputs():
@@ -19,6 +20,27 @@ def test_what_is_timed_are_the_heads_outputs():
         found = RawOutputs(one)(images)
         assert torch.equal(found, torch.cat([outputs["cls_logits"], outputs["bbox_regression"]], dim=2))
         assert torch.equal(RawOutputs(other)(images), other(images)["out"])
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    (ours, "ssdlite-emov2_1m"), (theirs, "ssdlite320_mobilenet_v3_large"),
+])  # fmt: skip
+def test_everybody_suppresses_as_many_boxes(kind, name, monkeypatch):
+    torch.manual_seed(0)
+    picture, given = torch.rand(3, 320, 320), []
+    whole = Answers(kind(name)[1].network, picture)
+    suppress = box_ops.batched_nms
+    monkeypatch.setattr(box_ops, "batched_nms", lambda *all: given.append(len(all[0])) or suppress(*all))
+    with torch.no_grad():
+        (found,) = whole(picture[None])
+    assert given == [CANDIDATES] and 0 < len(found["boxes"]) <= 100
+
+
+def test_an_answer_of_a_segmenter_is_the_class_of_each_pixel():
+    network, images = segmenter("segformer").eval(), torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        classes = Answers(network, images[0])(images)
+        assert torch.equal(classes, network(images)["out"].argmax(dim=1)) and classes.shape == (2, 64, 96)
 
 
 def test_fused_networks_are_the_same_functions():
@@ -44,13 +66,15 @@ def test_a_line_for_each_network_and_a_column_for_each_number_of_threads(monkeyp
     table = dense_table(DenseBenchmarkSettings(
         models=["segformer-emov2_1m"], peers=["ssdlite320_mobilenet_v3_large"], image_size=64, threads=[1, 2]
     ))  # fmt: skip
-    assert torch.get_num_threads() == before and len(ticks) == 4
+    assert torch.get_num_threads() == before and len(ticks) == 8
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[:4]]
-    assert rows[0][4:] == ["PyTorch, 1 thread, ms", "PyTorch, 2 threads, ms"]
+    whole = "PyTorch, to boxes or classes"
+    assert rows[0][4:] == [f"{runtime}, {number}, ms" for number in ("1 thread", "2 threads")
+                           for runtime in ("PyTorch", whole)]  # fmt: skip
     assert [row[:3] for row in rows[2:]] == [  # 3,440,060 is torchvision's own number
         ["detection", "ssdlite320_mobilenet_v3_large", "3,440,060"], ["segmentation", "segformer-emov2_1m", "1,475,885"]
     ]  # fmt: skip
-    assert rows[2][4:] == ["2.0 (1.5 to 2.5)"] * 2
+    assert rows[2][4:] == ["2.0 (1.5 to 2.5)"] * 4
 
 
 def test_both_have_as_many_outputs():

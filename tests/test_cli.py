@@ -14,6 +14,7 @@ from d_emo.config.base import flag_of, make_parser
 from d_emo.errors import InputError
 from d_emo.io.classifier import open_classifier
 from d_emo.tables import EXTRACTORS, ExtractorRow, load
+from d_emo.text import command
 from d_emo.training.teacher import load_teacher
 
 KINDS = [(name, word, load(kind)) for name, verb in VERBS.items() for word, kind in verb.kinds().items()]
@@ -97,3 +98,15 @@ def test_features_are_those_of_the_table_before_anything_is_opened(monkeypatch):
 def test_the_path_of_a_missing_classifier_is_no_unknown_model(opens, source):
     with pytest.raises(InputError, match=f"{source} does not exist"):
         opens(source)
+
+
+@pytest.mark.parametrize(
+    ("running", "hint"),
+    [
+        ("scripts/train_dit.py", "python scripts/sample.py"), ("../x/scripts/fid.py", "python ../x/scripts/sample.py"),
+        ("/usr/bin/d-emo", "d-emo sample"), ("site-packages/d_emo/__main__.py", "d-emo sample"), ("-c", "d-emo sample"),
+    ],
+)  # fmt: skip
+def test_a_hint_names_a_verb_as_it_is_run_here(monkeypatch, running, hint):
+    monkeypatch.setattr(sys, "argv", [running])
+    assert command("sample", "sample.py") == hint

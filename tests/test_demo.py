@@ -111,7 +111,7 @@ def test_the_video_demo_ends_with_figures_beside_those_of_single_frames_and_a_pi
 def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(monkeypatch):
     with pytest.raises(InputError, match="^NAME must be one of detect.*, not detec; did you mean detect[?]$"):
         run_verb("demo", ["detec"])
-    with pytest.raises(InputError, match="arguments are required: name"):
+    with pytest.raises(InputError, match="this is missing: NAME, one of detect, medical, deit, video"):
         run_verb("demo", [])
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs faster_coco_eval: pip install 'd-emo.detection.'"):
@@ -131,3 +131,24 @@ def test_the_classifier_of_the_demos_is_that_of_make_demo():
     assert DEMOS["segment"].runs[0] == DEMOS["detect"].runs[0] == ("train-classifier", "classifier.yaml")
     ours = CONFIGS.parents[1] / "configs" / "demo_classifier.yaml"
     assert yaml.safe_load(ours.read_text()) == yaml.safe_load((CONFIGS / "classifier.yaml").read_text())
+
+
+def test_a_folder_of_another_version_is_named_with_the_remedy_and_a_full_one_is_passed_at_once(
+    here, monkeypatch, capsys
+):
+    monkeypatch.setattr(moving, "HELD_OUT", 12)
+    tiny = {"model_options": BACKBONE, "image_size": 32, "num_videos": 12, "batch_size": 4, "max_steps": 1,
+            "warmup_steps": 0, "tracker": "none"}  # fmt: skip
+    runs = [{**tiny, "model": model, "output_dir": folder}
+            for model, folder in zip(("v-emov2_1m", "emov2_1m"), demo_video.RUNS.values(), strict=True)]  # fmt: skip
+    make_tiny("video", monkeypatch, here, *runs)
+    run_verb("demo", ["video"])
+    assert "demo      video, run 2 of 2" in capsys.readouterr().out
+    run_verb("demo", ["video"])
+    assert capsys.readouterr().out.count("nothing to do at step 1 of 1") == 2
+    make_tiny("video", monkeypatch, here, *({**run, "learning_rate": 0.5} for run in runs))
+    with pytest.raises(InputError, match="learning_rate was .*If nothing in demo/video is needed, remove it, and the"):
+        run_verb("demo", ["video"])
+    make_tiny("video", monkeypatch, here, *({**run, "output_dir": "demo/new", "batch_size": 0} for run in runs))
+    with pytest.raises(InputError, match="batch-size.*not 0$"):  # no folder is to blame
+        run_verb("demo", ["video"])

@@ -142,6 +142,22 @@ def test_segmenters_with_free_sides(name, ending, tmp_path):
     assert export(portable, tmp_path / f"network.{ending}") < 1e-4
 
 
+def test_u_emo_with_free_sides_leaves_as_onnx_alone(tmp_path):
+    portable = portable_classifier(SegmenterOutput(segmenter("u-emo")), (64, 96), dynamic_size=True)
+    with pytest.raises(InputError, match="`dynamic_size` of U-EMO is for .onnx files"):
+        export(portable, tmp_path / "network.pt2")
+    assert not portable_classifier(SegmenterOutput(segmenter("unet")), 64, dynamic_size=True).older
+    assert not list(tmp_path.iterdir())
+
+
+@slow
+def test_u_emo_with_free_sides(tmp_path):
+    needs("onnx")
+    portable = portable_classifier(SegmenterOutput(segmenter("u-emo")), (64, 96), dynamic_size=True)
+    assert len(portable.sizes) == 5
+    assert export(portable, tmp_path / "network.onnx") < 1e-4
+
+
 @pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=slow)])
 def test_clips_leave_python(ending, tmp_path):
     needs(ending)

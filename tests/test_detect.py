@@ -85,6 +85,17 @@ def test_tags_are_legible_and_stay_within_the_picture():
         assert inked.sum() > 8, "white on dark grounds, black on light ones"
 
 
+def test_a_single_class_is_not_named():
+    ground, place = torch.zeros(3, 160, 160, dtype=torch.uint8), (slice(None), slice(24, 49), slice(20, 120))
+    objects = {"boxes": torch.tensor([[20.0, 50, 100, 140]]), "labels": torch.tensor([0])}
+    assert not draw_objects(ground, objects, ["nucleus"])[place].any()
+    widths = []
+    for names in (["nucleus"], ["nucleus", "other"]):
+        sure = draw_objects(ground, {**objects, "scores": torch.tensor([0.5])}, names)[place]
+        widths.append(int(sure.amax(dim=(0, 1)).count_nonzero()))
+    assert 10 < widths[0] < widths[1] / 2
+
+
 def test_the_surest_of_two_names_for_one_thing_is_on_top():
     box = torch.tensor([[20.0, 60, 100, 140]])
     both = {"boxes": box.repeat(2, 1), "labels": torch.tensor([3, 9]), "scores": torch.tensor([0.8, 0.8 / 2])}

@@ -93,7 +93,7 @@ def test_the_backbone_starts_from_a_released_file(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model": "emov2_1m"}, "emov2_1m is a classifier; train it with scripts/train_classifier.py"),
+        ({"model": "emov2_1m"}, "emov2_1m is a classifier; train it with `d-emo train-classifier`"),
         ({"annotations": "objects.json"}, "`annotations` objects.json needs `images`"),
         ({"images": "photos"}, "`images` photos needs `annotations`"),
         ({"model_options": {"num_classes": 3}}, "`model_options`: num_classes follows"),

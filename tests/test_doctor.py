@@ -14,6 +14,7 @@ from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.data import open_dataset
 from d_emo.doctor import contact_sheet, describe, describe_latents, examine, sheet_of
 from d_emo.errors import InputError
+from d_emo.training import progress
 from d_emo.training.classifier import ClassifierTask, augment
 from d_emo.training.feed import Feed
 
@@ -171,11 +172,13 @@ def test_a_dry_run_of_training_says_what_there_is_and_writes_one_picture_only(fo
     (folder / "cat" / "notes.txt").touch()
     tiny = {"image_size": 16, "vae": "pixels", "cache_latents": True, "skip_corrupt": True, "batch_size": 8,
             "micro_batch_size": 4, "model_options": {"depth": 1, "hidden_size": 48}, "model": "D-EMOv2-Ti-2"}
+    monkeypatch.setattr(progress, "LONG_RUN", 0)
     train.run(TrainSettings(data_dir=str(folder), dry_run=True, max_steps=30, **tiny))
     said = {line[:10].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
     assert said["by class"] == "cat 13, dog 1" and said["formats"].startswith("PNG 12, BMP 1, JPEG 1")
     assert said["training"].startswith("2 steps of 8 images an epoch") and said["memory"].endswith(" GiB")
     assert re.fullmatch(r".* s a step of 8 images by one process here; all 30 steps: .* \(h:mm:ss\)", said["time"])
+    assert said["LOOK"].startswith("At ") and "A small one for such a machine" in said["LOOK"]
     picture = tmp_path / "samples" / "dry-run-D-EMOv2-Ti-2-pets-16.png"
     assert said["batch"].startswith("samples/dry-run") and [each for each in tmp_path.rglob("*") if each.is_file()
                                                             and folder not in each.parents] == [picture]

@@ -255,8 +255,8 @@ def test_samples_of_several_sizes_are_told_the_very_command(main: Callable, good
     bad = mixed_sizes(tmp_path / "my photos")
     with pytest.raises(InputError, match="8px-0.png is 8 x 8 px but .*9px-0.png is 9 x 8 px") as raised:
         main(["--samples", str(bad), "--reference", str(good)])
-    python, script, *arguments = shlex.split(str(raised.value).split("`")[1])
-    assert (python, script, arguments[-1]) == ("python", "scripts/make_reference.py", "my photos.npz")
+    program, verb, *arguments = shlex.split(str(raised.value).split("`")[1])
+    assert (program, verb, arguments[-1]) == ("d-emo", "reference", "my photos.npz")
     arguments[-1] = str(tmp_path / arguments[-1])
     run_verb("reference", arguments)
     main(["--samples", arguments[-1], "--reference", str(good)])

@@ -337,6 +337,11 @@ def test_adapters_without_peft_are_refused_in_words(digits, tmp_path, monkeypatc
         task(tmp_path, init_from=str(digits.path), train="lora:2")
 
 
+def test_adapters_larger_than_what_they_adapt_are_refused(digits, tmp_path):
+    with pytest.raises(InputError, match="`train` lora:999: adapters of a rank above [1-9][0-9]* are larger than the"):
+        task(tmp_path, init_from=str(digits.path), train="lora:999")
+
+
 def test_epochs_are_passes_over_the_data(tmp_path):
     run = task(tmp_path, epochs=0.5, max_steps=None)
     assert run.settings.max_steps == round(0.5 * len(run.images) / 8) == 90

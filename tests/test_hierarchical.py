@@ -143,9 +143,32 @@ def test_muon_takes_the_matrices_between_its_hidden_features():
     assert not [name for name in names if "adaLN" in name or name.startswith(("x_", "t_", "y_", "final"))]
 
 
-def test_its_maps_are_of_several_sizes_and_cannot_be_aligned():
-    with pytest.raises(InputError, match="`align` vae needs a denoiser that shows a map of four positions"):
-        Alignment(tiny(), "vae", 0.5, None)
+def test_it_says_the_shape_of_the_map_after_each_block():
+    model = opened(sample_size=(8, 16))
+    x, t, y = batch(model)
+    shown = [model.eval().features(block, x, t, y).shape for block in range(len(model.block_sequence()))]
+    assert [tuple(shape[1:]) for shape in shown] == list(model.feature_shapes)
+    assert shown[0][1:] == (8, 8, 16) and shown[2][1:] == (16, 4, 8) and shown[4][1:] == (24, 2, 4)
+    with pytest.raises(InputError, match="There is no block 8 in a denoiser of 8"):
+        model.project(8, None)
+
+
+@pytest.mark.parametrize("block, aligned, later, channels", [(None, 3, 4, 4 * 16), (1, 1, 6, 4), (2, 2, 5, 4 * 4)])
+def test_its_maps_are_aligned_and_the_blocks_up_to_them_learn_of_it(block, aligned, later, channels):
+    """By default on the smallest map, where a token stands for 4 x 4 latents; its own average is asked on that too."""
+    model = opened().train()
+    alignment = Alignment(model, "vae", 0.5, block)
+    assert (alignment.block, alignment.later_block) == (aligned, later)
+    assert model.feature_shape(later) == model.feature_shape(aligned)
+    x, t, y = batch(model)
+    features = model(x, t, y).features
+    assert features.shape == (3, channels, *model.feature_shape(aligned)[1:])
+    alignment.loss(features, None, x, y, None).backward()
+    reached = [
+        any(p.grad is not None and p.grad.abs().max() > 0 for p in each.parameters()) for each in model.block_sequence()
+    ]
+    assert reached == [number <= aligned for number in range(8)]
+    assert Alignment(opened(), "sra", 0.5, block).target.channels == model.feature_shape(later)[0]
 
 
 def test_a_saved_one_is_opened_again_whole(tmp_path):

@@ -23,7 +23,7 @@ INSIDE = {
     "models": [
         "layers", "embeddings", "attention", "blocks", "contract", "token_denoiser", "denoiser",
         "hierarchical", "stem", "backbone", "video", "counting",
-        "registry", "released", "hybrids", "timm_registry", "convert",
+        "registry", "timm_models", "released", "hybrids", "timm_registry", "convert",
     ],
     "segmentation": [
         "heads", "networks", "unet", "images", "fundus", "losses", "sliding", "augment", "measures", "pictures",

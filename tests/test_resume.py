@@ -36,6 +36,10 @@ VARIANTS = {
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "alignment": {"align": "vae", "align_block": 0},
     "alignment with its own average": {"align": "sra", "align_block": 0},
+    "alignment of a U": {
+        "model": "U-D-EMOv2-Ti-1", "align": "vae",
+        "model_options": {"widths": [8, 16], "depths": [1, 1], "condition_size": 16, "head_size": 4},
+    },
     "images drawn on the fly": {"dataset": "shapes", "num_images": 30},
     "cached latents": {"cache_latents": True},
     "accumulation": {"micro_batch_size": 2},

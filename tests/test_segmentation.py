@@ -306,7 +306,7 @@ def test_the_papers_recipes_load_as_they_are_written(name):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model": "emov2_1m"}, "emov2_1m is a classifier; train it with scripts/train_classifier.py"),
+        ({"model": "emov2_1m"}, "emov2_1m is a classifier; train it with `d-emo train-classifier`"),
         ({"flip": True}, "a mirror image is of no class"), ({"scale_range": [2.0, 1.0]}, "two rising factors"),
         ({"validate_dir": "x"}, "belongs to a `data_dir`"),
         ({"model_options": {"num_classes": 3}}, "num_classes follows from the data"),

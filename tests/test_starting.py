@@ -84,3 +84,10 @@ def test_a_constant_of_the_compiler_is_marked_as_the_compiler_marks_it():
         pass
 
     assert vars(torch.compiler.assume_constant_result(first)) == vars(constant(second)) != {}
+
+
+def test_our_names_are_known_to_timm_where_ours_is_what_imports_it():
+    code = "import d_emo.models.timm_registry, timm; print(timm.is_model('emov2_1m'), timm.is_model('pvt_tiny_irmb'))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr

@@ -220,6 +220,13 @@ def test_learning_rate_follows_warm_up_and_cosine(tmp_path):
     assert at(55) == pytest.approx(0.5) and at(100) == pytest.approx(0, abs=1e-9)
 
 
+def test_the_bar_says_what_is_done_between_two_steps(tmp_path, capsys):
+    settings = TrainSettings(**{**TINY, "output_dir": str(tmp_path), "max_steps": 1, "validate_every": 1})
+    fit(DenoiserTask(settings), settings, preview=lambda path, model: None)
+    said = capsys.readouterr().err
+    assert said.index("validating: 100%") < said.index("drawing samples: 100%") < said.rindex("training: 100%")
+
+
 @pytest.mark.parametrize(("steps", "times"), [(400_000, 1), (100, 0)])
 def test_a_hopeless_schedule_is_forecast(steps, times, monkeypatch):
     said, progress = [], Progress(SimpleNamespace(), TrainSettings(max_steps=steps))

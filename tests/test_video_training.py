@@ -162,7 +162,7 @@ def test_runs_start_from_snapshots_of_videos(tmp_path, films):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model": "D-EMOv2-S-2"}, "is a denoiser; train it with scripts/train_dit.py"),
+    ({"model": "D-EMOv2-S-2"}, "is a denoiser; train it with `d-emo train`"),
     ({"model_options": {"spatial_dims": 2}}, "spatial_dims follows from the data or from `model`"),
     ({"data_dir": "nowhere"}, "the data folder nowhere does not exist"),
     ({"validate_dir": "."}, "belongs to a `data_dir`"), ({"flip": True}, "a mirrored motion is of another class"),
@@ -182,7 +182,7 @@ def test_other_verbs_say_what_a_snapshot_of_videos_is(tmp_path, image_classifier
         run_verb("evaluate", [str(image_classifier), "--clips=2"])
     with pytest.raises(InputError, match="--dataset digits holds images"):
         run_verb("evaluate", [str(snapshot), "--dataset=digits"])
-    with pytest.raises(InputError, match="v-emov2_5m is a video classifier; train it with scripts/train_video.py"):
+    with pytest.raises(InputError, match="v-emov2_5m is a video classifier; train it with `d-emo train-video`"):
         ClassifierTask(ClassifierSettings.from_mapping({"model": "v-emov2_5m", "dataset": "digits"}))
     meta = json.loads((snapshot / "snapshot.json").read_text())
     del meta["frames"]

@@ -24,6 +24,13 @@ _STYLE = Path(__file__).with_name("page.css").read_text()
 _SHOW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({ behavior: 'smooth' }) }"
 """Where the results lie below the controls, goes down to them."""
 
+_COMMAND = """<code>${value
+    .replace(/[&<>"'`{}$]/g, (sign) => `&#${sign.charCodeAt()};`)
+    .replace(/\\S+/g, '<span>$&</span>')}</code>"""
+"""The command line, each word whole; a text area would break `--class` after its dashes."""
+
+_COPY = "() => { navigator.clipboard.writeText(document.querySelector('#command code').textContent) }"
+
 _QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """How events are handled that do not draw."""
 
@@ -89,8 +96,10 @@ def build_page(studio: Studio, folder: Path) -> Any:
                 with gr.Row():
                     download = gr.DownloadButton("Download all", size="md", interactive=False, elem_id="download")
                     keep = gr.Button("Keep to compare", size="md", elem_id="keep")
-                command = gr.Textbox(
-                    label="On the command line", lines=2, interactive=False, buttons=["copy"], elem_id="command"
+                copy = gr.Button("Copy", size="sm")
+                command = gr.HTML(
+                    "", label="On the command line", show_label=True, container=True, html_template=_COMMAND,
+                    buttons=[copy], elem_id="command",
                 )
             with gr.Column(min_width=320):
                 fields |= _settings(gr, studio, first)
@@ -121,6 +130,7 @@ def build_page(studio: Studio, folder: Path) -> Any:
             ended(lambda: [gr.update(interactive=True), gr.update(interactive=False)], None, [draw, stop], **_QUICK)
         stop.click(leave, None, None, **_QUICK)
         keep.click(compare, [pictures, how], kept, **_QUICK)
+        copy.click(None, None, None, js=_COPY, **_QUICK)
         page.unload(leave)
     return page
 

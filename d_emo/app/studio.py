@@ -16,6 +16,7 @@ from d_emo.io.snapshot import DenoiserSnapshot
 from d_emo.models.counting import trained_parameters
 from d_emo.sampling import PRECISIONS, Sampler, SampleRequest, decode, spell_class
 from d_emo.tables import schedulers_of
+from d_emo.text import command
 
 _PAUSE = 0.1
 """Seconds between two views, at least, but for the last; nobody sees more."""
@@ -101,7 +102,7 @@ class Studio:
     def command(self, request: SampleRequest) -> str:
         """The command line that draws the same pictures."""
         settings = request.settings
-        words = ["python", "scripts/sample.py", "--checkpoint", self.path]
+        words: list[Any] = ["--checkpoint", self.path]
         if len(self.snapshot.class_names) > 1:
             words += ["--class", *(spell_class(label, self.snapshot.class_names) for label in request.classes)]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]
@@ -113,7 +114,7 @@ class Studio:
         words += ["--scheduler", settings.scheduler, "--steps", settings.steps]
         if settings.mixed_precision != "no":
             words += ["--mixed-precision", settings.mixed_precision]
-        return shlex.join(map(str, words))
+        return f"{command('sample', 'sample.py')} {shlex.join(map(str, words))}"
 
     def draw(self, request: SampleRequest) -> Iterator[View]:
         """Draw, and show the pictures on the way; whoever closes the iterator ends the drawing.

@@ -9,6 +9,7 @@ from PIL import Image
 from d_emo.data.describing import describe_passes
 from d_emo.errors import said
 from d_emo.files import free_path, replacing
+from d_emo.training.progress import warn_of_days
 from d_emo.training.rehearsal import Rehearsal, rehearse
 from d_emo.training.task import Task
 
@@ -33,6 +34,7 @@ def dry_run(task: Task, lines: Sequence[tuple[str, str]], picture: Picture) -> N
     output = free_path(f"samples/dry-run-{Path(settings.output_dir).name}.png")
     drawn, count = picture(tried)
     save(drawn, output)
+    lines += [("LOOK", warning) for warning in warn_of_days(tried.seconds, settings.max_steps, task.smaller)]
     print_lines([*lines, ("batch", f"{output}  ({count} images as the network sees them)")])
 
 

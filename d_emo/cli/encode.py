@@ -5,6 +5,7 @@ from accelerate.utils import reduce
 from d_emo.config import EncodeSettings
 from d_emo.data import Reading, open_dataset
 from d_emo.latents import default_codec, encode, load_codec
+from d_emo.text import command
 from d_emo.threads import loader_workers, use_threads
 from d_emo.training.parallel import open_processes
 
@@ -36,5 +37,5 @@ def run(settings: EncodeSettings) -> None:
         print(f"{process.num_processes} processes shared the work")
     if complete:
         print(f"latents   {settings.output}  ({len(images):,} images of {len(images.class_names)} classes)\n"
-              f"train     accelerate launch scripts/train_dit.py --latents {settings.output}")
+              f"train     {command('train', 'train_dit.py')} --latents {settings.output}")
 

@@ -4,9 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 from d_emo.cli.doctor import dry_run_of_images
+from d_emo.cli.trained import report
 from d_emo.config import TrainSettings
-from d_emo.io.hub import prepare_push, push_snapshot
+from d_emo.io.hub import prepare_push
 from d_emo.sampling import preview_grid
+from d_emo.text import command
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 
@@ -22,8 +24,6 @@ def run(settings: TrainSettings) -> None:
         guidance_scale=settings.preview_guidance, objective=settings.objective,
     )
     snapshot = fit(task, settings, preview=preview)
-    if snapshot is not None:
-        print(f"snapshot  {snapshot}\nsample it  python scripts/sample.py --checkpoint {snapshot} --class 0")
-        if settings.push_to_hub:
-            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
+    sample = command("sample", "sample.py")
+    report(snapshot, settings, lambda snapshot: [f"sample it  {sample} --checkpoint {snapshot} --class 0"])
 

@@ -1,15 +1,17 @@
 """``d-emo train-detector``."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
 from d_emo.cli.dry_run import dry_run_of_scenes
+from d_emo.cli.trained import report
 from d_emo.config import DetectorSettings, DoctorSettings
 from d_emo.data import spread
 from d_emo.detection.contents import describe_objects
 from d_emo.detection.drawing import truth_beside_found
-from d_emo.io.hub import prepare_push, push_snapshot
+from d_emo.io.hub import prepare_push
 from d_emo.io.snapshot import load_classifier
 from d_emo.text import markdown_table
 from d_emo.training import fit
@@ -28,13 +30,13 @@ def run(settings: DetectorSettings) -> None:
         if task.held_out is not None:
             truth_beside_found(model, task.held_out, spread(len(task.held_out), 8)).save(path)
 
-    snapshot = fit(task, settings, preview=preview)
-    if snapshot is not None:
-        print(f"snapshot  {snapshot}")
-        measured = load_classifier(snapshot, "detector").meta.get("average_precision", {})
-        if measured:
-            figures = [[kind, *(f"{100 * value:.1f}" if value >= 0 else "-1" for value in each.values())]
-                       for kind, each in measured.items()]  # fmt: skip
-            print(markdown_table(["held out, %", *measured["bbox"]], figures))
-        if settings.push_to_hub:
-            print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
+    report(fit(task, settings, preview=preview), settings, precision)
+
+
+def precision(snapshot: Path) -> Iterator[str]:
+    """The table of its average precision on held-out images, where there are any."""
+    measured = load_classifier(snapshot, "detector").meta.get("average_precision", {})
+    if measured:
+        figures = [[kind, *(f"{100 * value:.1f}" if value >= 0 else "-1" for value in each.values())]
+                   for kind, each in measured.items()]  # fmt: skip
+        yield markdown_table(["held out, %", *measured["bbox"]], figures)

@@ -103,7 +103,7 @@ class StepSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseBenchmarkSettings(Settings):
-    """Settings of ``d-emo benchmark dense``: detectors up to their heads and segmenters, beside torchvision's."""
+    """Settings of ``d-emo benchmark dense``: detectors and segmenters, beside torchvision's."""
 
     models: list[str] = setting(
         ["ssdlite-emov2_1m", "ssdlite-emov2_2m", "deeplabv3-emov2_1m", "segformer-emov2_1m"],

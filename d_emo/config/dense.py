@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from d_emo.tables import SCENES
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSettings(RunSettings, RehearsedSettings):
+class DenseSettings(RunSettings, RehearsedSettings, ABC):
     """The built-in data, and what the papers' recipes for detectors and for segmenters have in common."""
 
     dataset: str = setting(
@@ -31,9 +32,9 @@ class DenseSettings(RunSettings, RehearsedSettings):
     ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
 
     @property
+    @abstractmethod
     def own_data(self) -> str | None:
         """The path of data that are not built in."""
-        raise NotImplementedError
 
     @property
     def mirrors(self) -> bool:

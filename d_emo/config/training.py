@@ -284,7 +284,9 @@ class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, Rehea
         None, "held-out images of the same classes, in the same form. Default: the folder val in --data-dir, where "
         "that has both train and val", resumable=True, source=True, group="Data"
     )
-    model: str | None = setting(None, "a classifier name of list_models(). Default: emov2_1m", group="Model")
+    model: str | None = setting(
+        None, "a classifier name of list_models(), or timm:NAME for one of timm's. Default: emov2_1m", group="Model"
+    )
     model_options: dict[str, Any] | None = setting(
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )

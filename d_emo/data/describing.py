@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from d_emo.data import spread
 from d_emo.errors import InputError
@@ -33,6 +33,18 @@ def look_at(length: int, count: int | None, read: Callable[[int], Seen]) -> tupl
         seen = list(pool.map(look, spread(length, min(count or length, length))))
     failed = [str(each) for each in seen if isinstance(each, InputError)]
     return [each for each in seen if not isinstance(each, InputError)], failed
+
+
+def look_over(
+    data: Any, count: int | None, read: Callable[[int], Seen], *, unit: str = "images"
+) -> tuple[list[Seen], list[tuple[str, str]]]:
+    """As `look_at` a data set of ``unit``, and the first lines of (topic, text) about it."""
+    seen, failed = look_at(len(data), count, read)
+    number = f"{len(data):,} {unit} of {len(data.class_names):,} classes"
+    lines = [("data", f"{data.name}: {number}; {len(seen):,} looked at")]
+    if failed:
+        lines.append(("LOOK", f"{len(failed):,} unreadable, training stops at them: {some(failed, '; ')}"))
+    return seen, lines
 
 
 def describe_sizes(sizes: Sequence[tuple[int, int]]) -> str:

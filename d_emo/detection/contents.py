@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import median
 
-from d_emo.data.describing import describe_sizes, largest, look_at, some
+from d_emo.data.describing import describe_sizes, largest, look_over, some
 from d_emo.detection.augment import ObjectImages, trainable
 
 
@@ -21,10 +21,7 @@ def describe_objects(images: ObjectImages, count: int) -> list[tuple[str, str]]:
         sides = (kept["boxes"][:, 2:] - kept["boxes"][:, :2]).amin(dim=1)
         return (width, height), kept["labels"].tolist(), sides.tolist(), len(target["labels"])
 
-    seen, failed = look_at(len(images), count, read)
-    lines = [("data", f"{images.name}: {len(images):,} images of {len(names):,} classes; {len(seen):,} looked at")]
-    if failed:
-        lines.append(("LOOK", f"{len(failed):,} unreadable, training stops at them: {some(failed, '; ')}"))
+    seen, lines = look_over(images, count, read)
     if not seen:
         return lines
     numbers, sides = [len(labels) for _, labels, _, _ in seen], sorted(side for _, _, many, _ in seen for side in many)

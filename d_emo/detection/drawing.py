@@ -39,7 +39,7 @@ def detect(model: nn.Module, image: Tensor, least_score: float) -> dict[str, Ten
 
 
 def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
-    """A picture with boxes, names, scores and masks on it, the surest on top.
+    """A picture with boxes, names, scores and masks on it, the surest on top; of a single class without its name.
 
     Shape: (3, H, W) uint8 -> same; objects see `detect`.
     """
@@ -51,9 +51,9 @@ def draw_objects(image: Tensor, objects: dict[str, Tensor], class_names: Sequenc
     colours = [COLOURS[label % len(COLOURS)] for label in objects["labels"].tolist()]
     if len(objects.get("masks", ())):
         image = draw_segmentation_masks(image, objects["masks"].bool(), alpha=0.4, colors=colours)
-    words = [class_names[label] for label in objects["labels"].tolist()]
+    words = [class_names[label] if len(class_names) > 1 else "" for label in objects["labels"].tolist()]
     if "scores" in objects:
-        words = [f"{word} {score:.0%}" for word, score in zip(words, objects["scores"].tolist(), strict=True)]
+        words = [f"{word} {score:.0%}".strip() for word, score in zip(words, objects["scores"].tolist(), strict=True)]
     side = min(image.shape[1:])
     image = draw_bounding_boxes(image, objects["boxes"], None, colours, width=max(1, side // 120))
     return _with_tags(image, objects["boxes"].tolist(), words, colours, font_size=max(10, side // 18))
@@ -66,6 +66,8 @@ def _with_tags(
     picture = F.to_pil_image(image)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
     for (left, top, _, _), word, colour in zip(boxes, words, colours, strict=True):
+        if not word:
+            continue
         width, height = math.ceil(draw.textlength(word, font)) + 4, font_size + 2
         x = max(0, min(round(left), picture.width - width))
         y = round(top) - height if top >= height else round(top)

@@ -24,10 +24,12 @@ from d_emo.data import ClassImages, Reading
 from d_emo.errors import InputError, RunError
 from d_emo.files import FORMAT, digest, digest_of_tensors, read_json, remove_left, write_file, write_json
 from d_emo.latents.codec import Codec, Factor
+from d_emo.text import command
 
 INDEX, TENSORS = "index.json", ("moments", "labels")
 RESUME = "re-run the same command to resume"
-REPEAT = "run scripts/encode_latents.py again with the same arguments: it makes what is missing or damaged"
+ENCODE = command("encode", "encode_latents.py")
+REPEAT = f"run `{ENCODE}` again with the same arguments: it makes what is missing or damaged"
 
 
 class ShardError(Exception):
@@ -193,10 +195,10 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool | 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
-        raise InputError(f"the folder of latents {folder} does not exist; scripts/encode_latents.py makes one")
+        raise InputError(f"the folder of latents {folder} does not exist; `{ENCODE}` makes one")
     missing = [] if (folder / INDEX).exists() else [INDEX]
     if missing and not any(folder.glob("shard-*.safetensors")):
-        raise InputError(f"{folder} holds no latents; scripts/encode_latents.py makes them")
+        raise InputError(f"{folder} holds no latents; `{ENCODE}` makes them")
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:

@@ -91,20 +91,28 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         """Positions that its widest blocks work on, per image."""
 
     @property
-    def feature_shape(self) -> tuple[int, ...] | None:
-        """(channels, *sizes) of the map between two blocks, where the frame can show it (see `project`)."""
-        return None
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(channels, *sizes) of the map after each block that the frame can show (see `project`)."""
+        return ()
 
-    @property
-    def feature_blocks(self) -> int:
-        """How many blocks `project` may be asked for."""
-        return 0
+    def feature_shape(self, block: int) -> tuple[int, ...]:
+        """(channels, *sizes) of the map after a block, counted from 0.
+
+        Raises:
+            InputError: There is no such block, or the frame shows no features.
+        """
+        shapes = self.feature_shapes
+        if not shapes:
+            raise InputError(f"{type(self).__name__} shows no features")
+        if not 0 <= block < len(shapes):
+            raise InputError(f"There is no block {block} in a denoiser of {len(shapes)}; the first is 0.")
+        return shapes[block]
 
     def project(self, block: int, projector: nn.Module | None) -> None:
         """Show features while training: the output's ``features`` are then ``projector`` of the map after a block.
 
         The projector becomes a part of the model, trained and kept in training states with it; None takes it away, as
-        snapshots have to. A frame with a `feature_shape` sees to it.
+        snapshots have to. A frame with `feature_shapes` sees to it.
 
         Args:
             block: From 0.
@@ -116,7 +124,7 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         raise InputError(f"{type(self).__name__} shows no features")
 
     def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """The map after a block, without gradients. A frame with a `feature_shape` sees to it.
+        """The map after a block, without gradients. A frame with `feature_shapes` sees to it.
 
         Shape: as ``forward`` -> (B, channels, *sizes).
 

@@ -68,8 +68,8 @@ class Denoiser(TokenDenoiser):
         self._finish(hidden_size, hidden_size)
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        return self.config.hidden_size, *self.grid
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.config.hidden_size, *self.grid),) * len(self.blocks)
 
     def block_sequence(self) -> list[nn.Module]:
         return list(self.blocks)

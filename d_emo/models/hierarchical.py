@@ -135,6 +135,14 @@ class HierarchicalDenoiser(TokenDenoiser):
         self.up_blocks = nn.ModuleList(map(blocks, reversed(upper)))
         self._finish(widths[0], condition_size)
 
+    @property
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        widths, depths, (height, width) = self.config.widths, self.config.depths, self.grid
+        levels = [*range(len(widths)), *reversed(range(len(widths) - 1))]
+        return tuple(
+            (widths[level], height >> level, width >> level) for level in levels for _ in range(depths[level])
+        )
+
     def block_sequence(self) -> list[nn.Module]:
         return [block for blocks in (*self.down_blocks, self.mid_blocks, *self.up_blocks) for block in blocks]
 

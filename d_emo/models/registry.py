@@ -15,9 +15,13 @@ from d_emo.errors import InputError
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.video import VIDEO_BACKBONES
 from d_emo.tables import BLOCKS, FRAMES, denoisers, family_of, load, systems
+from d_emo.text import command
 
 if TYPE_CHECKING:
     from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
+
+TIMM = "timm:"
+"""Begins the names of `d_emo.models.timm_models`."""
 
 HYBRIDS = tuple(f"{frame}_{kind}" for frame in ("deit_tiny", "pvt_tiny") for kind in ("irmb", "i2rmb"))
 """Those of `d_emo.models.hybrids`, which imports timm and is imported itself when one of them is built."""
@@ -42,9 +46,13 @@ def list_models(pattern: str | None = None) -> list[str]:
 def resolve_name(name: str) -> str:
     """The registered spelling of a model name: "D-EMOv2-S/2" means "D-EMOv2-S-2", and case does not matter.
 
+    Names that begin with ``timm:`` are timm's and stay as they are.
+
     Raises:
         InputError: for an unknown name, with the nearest known ones.
     """
+    if str(name).startswith(TIMM):
+        return str(name)
     spellings = {known.lower(): known for known in list_models()}
     wanted = str(name).replace("/", "-").lower()
     if wanted in spellings:
@@ -58,17 +66,20 @@ def create_model(name: str, **overrides: Any) -> DenoiserFrame | EMO | nn.Module
     """Build a network by name, with freshly initialised weights.
 
     Args:
-        name: one of `list_models`, e.g. "D-EMOv2-S-2" (or "D-EMOv2-S/2"), "DiT-S-2", "emov2_5m", "ssdlite-emov2_5m".
+        name: one of `list_models`, e.g. "D-EMOv2-S-2" (or "D-EMOv2-S/2"), "DiT-S-2", "emov2_5m", "ssdlite-emov2_5m";
+            or ``timm:`` and the name of one of timm's classifiers, e.g. "timm:resnet18".
         overrides: settings of the network to replace, e.g. ``num_classes=10``.
 
     Returns:
-        A denoiser, an `EMO`, a detector or segmenter on one, or DeiT or PVT with its block. ``model.config`` records
-        how to build it again.
+        A denoiser, an `EMO`, a detector or segmenter on one, DeiT or PVT with its block, or one of timm's.
+        ``model.config`` records how to build it again.
 
     Raises:
         InputError: for an unknown name or setting, or values that do not fit together.
     """
     name = resolve_name(name)
+    if name.startswith(TIMM):
+        return load("d_emo.models.timm_models:create_timm_model")(name, **overrides)
     frame, (system, backbone) = frame_of(name), systems().get(name, (None, ""))
     network = load(system.network) if system else frame or EMO
     allowed = [key for key in inspect.signature(network).parameters if not (system and key == "backbone")]
@@ -125,7 +136,7 @@ def model_kind(name: str) -> str:
         return {"detection": "detector", "segmentation": "segmenter"}[systems()[name][0].task]
     if name in VIDEO_BACKBONES:
         return "video classifier"
-    return "classifier" if name in (*BACKBONES, *HYBRIDS) else "denoiser"
+    return "classifier" if name in (*BACKBONES, *HYBRIDS) or name.startswith(TIMM) else "denoiser"
 
 
 def check_kind(name: str, wanted: str) -> None:
@@ -135,8 +146,9 @@ def check_kind(name: str, wanted: str) -> None:
         InputError: It is of another kind than ``wanted``, a value of `model_kind`; or see there.
     """
     if (kind := model_kind(name)) != wanted:
-        script = {"denoiser": "train_dit", "video classifier": "train_video"}.get(kind, f"train_{kind}")
-        raise InputError(f"{name} is a {kind}; train it with scripts/{script}.py")
+        what = {"denoiser": "", "video classifier": "-video"}.get(kind, f"-{kind}")
+        script = f"train{what.replace('-', '_') or '_dit'}.py"
+        raise InputError(f"{name} is a {kind}; train it with `{command(f'train{what}', script)}`")
 
 
 def frame_of(name: str) -> type[DenoiserFrame] | None:

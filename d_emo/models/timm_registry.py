@@ -85,3 +85,6 @@ def register_with_timm() -> None:
     for name in BACKBONES:
         if not is_model(name):
             setattr(sys.modules[__name__], name, register_model(entrypoint(name)))
+
+
+register_with_timm()

@@ -160,14 +160,8 @@ class TokenDenoiser(DenoiserFrame):
     def tokens(self) -> int:
         return math.prod(self.grid)
 
-    @property
-    def feature_blocks(self) -> int:
-        return len(self.block_sequence())
-
     def project(self, block: int, projector: nn.Module | None) -> None:
-        count = self.feature_blocks
-        if not 0 <= block < count:
-            raise InputError(f"There is no block {block} in a denoiser of {count}; the first is 0.")
+        self.feature_shape(block)  # or there is none
         self.projected, self.projector = block, projector
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from d_emo.data.describing import describe_sizes, largest, look_at, some
+from d_emo.data.describing import describe_sizes, largest, look_over, some
 from d_emo.segmentation.images import IGNORED, LabelledImages
 
 
@@ -19,10 +19,7 @@ def describe_masks(images: LabelledImages, count: int) -> list[tuple[str, str]]:
         _, mask = images[index]
         return (mask.shape[1], mask.shape[0]), torch.bincount(mask.flatten().long(), minlength=IGNORED + 1)
 
-    seen, failed = look_at(len(images), count, read)
-    lines = [("data", f"{images.name}: {len(images):,} images of {len(names):,} classes; {len(seen):,} looked at")]
-    if failed:
-        lines.append(("LOOK", f"{len(failed):,} unreadable, training stops at them: {some(failed, '; ')}"))
+    seen, lines = look_over(images, count, read)
     if not seen:
         return lines
     pixels = torch.stack([counts for _, counts in seen])  # (N, 256)

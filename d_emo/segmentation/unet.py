@@ -68,7 +68,8 @@ class UNetBackbone(nn.Module):
         layer_scale: float = 1e-6,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.grad_checkpointing, options = False, {"window": window, "layer_scale": layer_scale}
+        self.window, self.grad_checkpointing = window, False
+        options = {"window": window, "layer_scale": layer_scale}
         first = Units(in_channels, widths[0], window=None, layer_scale=layer_scale)
         self.down = nn.ModuleList([first, *(Units(*pair, **options) for pair in pairwise(widths))])
         upward = list(pairwise(reversed(widths)))

@@ -27,9 +27,9 @@ class DemoRow:
     conclude: Reference
     needs: Mapping[str, str] | None = None
 
-    def arguments(self) -> list[tuple[str, list[str]]]:
-        """Verb and arguments of every run."""
-        return [(verb, ["--config", str(CONFIGS / config)]) for verb, config in self.runs]
+    def configs(self) -> list[tuple[str, Path]]:
+        """Verb and YAML file of every run."""
+        return [(verb, CONFIGS / config) for verb, config in self.runs]
 
 
 DEMOS: Table[DemoRow] = Table("demo", [

@@ -51,7 +51,7 @@ class SelfTarget(nn.Module):
     """The denoiser's own moving average, which sees the same image under less noise, in a later block (SRA).
 
     t is less by up to a fifth of the path, at random; the block is at five sevenths of the depth (Jiang et al., 2025:
-    the 20th of 28).
+    the 20th of 28), or the next to it whose map is of the same shape.
 
     Attributes:
         teacher: A function of (latents, labels, step, share) -> features; the task's.
@@ -138,10 +138,12 @@ class Alignment:
         model: Gets a `Projector` after the block; see `DenoiserFrame.project`.
         target: ``align`` of the settings.
         weight: Of the loss.
-        block: Whose map is aligned, from 0; None: the one in the middle.
+        block: Whose map is aligned, from 0; None: the one in the middle, in a U on the smallest map, where U-REPA (Tian
+            et al., 2025) aligns as well.
 
     Attributes:
         needs_images: Whether the target looks at them.
+        later_block: At five sevenths of the depth, or the next to it whose map has the shape of the aligned one.
 
     Raises:
         InputError: The model shows no features, or too few positions for a norm over them; there is no such block or
@@ -150,12 +152,20 @@ class Alignment:
 
     def __init__(self, model: DenoiserFrame, target: str, weight: float, block: int | None):
         row, what = parse_alignment(target)
-        shape = model.feature_shape
-        if shape is None or math.prod(shape[1:]) < 4:
-            raise InputError(f"`align` {target} needs a denoiser that shows a map of four positions or more")
+        if not (count := len(model.feature_shapes)):
+            raise InputError(f"`align` {target} needs a denoiser that shows its maps, and this one shows none")
+        self.block = (count - 1) // 2 if block is None else block
+        shape = model.feature_shape(self.block)
+        self.later_block = min(
+            (each for each in range(count) if model.feature_shape(each) == shape),
+            key=lambda each: abs(each - (5 * count - 1) // 7),
+        )
+        if math.prod(shape[1:]) < 4:
+            size = " x ".join(map(str, shape[1:]))
+            raise InputError(f"`align` {target} needs a map of four positions or more; that of block {self.block} has "
+                             f"{size}")  # fmt: skip
         self.weight, self.needs_images = weight, row.images
         self.target = load(row.open)(shape, model.latent_shape, *[what] * bool(row.takes))
-        self.block = (model.feature_blocks - 1) // 2 if block is None else block
         model.project(self.block, Projector(shape[0], self.target.channels))
 
     def loss(

@@ -33,7 +33,7 @@ from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
 from d_emo.threads import loader_workers
 from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
-from d_emo.training.finetuning import start_classifier_from, train_only
+from d_emo.training.finetuning import head_of, start_classifier_from, train_only
 from d_emo.training.progress import means
 from d_emo.training.teacher import distillation_loss, load_teacher
 
@@ -89,7 +89,7 @@ class ClassifierTask:
             words, self.started_from = start_classifier_from(
                 settings.init_from, self.model, class_names=self.dataset.class_names
             )
-            self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=["head."])]
+            self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head_of(self.model))]
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)

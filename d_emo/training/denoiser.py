@@ -26,6 +26,7 @@ from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
 from d_emo.tables import DATASETS, OBJECTIVES, load, parse_features
+from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
 
@@ -139,13 +140,14 @@ class DenoiserTask:
     def introduction(self) -> list[str]:
         settings, millions = self.settings, self.parameters / 1e6
         built_in, shape = DATASETS[settings.dataset], " x ".join(map(str, self.model.latent_shape))
+        trained = "trained " * (settings.train == "all")  # else a line below says how many are
         lines = [
             f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
-            "`d-emo train --data-dir /path/to/imagenet/train`"
+            f"`{command('train', 'train_dit.py')} --data-dir /path/to/imagenet/train`"
         ] if settings.data_dir is settings.latents is None and built_in.drawn else []  # fmt: skip
         return [
             *lines,
-            f"{settings.model}: {millions:.2f} M trained parameters, {len(self.images.class_names)} classes, latents "
+            f"{settings.model}: {millions:.2f} M {trained}parameters, {len(self.images.class_names)} classes, latents "
             f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
             *filter(None, [self.images.left_out, *self.start]),
         ]
@@ -186,8 +188,7 @@ class DenoiserTask:
         less = (step.timesteps - share * self.objective.num_train_timesteps).clamp(min=0).to(step.timesteps.dtype)
         noisy = self.objective.noised(latents, step._replace(timesteps=less))
         labels = torch.where(step.drop_label, self.model.null_class, labels)
-        block = (self.averaged.feature_blocks * 5 - 1) // 7
-        return self.averaged.features(block, noisy, less, labels)
+        return self.averaged.features(self.alignment.later_block, noisy, less, labels)
 
     def seen(self, batch: list[torch.Tensor], step: StepNoise) -> torch.Tensor:
         return self.codec.decode(self._latents(batch[0], step))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def start_classifier_from(
     """
     old = load_classifier(path, kind)
     theirs, mine = old.model.state_dict(), model.state_dict()
-    head = {name for name in mine if name.startswith("head.")}
+    head = {name for name in mine if name.startswith(tuple(head_of(model)))}
     if differ := differences(*(shapes_of({k: v for k, v in each.items() if k not in head}) for each in (theirs, mine))):
         raise InputError(
             f"the snapshot {old.path} is of another model ({differ}); `model` and `model_options` must be those in its "
@@ -94,6 +95,12 @@ def start_classifier_from(
         mine[name][list(known)] = theirs[name][list(known.values())]
     model.load_state_dict({**theirs, **{name: mine[name] for name in head}})
     return f"Weights from {old.path} (step {old.meta['step']:,}), {words}.", _trained(old.meta)
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Beginnings of the names of a classifier's last layer's parameters."""
+    last = model.get_classifier()
+    return [f"{name}." for name, module in model.named_modules() if module is last]
 
 
 def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
@@ -108,21 +115,24 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
         What is trained, in a sentence; "" for all.
 
     Raises:
-        InputError: PEFT is not installed.
+        InputError: PEFT is not installed, or adapters of the rank would be larger than the layers that they adapt.
     """
     if part == "all":
         return ""
     whole = trained_parameters(model)
     model.requires_grad_(False)
     if part.startswith("lora:"):
+        layers = {name: module.weight.shape for name, module in model.named_modules()
+                  if type(module) is nn.Linear and not name.startswith(tuple(head))}  # fmt: skip
+        rank = int(part.removeprefix("lora:"))
+        most = sum(map(prod, layers.values())) // max(1, sum(map(sum, layers.values())))
+        if rank > most:
+            raise InputError(f"`train` {part}: adapters of a rank above {most} are larger than the layers they adapt")
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise InputError(f"`train` {part} needs PEFT: pip install 'd-emo[lora]'") from None
-        rank = int(part.removeprefix("lora:"))
-        layers = [name for name, module in model.named_modules()
-                  if type(module) is nn.Linear and not name.startswith(tuple(head))]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head)):
             parameter.requires_grad_(True)

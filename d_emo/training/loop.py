@@ -284,7 +284,10 @@ class _Run:
         accelerator = self.accelerator
         for buffer in norm_buffers(self.ema.model):  # each process averages its own; the main one's are saved
             broadcast(buffer)
-        sums = self.task.validate(self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        with self.progress.doing("validating"):
+            sums = self.task.validate(
+                self.ema.model, rank=accelerator.process_index, world_size=accelerator.num_processes
+            )
         totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
         figures = self.task.figures(dict(zip(sums, totals, strict=True)))
         self.progress.validated(self.step, {f"validation_{name}": value for name, value in figures.items()})
@@ -302,7 +305,8 @@ class _Run:
                 if self.preview is not None:
                     picture = self.folder / "samples" / f"step-{self.step}.png"
                     picture.parent.mkdir(exist_ok=True)
-                    self.preview(picture, model)
+                    with self.progress.doing("drawing samples"):
+                        self.preview(picture, model)
                     if picture.exists():
                         self.progress.picture(self.step, picture)
         self.accelerator.wait_for_everyone()

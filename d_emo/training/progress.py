@@ -19,8 +19,19 @@ from d_emo.errors import InputError, said
 
 LONG_STEP = 5
 """Seconds of a step from which on the bar shows its micro-batches."""
+LONG_RUN = 3
+"""Days from which on a run is warned of."""
 SLOW = 4
 """A step that takes so many times the seconds of the fastest one is remarked on."""
+
+
+def warn_of_days(seconds: float, steps: int, smaller: str) -> list[str]:
+    """A sentence where so many ``steps`` of so many ``seconds`` take days; ``smaller`` says what to try instead."""
+    days = seconds * steps / 86400
+    return [] if days <= LONG_RUN else [
+        f"At {seconds:.1f} s a step, the {steps:,} steps of this run would take about {days:,.0f} days on this "
+        f"machine. {smaller}"
+    ]  # fmt: skip
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -68,6 +79,15 @@ class Progress:
         finally:
             self.bar.close()
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Let the bar say what else is done between two steps."""
+        self.bar.set_description(what)
+        try:
+            yield
+        finally:
+            self.bar.set_description("training")
+
     def micro_batch_took(self, seconds: float, number: int, micro_batches: int) -> None:
         """Show where in a long step the run is.
 
@@ -76,12 +96,9 @@ class Progress:
         self.micro_batches_seen += 1
         if seconds * micro_batches > LONG_STEP and micro_batches > 1:
             self.bar.set_description(f"micro-batch {number}/{micro_batches}" if number < micro_batches else "training")
-        days = seconds * micro_batches * self.settings.max_steps / 86400
-        if self.micro_batches_seen == 2 and days > 3:
-            self.say(
-                f"At {seconds * micro_batches:.1f} s a step, the {self.settings.max_steps:,} steps of this run would "
-                f"take about {days:,.0f} days on this machine. {self.smaller}"
-            )
+        if self.micro_batches_seen == 2:
+            for warning in warn_of_days(seconds * micro_batches, self.settings.max_steps, self.smaller):
+                self.say(warning)
 
     def step_done(self, step: int, figures: dict[str, float]) -> None:
         """Move the bar; log every ``log_every`` steps."""

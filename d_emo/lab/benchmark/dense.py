@@ -1,4 +1,4 @@
-"""Detectors and segmenters beside torchvision's small ones, up to their raw outputs, in PyTorch and onnxruntime."""
+"""Detectors and segmenters beside torchvision's small ones: up to raw outputs, and from a picture to its objects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torchvision
@@ -28,6 +30,9 @@ from d_emo.text import markdown_table
 CLASSES = {"detection": 90, "segmentation": 21}
 """Of every network that is compared, without the background of a detector: those of torchvision's weights."""
 
+CANDIDATES = 1000
+"""Boxes with a class that reach a detector's non-maximum suppression, whose time depends on their number."""
+
 
 class RawOutputs(nn.Module):
     """A detector up to its heads, or a segmenter up to its logits. Shape: (B, 3, H, W) -> (B, ...)."""
@@ -43,6 +48,43 @@ class RawOutputs(nn.Module):
             return self.network(images)["out"]  # (B, classes, H, W)
         outputs = self.network.head(list(self.network.backbone(images).values()))
         return torch.cat([outputs["cls_logits"], outputs["bbox_regression"]], dim=2)  # (B, anchors, logits + 4)
+
+
+class Answers(nn.Module):
+    """From a picture to what is in it, as torchvision does it: boxes, scores and labels, or the class of each pixel.
+
+    A detector's threshold is moved to where `CANDIDATES` of its boxes with a class are above it in the picture: with
+    random weights its own lets all of them through, or none. Everybody suppresses boxes that overlap by more than half,
+    and keeps at most 100.
+
+    Args:
+        network: Ours or torchvision's, in eval mode.
+        picture: To set the threshold by.
+
+    Shape: picture (3, H, W); (B, 3, H, W) in [0, 1] -> boxes, scores and labels of each, or classes (B, H, W).
+    """
+
+    def __init__(self, network: nn.Module, picture: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        if self.detects:
+            asked = CANDIDATES + 1
+            self._keep(score_thresh=-1.0, nms_thresh=1.0, topk_candidates=asked, detections_per_img=asked)
+            with torch.no_grad():
+                least = network([picture])[0]["scores"][-1].item()
+            self._keep(score_thresh=least, nms_thresh=0.5, topk_candidates=asked, detections_per_img=100)
+
+    def _keep(self, **thresholds: float) -> None:
+        for name, value in thresholds.items():
+            setattr(self.network, name, value)
+
+    @property
+    def detects(self) -> bool:
+        """Whether it answers with boxes."""
+        return hasattr(self.network, "anchor_generator")
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(list(images)) if self.detects else self.network(images)["out"].argmax(dim=1)
 
 
 def ours(name: str) -> tuple[str, RawOutputs]:
@@ -63,7 +105,9 @@ def theirs(name: str) -> tuple[str, RawOutputs]:
             network = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
             if hasattr(network, "roi_heads"):
                 break
-            return task, RawOutputs(network).eval()
+            raw = RawOutputs(network).eval()
+            stir(network, partial(raw, torch.randn(2, 3, 320, 320)))
+            return task, raw
     raise InputError(f"`peers` {name!r} is no segmenter of torchvision, and no detector of a single stage")
 
 
@@ -113,8 +157,10 @@ def dense_table(settings: DenseBenchmarkSettings) -> str:
     }
     for name, (_, network) in opened.items():
         (fold_batch_norms if name in settings.models else fuse)(network)
+    answers = {name: Answers(network.network, images[0]).eval() for name, (_, network) in opened.items()}
     runtimes = ["PyTorch", *(["onnxruntime"] if find_spec("onnxruntime") and find_spec("onnx") else [])]
     files = {name: exported(network, images) for name, (_, network) in opened.items()} if runtimes[1:] else {}
+    whole = "PyTorch, to boxes or classes"
     columns, before = [], torch.get_num_threads()
     try:
         for threads in settings.threads:
@@ -124,9 +170,10 @@ def dense_table(settings: DenseBenchmarkSettings) -> str:
                 runs = [classify(network, images, both=True)]
                 runs += [opened_file(files[name], images, threads) for _ in runtimes[1:]]
                 cases += [Case(runtime, name, run) for runtime, run in zip(runtimes, runs, strict=True)]
+                cases.append(Case(whole, name, classify(answers[name], images, both=True)))
             measure(cases, rounds=settings.rounds, device=torch.device("cpu"), clock=settings.clock)
             columns += [(f"{runtime}, {threads} thread{'s' * (threads > 1)}", [case for case in cases
-                         if case.group == runtime]) for runtime in runtimes]  # fmt: skip
+                         if case.group == runtime]) for runtime in (*runtimes, whole)]  # fmt: skip
     finally:
         torch.set_num_threads(before)
     for _, cases in columns:
