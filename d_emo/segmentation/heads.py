@@ -188,6 +188,9 @@ class SmallFPNHead(Head):
 
     Group norms stand behind all convolutions, so that a picture's own contrast counts for nothing and neither does the
     scale of the maps, which a backbone that was trained briefly leaves at 0.01.
+
+    Raises:
+        InputError: A width that is no multiple of the groups.
     """
 
     stages = (0, 1, 2, 3)
