@@ -127,6 +127,20 @@ class DigitScenes(DrawnPictures):
         return ground[:, :: 1 if rng.integers(2) else -1].copy()
 
 
+class LargeDigitScenes(DigitScenes):
+    """`DigitScenes` of one or two digits that are from 3/8 to 4/5 of the side high: for short runs on small pictures.
+
+    At 64 px a digit is as large, and the ground as coarse, as in a scene of 128 px with digits of middle size.
+    """
+
+    name = "large-digit-scenes"
+
+    def __init__(self, image_size: int = 64, *, num_images: int = 2000, split: str = "train", seed: int = 0):
+        super().__init__(
+            image_size, num_images=num_images, split=split, seed=seed, most=2, heights=(-1.4, -0.3), grounds=(32, 213)
+        )
+
+
 class DigitsOnPhotographs(ClassImages):
     """One digit of `DigitScenes` a picture, from half of its side to all of it high: what a classifier can learn from.
 
