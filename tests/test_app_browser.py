@@ -130,7 +130,7 @@ def test_a_visitor_draws(open_page, tmp_path, studio, width):
     command = visitor.locator("#command code")
     assert command.text_content() == studio.command(request)
     height, flags = box(command.locator("span").first)["height"], command.get_by_text(re.compile("^--")).all()
-    assert len(flags) == 6 and all(box(flag)["height"] == height for flag in flags), "no line ends in a flag"
+    assert len(flags) == 7 and all(box(flag)["height"] == height for flag in flags), "no line ends in a flag"
     visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
     visitor.get_by_role("button", name="Copy", exact=True).click()
     assert visitor.evaluate("navigator.clipboard.readText()") == studio.command(request)

@@ -8,6 +8,7 @@ from test_demo import here, make_tiny  # noqa: F401
 
 from d_emo.cli import demo_deit, demo_medical, run_verb
 from d_emo.cli.sheets import Cell, sheet
+from d_emo.data import spread
 from d_emo.data.digits import Digits
 from d_emo.segmentation.images import LabelledScenes
 
@@ -35,13 +36,17 @@ def test_the_medical_demo_ends_with_dice_beside_a_floor_and_a_picture(here, monk
     ]
     make_tiny("medical", monkeypatch, here, *runs)
     eye = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    sizes = []
+    sizes, seen, plain = [], [], demo_medical.threshold_quality
+    monkeypatch.setattr(
+        demo_medical, "threshold_quality", lambda data, those, given: seen.append([*those]) or plain(data, those, given)
+    )
     for photograph in (None, eye):
         monkeypatch.setattr(demo_medical, "photograph", lambda photograph=photograph: photograph)
         run_verb("demo", ["medical"])
         with Image.open(here / "demo" / "medical.png") as picture:
             sizes.append(picture.size)
     assert sizes[1][0] == sizes[0][0] > 4 * demo_medical.SIDE and sizes[1][1] - sizes[0][1] > demo_medical.SIDE
+    assert seen[1] == spread(200, 2)  # the drawings that a segmenter is measured on
     out = capsys.readouterr().out
     assert "with a photograph too after pip install 'd-emo[medical]'" in out and "and what in a photograph" in out
     rows = table_of(out)

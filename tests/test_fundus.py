@@ -220,6 +220,37 @@ def test_drawn_fundus_depends_on_seed_split_and_index_alone_and_its_vessels_are_
     assert not torch.equal(drawings.read(1)[0], drawings.read(0)[0])
 
 
+def test_bleedings_have_the_colour_of_vessels_and_are_none(monkeypatch):
+    """What a threshold cannot know: the ground itself, in which no vessel is drawn, has dark spots."""
+    def ground():
+        return fundus.Eye(np.random.default_rng(0), 96).ground()[..., 1]
+
+    with_blood = ground()
+    monkeypatch.setattr(fundus, "ABSORBED", np.zeros(3))
+    share = with_blood / ground()
+    assert share.max() == 1 and share.min() < 0.75 and 0.001 < (share < 0.9).mean() < 0.1
+
+
+def test_a_spot_may_be_longer_along_the_way_from_the_disc():
+    eye = fundus.Eye(np.random.default_rng(0), 256)
+    for stretch in (1, 2.5):
+        for _ in range(5):
+            part, spot = eye.spot(3.0, stretch)
+            points, weights = eye.grid[part].reshape(-1, 2), spot.flatten()
+            place = weights @ points / weights.sum()
+            along = (place - eye.disc) / np.hypot(*(place - eye.disc))
+            spread = [((points - place) @ way) ** 2 @ weights for way in (along, (-along[1], along[0]))]
+            assert (spread[0] / spread[1]) ** 0.5 == pytest.approx(stretch, rel=0.1) and spot.max() > 0.9
+
+
+def test_the_middle_of_wide_vessels_alone_shines():
+    eye = fundus.Eye(np.random.default_rng(0), 256)
+    wide, thin = ([fundus.Vessel(False, [(10.0, row), (200.0, row)], [width] * 2)] for row, width in ((50, 6), (90, 2)))
+    whole, middle = eye.covered(wide), eye.covered(wide + thin, share=1 / 3, thinnest=3)
+    assert middle.sum() == pytest.approx(whole.sum() / 3, rel=0.2) and not middle[80:100].any()
+    assert (middle <= whole).all() and eye.covered(thin)[80:100].any()
+
+
 def test_crops_are_taken_of_larger_drawings(tmp_path):
     settings = TINY | {"model": "u-emo", "dataset": "fundus", "num_images": 3, "max_steps": 1}
     task = SegmenterTask(SegmenterSettings(**settings, picture_size=48))

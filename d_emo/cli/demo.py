@@ -1,10 +1,12 @@
 """``d-emo demo``."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from d_emo.cli import run_verb
 from d_emo.config import DemoSettings
 from d_emo.errors import InputError
+from d_emo.files import read_json
 from d_emo.tables import DEMOS, load
 
 
@@ -18,6 +20,23 @@ def run(settings: DemoSettings) -> None:
     for extra, module in (demo.needs or {}).items():
         if find_spec(module) is None:
             raise InputError(f"the demo {demo.name} needs {module}: pip install 'd-emo[{extra}]'")
-    for verb, arguments in demo.arguments():
-        run_verb(verb, arguments)
+    for number, (verb, config) in enumerate(demo.configs(), 1):
+        print(f"demo      {demo.name}, run {number} of {len(demo.runs)}")
+        train(verb, config)
     load(demo.conclude)()
+
+
+def train(verb: str, config: Path) -> None:
+    """One run of a demo.
+
+    Raises:
+        InputError: It cannot be made, or what lies in its folder cannot be resumed.
+    """
+    folder = Path(read_json(config, lambda settings: settings["output_dir"]))
+    there = folder.exists()
+    try:
+        run_verb(verb, ["--config", str(config)])
+    except InputError as error:
+        if not there:
+            raise
+        raise InputError(f"{error}. If nothing in {folder} is needed, remove it, and the demo begins anew") from None

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from d_emo.data import spread
 from d_emo.data.fundus import blurred, photograph
 from d_emo.device import best_device
 from d_emo.files import read_json
@@ -38,7 +39,7 @@ def conclude() -> None:
         meta = load_meta(folder, "segmenter")
         quality = Quality(**{key: value for key, value in meta["quality"].items() if key != "images"})
         rows.append([name, f"{meta['parameters']:,}", *in_percent(quality), f"{meta['training_minutes']:.1f}"])
-        images = range(meta["quality"]["images"])
+        images = spread(len(held_out), meta["quality"]["images"])  # those that the networks are measured on
     darkest = fitted_threshold(LabelledScenes(size, num_images=200, dataset="fundus"))
     (floor,) = threshold_quality(held_out, images, [darkest])
     rows.append(["floor: darker than around", "1", *in_percent(floor), "0"])
@@ -63,7 +64,7 @@ def darkness(image: Tensor) -> np.ndarray:
     return (blurred(green, side / 30) - blurred(green, side / 300)) * inside
 
 
-def threshold_quality(images: LabelledImages, indices: range, thresholds: Sequence[float]) -> list[Quality]:
+def threshold_quality(images: LabelledImages, indices: Sequence[int], thresholds: Sequence[float]) -> list[Quality]:
     """How good it is to call a vessel what is darker than around it by more than each of some thresholds."""
     areas = [Areas(2) for _ in thresholds]
     for index in indices:

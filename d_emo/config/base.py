@@ -294,7 +294,8 @@ def _read(
         values = read(parser)
     except ArgumentError as error:
         names, hints = {each.name: called(each.name) for each in fields(settings_class)}, get_type_hints(settings_class)
-        raise InputError(_sentence(str(error), names, hints) + advice) from None
+        choices = {each.name: list(each.metadata.get("choices") or ()) for each in fields(settings_class)}
+        raise InputError(_sentence(str(error), names, hints, choices) + advice) from None
     except InputError:
         raise
     except Exception as error:  # the parser at its ends: numbers of 400 digits, mappings where a list belongs
@@ -317,9 +318,13 @@ def _choice(row: Any) -> str:
     return f"{row.name}: {row.title}" if hasattr(row, "title") else row.name
 
 
-def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any]) -> str:
-    """What the parser complains of, in words; ``flags`` and ``hints`` are the settings' flags and types by name."""
+def _sentence(complaint: str, flags: dict[str, str], hints: dict[str, Any], choices: dict[str, list[str]]) -> str:
+    """What the parser complains of, in words; the settings' flags, types and choices are by name."""
     complaint = " ".join(complaint.split())
+    if missing := re.match(r"the following arguments are required: ([\w, ]+)$", complaint):
+        words = [flags[name] + (f", one of {', '.join(choices[name])}" if choices[name] else "")
+                 for name in missing[1].split(", ")]  # fmt: skip
+        return f"this is missing: {'; '.join(words)}"
     if wrong := re.match(r'Parser key "(\w+)"(?: element \d+)?:.*(?:Got value|Given value): (.*)', complaint):
         name, value = wrong.groups()
         return f"{flags[name]} must be {in_words(hints[name])}, not {value}"

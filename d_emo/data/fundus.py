@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from d_emo.data.images import check_image_size, split_number
-from d_emo.data.scenes import boxes_of
+from d_emo.data.scenes import DrawnPictures, boxes_of
 
 FINE = 3
 """Vessels are drawn so many times larger, for the share of each pixel that they cover."""
@@ -30,12 +29,13 @@ class Vessel:
     widths: list[float] = field(default_factory=list)
 
 
-class FundusDrawings:
+class FundusDrawings(DrawnPictures):
     """Drawn pictures of the eye's ground: trees of arteries and veins that grow out of the optic disc.
 
     A vessel wavers, tapers, and branches: where one of width w parts, the two have w1^3 + w2^3 = w^3 (Murray's law).
-    The large ones bend around the fovea, which has none. Arteries are thinner and brighter than veins. Light is
-    uneven, the ground mottled, and there are spots of blood and of fat, which are no vessels. A pixel belongs to a
+    The large ones bend around the fovea, which has none. Arteries are thinner and brighter than veins, and the large
+    ones shine in the middle. Light is uneven, the ground mottled with dark patches, and there are spots of fat and
+    bleedings, round or along the nerve fibres, which have the colour of vessels and are none. A pixel belongs to a
     vessel where half or more of it is covered.
 
     Args:
@@ -49,16 +49,8 @@ class FundusDrawings:
     class_names = ["vessel"]
 
     def __init__(self, image_size: int = 256, *, num_images: int = 2000, split: str = "train", seed: int = 0):
-        check_image_size(image_size)
-        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+        super().__init__(image_size, num_images, split, seed)
         self._drawn: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def origin(self, index: int) -> str:
-        """Where picture ``index`` comes from, for messages about it."""
-        return f"image {index} of {self.name}"
 
     def read(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A picture and what is in it: all vessels, as one object.
@@ -73,15 +65,17 @@ class FundusDrawings:
         return shown, {"boxes": boxes_of(masks), "labels": torch.zeros(1, dtype=torch.long), "masks": masks}
 
     def _draw(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = np.random.Generator(np.random.Philox(key=[2**32 + self.seed * 2 + self._split, int(index)]))
+        rng = self.draws(index, kind=1)
         eye = Eye(rng, self.image_size)
         vessels = eye.vessels()
         veins, arteries = (eye.covered([each for each in vessels if each.vein is vein]) for vein in (True, False))
         inside = eye.inside()
         pixels = eye.ground()
-        for cover, strength in ((arteries, rng.uniform(0.45, 0.7)), (veins, rng.uniform(0.7, 0.95))):
+        for cover, strength in ((arteries, rng.uniform(0.4, 0.65)), (veins, rng.uniform(0.6, 0.9))):
             soft = blurred(cover, self.image_size / 256 * rng.uniform(0.5, 0.9))
             pixels *= 1 - strength * soft[..., None] * ABSORBED
+        reflex = eye.covered([each for each in vessels if not each.vein], share=0.3, thinnest=2.4)
+        pixels += rng.uniform(10, 60) * reflex[..., None]
         pixels *= inside[..., None]
         pixels = blurred(pixels, self.image_size / 256 * rng.uniform(0.3, 0.7))
         pixels += rng.normal(0, rng.uniform(1.5, 5), pixels.shape)
@@ -160,26 +154,32 @@ class Eye:
                 width *= (1 - share) ** (1 / 3)
                 until = (7 + rng.exponential(26)) * scale
 
-    def covered(self, vessels: list[Vessel]) -> np.ndarray:
-        """What share of each pixel some vessels cover. Shape: (size, size)."""
+    def covered(self, vessels: list[Vessel], *, share: float = 1.0, thinnest: float = 0.0) -> np.ndarray:
+        """How much of each pixel some vessels cover, or the middle ``share`` of those that are wider than ``thinnest``
+        (pixels, for a picture of 256). Shape: (size, size), 0 to 1.
+        """
         canvas = Image.new("L", (self.size * FINE, self.size * FINE))
         draw = ImageDraw.Draw(canvas)
         for each in vessels:
             points = [(x * FINE, y * FINE) for x, y in each.points]
             for one, other, width in zip(points, points[1:], each.widths, strict=False):
-                half = width * FINE / 2
+                if width < thinnest * self.size / 256:
+                    break  # they taper
+                half = share * width * FINE / 2
                 draw.line([one, other], fill=255, width=max(1, round(2 * half)))
                 draw.ellipse([other[0] - half, other[1] - half, other[0] + half, other[1] + half], fill=255)
         return np.asarray(canvas.reduce(FINE), dtype=np.float64) / 255
 
     def ground(self) -> np.ndarray:
-        """All but vessels: light, mottles, disc, fovea, spots of fat and of blood. Shape: (size, size, 3), 0 to 255."""
-        rng, size = self.rng, self.size
+        """All but vessels: light, mottles, disc, fovea, fat, bleedings. Shape: (size, size, 3), 0 to 255."""
+        rng = self.rng
         colour = np.array([rng.uniform(150, 235), rng.uniform(70, 115), rng.uniform(30, 75)])
         away = self.distance(self.centre + rng.normal(0, 0.25 * self.radius, 2)) / self.radius
-        light = 1.08 - rng.uniform(0.15, 0.4) * away**2
+        light = 1.08 - rng.uniform(0.15, 0.5) * away**2
         light += 0.05 * self.smooth(4) + 0.035 * self.smooth(16) + 0.02 * self.smooth(48)
+        patches = rng.uniform(0, 0.3) * (self.smooth(24) - 0.7).clip(0, 1)  # of pigment
         pixels = light[..., None] * (colour + 12 * self.smooth(6)[..., None] * (0.3, 1, 0.6))
+        pixels *= 1 - patches[..., None] * (0.5, 1, 0.8)
         fovea = np.exp(-0.5 * (self.distance(self.fovea) / (0.9 * self.disc_radius)) ** 2)
         pixels *= 1 - rng.uniform(0.2, 0.45) * fovea[..., None] * (0.5, 1, 1)
         disc = 1 / (1 + np.exp((self.distance(self.disc) / self.disc_radius - 1) * 12))
@@ -187,14 +187,31 @@ class Eye:
         pixels += disc[..., None] * (bright - pixels) * rng.uniform(0.75, 0.95)
         cup = np.exp(-0.5 * (self.distance(self.disc) / (0.4 * self.disc_radius)) ** 2)
         pixels += 30 * cup[..., None]
-        for tint, most in (((60, 70, 40), 7), ((-70, -45, -20), 9)):  # fat, blood
-            for _ in range(rng.integers(0, most)):
-                place, radius = self.centre + rng.uniform(-0.8, 0.8, 2) * self.radius, size / 256 * rng.uniform(0.8, 3)
-                left, top = (max(0, int(each - 4 * radius)) for each in place)
-                part = (slice(top, int(place[1] + 4 * radius)), slice(left, int(place[0] + 4 * radius)))
-                spot = np.exp(-0.5 * (((self.grid[part] - place) / radius) ** 2).sum(axis=-1, keepdims=True))
-                pixels[part] += rng.uniform(0.4, 1) * spot * tint
+        for _ in range(rng.integers(0, 9)):
+            part, spot = self.spot(rng.uniform(0.8, 2.5), 1)
+            pixels[part] += rng.uniform(0.4, 1) * spot * (60, 70, 40)  # fat
+        for _ in range(rng.integers(4, 24)):
+            part, spot = self.spot(rng.uniform(0.8, 3.2), rng.choice((1, 1, 2.5)))
+            pixels[part] *= 1 - rng.uniform(0.4, 0.9) * spot * ABSORBED  # blood
         return pixels
+
+    def spot(self, radius: float, stretch: float) -> tuple[tuple[slice, slice], np.ndarray]:
+        """A spot somewhere, longer than wide along the nerve fibres, which leave the disc: where, and how much there.
+
+        Args:
+            radius: Across, in pixels of a picture of 256.
+            stretch: How many times longer it is.
+
+        Shape: (h, w, 1), 0 to 1.
+        """
+        place, radius = self.centre + self.rng.uniform(-0.7, 0.7, 2) * self.radius, radius * self.size / 256
+        reach = 2 * radius * stretch
+        left, top = (max(0, int(each - reach)) for each in place)
+        part = slice(top, int(place[1] + reach) + 1), slice(left, int(place[0] + reach) + 1)
+        along = (place - self.disc) / (dist(place, self.disc) + 1e-9)
+        away = self.grid[part] - place
+        far = np.hypot(away @ along / stretch, away @ (-along[1], along[0])) / radius
+        return part, np.exp(-(far[..., None] ** 4))
 
     def smooth(self, cells: int) -> np.ndarray:
         """Noise of standard deviation 1, smooth between so many cells a side. Shape: (size, size)."""

@@ -27,9 +27,9 @@ class DemoRow:
     conclude: Reference
     needs: Mapping[str, str] | None = None
 
-    def arguments(self) -> list[tuple[str, list[str]]]:
-        """Verb and arguments of every run."""
-        return [(verb, ["--config", str(CONFIGS / config)]) for verb, config in self.runs]
+    def configs(self) -> list[tuple[str, Path]]:
+        """Verb and YAML file of every run."""
+        return [(verb, CONFIGS / config) for verb, config in self.runs]
 
 
 DEMOS: Table[DemoRow] = Table("demo", [
@@ -38,6 +38,12 @@ DEMOS: Table[DemoRow] = Table("demo", [
         runs=(("train-classifier", "classifier.yaml"), ("train-detector", "detector.yaml"),
               ("train-detector", "detector_floor.yaml")),
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
+    ),
+    DemoRow(
+        name="segment", title="name the pixels of scanned digits on photographs",
+        runs=(("train-classifier", "classifier.yaml"), ("train-segmenter", "segmenter.yaml"),
+              ("train-segmenter", "segmenter_floor.yaml")),
+        conclude="d_emo.cli.demo_segment:conclude",
     ),
     DemoRow(
         name="medical", title="find blood vessels in drawn fundus photographs, and in a real one",
