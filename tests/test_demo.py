@@ -6,8 +6,10 @@ import pytest
 import yaml
 from PIL import Image
 from test_detector_training import BACKBONE, TINY
+from test_segmentation import BACKBONE as OF_SEGMENTERS
+from test_segmentation import TINY as TINY_SEGMENTER
 
-from d_emo.cli import VERBS, demo, demo_video, run_verb
+from d_emo.cli import VERBS, demo, demo_segment, demo_video, run_verb
 from d_emo.cli.demo_detect import RUNS
 from d_emo.config import parse_settings
 from d_emo.data import moving
@@ -56,6 +58,28 @@ def test_the_detect_demo_ends_with_figures_beside_a_floor_and_a_picture(here, mo
     assert (here / "demo" / "detect.png").exists()
 
 
+def test_the_segment_demo_ends_with_figures_beside_a_floor_and_a_picture(here, monkeypatch, capsys):
+    segmenter, floor = ({**TINY_SEGMENTER, "max_steps": 2, "validate_every": None, "output_dir": folder}
+                        for folder in demo_segment.RUNS.values())  # fmt: skip
+    classifier = {**CLASSIFIER, "model_options": OF_SEGMENTERS}
+    runs = classifier, {**segmenter, "init_from": "demo/classifier"}, {**floor, "freeze_backbone": True}
+    make_tiny("segment", monkeypatch, here, *runs)
+    monkeypatch.setattr(demo_segment, "SIDE", 96), monkeypatch.setattr(demo_segment, "WIDE", 64)
+    run_verb("demo", ["segment"])
+    shown = capsys.readouterr().out
+    of_digits, *by_class, header, first, second = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")
+    ][-6:]
+    assert of_digits == ["IoU of digits, %", *"0123456789"] and header[1:4] == ["mIoU, %", "digits", "background"]
+    assert [row[0] for row in (first, second)] == list(demo_segment.RUNS) and header[0] == "3 held-out scenes"
+    for row, each in zip((first, second), by_class, strict=True):
+        mean, digits, ground, right, wide, _ = map(float, row[1:])
+        assert 0 <= digits <= mean < ground <= 100 and 0 <= right <= 100 and 0 < wide < 20  # after two steps: ground
+        assert digits == pytest.approx(sum(map(float, each[1:])) / 10, abs=0.5)
+    with Image.open(here / "demo" / "segment.png") as picture:
+        assert picture.width > 6 * 96 and picture.height > 3 * 96
+
+
 def test_a_stopped_demo_is_resumed(here, monkeypatch, capsys):
     pytest.importorskip("faster_coco_eval")
     detector, floor = ({**TINY, "max_steps": 2, "output_dir": folder} for folder in RUNS.values())
@@ -87,7 +111,7 @@ def test_the_video_demo_ends_with_figures_beside_those_of_single_frames_and_a_pi
 def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(monkeypatch):
     with pytest.raises(InputError, match="^NAME must be one of detect.*, not detec; did you mean detect[?]$"):
         run_verb("demo", ["detec"])
-    with pytest.raises(InputError, match="this is missing: NAME, one of detect, medical, deit, video"):
+    with pytest.raises(InputError, match="this is missing: NAME, one of detect, segment, medical, deit, video"):
         run_verb("demo", [])
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs faster_coco_eval: pip install 'd-emo.detection.'"):
@@ -104,6 +128,7 @@ def test_every_config_of_a_demo_is_taken_by_its_verb_and_writes_to_the_folder_de
 
 
 def test_the_classifier_of_the_demos_is_that_of_make_demo():
+    assert DEMOS["segment"].runs[0] == DEMOS["detect"].runs[0] == ("train-classifier", "classifier.yaml")
     ours = CONFIGS.parents[1] / "configs" / "demo_classifier.yaml"
     assert yaml.safe_load(ours.read_text()) == yaml.safe_load((CONFIGS / "classifier.yaml").read_text())
 

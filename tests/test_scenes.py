@@ -10,7 +10,7 @@ from PIL import Image
 from d_emo.config import DetectorSettings, SegmenterSettings, parse_settings
 from d_emo.data import open_dataset
 from d_emo.data.nuclei import SIDE, Nuclei
-from d_emo.data.scenes import DigitsOnPhotographs, ShapeScenes, boxes_of
+from d_emo.data.scenes import DigitsOnPhotographs, LargeDigitScenes, ShapeScenes, boxes_of
 from d_emo.data.shapes import SHAPES, ShapeScene, draw_scene, draw_scenes
 from d_emo.errors import InputError
 from d_emo.segmentation.images import LabelledScenes
@@ -123,6 +123,16 @@ def test_shapes_have_exact_boxes_and_masks_and_do_not_overlap():
         changed = np.abs(draw_scenes(scenes, 96)[0] - ground).max(axis=2) > 1e-6
         masks = target["masks"].amax(dim=0).bool().numpy()
         assert changed[masks].all() and (changed & ~masks).sum() < 0.5 * masks.sum() + 60  # edges, to less than a half
+
+
+def test_large_digits_are_one_or_two_and_a_third_of_the_side_or_more():
+    data, counts = LargeDigitScenes(64, num_images=40), set()
+    for index in range(40):
+        _, target = data.read(index)
+        counts.add(len(target["labels"]))
+        heights = target["boxes"][:, 3] - target["boxes"][:, 1]
+        assert heights.min() > 64 / 3.2 and heights.max() < 64 * 0.82  # ink reaches from edge to edge of a scan, nearly
+    assert counts == {1, 2} and data.name in SCENES
 
 
 def test_shapes_that_cover_no_pixel_are_left_out(monkeypatch):

@@ -192,6 +192,19 @@ def test_measures_equal_a_plain_computation():
     assert quality.iou[:5] == pytest.approx(iou, abs=1e-6) and quality.iou[5:] == (None, None)
 
 
+def test_a_small_pyramid_sees_neither_contrast_nor_the_scale_of_the_maps():
+    model = create_model("semfpn-emov2_1m", num_classes=3, pyramid="small", width=16, backbone_options=BACKBONE).eval()
+    maps = [torch.randn(2, dim, 32 // 2**i, 32 // 2**i) for i, dim in enumerate(BACKBONE["dims"])]
+    logits = model.decoder(maps)
+    assert logits.shape == (2, 3, 32, 32)
+    assert torch.allclose(model.decoder([100 * each for each in maps]), logits, atol=1e-3)
+    for name, options in (("semfpn", {"pyramid": "large"}), ("pspnet", {"pyramid": "small"})):
+        with pytest.raises(InputError, match=f"pyramid must be one of published.* here, not '{options['pyramid']}'"):
+            create_model(f"{name}-emov2_1m", **options)
+    with pytest.raises(InputError, match="width must be a multiple of 8, the groups of its norms, got 12"):
+        create_model("semfpn-emov2_1m", pyramid="small", width=12)
+
+
 def test_an_image_of_any_size_is_measured_at_its_own():
     model = create_model("semfpn-emov2_1m", num_classes=3, width=8, backbone_options=BACKBONE)
     model.train()

@@ -12,7 +12,7 @@ from d_emo.config import SegmenterSettings
 from d_emo.errors import InputError
 from d_emo.segmentation.images import IGNORED
 from d_emo.segmentation.losses import dice_loss
-from d_emo.segmentation.pictures import gallery
+from d_emo.segmentation.pictures import gallery, lit
 from d_emo.training.segmenter import SegmenterTask
 
 
@@ -76,8 +76,11 @@ def test_pixels_of_a_class_count_as_much_as_its_weight():
 
 
 def test_a_gallery_shows_classes_in_their_colours_and_names_them():
+    image, classes = torch.full((3, 40, 40), 200, dtype=torch.uint8), torch.zeros(40, 40, dtype=torch.long)
+    classes[:20] = 1
     colours = np.array([(0, 0, 0), (255, 0, 0)], dtype=np.uint8)
-    shown = colours[np.repeat([1, 0], 20)[:, None].repeat(40, axis=1)]  # the upper half is of class 1
+    shown = lit(image, classes, colours)
+    assert shown[0, 0].tolist() == [255, 0, 0] and shown[39, 0].tolist() == [70, 70, 70]
     rows = [[shown] * 3] * 4
     plain, told = (gallery(rows, ["a", "b", "c"], {"one": colours[1]}, remark, text_size=10) for remark in ("", "mIoU"))
     pixels = np.asarray(plain)

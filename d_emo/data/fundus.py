@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from d_emo.data.images import check_image_size, split_number
-from d_emo.data.scenes import boxes_of
+from d_emo.data.scenes import DrawnPictures, boxes_of
 
 FINE = 3
 """Vessels are drawn so many times larger, for the share of each pixel that they cover."""
@@ -30,7 +29,7 @@ class Vessel:
     widths: list[float] = field(default_factory=list)
 
 
-class FundusDrawings:
+class FundusDrawings(DrawnPictures):
     """Drawn pictures of the eye's ground: trees of arteries and veins that grow out of the optic disc.
 
     A vessel wavers, tapers, and branches: where one of width w parts, the two have w1^3 + w2^3 = w^3 (Murray's law).
@@ -50,16 +49,8 @@ class FundusDrawings:
     class_names = ["vessel"]
 
     def __init__(self, image_size: int = 256, *, num_images: int = 2000, split: str = "train", seed: int = 0):
-        check_image_size(image_size)
-        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+        super().__init__(image_size, num_images, split, seed)
         self._drawn: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def origin(self, index: int) -> str:
-        """Where picture ``index`` comes from, for messages about it."""
-        return f"image {index} of {self.name}"
 
     def read(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A picture and what is in it: all vessels, as one object.
@@ -74,7 +65,7 @@ class FundusDrawings:
         return shown, {"boxes": boxes_of(masks), "labels": torch.zeros(1, dtype=torch.long), "masks": masks}
 
     def _draw(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = np.random.Generator(np.random.Philox(key=[2**32 + self.seed * 2 + self._split, int(index)]))
+        rng = self.draws(index, kind=1)
         eye = Eye(rng, self.image_size)
         vessels = eye.vessels()
         veins, arteries = (eye.covered([each for each in vessels if each.vein is vein]) for vein in (True, False))

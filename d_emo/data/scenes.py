@@ -22,7 +22,35 @@ def photographs() -> tuple[np.ndarray, ...]:
     return tuple(load_sample_images().images)
 
 
-class DigitScenes:
+class DrawnPictures:
+    """Pictures that are drawn when asked for, each by draws of its own.
+
+    Args:
+        image_size: Side of the square pictures in pixels, at least 8.
+        num_images: Length of the data set.
+        split: "train" or "test".
+        seed: Seed of the whole set.
+    """
+
+    name: str
+
+    def __init__(self, image_size: int, num_images: int, split: str, seed: int):
+        check_image_size(image_size)
+        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def origin(self, index: int) -> str:
+        """Where picture ``index`` comes from, for messages about it."""
+        return f"image {index} of {self.name}"
+
+    def draws(self, index: int, *, kind: int = 0) -> np.random.Generator:
+        """What picture ``index`` is drawn by; pictures of another ``kind`` have others."""
+        return np.random.Generator(np.random.Philox(key=[2**32 * kind + self.seed * 2 + self._split, int(index)]))
+
+
+class DigitScenes(DrawnPictures):
     """One to six of scikit-learn's scanned digits on a part of one of its two photographs, drawn when asked for.
 
     Digits are from 1/8 to 1/2 of the side high, of any colour that stands out, and do not overlap. Held-out scenes are
@@ -46,24 +74,16 @@ class DigitScenes:
         most: int = MOST_DIGITS, heights: tuple[float, float] = (-3, -1), grounds: tuple[int, int] = (64, 427),
     ):  # fmt: skip
         self.most, self.heights, self.grounds = most, heights, grounds
-        check_image_size(image_size)
-        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+        super().__init__(image_size, num_images, split, seed)
         self.scans = Digits(image_size, split=split)
         self.class_names = self.scans.class_names
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def origin(self, index: int) -> str:
-        """Where picture ``index`` comes from, for messages about it."""
-        return f"image {index} of {self.name}"
 
     def read(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A picture and what is in it.
 
         Shape: (3, H, W) uint8; boxes (n, 4) as left, top, right, bottom, labels (n,), masks (n, H, W) uint8.
         """
-        rng = np.random.Generator(np.random.Philox(key=[self.seed * 2 + self._split, int(index)]))
+        rng = self.draws(index)
         picture = self._ground(rng)
         free = np.ones(picture.shape[:2], dtype=bool)
         masks, labels = [], []
@@ -107,6 +127,20 @@ class DigitScenes:
         return ground[:, :: 1 if rng.integers(2) else -1].copy()
 
 
+class LargeDigitScenes(DigitScenes):
+    """`DigitScenes` of one or two digits that are from 3/8 to 4/5 of the side high: for short runs on small pictures.
+
+    At 64 px a digit is as large, and the ground as coarse, as in a scene of 128 px with digits of middle size.
+    """
+
+    name = "large-digit-scenes"
+
+    def __init__(self, image_size: int = 64, *, num_images: int = 2000, split: str = "train", seed: int = 0):
+        super().__init__(
+            image_size, num_images=num_images, split=split, seed=seed, most=2, heights=(-1.4, -0.3), grounds=(32, 213)
+        )
+
+
 class DigitsOnPhotographs(ClassImages):
     """One digit of `DigitScenes` a picture, from half of its side to all of it high: what a classifier can learn from.
 
@@ -138,7 +172,7 @@ class DigitsOnPhotographs(ClassImages):
         return pixels.float().div_(127.5).sub_(1), int(objects["labels"][0])
 
 
-class ShapeScenes:
+class ShapeScenes(DrawnPictures):
     """One to six shapes of Shapes-1000 on one of its grounds, drawn when asked for; the ten shapes are the classes.
 
     Radii are from 1/32 to 2/5 of the side, evenly on a logarithmic scale, so that at 512 px COCO's small, medium and
@@ -157,20 +191,12 @@ class ShapeScenes:
     """Smallest and largest radius, as shares of half of the side."""
 
     def __init__(self, image_size: int = 160, *, num_images: int = 2000, split: str = "train", seed: int = 0):
-        check_image_size(image_size)
-        self.image_size, self.num_images, self.seed, self._split = image_size, num_images, seed, split_number(split)
+        super().__init__(image_size, num_images, split, seed)
         self.class_names = list(SHAPES)
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def origin(self, index: int) -> str:
-        """Where picture ``index`` comes from, for messages about it."""
-        return f"image {index} of {self.name}"
 
     def scenes(self, index: int) -> list[ShapeScene]:
         """The shapes of picture ``index``, the largest first; ground and light are those of the first."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed * 2 + self._split, int(index)]))
+        rng = self.draws(index)
         ground = int(rng.integers(len(GROUNDS)))
         light = rng.uniform(0.88, 1.02), rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.12)
         placed: list[ShapeScene] = []

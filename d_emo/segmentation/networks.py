@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d_emo.errors import InputError
 from d_emo.models.backbone import EMO, build_backbone
 from d_emo.models.layers import is_count
-from d_emo.segmentation.heads import ASPPHead, FCNHead, FPNHead, Head, MLPHead, PSPHead, resized
+from d_emo.segmentation.heads import ASPPHead, FCNHead, FPNHead, Head, MLPHead, PSPHead, SmallFPNHead, resized
 
 torch.fx.wrap("resized")  # torch.fx looks for wrapped functions by module
 
@@ -29,6 +29,7 @@ class Segmenter(nn.Module):
         window_size: Of the backbone's attention, in tokens. Default: the papers'.
         drop_rate: Dropout of channels before the classifiers.
         width: Channels of the decode head. Default: the papers'.
+        pyramid: "published", or of `SemanticFPN` "small", see `SmallFPNHead`.
         in_channels: Channels of the image.
         backbone_options: More settings of the `EMO`, such as ``drop_path_rate`` and ``output_stride``.
 
@@ -40,6 +41,8 @@ class Segmenter(nn.Module):
     """
 
     head: type[Head]
+    others: Mapping[str, type[Head]] = {}
+    """Heads that are not the papers', by ``pyramid``."""
     frozen = False
     widths: Mapping[str, int] = {}
     """Of the decode head, by backbone; the head's own default for others."""
@@ -47,19 +50,22 @@ class Segmenter(nn.Module):
 
     def __init__(
         self, backbone: str, num_classes: int = 150, *, aux: bool = False, window_size: int | None = None,
-        drop_rate: float = 0.1, width: int | None = None, in_channels: int = 3,
+        drop_rate: float = 0.1, width: int | None = None, pyramid: str = "published", in_channels: int = 3,
         backbone_options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("num_classes", num_classes), ("width", 1 if width is None else width)):
             if not is_count(value):
                 raise InputError(f"{name} must be a positive integer, got {value!r}.")
+        heads = {"published": self.head, **self.others}
+        if pyramid not in heads:
+            raise InputError(f"pyramid must be one of {', '.join(heads)} here, not {pyramid!r}.")
         width = width or self.widths.get(backbone)
         given = {"window_size": window_size or WINDOWS.get(backbone, 10), "in_channels": in_channels}
         self.backbone: EMO = build_backbone(backbone, **given, **(backbone_options or {}), num_classes=0)
         self.backbone.prune_intermediate_layers(prune_norm=True)  # the maps are taken before the last norm
         dims = [info["num_chs"] for info in self.backbone.feature_info]
-        self.decoder = self.head(dims, num_classes, drop_rate=drop_rate, **({"dim": width} if width else {}))
+        self.decoder = heads[pyramid](dims, num_classes, drop_rate=drop_rate, **({"dim": width} if width else {}))
         self.aux = FCNHead(dims, num_classes, drop_rate=drop_rate) if aux else None
         self.num_classes, self.in_chans, self.config = num_classes, in_channels, {}
 
@@ -104,9 +110,9 @@ class PSPNet(Segmenter):
 
 
 class SemanticFPN(Segmenter):
-    """A feature pyramid whose maps are summed up at stride 4."""
+    """A feature pyramid whose maps are summed up at stride 4; the small one is for short runs on small pictures."""
 
-    head = FPNHead
+    head, others = FPNHead, {"small": SmallFPNHead}
 
 
 class SegFormer(Segmenter):

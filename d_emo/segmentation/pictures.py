@@ -87,6 +87,16 @@ def smaller(picture: np.ndarray, largest: int | None) -> np.ndarray:
     return np.asarray(shrunk)
 
 
+def lit(image: Tensor, classes: Tensor, colours: np.ndarray, *, dim: float = 0.35) -> np.ndarray:
+    """Classes in full colour where they are not 0, the image in dim grey elsewhere.
+
+    Shape: (3, H, W) uint8, (H, W) -> (H, W, 3) uint8.
+    """
+    grey = image.float().mean(dim=0).mul(dim).byte()[..., None].expand(-1, -1, 3).cpu().numpy()
+    tint = colours[classes.cpu().numpy().astype(np.uint8)]
+    return np.where((classes == 0)[..., None].cpu().numpy(), grey, tint)
+
+
 def gallery(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Mapping[str, Sequence[int]], remark: str = "",
     *, across: int = 2, text_size: int = 18,

@@ -40,6 +40,12 @@ DEMOS: Table[DemoRow] = Table("demo", [
         conclude="d_emo.cli.demo_detect:conclude", needs={"detection": "faster_coco_eval"},
     ),
     DemoRow(
+        name="segment", title="name the pixels of scanned digits on photographs",
+        runs=(("train-classifier", "classifier.yaml"), ("train-segmenter", "segmenter.yaml"),
+              ("train-segmenter", "segmenter_floor.yaml")),
+        conclude="d_emo.cli.demo_segment:conclude",
+    ),
+    DemoRow(
         name="medical", title="find blood vessels in drawn fundus photographs, and in a real one",
         runs=(("train-segmenter", "medical_u-emo.yaml"), ("train-segmenter", "medical_unet.yaml")),
         conclude="d_emo.cli.demo_medical:conclude",

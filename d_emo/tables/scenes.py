@@ -25,14 +25,22 @@ class SceneRow:
     licence: str = ""
 
 
+_DIGITS = (
+    "The digits are scans from the UCI repository, which gives them under CC BY 4.0; scikit-learn's photographs are "
+    "under CC BY 2.0."
+)
+
 SCENES: Table[SceneRow] = Table(
     "built-in scenes",
     [
         SceneRow(
             name="digit-scenes", title="scanned digits on photographs", scenes="d_emo.data.scenes:DigitScenes",
             mirrors=False,
-            licence="The digits are scans from the UCI repository, which gives them under CC BY 4.0; scikit-learn's "
-            "photographs are under CC BY 2.0.",
+            licence=_DIGITS,
+        ),
+        SceneRow(
+            name="large-digit-scenes", title="large scanned digits on photographs",
+            scenes="d_emo.data.scenes:LargeDigitScenes", mirrors=False, licence=_DIGITS,
         ),
         SceneRow(
             name="shape-scenes", title="shapes of Shapes-1000", scenes="d_emo.data.scenes:ShapeScenes",
