@@ -111,7 +111,7 @@ def test_the_video_demo_ends_with_figures_beside_those_of_single_frames_and_a_pi
 def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(monkeypatch):
     with pytest.raises(InputError, match="^NAME must be one of detect.*, not detec; did you mean detect[?]$"):
         run_verb("demo", ["detec"])
-    with pytest.raises(InputError, match="this is missing: NAME, one of detect, medical, deit, video"):
+    with pytest.raises(InputError, match="this is missing: NAME, one of detect, segment, medical, deit, video"):
         run_verb("demo", [])
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs faster_coco_eval: pip install 'd-emo.detection.'"):

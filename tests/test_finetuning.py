@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d_emo.cli import train as train_verb
 from d_emo.config import ClassifierSettings, TrainSettings, VAESettings, parse_settings, write_yaml
 from d_emo.data import OneClass, open_dataset
 from d_emo.errors import InputError
@@ -182,7 +183,9 @@ def test_unconditional_training_sees_one_class_and_samples_without_naming_it(tmp
     run = task(tmp_path / "run", data_dir=data, unconditional=True)
     assert (len(run.images), run.images.class_names, run.model.config.num_classes) == (6, ["data"], 1)
     assert run.settings.label_dropout == 0 and run.draw(torch.Generator(), 50).drop_label.sum() == 0
-    snapshot = fit(run, run.settings)
+    train_verb.run(run.settings)
+    snapshot, said = tmp_path / "run" / "snapshots" / f"step-{run.settings.max_steps}", capsys.readouterr().out
+    assert " class" not in said and said.endswith(f"sample --checkpoint {snapshot}\n")
     command = ["sample.py", "--checkpoint", str(snapshot), "--num-images", "2", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "a.png")])
     runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")

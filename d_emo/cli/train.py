@@ -24,6 +24,6 @@ def run(settings: TrainSettings) -> None:
         guidance_scale=settings.preview_guidance, objective=settings.objective,
     )
     snapshot = fit(task, settings, preview=preview)
-    sample = command("sample", "sample.py")
-    report(snapshot, settings, lambda snapshot: [f"sample it  {sample} --checkpoint {snapshot} --class 0"])
+    sample, choice = command("sample", "sample.py"), " --class 0" * (len(task.images.class_names) > 1)
+    report(snapshot, settings, lambda snapshot: [f"sample it  {sample} --checkpoint {snapshot}{choice}"])
 

@@ -140,6 +140,7 @@ class DenoiserTask:
     def introduction(self) -> list[str]:
         settings, millions = self.settings, self.parameters / 1e6
         built_in, shape = DATASETS[settings.dataset], " x ".join(map(str, self.model.latent_shape))
+        classes = f"{len(self.images.class_names)} classes, " * (len(self.images.class_names) > 1)
         trained = "trained " * (settings.train == "all")  # else a line below says how many are
         lines = [
             f"No data named: training on the built-in {built_in.title}, drawn on the fly. For ImageNet: "
@@ -147,8 +148,8 @@ class DenoiserTask:
         ] if settings.data_dir is settings.latents is None and built_in.drawn else []  # fmt: skip
         return [
             *lines,
-            f"{settings.model}: {millions:.2f} M {trained}parameters, {len(self.images.class_names)} classes, latents "
-            f"{shape} from {self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
+            f"{settings.model}: {millions:.2f} M {trained}parameters, {classes}latents {shape} from "
+            f"{self.codec.name}, {len(self.images):,} images; run folder {settings.output_dir}",
             *filter(None, [self.images.left_out, *self.start]),
         ]
 
