@@ -8,6 +8,7 @@ from test_detection_models import batch, small
 
 from d_emo.errors import InputError
 from d_emo.models.layers import batch_norms
+from d_emo.portable import stir
 
 NAMES = ("ssdlite-emov2_5m", "retinanet-emov2_5m", "maskrcnn-emov2_5m")
 every = pytest.mark.parametrize("name", NAMES)
@@ -27,6 +28,8 @@ def quick(name, **options):
 @every
 def test_every_image_has_its_own_detections(name):
     model, (images, _) = quick(name).eval(), batch(quick(name))
+    if name.startswith("ssdlite"):  # whose scores show next to nothing of an image at first
+        stir(model, lambda: model.dense_outputs(torch.randn(2, 3, 128, 128)))
     kept = [image.clone() for image in images]
     with torch.no_grad():
         found = model(images)
