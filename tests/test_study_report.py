@@ -106,6 +106,20 @@ def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():
     assert "| a | 0.750 | 0.750 |" in gap_table(pd.DataFrame(gaps))
 
 
+def test_runs_with_steps_of_their_own_are_compared_at_the_end_of_each(tmp_path):
+    rows = rows_of(a={"fid": [1.0, 2.0, 3.0]}, b={"fid": [3.0, 4.0, 5.0]})
+    rows.loc[rows.run == "b", ["step", "seconds_per_step"]] = [20, 0.25]
+    table = main_table(rows, ["a", "b"])
+    assert table.startswith("The last step of each.\n\n| run | steps | minutes | seeds |")
+    assert "| b | 20 | 0.1 | 3 | 2.00M | 3.0M | 250 | 4.00 ± 2.48 | +2.00 ± 0.00 |" in table
+    assert findings(rows, "Here", ["b", "a"]).startswith(
+        "- Here, b against a, at the end of each, 3 seeds. **b loses** in FID 4.00 against 2.00 (+2.00 ± 0.00)."
+    )
+    report = write_report(tmp_path, title="T", introduction=[], tables={"Here": ["a", "b"]}, rows=rows,
+                          losses=pd.DataFrame(), gaps=pd.DataFrame(), plots={}).read_text()  # fmt: skip
+    assert "| b | 20 |" in report and "after" not in report
+
+
 def test_a_ground_without_a_shape_is_empty():
     shapes = open_dataset(dataset="shapes", data_dir=None, split="test", image_size=64, num_images=1000)
     real = to_uint8(torch.stack([shapes[index][0] for index in range(0, 1000, 7)]))

@@ -16,6 +16,7 @@ from d_emo.lab.study.results import (
     REMAKE,
     RESUME,
     Estimate,
+    at_step,
     at_time,
     difference,
     last_common_step,
@@ -44,12 +45,13 @@ def introduction(
     snapshots = [run.snapshots()[-1] for run in runs if run.name in counts and run.snapshots()]
     hardware = ", ".join(dict.fromkeys(load_meta(snapshot)["hardware"] for snapshot in snapshots))
     configs = shlex.join(part for pair in itertools.pairwise(sys.argv) if pair[0] == "--config" for part in pair)
+    steps = sorted({run.training.max_steps for run in runs})
     done = (
-        f"Made by `python scripts/compare.py {configs}`: {seeds}, {training.max_steps:,} steps of "
-        f"{training.batch_size}, trained on {hardware}. Time is the number of steps times the median time of one, "
+        f"Made by `python scripts/compare.py {configs}`: {seeds}, {' or '.join(f'{each:,}' for each in steps)} steps "
+        f"of {training.batch_size}, trained on {hardware}. Time is the number of steps times the median time of one, "
         f"measured of all models in turns, step by step, on {timed_on}, without reading data."
     )
-    if training.schedule == "cosine":
+    if training.schedule == "cosine" and len(steps) == 1:
         done += (
             " At equal time a slower run is read between its snapshots, before its learning rate has fallen to the "
             "end: that speaks against it."
@@ -105,27 +107,32 @@ def findings(rows: pd.DataFrame, heading: str, names: Sequence[str]) -> str:
             what = "over other timesteps" if kinds[0] == kinds[1] else "those of other objectives"
             said.append(f"Their losses are {what} and are not compared.")
         seeds = plural(len(pairs), "seed")
-        lines.append(f"- {heading}, {first} against {other}, step {step:,}, {seeds}. {' '.join(said)}")
+        when = "at the end of each" if step is None else f"step {step:,}"
+        lines.append(f"- {heading}, {first} against {other}, {when}, {seeds}. {' '.join(said)}")
     return "\n".join(lines)
 
 
 def main_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
-    """Every run of a table at the last step that all have reached: means over seeds with 95 % intervals."""
+    """Every run of a table at the last step that all have reached: means over seeds with 95 % intervals.
+
+    Where there is none, as the runs have steps of their own, at the last of each, with the minutes that it took.
+    """
     shown = runs_of(rows, names)
     step = last_common_step(rows, list(shown))
-    if step is None:
-        return "These runs have not been measured at a common step."
+    own = step is None
     measured = rows[rows.run.isin(names)].dropna(axis="columns", how="all")
     values, first = [value for name, value in metric_values().items() if name in measured], next(iter(shown))
-    head = ["run", "seeds", "parameters", "MACs", "ms/step", *(value.title for value in values)]
+    head = ["run", *["steps", "minutes"] * own, "seeds", "parameters", "MACs", "ms/step", *(v.title for v in values)]
     lines = []
     for name, mine in shown.items():
-        mine = mine[mine.step == step]
+        mine = at_step(mine, step)
         one, estimates = mine.iloc[0], (Estimate.of(mine[value.name]).show(value.digits) for value in values)
         gap = "-" if name == first else difference(paired(rows, name, first, step), "fid").show(sign=True)
-        lines.append([name, str(len(mine)), f"{one.parameters / 1e6:.2f}M", f"{one.macs / 1e6:,.1f}M",
+        ends = [f"{one.step:,}", f"{one.step * one.seconds_per_step / 60:.1f}"] * own
+        lines.append([name, *ends, str(len(mine)), f"{one.parameters / 1e6:.2f}M", f"{one.macs / 1e6:,.1f}M",
                       f"{1000 * one.seconds_per_step:,.0f}", *estimates, *[gap] * (len(shown) > 1)])  # fmt: skip
-    return f"Step {step:,}.\n\n" + markdown_table(head + [f"FID minus {first}'s"] * (len(shown) > 1), lines)
+    when = "The last step of each." if own else f"Step {step:,}."
+    return f"{when}\n\n" + markdown_table(head + [f"FID minus {first}'s"] * (len(shown) > 1), lines)
 
 
 def course_table(rows: pd.DataFrame, names: Sequence[str]) -> str:
@@ -169,7 +176,7 @@ def write_report(
     parts = [f"# {title}", *introduction, "## What it says", said or "Nothing to compare yet.", HOW_TO_READ]
     for heading, names in some.items():
         parts += [f"## {heading}", main_table(rows, names)]
-        if rows.step[rows.run.isin(names)].nunique() > 1:
+        if rows.step[rows.run.isin(names)].nunique() > 1 and last_common_step(rows, list(runs_of(rows, names))):
             parts.append(course_table(rows, names))
     if not gaps.empty:
         parts += ["## Train mode against eval mode", gap_table(gaps)]

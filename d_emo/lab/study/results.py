@@ -128,9 +128,14 @@ def last_common_step(rows: pd.DataFrame, names: Sequence[str]) -> int | None:
     return max(counts.index[counts == len(set(names))], default=None)
 
 
+def at_step(rows: pd.DataFrame, step: int | None) -> pd.DataFrame:
+    """The rows of one step; with None each run's of its own last one."""
+    return rows[rows.step == (rows.groupby("run").step.transform("max") if step is None else step)]
+
+
 def paired(rows: pd.DataFrame, name: str, other: str, step: int | None) -> pd.DataFrame:
-    """Two runs at one step side by side, a row for each seed that both have; the other's columns end in "_other"."""
-    at = rows[rows.step == step]
+    """Two runs side by side, see `at_step`, a row for each seed that both have; the other's columns end in "_other"."""
+    at = at_step(rows, step)
     return at[at.run == name].merge(at[at.run == other], on="seed", suffixes=("", "_other"))
 
 
