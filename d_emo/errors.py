@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one clear sentence with a remedy; exit code 2."""
 
 
+class OtherRunError(InputError):
+    """A run folder holds a run of other settings or of another network, which cannot be resumed as this one."""
+
+
 class RunError(RuntimeError):
     """A run that began well cannot go on: a sentence for the user; exit code 1. What was saved before stays."""
 

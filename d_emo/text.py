@@ -1,5 +1,6 @@
 """Markdown tables, commands and small words, for all that is printed."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,4 +21,4 @@ def command(verb: str, script: str) -> str:
     """How whoever runs this process would run a verb: by ``d-emo``, or by its file beside the script that runs."""
     running = Path(sys.argv[0])
     is_script = running.suffix == ".py" and running.parent.name == "scripts"
-    return f"python {running.with_name(script)}" if is_script else f"d-emo {verb}"
+    return shlex.join(["python", str(running.with_name(script))]) if is_script else f"d-emo {verb}"

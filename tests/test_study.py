@@ -77,8 +77,8 @@ def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sent
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_that_ships_can_be_planned(path):
-    whole = path.stem in ("shapes64", "imagenet256")
-    base = [] if whole else ["--config", str(path.with_name("shapes64.yaml"))]
+    under = {"shapes64": None, "imagenet256": None, "u64": None, "u64_digits": "u64"}.get(path.stem, "shapes64")
+    base = ["--config", str(path.with_name(f"{under}.yaml"))] if under else []
     settings = parse_settings(StudySettings, "", [*base, "--config", str(path)])
     runs = plan_runs(settings)
     assert len(runs) == len(settings.seeds) * len(settings.runs)

@@ -12,6 +12,7 @@ from d_emo.models import create_model
 from d_emo.models.registry import model_kind
 from d_emo.training import fit
 from d_emo.training.classifier import ClassifierTask
+from d_emo.training.finetuning import head_of, train_only
 
 
 def test_a_name_of_timm_becomes_its_network():
@@ -29,6 +30,8 @@ def test_a_name_of_timm_becomes_its_network():
 
 @pytest.mark.parametrize("name, overrides, sentence", [
     ("timm:resnet10", {}, "Unknown model 'timm:resnet10'; did you mean timm:resnet10t or "),
+    ("timm:resnet18.a1_in1k", {}, "Unknown model 'timm:resnet18.a1_in1k'; did you mean timm:resnet18"),
+    ("timm:resnet10t", {"pretrained": True}, "timm:resnet10t begins with random weights; leave pretrained out"),
     ("timm:qqqq", {}, "Unknown model 'timm:qqqq'; timm.list_models"),
     ("timm:resnet10t", {"widths": 3}, "timm:resnet10t cannot be built with .*widths"),
     ("timm:vit_tiny_patch16_224", {"embed_dim": 32}, "timm:vit_tiny_patch16_224 cannot be built with"),
@@ -55,3 +58,12 @@ def test_it_is_trained_measured_with_and_fine_tuned(tmp_path):
     ))  # fmt: skip
     assert all(torch.equal(value, opened.model.state_dict()[name]) for name, value in task.model.state_dict().items())
     assert {name for name, each in task.model.named_parameters() if each.requires_grad} == {"fc.weight", "fc.bias"}
+
+
+def test_heads_of_two_layers_and_networks_without_linear_layers():
+    distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=3, img_size=32, depth=1)
+    assert head_of(distilled) == ["head.", "head_dist."]
+    assert train_only(distilled, "head", head=head_of(distilled)).startswith("`train` head: 1,158 trainable")
+    plain = create_model("timm:resnet10t", num_classes=3)
+    with pytest.raises(InputError, match="no linear layers to adapt"):
+        train_only(plain, "lora:4", head=head_of(plain))

@@ -29,7 +29,12 @@ _COMMAND = """<code>${value
     .replace(/\\S+/g, '<span>$&</span>')}</code>"""
 """The command line, each word whole; a text area would break `--class` after its dashes."""
 
-_COPY = "() => { navigator.clipboard.writeText(document.querySelector('#command code').textContent) }"
+_COPY = """() => {
+    const line = document.querySelector('#command code');
+    if (navigator.clipboard) navigator.clipboard.writeText(line.textContent);
+    else getSelection().selectAllChildren(line);
+}"""
+"""Copies the command line; where a browser has no clipboard for pages without TLS, selects it."""
 
 _QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """How events are handled that do not draw."""

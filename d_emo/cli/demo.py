@@ -5,7 +5,7 @@ from pathlib import Path
 
 from d_emo.cli import run_verb
 from d_emo.config import DemoSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, OtherRunError
 from d_emo.files import read_json
 from d_emo.tables import DEMOS, load
 
@@ -33,10 +33,7 @@ def train(verb: str, config: Path) -> None:
         InputError: It cannot be made, or what lies in its folder cannot be resumed.
     """
     folder = Path(read_json(config, lambda settings: settings["output_dir"]))
-    there = folder.exists()
     try:
         run_verb(verb, ["--config", str(config)])
-    except InputError as error:
-        if not there:
-            raise
+    except OtherRunError as error:
         raise InputError(f"{error}. If nothing in {folder} is needed, remove it, and the demo begins anew") from None

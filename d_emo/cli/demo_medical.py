@@ -95,7 +95,7 @@ def picture(
         predictions = [compared(found_in(each, image, size), truth.numpy()) for each in segmenters.values()]
         rows.append([image.permute(1, 2, 0).numpy(), compared(truth.numpy(), truth.numpy()), *predictions])
     if eye is not None:
-        image = torch.from_numpy(eye).permute(2, 0, 1)
+        image = torch.from_numpy(eye.copy()).permute(2, 0, 1)  # scikit-image's is read-only
         found = [found_in(each, image, size) for each in segmenters.values()]
         rows.append([eye, np.full_like(eye, 255), *(compared(each, each) for each in found)])
     titles = ["drawing" if eye is None else "drawing, photograph", "truth", *segmenters]

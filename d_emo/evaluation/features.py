@@ -113,7 +113,7 @@ class ClassifierFeatures:
         class_names: Of its logits.
 
     Raises:
-        InputError: Not a classifier snapshot.
+        InputError: Not a classifier snapshot, or one whose head is not one linear layer.
     """
 
     spatial_dim = 0
@@ -121,6 +121,8 @@ class ClassifierFeatures:
 
     def __init__(self, snapshot: str | Path, *, device: torch.device | str = "cpu"):
         classifier = load_classifier(snapshot)
+        if not isinstance(classifier.model.get_classifier(), torch.nn.Linear):
+            raise InputError(f"the classifier {snapshot} has another head than one linear layer; name another")
         self._model = classifier.model.to(device)
         self._image_size, self.class_names = classifier.image_size, classifier.class_names
         blank = torch.zeros(1, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8, device=device)

@@ -15,7 +15,7 @@ from d_emo.data import centre_crop, is_clutter, list_files
 from d_emo.data.describing import some
 from d_emo.data.reading import AS_VIEWED, Reading, describe_left_out, is_image, naming, no_images
 from d_emo.errors import InputError
-from d_emo.evaluation.npz import MAKE, NpzImages, choose_evenly
+from d_emo.evaluation.npz import NpzImages, choose_evenly, make_command
 from d_emo.threads import thread_count
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jfif"}
@@ -201,7 +201,7 @@ def open_images(
 def cropping(name: str, side: int) -> str:
     """The command that makes a reference of a folder's images, cropped as in training."""
     flags = ["--data-dir", name, "--image-size", str(max(side, 8)), "--output", f"{Path(name).resolve().name}.npz"]
-    return f"`{MAKE} {shlex.join(flags)}`"
+    return f"`{make_command()} {shlex.join(flags)}`"
 
 
 def as_text(size: tuple[int, int]) -> str:

@@ -19,8 +19,11 @@ from d_emo.text import command
 IMAGES_KEY = "arr_0"
 COUNT_KEY, FEATURES_KEY = "num_images", "features"  # ours beside ADM's: what the statistics are over and of
 POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
-MAKE = command("reference", "make_reference.py")
-"""What writes such a file."""
+
+
+def make_command() -> str:
+    """What writes such a file, as whoever runs this process would run it."""
+    return command("reference", "make_reference.py")
 
 
 def choose_evenly(available: int, wanted: int | None, name: str) -> Sequence[int]:
@@ -123,7 +126,7 @@ def read_statistics(path: str | Path, dim: int, keys: tuple[str, str] = POOLED_K
     moments = (torch.from_numpy(each.astype(np.float64)) for each in (mu, sigma))
     count = read_array(path, COUNT_KEY) if COUNT_KEY in archive_keys(path) else None
     if count is not None and (count.shape or count.dtype.kind not in "iu"):
-        raise InputError(f"{COUNT_KEY} of {path} must be one whole number; write it again with `{MAKE}`")
+        raise InputError(f"{COUNT_KEY} of {path} must be one whole number; write it again with `{make_command()}`")
     return StoredStatistics(*moments, None if count is None else int(count))
 
 

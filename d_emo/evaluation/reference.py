@@ -64,12 +64,12 @@ class Reference:
             names = " and ".join(needing("rows"))
             raise InputError(
                 f"{path} holds statistics but no images ({npz.IMAGES_KEY}), which {names} need; leave them out, or "
-                f"write another with `{npz.MAKE}`"
+                f"write another with `{npz.make_command()}`"
             )
         if not self._stored and set(npz.POOLED_KEYS) <= keys and npz.IMAGES_KEY not in keys:
             raise InputError(
                 f"{path} holds statistics without the name of their features, which are then Inception's, not "
-                f"{features}; write another with `{npz.MAKE}`"
+                f"{features}; write another with `{npz.make_command()}`"
             )
         from_images = self._needs & ({"rows"} if self._stored else {"pooled", "spatial", "rows"})
         self.images: ImageSource | None = None
@@ -108,7 +108,7 @@ class Reference:
         if found is not None and _content(found) != _content(extractor.name):
             raise InputError(
                 f"{self._path} holds statistics of the features {found}, not of {extractor.name}, which are in use; "
-                "measure with the same, or write another with `{npz.MAKE}`"
+                f"measure with the same, or write another with `{npz.make_command()}`"
             )
         if "pooled" in self._needs:
             self.pooled = npz.read_statistics(self._path, extractor.dim)

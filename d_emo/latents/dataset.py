@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from d_emo.errors import InputError, RunError
 from d_emo.latents.codec import Codec
-from d_emo.latents.shards import REPEAT, Origin, ShardError, read_index, read_shard
+from d_emo.latents.shards import Origin, ShardError, read_index, read_shard, repeat
 
 
 class LatentDataset(Dataset):
@@ -104,7 +104,7 @@ class LatentDataset(Dataset):
         try:
             _, tensors = read_shard(path)
         except (ShardError, RunError):
-            raise InputError(f"the shard {path} cannot be read; {REPEAT}") from None
+            raise InputError(f"the shard {path} cannot be read; {repeat()}") from None
         if list(tensors["moments"].shape) != [entry["images"], *self.index["moments_shape"]]:
-            raise InputError(f"the shard {path} does not hold what the index says; {REPEAT}")
+            raise InputError(f"the shard {path} does not hold what the index says; {repeat()}")
         return tensors

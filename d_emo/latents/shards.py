@@ -28,8 +28,16 @@ from d_emo.text import command
 
 INDEX, TENSORS = "index.json", ("moments", "labels")
 RESUME = "re-run the same command to resume"
-ENCODE = command("encode", "encode_latents.py")
-REPEAT = f"run `{ENCODE}` again with the same arguments: it makes what is missing or damaged"
+
+
+def encode_command() -> str:
+    """What makes such a folder, as whoever runs this process would run it."""
+    return command("encode", "encode_latents.py")
+
+
+def repeat() -> str:
+    """How what is missing or damaged is made."""
+    return f"run `{encode_command()}` again with the same arguments: it makes what is missing or damaged"
 
 
 class ShardError(Exception):
@@ -195,10 +203,10 @@ def write_index(folder: Path, origin: Origin, class_names: list[str]) -> bool | 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a finished folder of latents; InputError if it is not finished, or a shard is not of its size."""
     if not folder.is_dir():
-        raise InputError(f"the folder of latents {folder} does not exist; `{ENCODE}` makes one")
+        raise InputError(f"the folder of latents {folder} does not exist; `{encode_command()}` makes one")
     missing = [] if (folder / INDEX).exists() else [INDEX]
     if missing and not any(folder.glob("shard-*.safetensors")):
-        raise InputError(f"{folder} holds no latents; `{ENCODE}` makes them")
+        raise InputError(f"{folder} holds no latents; `{encode_command()}` makes them")
     sizes: dict[str, int] = {}
 
     def read(index: dict[str, Any]) -> dict[str, Any]:
@@ -210,12 +218,12 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError("sha256")
         return index
 
-    index = {} if missing else read_json(folder / INDEX, read, REPEAT)
+    index = {} if missing else read_json(folder / INDEX, read, repeat())
     if missing := missing + [name for name in sizes if not (folder / name).exists()]:
-        raise InputError(f"the latents in {folder} are not complete ({missing[0]} is missing); {REPEAT}")
+        raise InputError(f"the latents in {folder} are not complete ({missing[0]} is missing); {repeat()}")
     for name, size in sizes.items():
         if (folder / name).stat().st_size != size:
-            raise InputError(f"the shard {folder / name} is not of its size; {REPEAT}")
+            raise InputError(f"the shard {folder / name} is not of its size; {repeat()}")
     return index
 
 

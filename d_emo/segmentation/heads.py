@@ -186,8 +186,8 @@ class FPNHead(Head):
 class SmallFPNHead(Head):
     """A pyramid for short runs on small pictures: a 3 x 3 convolution on each of its maps, then their sum at stride 4.
 
-    Group norms stand behind all convolutions, so that a picture's own contrast counts for nothing and neither does the
-    scale of the maps, which a backbone that was trained briefly leaves at 0.01.
+    Group norms stand behind all convolutions: they take out a picture's own contrast and the scale of the maps, which a
+    backbone that was trained briefly leaves at 0.01.
 
     Raises:
         InputError: A width that is no multiple of the groups.

@@ -100,7 +100,8 @@ def start_classifier_from(
 def head_of(model: nn.Module) -> list[str]:
     """Beginnings of the names of a classifier's last layer's parameters."""
     last = model.get_classifier()
-    return [f"{name}." for name, module in model.named_modules() if module is last]
+    last = last if isinstance(last, tuple) else (last,)  # timm's distilled transformers have two
+    return [f"{name}." for name, module in model.named_modules() if any(module is each for each in last)]
 
 
 def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
@@ -123,7 +124,9 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
     model.requires_grad_(False)
     if part.startswith("lora:"):
         layers = {name: module.weight.shape for name, module in model.named_modules()
-                  if type(module) is nn.Linear and not name.startswith(tuple(head))}  # fmt: skip
+                  if type(module) is nn.Linear and not f"{name}.".startswith(tuple(head))}  # fmt: skip
+        if not layers:
+            raise InputError(f"`train` {part}: there are no linear layers to adapt beside the head")
         rank = int(part.removeprefix("lora:"))
         most = sum(map(prod, layers.values())) // max(1, sum(map(sum, layers.values())))
         if rank > most:

@@ -17,7 +17,7 @@ from d_emo.claims import claimed
 from d_emo.config import RunSettings, check_values, type_hints, write_yaml
 from d_emo.device import best_device
 from d_emo.ema import EMA
-from d_emo.errors import InputError, RunError
+from d_emo.errors import InputError, OtherRunError, RunError
 from d_emo.files import read_json
 from d_emo.io.training_state import find_state, load_state, save_state, states_until
 from d_emo.kernels.autotune import tuner
@@ -148,7 +148,7 @@ class _Run:
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed and trained:
-            raise InputError(
+            raise OtherRunError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "re-run the same command to resume, or choose another `output_dir`"
             )
@@ -167,7 +167,7 @@ class _Run:
             tuner.keep(state.get("kernels"))
         except Exception as error:  # whatever a state that another program wrote makes of PyTorch
             reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise InputError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
+            raise OtherRunError(f"the training state {self.resumed_from} does not fit this model: {reason}") from None
 
     def _loop(self, stop_signal: StopSignal) -> Stop:
         """Train until the last step or a wish to stop; returns that wish."""

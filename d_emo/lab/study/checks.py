@@ -22,7 +22,7 @@ from d_emo.files import read_json
 from d_emo.io.snapshot import kind_of, load_classifier
 from d_emo.lab.study.plan import PlannedRun, data_dir_of, fid_settings, latents_folder, read_settings
 from d_emo.latents import LatentDataset, default_codec
-from d_emo.latents.shards import INDEX, REPEAT, Origin
+from d_emo.latents.shards import INDEX, Origin, repeat
 from d_emo.sampling.schedulers import make_scheduler, set_steps
 from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, schedulers_of
 from d_emo.training.classifier import open_both
@@ -70,7 +70,7 @@ def check_same_latents(settings: StudySettings) -> None:
     folder = latents_folder(settings)
     if settings.encode is None or not (folder / INDEX).exists():
         return
-    made, encode = read_json(folder / INDEX, dict, REPEAT), read_encode(settings.encode)
+    made, encode = read_json(folder / INDEX, dict, repeat()), read_encode(settings.encode)
     index = {"exif": Origin.exif, "background": Origin.background} | made  # older ones do not say
     wanted = {name: getattr(encode, name) for name in settings.encode if getattr(encode, name) is not None}
     if encode.data_dir is not None:
