@@ -2,8 +2,8 @@
 # An object whose annotation id is 0 is never found, and so are no objects where nothing was detected at all.
 #
 # COCO's format does not say where ids begin. pycocotools and faster-coco-eval keep, for each detection, the id of the
-# object that it matches, and 0 for none. So a file whose annotations are numbered from 0 loses its first object: perfect
-# boxes of two objects have AP 0.25, of ten 0.81, where the same file numbered from 1 has 1. pycocotools says nothing,
+# object that it matches, and 0 for none. So a file whose annotations are numbered from 0 loses its first object:
+# perfect boxes of two objects have AP 0.25, of ten 0.81, where the same file numbered from 1 has 1. pycocotools says nothing,
 # faster-coco-eval warns. What converts other formats into COCO's with enumerate() makes such files.
 # And of a detector that finds nothing in any image AP is 0, but pycocotools' loadRes ends in an IndexError.
 #

@@ -3,8 +3,8 @@
 #
 # x.movedim(-1, 1), channels-last to channels-first, becomes a Transpose with perm = [0, -1, 1, 2]: the source axis is
 # written as it was given, and so are the axes of x.permute(0, -1, 1, 2). The export says nothing, onnx.checker finds
-# nothing without full_check, and onnxruntime refuses the file when it is loaded. The same axis counted from the front is
-# right, and so are a negative destination of movedim, and transpose.
+# nothing without full_check, and onnxruntime refuses the file when it is loaded. The same axis counted from the front
+# is right, and so are a negative destination of movedim, and transpose.
 #
 # Seen with torch 2.13.0 (CPU), onnx 1.23.2, onnxruntime 1.32.0 on Python 3.11:
 #   movedim(-1, 1), moveaxis(-1, 1), permute(0, -1, 1, 2): perm [0, -1, 1, 2], onnxruntime: Invalid attribute perm

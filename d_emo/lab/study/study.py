@@ -196,7 +196,7 @@ class Study:
         if draw_samples(folder / "samples.png", first, rows, lambda: self.meter):
             plots["samples.png"] = "Drawings by each run, from the same noise, of the classes named above"
         config = self._classifier_config
-        classifier = f"`{settings.judge}`" + ("" if config is None else f", an {config.model}")
+        classifier = f"`{settings.judge}`" + ("" if config is None else f", {config.model}")
         said = introduction(settings, runs, rows, hardware, classifier)
         return write_report(folder, title=settings.title, introduction=said, tables=settings.tables, rows=rows,
                             losses=losses, gaps=gaps, plots=plots)  # fmt: skip
