@@ -30,6 +30,9 @@ class BrightestChannel(torch.nn.Module):
         self.seen.append(x)
         return self.scale * x
 
+    def get_classifier(self) -> torch.nn.Module:
+        return self.head
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)

@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 import resource
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from d_emo.cli.verbs import VERBS
 from d_emo.config.base import flag_of
 from d_emo.data import moving
 from d_emo.lab.study import execution
-from d_emo.tables import load
+from d_emo.tables import DEMOS, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRINTS_ONLY = {"app", "models"}
@@ -29,6 +29,11 @@ MORE = {
     "class-accuracy": {"steps": ["1"], "output": ["out.png"]}, "plot-loss": {"output": ["out.png"]},
     "explain": {"output": ["out"]}, "train-vae": {"output_dir": ["out"], "max_steps": ["2"]},
     "benchmark": {"output": ["out"], "rounds": ["1"]}, "doctor": {"output": ["out.png"]},
+}  # fmt: skip
+TINY_DEMO = {
+    "model": "v-emov2_1m", "model_options": {"depths": [1] * 4, "dims": [8] * 4, "head_dims": [8] * 4},
+    "image_size": 32, "output_dir": "demo/video", "num_videos": 8, "batch_size": 4, "max_steps": 2, "warmup_steps": 0,
+    "tracker": "none",
 }  # fmt: skip
 
 
@@ -75,8 +80,10 @@ def obey_permissions():
 @pytest.mark.parametrize(("verb", "word"), [
     pair for pair in BASE if pair[0] not in PRINTS_ONLY and pair[1] in ("", "denoisers")
 ])  # fmt: skip
-def test_no_verb_leaves_half_a_file_where_it_may_not_write(fuzz_world, verb, word, monkeypatch):
-    left = []
+def test_no_verb_leaves_half_a_file_where_it_may_not_write(fuzz_world, verb, word, monkeypatch, tmp_path):
+    left, config = [], tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(TINY_DEMO))
+    monkeypatch.setitem(DEMOS._rows, "video", replace(DEMOS["video"], runs=(("train-video", str(config)),)))
     monkeypatch.setattr("tempfile.TemporaryDirectory.cleanup", lambda self: left.extend(found(self.name)))
     monkeypatch.setattr(claims, "_write", lambda *_: None)  # else a claim is the first that has no room
     monkeypatch.setattr(execution, "run_child", lambda command, *_: run_verb(command[3], command[4:]))  # of a study

@@ -306,7 +306,7 @@ def test_classifier_learns_digits(tmp_path):
 
 
 def test_a_denoiser_is_no_classifier(tmp_path):
-    with pytest.raises(InputError, match="train_dit"):
+    with pytest.raises(InputError, match="DiT-S-2 is a denoiser; train it with `d-emo train`"):
         ClassifierTask(ClassifierSettings(model="DiT-S-2", output_dir=str(tmp_path)))
 
 
