@@ -13,7 +13,7 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "objective", "finetuning", "training", "encoding", "dense", "detecting",
+        "paths", "ranges", "base", "objective", "finetuning", "training", "distilling", "encoding", "dense", "detecting",
         "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
     ],
     "kernels": [
