@@ -14,6 +14,7 @@ from PIL import Image
 from d_emo.cli import run_verb
 from d_emo.config import ClassifierSettings, JudgeSettings, TrainSettings
 from d_emo.data import ClassImages, spread
+from d_emo.data.shapes import GROUNDS, SHAPES, Shapes1000
 from d_emo.errors import InputError
 from d_emo.evaluation import (
     ClassifierMetrics,
@@ -24,6 +25,7 @@ from d_emo.evaluation import (
     open_real,
     precision_recall,
     sampler_table,
+    words_of_parts,
 )
 from d_emo.io.snapshot import save_classifier, save_denoiser
 from d_emo.models import create_model
@@ -119,11 +121,23 @@ def test_classes_and_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = torch.cat(list(classifier_metrics.batches_of(Coloured(), 9)))
     asked = torch.tensor([index % 3 for index in spread(24, 9)])
     asked[0], asked[1] = (asked[0] + 1) % 3, asked[1] + 10  # the last digit is wrong, and the first
-    measured = metrics.measure(drawn.split(4), asked)
+    by_part: dict[str, dict[int, float]] = {}
+    measured = metrics.measure(drawn.split(4), asked, by_part)
+    assert by_part == {"tens": {0: 100.0, 1: 0.0}, "ones": {0: 100.0, 1: 75.0, 2: 100.0}}
     empty = 100 * np.mean([0.5 + index / 100 < 192 / 127.5 - 1 for index in spread(24, 9)])
     expected = {"class_accuracy": 700 / 9, "tens": 800 / 9, "ones": 800 / 9, "empty": empty}
     assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-5) and 0 < empty < 100
     assert list(metric_values())[-4:] == ["ground", "empty", "tens", "ones"]
+
+
+def test_parts_of_classes_have_their_words() -> None:
+    assert words_of_parts(["red cup on sand", "red hat on sand", "blue cup on sand", "blue hat on sand"], 1) == {
+        0: "red cup", 1: "red hat", 2: "blue cup", 3: "blue hat"
+    }  # fmt: skip
+    shapes = Shapes1000(32).class_names
+    assert list(words_of_parts(shapes, 100).values()) == list(SHAPES)
+    assert list(words_of_parts(shapes, 1).values()) == list(GROUNDS)
+    assert words_of_parts([str(digit) for digit in range(10)], 1)[7] == "7"
 
 
 def test_values_stand_beside_those_of_real_images_and_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,13 @@ from d_emo.evaluation import (
     measure_timed,
     open_real,
     sampler_table,
+    words_of_parts,
 )
 from d_emo.files import write_file, write_json
 from d_emo.io import card
 from d_emo.io.snapshot import load_denoiser
 from d_emo.sampling import Sampler, class_grid, save_png
-from d_emo.tables import OBJECTIVES
+from d_emo.tables import DATASETS, OBJECTIVES
 
 
 def run(settings: JudgeSettings) -> None:
@@ -59,7 +60,13 @@ def run(settings: JudgeSettings) -> None:
               "features": features.name}  # fmt: skip
     if settings.samplers:
         return compare_samplers(metrics, runs, samplers, labels, record, Path(settings.output))
-    drawn = metrics.measure(draw_classes(sampler, labels.tolist()), labels)
+    by_part: dict[str, dict[int, float]] = {}
+    drawn = metrics.measure(draw_classes(sampler, labels.tolist()), labels, by_part)
+    record["by_part"] = {
+        part: {words_of_parts(features.class_names, DATASETS[data].label_parts[part])[digit]: rate
+               for digit, rate in rates.items()}
+        for part, rates in by_part.items()
+    }  # fmt: skip
     record["conditions"] = (
         f"guidance {settings.guidance_scale:g}, {runs[0][1]} steps of {runs[0][0]}, images {settings.num_images}"
     )
@@ -73,6 +80,9 @@ def run(settings: JudgeSettings) -> None:
     print(f"settings        {record['conditions']}\nfeatures        {features.name}")
     for each in compared:
         print(f"{each.name:<15} {each.shown:<8} {each.remark}".rstrip())
+    for part, rates in record["by_part"].items():
+        lowest = sorted(rates.items(), key=lambda each: each[1])
+        print(f"{'by ' + part:<15} {', '.join(f'{word} {rate:.1f}' for word, rate in lowest)} %")
     if settings.write_card:
         write_file(snapshot.path / card.PICTURE, output.read_bytes())
         print(f"card            {card.add_measurement(snapshot.path, record)}")

@@ -17,6 +17,7 @@ from d_emo.evaluation.classifier_metrics import (
     measure_timed,
     open_real,
     sampler_table,
+    words_of_parts,
 )
 from d_emo.evaluation.feature_shards import Ranks, draw_labels
 from d_emo.evaluation.features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, create_extractor
