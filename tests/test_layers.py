@@ -14,7 +14,8 @@ LAYERS = [
 INSIDE = {
     "config": [
         "paths", "ranges", "base", "objective", "finetuning", "training", "distilling", "encoding", "dense",
-        "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking", "demos", "study",
+        "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
