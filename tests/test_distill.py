@@ -49,6 +49,8 @@ def test_objective_folder_and_data_are_the_snapshots(tmp_path):
     found = settings(FLOW, "--data-dir", tmp_path)
     assert (found.data_dir, found.dataset) == (str(tmp_path), "shapes")
     assert settings(snapshot_of(tmp_path / "few", objective="one-step-x")).objective == "one-step-x"
+    with pytest.raises(InputError, match="not of eps; first fine-tune it"):  # before anything is loaded
+        settings(ARTEFACTS / "eps")
     with pytest.raises(InputError, match="was trained on encoded latents; name their images by --data-dir"):
         settings(snapshot_of(tmp_path / "encoded", latents="latents/birds"))
 
