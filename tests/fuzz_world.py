@@ -24,6 +24,7 @@ TINY_CLASSIFIER = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "head_dims": 
 TINY_SEGMENTER = {
     "width": 8, "backbone_options": {name: TINY_CLASSIFIER[name] for name in ("depths", "dims", "head_dims")},
 }  # fmt: skip
+FLOW = Path(__file__).parent / "data" / "artefacts" / "flow"
 DIGITS = {"dataset": ["digits"], "image_size": ["8"], "vae": ["pixels"]}
 
 
@@ -38,6 +39,9 @@ def _run(kind: str, world: Path) -> list[str]:
 BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
     ("train", ""): lambda world: {
         **DIGITS, "model": ["D-EMOv2-Ti-2"], "model_options": [yaml.safe_dump(TINY, default_flow_style=True)],
+        "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"], "tracker": ["none"]},
+    ("distill", ""): lambda world: {
+        "init_from": [str(FLOW)], "fd_features": [f"emov2:{world}/classifier"], "fd_images": ["4"],
         "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"], "tracker": ["none"]},
     ("train-classifier", ""): lambda world: {
         "data_dir": [str(world / "photos")], "image_size": ["32"], "model": ["emov1_1m"], "output_dir": ["out"],

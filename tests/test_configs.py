@@ -11,13 +11,18 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d_emo.config import ClassifierSettings, DetectorSettings, TrainSettings, parse_settings
+from d_emo.ema import EMA
 from d_emo.io.snapshot import load_denoiser
+from d_emo.io.training_state import load_state
 from d_emo.models import create_model, list_models
 from d_emo.models.registry import model_kind
+from d_emo.objective import FlowObjective
 from d_emo.tables import CODECS, denoisers
 from d_emo.training import fit
+from d_emo.training.alignment import LatentTarget
 from d_emo.training.denoiser import DenoiserTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -50,7 +55,8 @@ def build(settings, **options):
 
 
 def test_the_configs_that_the_readme_names_are_there():
-    assert {"imagenet256", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"} <= RUNS.keys()
+    named = {"imagenet256", "imagenet256-modern", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"}
+    assert named <= RUNS.keys()
     assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
 
 
@@ -65,7 +71,7 @@ def test_every_config_loads_and_says_what_it_changes(name):
     build(settings)
 
 
-@pytest.mark.parametrize("name", ["imagenet256", "imagenet512"])
+@pytest.mark.parametrize("name", ["imagenet256", "imagenet256-modern", "imagenet512"])
 @pytest.mark.parametrize("model", denoisers())
 def test_the_imagenet_configs_serve_every_denoiser(name, model):
     settings = load(name, "--model", model, "--data-dir", "train")
@@ -91,15 +97,47 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("name", DENOISER_RUNS)
-def test_every_denoiser_config_trains_a_step_on_a_folder(name, pictures, tmp_path):
-    settings = load(
+def tiny(name, pictures, tmp_path, *arguments):
+    """The settings of a config, with a network and data for a test."""
+    return load(
         name, "--data-dir", str(pictures), "--output-dir", str(tmp_path / "run"), "--image-size", "8",
         "--vae", "pixels", "--model-options", "{depth: 1, hidden_size: 48, num_heads: 3}", "--batch-size", "4",
-        "--micro-batch-size", "2", "--max-steps", "1", "--num-workers", "0",
+        "--micro-batch-size", "2", "--num-workers", "0", *arguments,
     )
+
+
+@pytest.mark.parametrize("name", DENOISER_RUNS)
+def test_every_denoiser_config_trains_a_step_on_a_folder(name, pictures, tmp_path):
+    settings = tiny(name, pictures, tmp_path, "--max-steps", "1", "--compile", "false")
     snapshot = load_denoiser(fit(DenoiserTask(settings), settings))
     assert snapshot.class_names == ["blue", "green", "red"] and snapshot.meta["step"] == 1
+
+
+def test_every_switch_of_the_modern_recipe_is_on_in_what_runs(pictures, tmp_path, monkeypatch):
+    """Not in its settings: in the objective, the losses, the optimizer, the average and the network that trains."""
+    real = load("imagenet256-modern", "--latents", str(tmp_path))
+    assert real.max_steps * real.batch_size / 1_281_167 == pytest.approx(80, abs=0.1)
+    assert all(real.batch_size / gpus % real.micro_batch_size == 0 for gpus in (1, 2, 4, 8))
+    settings = tiny("imagenet256-modern", pictures, tmp_path, "--max-steps", "2", "--log-every", "1")
+    compiled, precisions = [], set()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    task = DenoiserTask(settings)
+    assert type(task.objective) is FlowObjective and task.objective.contrastive == 0.05
+    assert task.objective.logit_normal == (0.0, 1.0)
+    assert task.objective.time_shift == task.scheduler.config.shift == (3 * 8 * 8 / 4096) ** 0.5
+    assert type(task.alignment.target) is LatentTarget and task.alignment.weight == 0.5
+    task.model.blocks[0].operator.proj.register_forward_hook(lambda layer, x, output: precisions.add(output.dtype))
+    fit(task, settings)
+    assert compiled == [task.model] and precisions == {torch.bfloat16}
+    state = load_state(tmp_path / "run" / "states" / "step-2")
+    assert state["ema"]["step"] == 2 and EMA(task.model, settings.ema_decay, warmup=settings.ema_warmup).decay == 0.9999
+    of_muon = [each for each in state["optimizer"]["state"].values() if "momentum" in each]
+    assert len(of_muon) == len(task.model.block_matrices()) == 3
+    events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
+    logged = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+    assert logged["ema_decay"] == pytest.approx(3 / 12) and logged["learning_rate"] == pytest.approx(2e-4 * 2 / 1250)
+    terms = logged["mse"] - 0.05 * logged["contrast"] + 0.5 * logged["align"]
+    assert logged["contrast"] > 0 > logged["align"] and logged["loss"] == pytest.approx(terms, rel=1e-4)
 
 
 # ---- accelerate's own files ------------------------------------------------------------------------------------------

@@ -69,13 +69,21 @@ def test_noise_prediction_has_the_velocity_loss():
     assert losses["loss"].item() == pytest.approx(total / latents.numel(), rel=1e-5)
 
 
-def test_contrastive_flow_matching():
-    """Stoica et al., 2025: E |v - (noise - x)|^2 - lambda |v - (noise' - x')|^2, a prime for another pair."""
-    latents, noise, v, losses = batch(FlowObjective, [10.0, 300.0, 999.0], contrastive=0.05)
+@pytest.mark.parametrize("kind", KINDS)
+def test_contrastive_flow_matching(kind):
+    """Stoica et al., 2025: E |v - (noise - x)|^2 - lambda |v - (noise' - x')|^2, a prime for another pair.
+
+    v is what the network's x or noise means, at levels where nothing is divided by less than 0.05.
+    """
+    levels = [100.0, 300.0, 900.0]
+    latents, noise, said, losses = batch(KINDS[kind], levels, contrastive=0.05)
     total = other = 0.0
-    for i in range(3):
-        total += ((v[i] - (noise[i] - latents[i])) ** 2).sum().item()
-        other += ((v[i] - (noise[i - 1] - latents[i - 1])) ** 2).sum().item()
+    for i, level in enumerate(levels):
+        t = level / 1000
+        z = (1 - t) * latents[i] + t * noise[i]
+        v = {"flow": said[i], "flow-x": (z - said[i]) / t, "flow-eps": (said[i] - z) / (1 - t)}[kind]
+        total += ((v - (noise[i] - latents[i])) ** 2).sum().item()
+        other += ((v - (noise[i - 1] - latents[i - 1])) ** 2).sum().item()
     assert losses["loss"].item() == pytest.approx((total - 0.05 * other) / latents.numel(), rel=1e-5)
     assert losses["mse"].item() == pytest.approx(total / latents.numel(), rel=1e-5)
     assert losses["contrast"].item() == pytest.approx(other / latents.numel(), rel=1e-5)

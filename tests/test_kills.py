@@ -50,6 +50,8 @@ STUDY = {
 
 WRITES = {
     "train": "{train} --max-steps 2 --state-every 1 --snapshot-every 2 --tracker none --output-dir OUT/run",
+    "distill": "IN/flow --fd-features emov2:IN/classifier --fd-images 20 {run} --max-steps 2 --state-every 1 "
+               "--tracker none --output-dir OUT/run",
     "train-classifier": "--dataset digits --image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",
     "train-detector": "--image-size 32 --num-images 4 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
@@ -107,6 +109,7 @@ def inputs(tmp_path_factory):
     options = {"name": "emov1_1m", "num_classes": 10, **CLASSIFIER}
     save_classifier(folder / "classifier", classifier, settings=TrainSettings(),
                     meta={**meta, "image_size": 32, "model": options})  # fmt: skip
+    shutil.copytree(Path(__file__).parent / "data" / "artefacts" / "flow", folder / "flow")
     detector = create_model("ssdlite-emov1_1m", num_classes=10, image_size=32, backbone_options=CLASSIFIER).eval()
     save_classifier(folder / "detector", detector, settings=DetectorSettings(model="ssdlite-emov1_1m").resolve(),
                     meta={**meta, "image_size": 32}, kind="detector")  # fmt: skip
@@ -125,7 +128,7 @@ def inputs(tmp_path_factory):
 
 
 def arguments(words: str, inputs: Path, output: Path) -> list[str]:
-    parts = {"{train}": TRAIN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
+    parts = {"{train}": TRAIN, "{run}": RUN, "{data}": DATA, "{classifier}": [json.dumps(CLASSIFIER)],
              "{detector}": [json.dumps({"backbone_options": CLASSIFIER})],
              "{segmenter}": [json.dumps(SEGMENTER)], "{video}": [json.dumps(SEGMENTER["backbone_options"])]}
     found = [part for word in words.split() for part in parts.get(word, [word])]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -89,6 +90,42 @@ def test_what_is_trained_is_what_is_drawn(kind, tiny_denoiser):
     sampler.scheduler.set_timesteps(sigmas=[1.0])
     last = list(denoise(tiny_denoiser, sampler.scheduler, noise, torch.tensor([3, 4]), guidance=Guidance(1.0)))[-1]
     torch.testing.assert_close(last.latents, seen[0].detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "drawn"), [
+    (OneStepObjective, lambda noise, v: noise - v), (OneStepSampleObjective, lambda noise, x: x),
+])  # fmt: skip
+def test_the_objective_is_the_papers_loss_over_what_was_drawn_so_far(kind, drawn):
+    """Yang et al., 2026: x = G(z, c), f its features; d = |m - m_r|^2 + tr(S + S_r - 2 (S S_r)^1/2), in NumPy.
+
+    G is one Euler step from t = 1, where the network sees the timestep 1000; b = min(0.9, n / (n + 1)).
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    (real_mean, real_covariance), judge = moments(3, 3), Judge(torch.nn.Identity(), None, 8)
+    judge.learn(real_mean, real_covariance)
+    judge.forward = lambda latents: (latents.flatten(1).double() @ weights).square()
+    objective = kind(null_class=9, label_dropout=0.0, learn_sigma=False, fd_decay=0.6)
+    objective.kept = {"judge": judge, "moments": RunningMoments(3, 0.6)}
+    asked = []
+
+    def network(x, timestep, class_labels):
+        asked.extend(zip(timestep.tolist(), class_labels.tolist(), strict=True))
+        return type("Output", (), {"sample": torch.sin(3 * x) + class_labels.view(-1, 1, 1, 1)})
+
+    mean, second = np.zeros(3), np.zeros((3, 3))
+    for n in range(4):
+        draws, labels = objective.draw(generator, 5, (3, 2, 2)), torch.tensor([0, 1, 2, 1, 0])
+        losses = objective(network, torch.full((5, 3, 2, 2), float("nan")), labels, draws)
+        said = np.sin(3 * draws.noise.double().numpy()) + labels.view(-1, 1, 1, 1).numpy()
+        f = (drawn(draws.noise.double().numpy(), said).reshape(5, 12) @ weights.numpy()) ** 2
+        b = min(0.6, n / (n + 1))
+        mean, second = b * mean + (1 - b) * f.mean(0), b * second + (1 - b) * f.T @ f / 5
+        covariance = second - np.outer(mean, mean)
+        root = scipy.linalg.sqrtm(covariance @ real_covariance.numpy()).real
+        wanted = ((mean - real_mean.numpy()) ** 2).sum() + np.trace(covariance + real_covariance.numpy() - 2 * root)
+        assert losses["loss"].item() == losses["fd"].item() == pytest.approx(wanted, rel=1e-3)
+    assert asked == [(1000.0, label) for _ in range(4) for label in (0, 1, 2, 1, 0)]
 
 
 def run(folder, **changes):

@@ -30,12 +30,26 @@ TINY = {
     "vae": "pixels", "batch_size": 4, "max_steps": 12, "state_every": 5, "snapshot_every": 12, "learning_rate": 1e-3,
     "ema_decay": 0.9, "log_every": 1,
 }
+ARTEFACTS = Path(__file__).parent / "data" / "artefacts"
+OF_CLASSIFIER = f"emov2:{ARTEFACTS / 'classifier'}"
 VARIANTS = {
     "flow": {"objective": "flow"},
     "x of the flow, shifted, contrastive": {"objective": "flow-x", "time_shift": "auto", "contrastive": 0.05},
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "alignment": {"align": "vae", "align_block": 0},
     "alignment with its own average": {"align": "sra", "align_block": 0},
+    "noise of the flow, alignment with a classifier": {
+        "objective": "flow-eps", "align": OF_CLASSIFIER, "align_block": 0, "model": "D-EMOv2-Ti-8", "image_size": 32,
+    },
+    "one step, by muon": {
+        "objective": "one-step", "init_from": str(ARTEFACTS / "flow"), "fd_features": OF_CLASSIFIER, "fd_images": 20,
+        "optimizer": "muon", "model": None, "model_options": None, "image_size": None, "vae": None,
+    },
+    "much of it at once": {
+        "objective": "flow-x", "timestep_sampling": "logit-normal", "time_shift": 2.0, "contrastive": 0.05,
+        "optimizer": "muon", "align": "sra", "align_block": 0, "ema_warmup": True, "warmup_steps": 8,
+        "micro_batch_size": 2, "mixed_precision": "bf16",
+    },
     "alignment of a U": {
         "model": "U-D-EMOv2-Ti-1", "align": "vae",
         "model_options": {"widths": [8, 16], "depths": [1, 1], "condition_size": 16, "head_size": 4},

@@ -97,6 +97,13 @@ VERBS: Table[Verb] = Table("verb", [
 Run it with `accelerate launch scripts/train_dit.py` (any number of processes and GPUs) or with plain `python`.""",
     ),
     Verb(
+        "distill", "distill", "Train", "d_emo.config:DistillSettings",
+        """Train a flow snapshot on until it draws in one step, by the Frechet distance of a classifier's features.
+
+The same as `train --init-from SNAPSHOT --objective one-step`, with defaults for it. One process, on images (not on
+latents). A snapshot of eps needs `train --init-from SNAPSHOT --objective flow` first.""",
+    ),
+    Verb(
         "train-classifier", "train_classifier", "Train", "d_emo.config:ClassifierSettings",
         "Train an EMOv1 or EMOv2 classifier on an image folder or a built-in data set.",
     ),

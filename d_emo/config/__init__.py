@@ -24,6 +24,7 @@ from d_emo.config.benchmarking import (
 )
 from d_emo.config.demos import DemoSettings
 from d_emo.config.detecting import DetectorSettings, DetectSettings
+from d_emo.config.distilling import DistillSettings
 from d_emo.config.encoding import EncodeSettings, VAESettings
 from d_emo.config.exporting import ConvertSettings, ExportSettings
 from d_emo.config.inspecting import DoctorSettings

@@ -35,6 +35,7 @@ from d_emo.tables.objectives import (
     SCHEDULERS,
     ObjectiveRow,
     SchedulerRow,
+    check_start,
     noise_objectives,
     objective_of,
     schedulers_of,

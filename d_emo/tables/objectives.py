@@ -128,6 +128,24 @@ def takers(setting: str) -> list[str]:
     return [name for name, row in OBJECTIVES.items() if setting in row.takes]
 
 
+def check_start(objective: str, start: str | None) -> None:
+    """Refuse the snapshot that a run starts from, where its objective goes on from those of another one.
+
+    Args:
+        objective: What the run is for.
+        start: What the snapshot was trained for; None without one.
+
+    Raises:
+        InputError: It does not go on from that.
+    """
+    row = OBJECTIVES[objective]
+    if row.starts_from is not None and start not in (row.starts_from, row.name):
+        remedy = f"first fine-tune it with `objective` {row.starts_from}" if start else "name one with `init_from`"
+        raise InputError(
+            f"`objective` {row.name} goes on from a snapshot of {row.starts_from}, not of {start or 'none'}; {remedy}"
+        )
+
+
 def noise_objectives() -> list[str]:
     """Names of the objectives that train a network to predict the noise."""
     return [name for name, row in OBJECTIVES.items() if row.prediction_type == "epsilon"]

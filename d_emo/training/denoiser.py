@@ -25,7 +25,7 @@ from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
-from d_emo.tables import DATASETS, OBJECTIVES, load, parse_features
+from d_emo.tables import DATASETS, OBJECTIVES, check_start, load, parse_features
 from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
@@ -105,17 +105,13 @@ class DenoiserTask:
 
     def _judge_by(self, settings: TrainSettings) -> None:
         """What the one-step objectives need: a judge of images, and a place for its statistics in the model."""
-        row = OBJECTIVES[settings.objective]
-        there = settings.init_from and pipeline_index(settings.init_from)["objective"]
-        if there not in (row.starts_from, row.name):
-            raise InputError(
-                f"`objective` {row.name} goes on from a snapshot of {row.starts_from}, not of {there or 'none'}; name "
-                "one with `init_from`"
-            )
+        check_start(settings.objective, settings.init_from and pipeline_index(settings.init_from)["objective"])
         given = {"validate_every": settings.validate_every, "align": settings.align, "latents": settings.latents,
                  "cache_latents": settings.cache_latents}  # fmt: skip
         if odd := [name for name, value in given.items() if value]:
-            raise InputError(f"`objective` {row.name} looks at whole images and at nothing else; leave `{odd[0]}` out")
+            raise InputError(
+                f"`objective` {settings.objective} looks at whole images and at nothing else; leave `{odd[0]}` out"
+            )
         check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
         extractor, source = parse_features(settings.fd_features)
         if extractor.name != "emov2":

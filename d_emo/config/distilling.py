@@ -1,0 +1,84 @@
+"""Settings of going on from a flow snapshot to one step: those of training, with defaults of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d_emo.config.base import setting
+from d_emo.config.ranges import Count, Positive
+from d_emo.config.training import TrainSettings
+from d_emo.errors import InputError
+from d_emo.tables import DATASETS, OBJECTIVES, check_start
+
+_ONE_STEP = {name: row for name, row in OBJECTIVES.items() if row.starts_from is not None}
+_OF_DATA = ("dataset", "data_dir", "exif", "background", "flip", "num_images", "skip_corrupt", "unconditional")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainSettings):
+    """Settings of ``scripts/distill.py``; they resolve to the `TrainSettings` of the run that it is."""
+
+    init_from: str = setting(
+        help="the snapshot to go on from, or a run folder for its newest: one of flow or flow-x, or of a one-step "
+        "objective. Model, VAE, image size and, where none are named, data are its own", flag="SNAPSHOT", source=True,
+        group="Fine-tuning"
+    )
+    objective: str | None = setting(
+        None, "what it is trained for. Default: by the objective of the snapshot", group="Objective", choices=_ONE_STEP
+    )
+    fd_features: str = setting(
+        help="emov2:SNAPSHOT, a classifier in whose features the Frechet distance is taken. Report the result in "
+        "another network's"
+    )
+    dataset: str | None = setting(
+        None, "built-in data set. Default: the data that the snapshot was trained on", group="Data", choices=DATASETS
+    )
+    output_dir: str | None = setting(
+        None, "run folder: settings, snapshots, states, samples, logs. Default: results/<run>-one-step", resumable=True,
+        group="Run", output="run"
+    )
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 5,000", resumable=True, decisive=True
+    )
+    learning_rate: Positive = setting(1e-5, "peak learning rate of AdamW", aliases=["--lr"])
+    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
+    snapshot_every: Count = setting(
+        1000, "steps between snapshots (with sample grids); the last step always has one", resumable=True
+    )
+    state_every: Count = setting(500, "steps between training states; the newest two are kept", resumable=True)
+
+    def resolve(self, **facts: Any) -> TrainSettings:
+        """The settings of the training run, in which nothing is left open.
+
+        Args:
+            facts: See `TrainSettings.resolve`.
+
+        Raises:
+            InputError: The snapshot is of an objective that none of one step goes on from.
+        """
+        there = TrainSettings(init_from=self.init_from)._there()
+        start = there.get("objective")
+        fitting = [name for name, row in _ONE_STEP.items() if start in (row.starts_from, name)]
+        objective = self.objective or next(iter([*fitting, *_ONE_STEP]))
+        if start is not None:
+            check_start(objective, start)
+        return TrainSettings(**{
+            **vars(self), **self._data(there), "objective": objective, "output_dir": self.output_dir or self._folder(),
+            "max_steps": self.max_steps or (5_000 if self.epochs is None else None),
+        }).resolve(**facts)
+
+    def _data(self, there: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the data, those of the snapshot's run where none are named."""
+        taken: dict[str, Any] = {}
+        if self.dataset is self.data_dir is self.latents is None:
+            if there.get("latents") is not None:
+                raise InputError(f"{self.init_from} was trained on encoded latents; name their images by `data_dir`")
+            left_open = [name for name in _OF_DATA if getattr(self, name) == getattr(type(self), name)]
+            taken = {name: there[name] for name in left_open if name in there}
+        return {**taken, "dataset": self.dataset or taken.get("dataset") or TrainSettings.dataset}
+
+    def _folder(self) -> str:
+        run = Path(self.init_from).absolute()
+        return f"results/{(run.parents[1] if run.parent.name == 'snapshots' else run).name}-one-step"
