@@ -6,6 +6,7 @@ import torch
 from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.models import create_model
+from d_emo.training import muon
 from d_emo.training.muon import Muon, orthogonal
 from d_emo.training.optimizer import make_optimizer
 
@@ -88,3 +89,16 @@ def test_wrong_combinations_are_refused():
     model.block_matrices = dict
     with pytest.raises(InputError, match="muon is for the matrices of blocks, and Denoiser names none"):
         make_optimizer(model, TrainSettings(optimizer="muon"), {}, CPU)
+
+
+def test_it_iterates_in_bfloat16_where_that_is_multiplied_and_bits_may_differ(monkeypatch):
+    matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: False)
+    exact = orthogonal(matrix)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(muon, "is_fixed", lambda: True)
+    assert torch.equal(orthogonal(matrix), exact) and exact.dtype == torch.float32
+    monkeypatch.setattr(muon, "is_fixed", lambda: False)
+    rounded = orthogonal(matrix)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02)

@@ -103,7 +103,7 @@ def _refused(
     for form in forms:
         if form.name == chosen.name:
             above = False
-        elif above or (form.rival and chosen.rival and not (_fixed or tuner.fixed)):
+        elif above or (form.rival and chosen.rival and not is_fixed()):
             why = standard or (form.refuses and form.refuses(x, *inputs))
             if why or above or form.name in times:
                 refused[form.name] = why or slower(form.name, chosen.name, times)
@@ -204,6 +204,11 @@ def fixed() -> Iterator[None]:
         yield
     finally:
         _fixed = before
+
+
+def is_fixed() -> bool:
+    """Whether results are to have the same bits on every machine, as within `fixed`."""
+    return _fixed or tuner.fixed
 
 
 def why_standard() -> str | None:

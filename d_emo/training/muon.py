@@ -4,6 +4,7 @@ Sources: Jordan et al., 2024 (the update, and which parameters it is for); Liu e
 Training" (weight decay, and the scale that lets it share AdamW's learning rate).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from d_emo.errors import InputError
+from d_emo.kernels import is_fixed
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 """Of the Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X, as in Jordan et al."""
@@ -100,18 +102,25 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, or AMX, which comes with it)."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V^T of a matrix U S V^T: five steps of Newton-Schulz; the singular values end between 0.7 and 1.2.
 
-    In bfloat16 on a GPU, as in Jordan et al., and in float32 elsewhere. A matrix of zeros stays one.
+    In bfloat16, as in Jordan et al., on a GPU and on a CPU that multiplies it, in float32 elsewhere and where the bits
+    are to be those of every machine (``D_EMO_KERNELS=fixed``). A matrix of zeros stays one.
 
     Shape: (rows, columns) -> same.
     """
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda or (multiplies_bfloat16() and not is_fixed()) else torch.float32)
     x = x.mT if (tall := len(x) > x.shape[1]) else x
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)
