@@ -28,6 +28,7 @@ from d_emo.evaluation import (
     words_of_parts,
 )
 from d_emo.io.snapshot import save_classifier, save_denoiser
+from d_emo.latents import PixelCodec
 from d_emo.models import create_model
 from d_emo.tables import DATASETS, OBJECTIVES, DatasetRow, load, metric_values
 
@@ -152,7 +153,15 @@ def test_values_stand_beside_those_of_real_images_and_of_noise(monkeypatch: pyte
     assert real < noise
     assert remarks["class accuracy"] == "100.00 % of 12 real held-out images"
     assert compared[-1].shown == f"{drawn['class_accuracy']:.2f} %"
-    alone = compare_with_real(metrics, drawn, 9, None, (8, 8))
+    class Redder(PixelCodec):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents + torch.tensor([2.0, 0.0, 0.0])[:, None, None]
+
+    through = compare_with_real(metrics, drawn, 9, Coloured(), (8, 8), Redder())
+    assert through[-1].remark == f"{remarks['class accuracy']}, 33.33 % of 12 of them through the codec"
+    same = compare_with_real(metrics, drawn, 9, Coloured(), (8, 8), PixelCodec())
+    assert f"{real:.2f} of 12 of them through the codec" in same[0].remark
+    alone = compare_with_real(metrics, drawn, 9, None, (8, 8), PixelCodec())
     assert alone[0].remark.endswith(" of 9 images of noise") and alone[-1].remark == ""
 
 
@@ -238,6 +247,7 @@ def test_real_images_of_built_in_data_have_all_classes() -> None:
         ({"samplers": ["ddpm:"]}, "not ddpm:$"),
         ({"samplers": ["ddpm:-5"]}, "not ddpm:-5"),
         ({"samplers": ["ddpm:5"], "write_card": True}, "run the two apart"),
+        ({"samplers": ["ddpm:5"], "through_codec": True}, "run `through_codec` apart"),
         ({"num_images": 1}, "`num_images` must be at least 2, not 1"),
         ({"steps": 0}, "`steps` must be at least 1 and at most 1000, not 0"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0, not -1"),

@@ -54,6 +54,8 @@ def run(settings: JudgeSettings) -> None:
         data, snapshot.image_size, snapshot.class_names, data_dir=settings.data_dir, validate_dir=settings.validate_dir,
         reading=Reading.of(settings),
     )
+    if settings.through_codec and held_out is None:
+        raise InputError("`through_codec` is for held-out images, and there are none; name their `validate_dir`")
     metrics = ClassifierMetrics(features, real, data=data, device=sampler.device)
     labels = even_labels(settings.num_images, len(snapshot.class_names))
     record = {"command": command_line(), "settings": settings.to_record(), "step": snapshot.meta["step"],
@@ -70,7 +72,8 @@ def run(settings: JudgeSettings) -> None:
     record["conditions"] = (
         f"guidance {settings.guidance_scale:g}, {runs[0][1]} steps of {runs[0][0]}, images {settings.num_images}"
     )
-    compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size)
+    codec = sampler.codec if settings.through_codec else None
+    compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size, codec)
     record["figures"] = [each.to_dict() for each in compared]
     output = Path(settings.output)
     grid = class_grid(sampler.class_names, 10, 10, lambda labels: draw_classes(sampler, labels))

@@ -82,6 +82,9 @@ class JudgeSettings(ReadingSettings):
     validate_dir: str | None = setting(
         None, "folder of held-out images of the same classes, with --data-dir", source=True
     )
+    through_codec: bool = setting(
+        False, "measure real held-out images that only went through the snapshot's codec, too: what its latents allow"
+    )
     num_images: Images = setting(
         500, "number of samples to draw and measure, spread evenly over the classes", group="Sampling"
     )
@@ -102,6 +105,8 @@ class JudgeSettings(ReadingSettings):
     def check(self) -> None:
         if self.samplers and self.write_card:
             raise InputError("`samplers` makes a table, `write_card` a card; run the two apart")
+        if self.samplers and self.through_codec:
+            raise InputError("`samplers` makes a table of drawings alone; run `through_codec` apart")
         self.sampler_steps()
 
     def files_of(self, output: Path) -> list[Path]:

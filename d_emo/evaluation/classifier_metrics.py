@@ -1,8 +1,10 @@
 """Metrics of images by a classifier of their classes: distances in its features, and whether it sees their class."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,6 +15,9 @@ from d_emo.evaluation.metrics import Gathered
 from d_emo.evaluation.statistics import is_constant
 from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, METRICS, MetricValue, class_values, load
 from d_emo.text import markdown_table
+
+if TYPE_CHECKING:
+    from d_emo.latents import Codec
 
 REAL_IMAGES, HELD_OUT_IMAGES = 5000, 1000  # at most, of training and of held-out data
 BATCH = 100
@@ -88,11 +93,24 @@ class ClassifierMetrics:
             right[EMPTY.name] = torch.cat(empty)
         return measured | {name: 100 * each.float().mean().item() for name, each in right.items()}
 
-    def measure_real(self, images: ClassImages, limit: int | None = None) -> dict[str, float]:
-        """The same of real images, at most ``limit`` of them (default: 1000): what drawn ones could reach."""
+    def measure_real(
+        self, images: ClassImages, limit: int | None = None, codec: Codec | None = None
+    ) -> dict[str, float]:
+        """The same of real images, at most ``limit`` of them (default: 1000): what drawn ones could reach.
+
+        Args:
+            codec: Encodes and decodes them first, at the mean of their latents: what images out of its latents could
+                reach.
+        """
         limit = limit or HELD_OUT_IMAGES
         labels = torch.tensor([images.label(index) for index in spread(len(images), limit)])
-        return self.measure(batches_of(images, limit), labels)
+        batches = batches_of(images, limit)
+        return self.measure(batches if codec is None else self._through(codec, batches), labels)
+
+    def _through(self, codec: Codec, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for images in batches:
+            mean, _ = codec.moments(images.to(self._device) / 127.5 - 1).chunk(2, dim=1)
+            yield to_uint8(codec.decode(mean))
 
     def measure_noise(self, count: int, image_size: tuple[int, int]) -> dict[str, float]:
         """What is measured in features, of noise of (height, width) pixels: what images of nothing get."""
@@ -134,7 +152,7 @@ class ComparedValue(NamedTuple):
 
 def compare_with_real(
     metrics: ClassifierMetrics, drawn: Mapping[str, float], count: int, held_out: ClassImages | None,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int], codec: Codec | None = None,
 ) -> list[ComparedValue]:
     """What was measured of drawn images, each value between those of real held-out images and of noise.
 
@@ -142,14 +160,17 @@ def compare_with_real(
         metrics: By which ``drawn`` was measured, of ``count`` images.
         held_out: Real images that the denoiser has not seen; may be None.
         image_size: (height, width) of the noise in pixels.
+        codec: Where given, the held-out images are measured after their way through it, too.
     """
     real = {} if held_out is None else metrics.measure_real(held_out)
+    decoded = {} if held_out is None or codec is None else metrics.measure_real(held_out, codec=codec)
     others = count if held_out is None else min(len(held_out), HELD_OUT_IMAGES)
     noise = metrics.measure_noise(others, image_size)
     compared = []
     for value in metrics.values:
         if value.name in drawn:
-            found = {f"{others} real held-out images": real, f"{others} images of noise": noise}
+            found = {f"{others} real held-out images": real, f"{others} of them through the codec": decoded,
+                     f"{others} images of noise": noise}  # fmt: skip
             remark = ", ".join(f"{value.show(each)} of {what}" for what, each in found.items() if value.name in each)
             compared.append(ComparedValue(value.title_for(count), drawn[value.name], value.show(drawn), remark))
     return compared
