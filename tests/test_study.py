@@ -77,7 +77,8 @@ def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sent
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_that_ships_can_be_planned(path):
-    under = {"shapes64": None, "imagenet256": None, "u64": None, "u64_digits": "u64"}.get(path.stem, "shapes64")
+    alone = dict.fromkeys(("shapes64", "imagenet256", "u64", "switches64"))
+    under = {**alone, "u64_digits": "u64"}.get(path.stem, "shapes64")
     base = ["--config", str(path.with_name(f"{under}.yaml"))] if under else []
     settings = parse_settings(StudySettings, "", [*base, "--config", str(path)])
     runs = plan_runs(settings)
@@ -218,11 +219,19 @@ def test_the_norm_gap_is_one_without_a_batch_norm_and_leaves_the_snapshot_alone(
     assert batch == meter.norm_gap(tmp_path / "batch")
 
 
+def test_the_step_of_a_network_without_a_variance_is_timed(tmp_path):
+    runs = {"D-EMO": {**RUNS["D-EMO"], "objective": "flow", "model_options": {"learn_sigma": False}}}
+    settings = settings_of(tmp_path, runs=runs)
+    assert all(value > 0 for value in step_times(settings, plan_runs(settings)).values())
+
+
 def test_a_step_is_timed_once_for_every_network_and_anew_when_another_joins(tmp_path, monkeypatch):
     runs = {**RUNS, "other labels": {**RUNS["D-EMO"], "label_init": "normal"}}
+    muon = plan_runs(settings_of(tmp_path, runs={"D-EMO": {**RUNS["D-EMO"], "optimizer": "muon"}}))[0]
     settings = settings_of(tmp_path, runs=runs)
     planned = plan_runs(settings)
     keys = [speed_key(run, settings) for run in planned]
+    assert speed_key(muon, settings) not in keys
     assert len(set(keys)) == 2 and keys[0] == keys[2] == keys[3] and keys[:4] == keys[4:]
     seconds = step_times(settings, planned)
     assert seconds.keys() == set(keys) and all(0 < value < 10 for value in seconds.values())

@@ -6,7 +6,7 @@ What is fast where was measured; see ``sample_outputs/benchmarks/PERFORMANCE.md`
 from d_emo.kernels.activation import add
 from d_emo.kernels.attention import window_attention
 from d_emo.kernels.depthwise import folded, local_conv
-from d_emo.kernels.dispatch import avoidable, fixed, is_fixed, known, opaque, plain, record
+from d_emo.kernels.dispatch import asked_fixed, avoidable, fixed, known, opaque, plain, record
 from d_emo.kernels.explaining import Explanation, explain
 from d_emo.kernels.linear import linear
 from d_emo.kernels.local import local_branch
@@ -21,12 +21,12 @@ __all__ = [
     "FarPartition",
     "NearPartition",
     "add",
+    "asked_fixed",
     "avoidable",
     "explain",
     "fixed",
     "folded",
     "in_slices",
-    "is_fixed",
     "known",
     "linear",
     "local_branch",

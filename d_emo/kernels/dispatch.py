@@ -103,7 +103,7 @@ def _refused(
     for form in forms:
         if form.name == chosen.name:
             above = False
-        elif above or (form.rival and chosen.rival and not is_fixed()):
+        elif above or (form.rival and chosen.rival and not (_fixed or tuner.fixed)):
             why = standard or (form.refuses and form.refuses(x, *inputs))
             if why or above or form.name in times:
                 refused[form.name] = why or slower(form.name, chosen.name, times)
@@ -206,9 +206,9 @@ def fixed() -> Iterator[None]:
         _fixed = before
 
 
-def is_fixed() -> bool:
-    """Whether results are to have the same bits on every machine, as within `fixed`."""
-    return _fixed or tuner.fixed
+def asked_fixed() -> bool:
+    """Whether D_EMO_KERNELS or `fixed` asks for results that do not depend on what a machine is good at."""
+    return _fixed or preferences.fixed
 
 
 def why_standard() -> str | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from d_emo import kernels
 from d_emo.errors import InputError
-from d_emo.kernels import is_fixed
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 """Of the Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X, as in Jordan et al."""
@@ -111,12 +111,13 @@ def multiplies_bfloat16() -> bool:
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V^T of a matrix U S V^T: five steps of Newton-Schulz; the singular values end between 0.7 and 1.2.
 
-    In bfloat16, as in Jordan et al., on a GPU and on a CPU that multiplies it, in float32 elsewhere and where the bits
-    are to be those of every machine (``D_EMO_KERNELS=fixed``). A matrix of zeros stays one.
+    In bfloat16, as in Jordan et al., on a GPU and on a CPU that multiplies it, in float32 elsewhere and on a CPU with
+    ``D_EMO_KERNELS=fixed``. A matrix of zeros stays one.
 
     Shape: (rows, columns) -> same.
     """
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda or (multiplies_bfloat16() and not is_fixed()) else torch.float32)
+    on_cpu = matrix.device.type == "cpu" and multiplies_bfloat16() and not kernels.asked_fixed()
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda or on_cpu else torch.float32)
     x = x.mT if (tall := len(x) > x.shape[1]) else x
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = COEFFICIENTS

@@ -90,7 +90,10 @@ def step_times(settings: StudySettings, runs: Sequence[PlannedRun]) -> dict[str,
 
 def speed_key(run: PlannedRun, settings: StudySettings) -> str:
     """What decides a run's speed, in words."""
-    names = ("model", "model_options", "objective", "batch_size", "micro_batch_size", "mixed_precision", "compile")
+    names = (
+        "model", "model_options", "objective", "optimizer", "batch_size", "micro_batch_size", "mixed_precision",
+        "compile",
+    )  # fmt: skip
     values = {name: getattr(run.training, name) for name in names}
     return json.dumps([values, latent_shape_of(settings, run.training), settings.launch], sort_keys=True)
 
@@ -134,7 +137,8 @@ class Workload:
         use_threads(device, processes)
         self.model, self.device = new_model(training, latent_shape).to(device), device
         self.micro_batches = per_rank // micro
-        self.objective = load(OBJECTIVES[training.objective].loss)(null_class=self.model.null_class).to(device)
+        loss = load(OBJECTIVES[training.objective].loss)
+        self.objective = loss(null_class=self.model.null_class, learn_sigma=self.model.predicts_variance).to(device)
         self.optimizer = make_optimizer(self.model, training, {}, device)
         self.latents = torch.randn(micro, *latent_shape, device=device)
         self.labels = torch.zeros(micro, dtype=torch.long, device=device)
