@@ -10,9 +10,9 @@ from d_emo.config.base import setting
 from d_emo.config.ranges import Count, Positive
 from d_emo.config.training import TrainSettings
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, OBJECTIVES, check_start
+from d_emo.tables import DATASETS, OBJECTIVES, SomeRows, check_start
 
-_ONE_STEP = {name: row for name, row in OBJECTIVES.items() if row.starts_from is not None}
+_ONE_STEP = SomeRows(OBJECTIVES, lambda row: row.starts_from is not None)
 _OF_DATA = ("dataset", "data_dir", "exif", "background", "flip", "num_images", "skip_corrupt", "unconditional")
 
 

@@ -44,4 +44,4 @@ from d_emo.tables.objectives import (
 from d_emo.tables.optimizers import OPTIMIZERS, OptimizerRow
 from d_emo.tables.scenes import SCENES, SceneRow
 from d_emo.tables.systems import SYSTEMS, SystemRow, system_of, systems
-from d_emo.tables.table import Reference, Table, load
+from d_emo.tables.table import Reference, SomeRows, Table, load

@@ -82,6 +82,32 @@ class Table(Mapping[str, R]):
         return len(self._rows)
 
 
+class SomeRows(Mapping[str, R]):
+    """Those rows of a table that ``keep`` says, asked for when they are read: other packages may add to them.
+
+    Args:
+        table: All rows.
+        keep: Whether a row is one of them.
+    """
+
+    def __init__(self, table: Table[R], keep: Callable[[R], bool]):
+        self._table, self._keep = table, keep
+
+    def __getitem__(self, name: str) -> R:
+        if name not in self:
+            raise KeyError(name)
+        return self._table[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table and self._keep(self._table[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, row in self._table.items() if self._keep(row))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @cache
 def load_plugins() -> None:
     """Import what other packages declare as entry points of the group ``d_emo.plugins``; once."""
