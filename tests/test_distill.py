@@ -97,3 +97,11 @@ def test_a_snapshot_that_does_not_say_its_objective_is_refused_by_the_run(tmp_pa
     (silent / "config.yaml").write_text(yaml.safe_dump({**config, "objective": None}))
     with pytest.raises(InputError, match="one-step goes on from a snapshot of flow, not of eps; first fine-tune it"):
         run_verb("distill", [str(silent), *FEATURES])
+
+
+def test_a_snapshot_that_does_not_say_its_data_is_not_distilled_on_others(tmp_path):
+    silent = tmp_path / "silent"
+    shutil.copytree(FLOW, silent)
+    (silent / "config.yaml").unlink()
+    with pytest.raises(InputError, match="does not say what it was trained on; name its --dataset or --data-dir"):
+        run_verb("distill", [str(silent), *FEATURES])

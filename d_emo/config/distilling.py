@@ -75,6 +75,10 @@ class DistillSettings(TrainSettings):
         if self.dataset is self.data_dir is self.latents is None:
             if there.get("latents") is not None:
                 raise InputError(f"{self.init_from} was trained on encoded latents; name their images by `data_dir`")
+            if there.get("dataset") is there.get("data_dir") is None:
+                raise InputError(
+                    f"{self.init_from} does not say what it was trained on; name its `dataset` or `data_dir`"
+                )
             left_open = [name for name in _OF_DATA if getattr(self, name) == getattr(type(self), name)]
             taken = {name: there[name] for name in left_open if name in there}
         return {**taken, "dataset": self.dataset or taken.get("dataset") or TrainSettings.dataset}
