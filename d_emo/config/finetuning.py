@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from d_emo.config.base import Settings, check_values, setting, type_hints
-from d_emo.config.paths import check_config
+from d_emo.config.paths import check_config, check_source
 from d_emo.config.ranges import Trained
 from d_emo.errors import InputError
 
@@ -66,8 +66,11 @@ class FineTuningSettings(Settings):
 
     def _there(self) -> dict[str, Any]:
         """The settings of the run that wrote the snapshot; none where its ``config.yaml`` is missing."""
-        file = Path(self.init_from or "") / "config.yaml"
-        if self.init_from is None or not file.is_file():
+        if self.init_from is None:
+            return {}
+        check_source("init_from", self.init_from)
+        file = Path(self.init_from) / "config.yaml"
+        if not file.is_file():
             return {}
         try:
             check_config(str(file))
