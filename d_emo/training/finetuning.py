@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.models import EMO
 from d_emo.models.counting import trained_parameters
@@ -131,11 +131,9 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
         most = sum(map(prod, layers.values())) // max(1, sum(map(sum, layers.values())))
         if rank > most:
             raise InputError(f"`train` {part}: adapters of a rank above {most} are larger than the layers they adapt")
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise InputError(f"`train` {part} needs PEFT: pip install 'd-emo[lora]'") from None
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
+        peft = imported("peft", f"`train` {part} needs PEFT", "d-emo[lora]")
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
+        peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head)):
             parameter.requires_grad_(True)
