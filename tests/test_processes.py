@@ -14,6 +14,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from test_resume import TINY, last_state, logged, same, train
+from timm.layers import BatchNormAct2d
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +25,7 @@ from d_emo.config import TrainSettings, run_cli
 from d_emo.ema import EMA
 from d_emo.io.training_state import gather_training, restore_training
 from d_emo.models import create_model
-from d_emo.models.layers import SyncedBatchNorm2d, synchronise_batch_norms
+from d_emo.models.layers import SYNCED, synchronise_batch_norms
 from d_emo.training.optimizer import make_optimizer
 from d_emo.training.parallel import Updates, open_accelerator
 
@@ -153,11 +154,17 @@ def test_validation_is_the_same_for_any_number_of_processes(tmp_path):
     assert list(one) == [2] and two == pytest.approx(one, rel=1e-4)
 
 
-def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_path):
+def norm_and_activation(dim):
+    return BatchNormAct2d(dim, act_layer=nn.SiLU)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, norm_and_activation, nn.BatchNorm1d])
+def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_path, norm):
     """Outputs, gradients and running statistics; the loss of a process is the mean over its share."""
     torch.manual_seed(0)
-    images, weights = torch.randn(6, 5, 3, 4) * 3 + 1, torch.randn(6, 5, 3, 4)
-    plain = nn.Sequential(nn.BatchNorm2d(5))
+    shape = (6, 5, 3, 4) if norm is not nn.BatchNorm1d else (6, 5, 12)
+    images, weights = torch.randn(shape) * 3 + 1, torch.randn(shape)
+    plain = nn.Sequential(norm(5))
     nn.init.normal_(plain[0].weight)
     start = {name: value.clone() for name, value in plain.state_dict().items()}
     inputs = images.clone().requires_grad_()
@@ -166,10 +173,10 @@ def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_pat
 
     def work(rank):
         distributed.init_process_group("gloo")
-        synced = nn.Sequential(nn.BatchNorm2d(5))
+        synced = nn.Sequential(norm(5))
         synced.load_state_dict(start)
         synchronise_batch_norms(synced)
-        assert isinstance(synced[0], SyncedBatchNorm2d)
+        assert isinstance(synced[0], tuple(SYNCED.values()))
         share = images[3 * rank : 3 * rank + 3].clone().requires_grad_()
         mine = synced(share)
         (mine * weights[3 * rank : 3 * rank + 3]).mean().backward()

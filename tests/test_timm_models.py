@@ -1,14 +1,19 @@
 """timm's own classifiers in the training room, for comparisons and as judges of another family."""
 
+import copy
+
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
 
 from d_emo.config import ClassifierSettings
 from d_emo.errors import InputError
 from d_emo.evaluation.features import create_extractor
 from d_emo.io.classifier import open_classifier
 from d_emo.models import create_model
+from d_emo.models.layers import synchronise_batch_norms
 from d_emo.models.registry import model_kind
 from d_emo.training import fit
 from d_emo.training.classifier import ClassifierTask
@@ -39,6 +44,25 @@ def test_a_name_of_timm_becomes_its_network():
 def test_what_timm_cannot_build_is_a_sentence(name, overrides, sentence):
     with pytest.raises(InputError, match=sentence):
         create_model(name, **overrides)
+
+
+def test_synchronised_batch_norms_keep_their_activations():
+    """timm has norms that end with an activation; what other classes do beside norming, nobody can know."""
+    torch.manual_seed(0)
+    model = create_model("timm:mobilenetv3_small_050", num_classes=3).train()
+    assert any(type(module) is BatchNormAct2d for module in model.modules())
+    images, before = torch.randn(2, 3, 32, 32), copy.deepcopy(model)
+    synchronise_batch_norms(model)
+    assert not any(type(module) in (nn.BatchNorm2d, BatchNormAct2d) for module in model.modules())
+    assert torch.equal(model(images), before(images))
+    for (name, value), (same, expected) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert name == same and torch.equal(value, expected)
+
+    class Other(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(InputError, match="`sync_batchnorm` does not know batch norms of class Other; leave it off"):
+        synchronise_batch_norms(nn.Sequential(Other(4)))
 
 
 def test_it_is_trained_measured_with_and_fine_tuned(tmp_path):

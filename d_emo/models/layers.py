@@ -206,7 +206,7 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
     PyTorch's own ``SyncBatchNorm`` runs on GPUs only. Statistics are computed in float32: the mean first, then the
     squared distances from it, each summed over the processes by a differentiable all-reduce.
 
-    Shape: (B, C, H, W) -> (B, C, H, W); with three axes (B, C, T, H, W).
+    Shape: (B, C, *) -> (B, C, *).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,6 +225,10 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
         return (centred * factor.view(column) + self.bias.view(column)).to(x.dtype)
 
 
+class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` over the batches of all processes. Shape: (B, C), (B, C, L) -> the same."""
+
+
 @kernels.known
 class SyncedBatchNorm2d(_Synced, nn.BatchNorm2d):
     """`nn.BatchNorm2d` over the batches of all processes. Shape: (B, C, H, W) -> (B, C, H, W)."""
@@ -235,18 +239,39 @@ class SyncedBatchNorm3d(_Synced, nn.BatchNorm3d):
     """`nn.BatchNorm3d` over the batches of all processes. Shape: (B, C, T, H, W) -> (B, C, T, H, W)."""
 
 
-SYNCED = {nn.BatchNorm2d: SyncedBatchNorm2d, nn.BatchNorm3d: SyncedBatchNorm3d}
+class SyncedBatchNormAct2d(SyncedBatchNorm2d):
+    """timm's batch norm that ends with dropout and an activation of its own. Shape: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+SYNCED = {nn.BatchNorm1d: SyncedBatchNorm1d, nn.BatchNorm2d: SyncedBatchNorm2d, nn.BatchNorm3d: SyncedBatchNorm3d}
 
 
 def synchronise_batch_norms(model: nn.Module) -> None:
-    """Make every batch norm of a model use the batch of all processes; parameters, buffers and names stay."""
+    """Make every batch norm of a model use the batch of all processes; parameters, buffers and names stay.
+
+    Raises:
+        InputError: A batch norm of another class, whose own work would be lost.
+    """
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            kind = next((ours for plain, ours in SYNCED.items() if isinstance(norm, plain)), None)
-            if kind and not isinstance(norm, kind):
-                synced = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum)
-                synced._parameters, synced._buffers = norm._parameters, norm._buffers
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, _Synced):
+                synced = _synced_kind(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+                synced._parameters, synced._buffers, synced._modules = norm._parameters, norm._buffers, norm._modules
                 setattr(parent, name, synced.train(norm.training))
+
+
+def _synced_kind(norm: nn.Module) -> type[_Synced]:
+    """By the exact class: one that is made of another's does more than that."""
+    if type(norm) in SYNCED:
+        return SYNCED[type(norm)]
+    from timm.layers import BatchNormAct2d  # half a second, which networks of ours do not need
+
+    if type(norm) is BatchNormAct2d:
+        return SyncedBatchNormAct2d
+    raise InputError(f"`sync_batchnorm` does not know batch norms of class {type(norm).__name__}; leave it off")
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
