@@ -47,12 +47,11 @@ def patch_resize(old: int, new: int) -> Tensor:
     Its pseudoinverse takes the kernel of a patch embedding along, so that a patch and the resized one give the same
     token (exactly so for larger patches, as nearly as can be for smaller ones).
 
+    Shape: () -> (new * new, old * old).
+
     Args:
         old: Side of the patch.
         new: Side of the resized one.
-
-    Returns:
-        Shape (new * new, old * old).
     """
     units = torch.eye(old * old).view(old * old, 1, old, old)
     return F.interpolate(units, size=(new, new), mode="bilinear", antialias=True).flatten(1).T
