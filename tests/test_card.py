@@ -65,6 +65,18 @@ def test_the_card_holds_what_the_run_was(snapshot):
     assert metadata.datasets is None
 
 
+def test_the_card_holds_the_recipe(tmp_path):
+    model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=10)
+    settings = TrainSettings(
+        model="D-EMOv2-Ti-2", dataset="digits", objective="flow", optimizer="muon", learning_rate=2e-3, warmup_steps=5,
+        timestep_sampling="logit-normal", time_shift=2, contrastive=0.05, align="vae",
+    ).resolve()  # fmt: skip
+    assert (
+        "| objective flow, label dropout 0.1, Muon at 0.002, constant schedule after 5 warm-up steps; logit-normal "
+        "timesteps (0, 1); timesteps shifted by 2; contrastive flow matching, weight 0.05; block aligned with vae |"
+    ) in text_of(save(tmp_path / "c", model, settings, objective="flow"))
+
+
 def test_a_classifier_has_its_own_card(tmp_path):
     model = create_model("emov2_1m", num_classes=10)
     measured = {"ema": {"top1": 0.98764, "top5": 1, "images": 359}, "raw": {"top1": 0.5, "top5": 0.75, "images": 359}}
