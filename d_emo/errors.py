@@ -9,7 +9,9 @@ import re
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -18,6 +20,10 @@ class InputError(ValueError):
 
 class OtherRunError(InputError):
     """A run folder holds a run of other settings or of another network, which cannot be resumed as this one."""
+
+
+class PackageError(InputError):
+    """A package that only some of d-emo needs is not installed, or cannot be imported."""
 
 
 class RunError(RuntimeError):
@@ -62,6 +68,32 @@ def of_the_system(error: BaseException) -> tuple[str, int] | None:
     if not isinstance(path, str | bytes | os.PathLike) or Path(_text(path)).is_relative_to(sys.prefix):
         return None
     return f"cannot use {_text(path)}: {reason}", 2
+
+
+def imported(module: str, need: str, install: str) -> Any:
+    """A module that only some of d-emo needs.
+
+    Args:
+        module: Its name, such as "mlxtend.data".
+        need: The beginning of the sentence that refuses: what needs the package.
+        install: What to give to ``pip install``.
+
+    Raises:
+        PackageError: The package is not installed; or it is, and its own import fails, such as for want of another.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:
+        package, reason = module.partition(".")[0], " ".join(str(error).split())[:200] or type(error).__name__
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        broken = "" if missing else f" ({package} is there, but its import fails: {reason})"
+        raise PackageError(f"{need}{broken}: pip install '{install}'") from None
+
+
+def unmet(error: ImportError) -> PackageError:
+    """An import that failed within a library, such as PEFT's of transformers within diffusers, in a sentence."""
+    remedy = f": pip install {error.name.partition('.')[0]}" if error.name else ""
+    return PackageError(f"the installed libraries need another package ({' '.join(str(error).split())}){remedy}")
 
 
 def write_error(error: Exception, path: Path) -> OSError | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d_emo.errors import InputError
+from d_emo.errors import imported
 from d_emo.files import replacing
 from d_emo.models import EMO
 from d_emo.models.attention import WindowAttention
@@ -42,14 +42,11 @@ def grad_cam(network: nn.Module, model: EMO, image: Tensor, label: int, *, stage
     Raises:
         InputError: if the library is not installed.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        raise InputError('Grad-CAM needs the package grad-cam: pip install "d-emo[explain]"') from error
+    cams = imported("pytorch_grad_cam", "Grad-CAM needs the package grad-cam", "d-emo[explain]")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     layer = model.norm if stage == 4 else model.stages[stage - 1][-1]
-    with GradCAM(network, [layer], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
+    with cams.GradCAM(network, [layer], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
         return torch.from_numpy(cam(image[None], [ClassifierOutputTarget(label)])[0])
 
 

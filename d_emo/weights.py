@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from d_emo.errors import InputError
+from d_emo.errors import InputError, unmet
 from d_emo.files import read_json
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,6 +23,18 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 OLD_ATTENTION = re.compile(rf"(?<=\.)(?:{'|'.join(RENAMED)})(?=\.(?:weight|bias)$)")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEM, SHOWN = "diffusion_pytorch_model", 4  # as diffusers names its files; how many tensors a sentence names
+
+
+def check_library() -> None:
+    """Have diffusers import what writing a network takes: before a run, not at its first snapshot.
+
+    Raises:
+        PackageError: It lacks a package, such as one that an installed PEFT needs.
+    """
+    try:
+        import_module("diffusers.hooks")
+    except ImportError as error:
+        raise unmet(error) from None
 
 
 def load_pretrained(kind: type[Model], folder: Path) -> Model:
@@ -41,6 +54,8 @@ def load_pretrained(kind: type[Model], folder: Path) -> Model:
         model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
     except InputError:
         raise
+    except ImportError as error:
+        raise unmet(error) from None
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
         raise InputError(f"{folder} cannot be read ({first_line(error)})") from None
     return model.eval()
@@ -59,6 +74,8 @@ def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = 
     try:
         with torch.device("meta"):
             wanted = shapes_of(kind.from_config(config).state_dict())
+    except ImportError as error:
+        raise unmet(error) from None
     except Exception as error:
         raise InputError(f"{folder / 'config.json'} makes no {kind.__name__} ({first_line(error)})") from None
     found: dict[str, tuple[int, ...]] = {}

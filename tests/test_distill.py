@@ -1,5 +1,6 @@
 """``d-emo distill`` is ``d-emo train --init-from SNAPSHOT --objective one-step``, with defaults for it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_objective_folder_and_data_are_the_snapshots(tmp_path):
     found = settings(run)
     assert (found.objective, found.output_dir) == ("one-step-x", "results/birds-one-step")
     assert (found.data_dir, found.exif, found.unconditional) == (str(ARTEFACTS / "photos"), False, True)
+    found = settings(run, "--no-unconditional", "--exif")
+    assert (found.data_dir, found.exif, found.unconditional) == (str(ARTEFACTS / "photos"), True, False)
     found = settings(run, "--dataset", "digits")
     assert (found.data_dir, found.dataset, found.exif, found.unconditional) == (None, "digits", None, False)
     found = settings(FLOW, "--data-dir", tmp_path)
@@ -74,7 +77,7 @@ def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch,
 @pytest.mark.parametrize(("arguments", "words"), [
     ([str(ARTEFACTS / "eps")], "--objective one-step goes on from a snapshot of flow, not of eps; first fine-tune it "
                                "with --objective flow"),
-    ([FLOW, "--objective", "one-step-x"], "goes on from a snapshot of flow-x, not of flow; first fine-tune it with"),
+    ([FLOW, "--objective", "one-step-x"], "from a snapshot of flow-x, not of flow; choose --objective one-step"),
     ([FLOW, "--objective", "flow"], "--objective must be one of one-step, one-step-x, not flow"),
     ([FLOW, "--contrastive", "0.05"], "--contrastive 0.05 belongs to --objective flow, flow-x, flow-eps"),
     ([FLOW, "--fd-features", "inception"], "--fd-features inception passes no gradients"),
@@ -97,6 +100,18 @@ def test_a_snapshot_that_does_not_say_its_objective_is_refused_by_the_run(tmp_pa
     (silent / "config.yaml").write_text(yaml.safe_dump({**config, "objective": None}))
     with pytest.raises(InputError, match="one-step goes on from a snapshot of flow, not of eps; first fine-tune it"):
         run_verb("distill", [str(silent), *FEATURES])
+    meta = json.loads((silent / "snapshot.json").read_text())
+    (silent / "snapshot.json").write_text(json.dumps({**meta, "objective": "flow-x"}))
+    with pytest.raises(InputError, match="of flow, not of flow-x; choose --objective one-step-x$"):
+        run_verb("distill", [str(silent), *FEATURES])
+
+
+@pytest.mark.parametrize("path", ["..", "../", "../../birds/.", "link"])
+def test_the_run_folder_has_the_name_of_the_real_one(path, tmp_path, monkeypatch):
+    (snapshot_of(tmp_path / "birds") / "samples").mkdir()
+    monkeypatch.chdir(tmp_path / "birds" / "samples")
+    Path("link").symlink_to(tmp_path / "birds")
+    assert settings(path).output_dir == "results/birds-one-step"
 
 
 def test_a_snapshot_that_does_not_say_its_data_is_not_distilled_on_others(tmp_path):

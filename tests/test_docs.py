@@ -83,6 +83,13 @@ def test_commands_and_flags_exist(page):
         assert set(named) <= flags(verb), f"{verb} has no {sorted(set(named) - flags(verb))}"
 
 
+@pages
+def test_commands_can_be_pasted(page):
+    """None is broken over lines, which a copied text keeps."""
+    spans = re.findall(r"`([^`]*)`", "\n".join(prose(page.read_text())))
+    assert [each for each in spans if "\n" in each and re.match(r"(python|accelerate|scripts/|d-emo )", each)] == []
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [page for page in ROOT.glob("docs/*.md") if f"({page.name})" not in index] == [ROOT / "docs/README.md"]

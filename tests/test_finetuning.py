@@ -15,7 +15,7 @@ from PIL import Image
 from d_emo.cli import train as train_verb
 from d_emo.config import ClassifierSettings, TrainSettings, VAESettings, parse_settings, write_yaml
 from d_emo.data import OneClass, open_dataset
-from d_emo.errors import InputError
+from d_emo.errors import InputError, PackageError
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.io.training_state import load_state
@@ -332,6 +332,12 @@ def test_a_classifier_is_fine_tuned_too(tmp_path, part, capsys):
     assert convolutions and not convolutions & moved
     raw = open_classifier(str(snapshot.path), "raw").model.state_dict()
     assert raw.keys() == snapshot.model.state_dict().keys()
+
+
+def test_a_package_that_a_snapshot_will_take_is_missed_before_the_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.hooks", None)
+    with pytest.raises(PackageError, match="the installed libraries need another package .*diffusers.hooks"):
+        DenoiserTask(TrainSettings())
 
 
 def test_adapters_without_peft_are_refused_in_words(digits, tmp_path, monkeypatch):

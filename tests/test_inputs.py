@@ -78,7 +78,7 @@ def test_segment_passes_over_what_cannot_be_read(pictures, capsys):
 
 
 @pytest.mark.parametrize(("source", "words"), [
-    ("{}/none.png", "images`? {}/none.png does not exist"), ("{}/*.webp", "matches {}/\\*.webp holds no images"),
+    ("{}/none.png", "IMAGES {}/none.png does not exist"), ("{}/*.webp", "matches {}/\\*.webp holds no images"),
     ("{}/broken.png", "--skip-corrupt passes over such images"),
 ])  # fmt: skip
 def test_segment_refuses_in_a_sentence(source, words, pictures, capsys):

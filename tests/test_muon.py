@@ -1,5 +1,7 @@
 """Muon on the matrices of the blocks."""
 
+import copy
+
 import pytest
 import torch
 
@@ -82,6 +84,18 @@ def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw(name, wanted):
     assert all(kind == moments[name in found] for name, kind in kinds.items())
 
 
+def test_the_iteration_takes_what_the_guide_says():
+    """docs/training.md counts 5 (2 m^2 n + m^3) multiply-adds for a matrix of m x n, 120 C^3 for a block of width C."""
+    with torch.device("meta"):
+        model = create_model("D-EMOv2-S-2", depth=1)
+    total = 0
+    for name, parts in model.block_matrices().items():
+        rows, columns = model.get_parameter(name).shape
+        m, n = sorted((rows // parts, columns))
+        total += parts * muon.ITERATIONS * (2 * m**2 * n + m**3)
+    assert total == 120 * 384**3
+
+
 def test_wrong_combinations_are_refused():
     with pytest.raises(InputError, match="`optimizer` muon is for whole matrices; with `train` lora:4 use adamw"):
         TrainSettings(optimizer="muon", train="lora:4", init_from="x")
@@ -93,14 +107,27 @@ def test_wrong_combinations_are_refused():
         make_optimizer(model, TrainSettings(optimizer="muon"), {}, CPU)
 
 
-def test_it_iterates_in_bfloat16_where_that_is_multiplied_and_bits_may_differ(monkeypatch):
-    matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: False)
-    exact = orthogonal(matrix)
-    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(kernels, "asked_fixed", lambda: True)
-    assert torch.equal(orthogonal(matrix), exact) and not torch.equal(exact, exact.bfloat16().float())
-    monkeypatch.setattr(kernels, "asked_fixed", lambda: False)
-    rounded = orthogonal(matrix)
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    assert (rounded - exact).norm() < 0.1 * exact.norm()
+def test_a_run_keeps_the_precision_it_began_with(monkeypatch):
+    """bfloat16 where the CPU multiplies it and bits may differ; a resumed run takes that of its state."""
+    gradient = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+
+    def update_of(multiplies: bool, fixed: bool, state: dict | None = None) -> tuple[torch.Tensor, dict]:
+        monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: multiplies)
+        monkeypatch.setattr(kernels, "asked_fixed", lambda: fixed)
+        weight = torch.nn.Parameter(torch.zeros(32, 48))
+        optimizer = Muon([{"params": [weight], "matrices": 1, "weight_decay": 0.0}], lr=1.0)
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        weight.grad = gradient
+        optimizer.step()
+        return weight.detach(), optimizer.state_dict()
+
+    exact, state = update_of(False, False)
+    rounded, low_state = update_of(True, False)
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    assert torch.equal(update_of(True, True)[0], exact)
+    assert torch.equal(update_of(True, False, state)[0], update_of(False, False, state)[0])
+    assert torch.equal(update_of(False, True, low_state)[0], update_of(True, False, low_state)[0])
+    older = {**state, "param_groups": [{k: v for k, v in group.items() if k != "precision"} for group in
+                                       state["param_groups"]]}  # fmt: skip
+    assert torch.equal(update_of(True, True, older)[0], update_of(False, False, older)[0])

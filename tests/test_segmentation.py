@@ -347,7 +347,7 @@ def test_segment_writes_a_picture_a_mask_and_json_for_each_image(tmp_path, sourc
 @pytest.mark.parametrize(
     "image, model, words",
     [
-        ("nowhere.png", "pspnet-emov2_1m", "images nowhere.png does not exist"),
+        ("nowhere.png", "pspnet-emov2_1m", "IMAGES nowhere.png does not exist"),
         ("photos", "emov2_1m", "emov2_1m is a classifier; name a segmenter"),
         ("photos/notes.txt", "pspnet-emov2_1m", "cannot read the image .*notes.txt"),
         ("empty", "pspnet-emov2_1m", "empty holds no images"),

@@ -14,7 +14,7 @@ import torch
 
 from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
-from d_emo.errors import InputError, fields_as
+from d_emo.errors import InputError, fields_as, imported
 from d_emo.sampling import SampleRequest, caption, save_pngs
 from d_emo.text import plural
 
@@ -50,11 +50,7 @@ def import_gradio() -> Any:
         InputError: It is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        raise InputError("the page needs Gradio: pip install 'd-emo[app]' (in a checkout: -e '.[app]')") from None
-    return gradio
+    return imported("gradio", "the page needs Gradio", "d-emo[app]")
 
 
 def check_address(host: str, port: int) -> None:

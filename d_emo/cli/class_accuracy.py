@@ -64,11 +64,10 @@ def run(settings: JudgeSettings) -> None:
         return compare_samplers(metrics, runs, samplers, labels, record, Path(settings.output))
     by_part: dict[str, dict[int, float]] = {}
     drawn = metrics.measure(draw_classes(sampler, labels.tolist()), labels, by_part)
+    words = {part: words_of_parts(features.class_names, DATASETS[data].label_parts[part]) for part in by_part}
     record["by_part"] = {
-        part: {words_of_parts(features.class_names, DATASETS[data].label_parts[part])[digit]: rate
-               for digit, rate in rates.items()}
-        for part, rates in by_part.items()
-    }  # fmt: skip
+        part: {words[part][digit]: rate for digit, rate in rates.items()} for part, rates in by_part.items()
+    }
     record["conditions"] = (
         f"guidance {settings.guidance_scale:g}, {runs[0][1]} steps of {runs[0][0]}, images {settings.num_images}"
     )

@@ -248,7 +248,7 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         if each.metadata.get("group"):
             title = each.metadata["group"]
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        options: dict[str, Any] = {"type": hints[each.name], "help": each.metadata.get("help", "")}
+        flag, options = flag_of(each), {"type": hints[each.name], "help": each.metadata.get("help", "")}
         if each.metadata.get("choices") is not None:
             options["help"] += f" ({', '.join(map(_choice, each.metadata['choices'].values()))})"
         if each.default is not MISSING:
@@ -257,9 +257,8 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
             options["default"] = each.default_factory()
             options["nargs"] = "+"
             options["type"] = options["type"].__args__[0]
-        elif each.metadata.get("flag") == each.name:  # without dashes: positional
-            group.add_argument(each.name, nargs="+", type=options["type"].__args__[0], help=options["help"])
-            continue
+        elif flag.isupper() and get_origin(hints[each.name]) is list:
+            options |= {"nargs": "+", "type": options["type"].__args__[0]}
         else:
             options["required"] = True
         switch = bool in (options["type"], *get_args(options["type"]))
@@ -269,7 +268,6 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
             options["type"] = options["type"] | bool  # YAML reads a plain no as false
         if each.metadata.get("nargs"):
             options["nargs"], options["type"] = each.metadata["nargs"], str
-        flag = flag_of(each)
         if flag.isupper():  # the word for a positional argument in --help
             options.pop("required", None)
             action = group.add_argument(each.name, metavar=flag, **options)

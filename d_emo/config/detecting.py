@@ -42,7 +42,7 @@ class DetectorSettings(ReadingSettings, DenseSettings):
     )
     init_from: str | None = setting(
         None, "start the backbone from a classifier: a snapshot, a released file, or a folder made by "
-        "convert_weights.py", source=True
+        "d-emo convert", source=True
     )
     batch_size: Count = setting(192, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW", aliases=["--lr"])
@@ -85,7 +85,7 @@ class DetectSettings(ReadingSettings):
     """Settings of ``scripts/detect.py``."""
 
     images: list[str] = setting(
-        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="images", group="Input",
+        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="IMAGES", group="Input",
         source="or a pattern"
     )
     skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from d_emo.config.base import setting
+from d_emo.config.paths import followed
 from d_emo.config.ranges import Count, Positive
 from d_emo.config.training import TrainSettings
 from d_emo.errors import InputError
-from d_emo.tables import DATASETS, OBJECTIVES, SomeRows, check_start
+from d_emo.tables import DATASETS, OBJECTIVES, SomeRows, check_start, going_on_from
 
 _ONE_STEP = SomeRows(OBJECTIVES, lambda row: row.starts_from is not None)
 _OF_DATA = ("dataset", "data_dir", "exif", "background", "flip", "num_images", "skip_corrupt", "unconditional")
@@ -34,6 +34,14 @@ class DistillSettings(TrainSettings):
     )
     dataset: str | None = setting(
         None, "built-in data set. Default: the data that the snapshot was trained on", group="Data", choices=DATASETS
+    )
+    skip_corrupt: bool | None = setting(
+        None, "pass over images that cannot be read, with their names and number. Default: as the snapshot's run, "
+        "where the data are its own", resumable=True
+    )
+    unconditional: bool | None = setting(
+        None, "one class for all images, no label dropout; --data-dir may then be flat. Default: as the snapshot's "
+        "run, where the data are its own", group="Objective"
     )
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, samples, logs. Default: results/<run>-one-step", resumable=True,
@@ -60,29 +68,25 @@ class DistillSettings(TrainSettings):
         """
         there = TrainSettings(init_from=self.init_from)._there()
         start = there.get("objective")
-        fitting = [name for name, row in _ONE_STEP.items() if start in (row.starts_from, name)]
-        objective = self.objective or next(iter([*fitting, *_ONE_STEP]))
+        objective = self.objective or going_on_from(start) or next(iter(_ONE_STEP))
         if start is not None:
             check_start(objective, start)
+        given = {name: value for name, value in vars(self).items() if value is not None}
         return TrainSettings(**{
-            **vars(self), **self._data(there), "objective": objective, "output_dir": self.output_dir or self._folder(),
+            **self._data(there), **given, "objective": objective, "output_dir": self.output_dir or self._folder(),
             "max_steps": self.max_steps or (5_000 if self.epochs is None else None),
         }).resolve(**facts)
 
     def _data(self, there: dict[str, Any]) -> dict[str, Any]:
-        """The settings of the data, those of the snapshot's run where none are named."""
-        taken: dict[str, Any] = {}
-        if self.dataset is self.data_dir is self.latents is None:
-            if there.get("latents") is not None:
-                raise InputError(f"{self.init_from} was trained on encoded latents; name their images by `data_dir`")
-            if there.get("dataset") is there.get("data_dir") is None:
-                raise InputError(
-                    f"{self.init_from} does not say what it was trained on; name its `dataset` or `data_dir`"
-                )
-            left_open = [name for name in _OF_DATA if getattr(self, name) == getattr(type(self), name)]
-            taken = {name: there[name] for name in left_open if name in there}
-        return {**taken, "dataset": self.dataset or taken.get("dataset") or TrainSettings.dataset}
+        """The settings of the data of the snapshot's run, where none are named."""
+        if not self.dataset is self.data_dir is self.latents is None:
+            return {}
+        if there.get("latents") is not None:
+            raise InputError(f"{self.init_from} was trained on encoded latents; name their images by `data_dir`")
+        if there.get("dataset") is there.get("data_dir") is None:
+            raise InputError(f"{self.init_from} does not say what it was trained on; name its `dataset` or `data_dir`")
+        return {name: there[name] for name in _OF_DATA if there.get(name) is not None}
 
     def _folder(self) -> str:
-        run = Path(self.init_from).absolute()
+        run = followed(self.init_from)
         return f"results/{(run.parents[1] if run.parent.name == 'snapshots' else run).name}-one-step"

@@ -13,7 +13,7 @@ class ExportSettings(Settings):
 
     model: str = setting(
         help="a snapshot or run folder of a denoiser, classifier, detector or segmenter, a released .pth file, a folder"
-        " made by convert_weights.py, or a name of list_models() with random weights", flag="MODEL", group="Model",
+        " made by d-emo convert, or a name of list_models() with random weights", flag="MODEL", group="Model",
         source="or a name"
     )
     image_size: list[ClassifierSide] = setting(

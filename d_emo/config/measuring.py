@@ -41,7 +41,7 @@ class EvaluateClassifierSettings(ReadingSettings):
     """Settings of ``scripts/evaluate_classifier.py``."""
 
     model: str = setting(
-        help="a snapshot or run folder, a released .pth file, or a folder made by convert_weights.py", flag="MODEL",
+        help="a snapshot or run folder, a released .pth file, or a folder made by d-emo convert", flag="MODEL",
         group="Model", source="or a name",
     )
     weights: Literal["ema", "raw"] = setting(
@@ -127,7 +127,7 @@ class ExplainSettings(ReadingSettings):
 
     image: str = setting(help="image file to explain", flag="IMAGE", group="Input", source=True)
     model: str = setting(
-        help="classifier: a snapshot or run folder, a released .pth file, a folder made by convert_weights.py, or a "
+        help="classifier: a snapshot or run folder, a released .pth file, a folder made by d-emo convert, or a "
         "name of list_models() with random weights", source="or a name"
     )
     image_size: ClassifierSide | None = setting(None, "side of the centre crop in pixels. Default: the classifier's")
@@ -153,7 +153,7 @@ class FidSettings(ReadingSettings):
         None, "snapshot or run folder to sample from and measure, instead of --samples", source=True
     )
     reference: str | None = setting(
-        None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of make_reference.py or ADM",
+        None, "real images to compare with: folder, zip, or .npz (arr_0, or mu and sigma) of d-emo reference or ADM",
         source=True,
     )
     num_images: Count | None = setting(
@@ -246,7 +246,7 @@ class ReferenceSettings(ReadingSettings):
 class PlotSettings(Settings):
     """Settings of ``scripts/plot_loss.py``."""
 
-    runs: list[str] = setting(help="run folders", flag="runs", group="Curves", source=True)
+    runs: list[str] = setting(help="run folders", flag="RUNS", group="Curves", source=True)
     published: str = setting("auto", "published curve to add: auto (of the runs' models), none, or a model's name")
     smooth: Whole = setting(0, "window of a running mean, in steps")
     output: str = setting(

@@ -33,7 +33,7 @@ class SegmenterSettings(DenseSettings):
     )
     init_from: str | None = setting(
         None, "start the backbone from a classifier of the same name: a snapshot, a released file, a folder made by "
-        "convert_weights.py", source=True
+        "d-emo convert", source=True
     )
     freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
     data_dir: str | None = setting(
@@ -120,7 +120,7 @@ class SegmentSettings(ReadingSettings):
     """Settings of ``scripts/segment.py``."""
 
     images: list[str] = setting(
-        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="images", group="Input",
+        help="image files, folders of them, or quoted patterns such as 'photos/*.jpg'", flag="IMAGES", group="Input",
         source="or a pattern"
     )
     skip_corrupt: bool = setting(False, "pass over images that cannot be read, with their names and number")

@@ -24,15 +24,15 @@ class StudySettings(Settings):
         help="folder of the report: report.md, CSV files, plots and sample grids", output="shared"
     )
     encode: dict[str, Any] | None = setting(
-        None, "settings of scripts/encode_latents.py: encode the data once, for all runs. Default: the runs name data",
+        None, "settings of d-emo encode: encode the data once, for all runs. Default: the runs name data",
         group="Training",
     )
     data_dir: str | None = setting(
-        None, "with encode: the images, as --data-dir of scripts/encode_latents.py", source=True
+        None, "with encode: the images, as --data-dir of d-emo encode", source=True
     )
-    train: dict[str, Any] = setting(help="settings of scripts/train_dit.py that all runs share")
+    train: dict[str, Any] = setting(help="settings of d-emo train that all runs share")
     runs: dict[str, dict[str, Any]] = setting(
-        help="by name, settings of scripts/train_dit.py that differ between runs; model_options are added to the "
+        help="by name, settings of d-emo train that differ between runs; model_options are added to the "
         "shared ones. {of: NAME, norm_buffers: initial} measures another run's weights with the batch norms' running "
         "statistics as they were before training"
     )
@@ -42,7 +42,7 @@ class StudySettings(Settings):
         "Default: one table of all runs", group="Report",
     )
     launch: list[str] = setting(
-        [], "arguments of accelerate launch for training, encoding and scripts/fid.py, e.g. [--num_processes, '8']. "
+        [], "arguments of accelerate launch for training, encoding and d-emo fid, e.g. [--num_processes, '8']. "
         "Default: one process, without the launcher", group="Training",
     )
     judge: str | None = setting(
@@ -50,10 +50,10 @@ class StudySettings(Settings):
         "trained first, where its run is not complete", group="Measurement", source=True,
     )
     reference: str | None = setting(
-        None, "measure by scripts/fid.py against these real images (or statistics), instead of by a classifier",
+        None, "measure by d-emo fid against these real images (or statistics), instead of by a classifier",
         source=True,
     )
-    fid: dict[str, Any] | None = setting(None, "with --reference: further settings of scripts/fid.py")
+    fid: dict[str, Any] | None = setting(None, "with --reference: further settings of d-emo fid")
     measure: Literal["all", "last"] = setting("all", "every snapshot of a run, or the last one only")
     num_images: Images = setting(1000, "samples for each measurement")
     guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
@@ -75,7 +75,7 @@ class StudySettings(Settings):
 
     def check(self) -> None:
         if (self.judge is None) == (self.reference is None):
-            raise InputError("give a study either `judge` (a classifier) or `reference` (for scripts/fid.py)")
+            raise InputError("give a study either `judge` (a classifier) or `reference` (for d-emo fid)")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise InputError(f"`seeds` {self.seeds} must be different numbers, at least one")
         if self.data_dir is not None:

@@ -186,7 +186,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         None, "side of the (centre-cropped) images in pixels. Default: 256, or that of --latents"
     )
     latents: str | None = setting(
-        None, "folder that scripts/encode_latents.py wrote, instead of images",
+        None, "folder that d-emo encode wrote, instead of images",
         resumable=True, decisive=True, source=True
     )
     vae: str | None = setting(
@@ -325,7 +325,7 @@ class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, Rehea
         0.875, "in evaluation: side of the centre crop over the image's shorter side"
     )
     teacher: str | None = setting(
-        None, "distillation: a timm model, a released EMO file, a folder made by convert_weights.py, or a snapshot "
+        None, "distillation: a timm model, a released EMO file, a folder made by d-emo convert, or a snapshot "
         "of a classifier", group="Distillation", source="or a name"
     )
     teacher_weights: str | None = setting(

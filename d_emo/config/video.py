@@ -34,7 +34,7 @@ class VideoSettings(RunSettings, RehearsedSettings):
     )
     init_from: str | None = setting(
         None, "start from the weights of an image classifier of the same size (a snapshot, a released file, a folder "
-        "made by convert_weights.py), whose kernels are inflated, or of a snapshot of a video classifier",
+        "made by d-emo convert), whose kernels are inflated, or of a snapshot of a video classifier",
         source=True
     )
     inflate: Literal["divide", "repeat"] = setting(

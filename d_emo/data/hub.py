@@ -10,7 +10,7 @@ from d_emo.data.listing import find_splits, list_files, list_folders
 from d_emo.data.names import number_classes, read_class_names
 from d_emo.data.reading import AS_VIEWED, Reading, is_image
 from d_emo.data.stored import StoredImages
-from d_emo.errors import InputError, RunError, said
+from d_emo.errors import InputError, RunError, imported, said
 from d_emo.files import expand_home
 
 _IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
@@ -153,10 +153,7 @@ class HubStream(HubImages):
 
 def _load(source: str, config: str | None, split: str | None, *, streaming: bool) -> Any:
     """One split, by whatever way the source asks for."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("hf: data need the library datasets; pip install 'd-emo[datasets]'") from None
+    datasets = imported("datasets", "hf: data need the library datasets", "d-emo[datasets]")
     folder = expand_home(source)
     if folder.suffix == ".py" or (folder / f"{folder.resolve().name}.py").is_file():
         raise InputError(

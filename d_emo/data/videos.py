@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from d_emo.data.reading import naming
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 
 VIDEOS = {
     ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
@@ -151,11 +151,7 @@ def stamp_of(part: Any) -> int | None:
 
 def import_av() -> Any:
     """PyAV; InputError where it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise InputError("videos are read by PyAV: pip install 'd-emo[video]'") from None
-    return av
+    return imported("av", "videos are read by PyAV", "d-emo[video]")
 
 
 def _stream_of(container: Any) -> Any:

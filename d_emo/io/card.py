@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
 from d_emo.io.schema import noise_schedule, snapshot_meta
-from d_emo.tables import DATASETS, OBJECTIVES, SCENES, family_of, objective_of
+from d_emo.tables import DATASETS, OBJECTIVES, OPTIMIZERS, SCENES, family_of, objective_of
 from d_emo.text import plural
 
 _FIGURE = ("name", "value", "remark")
@@ -37,7 +37,9 @@ def write_card(folder: str | Path) -> Path:
     name, data = settings["model"], _data_name(meta, settings)
     source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
     built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
+    optimizer = settings.get("optimizer", "adamw")
     facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
+             "optimizer": OPTIMIZERS[optimizer].title if optimizer in OPTIMIZERS else optimizer,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     tasks = {
         "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d_emo.config import write_yaml
-from d_emo.errors import InputError
+from d_emo.errors import InputError, PackageError, unmet
 from d_emo.files import digest_of_file, matches, read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
@@ -244,9 +244,13 @@ def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in here is a snapshot that cannot be used, in a sentence."""
+    """Whatever goes wrong in here is a snapshot that cannot be used, in a sentence; or a package that is missing."""
     try:
         yield
+    except PackageError:
+        raise
+    except ImportError as error:
+        raise unmet(error) from None
     except Exception as error:  # settings of a model that does not exist, say
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the snapshot {path} is damaged or incomplete ({reason})") from None

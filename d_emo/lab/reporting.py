@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 
 
 def make_folder(folder: Path, what: str) -> None:
@@ -17,11 +17,8 @@ def make_folder(folder: Path, what: str) -> None:
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of matplotlib, without a window, its sides in inches; InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("drawing needs matplotlib: pip install 'd-emo[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    figures = imported("matplotlib.figure", "drawing needs matplotlib", "d-emo[plot]")
+    return figures.Figure(figsize=(width, height), layout="constrained")
 
 
 def logarithmic(panel: Any, name: str, numbers: Sequence[float]) -> None:

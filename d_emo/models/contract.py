@@ -70,6 +70,10 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         check_finite(model.state_dict(), str(path))
         return (model, info) if output_loading_info else model
 
+    def weights_from(self, other: "DenoiserFrame") -> dict[str, Tensor]:
+        """State of a model of this kind that differs at most in `free_settings`, for this one to load."""
+        return other.state_dict()
+
     @classmethod
     @abstractmethod
     def settings_for(cls, latent_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:

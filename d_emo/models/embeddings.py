@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d_emo.models.layers import Layers
@@ -38,6 +39,22 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     if isinstance(x, torch.fx.Proxy) or x.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def patch_resize(old: int, new: int) -> Tensor:
+    """The linear map that resizes the values of a patch, bilinearly; B of FlexiViT (Beyer et al., 2023), section 3.4.
+
+    Its pseudoinverse takes the kernel of a patch embedding along, so that a patch and the resized one give the same
+    token (exactly so for larger patches, as nearly as can be for smaller ones).
+
+    Shape: () -> (new * new, old * old).
+
+    Args:
+        old: Side of the patch.
+        new: Side of the resized one.
+    """
+    units = torch.eye(old * old).view(old * old, 1, old, old)
+    return F.interpolate(units, size=(new, new), mode="bilinear", antialias=True).flatten(1).T
 
 
 class TimestepEmbedder(nn.Module):

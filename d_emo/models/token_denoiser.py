@@ -17,7 +17,7 @@ from d_emo import kernels
 from d_emo.errors import InputError
 from d_emo.models.blocks import adaln_projection
 from d_emo.models.contract import DenoiserFrame
-from d_emo.models.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from d_emo.models.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, patch_resize, sincos_position_embedding
 from d_emo.models.layers import LARGEST_COUNT, MOST_BLOCKS, NORM_EPS, checkpoint_block, is_count, pair
 from d_emo.tables import BLOCKS, load
 
@@ -76,7 +76,7 @@ class TokenDenoiser(DenoiserFrame):
     label_parameter = "y_embedder.embedding_table.weight"
     head = ("final_layer.",)
     fixed_tensors = ("pos_embed",)
-    free_settings = ("num_classes", "sample_size", "window_size")
+    free_settings = ("num_classes", "sample_size", "window_size", "patch_size")
 
     def _begin(
         self, *, sample_size: int | tuple[int, int], patch_size: int, in_channels: int, out_channels: int | None,
@@ -130,6 +130,17 @@ class TokenDenoiser(DenoiserFrame):
         self.gradient_checkpointing = False
         self.projected, self.projector = 0, None  # see `project`
         self.initialize_weights()
+
+    def weights_from(self, other: DenoiserFrame) -> dict[str, Tensor]:
+        weights, old, new = other.state_dict(), other.config.patch_size, self.config.patch_size
+        if old != new:
+            embed = weights["x_embedder.proj.weight"]
+            spread = patch_resize(old, new).to(embed)  # (new * new, old * old)
+            weights["x_embedder.proj.weight"] = (embed.flatten(2) @ torch.linalg.pinv(spread)).unflatten(2, (new, new))
+            for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+                rows = weights[name].unflatten(0, (old * old, -1))  # (old * old, C_out, ...)
+                weights[name] = torch.einsum("no,oc...->nc...", spread, rows).flatten(0, 1)
+        return weights
 
     @abstractmethod
     def block_sequence(self) -> list[nn.Module]:

@@ -36,6 +36,7 @@ from d_emo.tables.objectives import (
     ObjectiveRow,
     SchedulerRow,
     check_start,
+    going_on_from,
     noise_objectives,
     objective_of,
     schedulers_of,

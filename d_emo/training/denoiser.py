@@ -29,6 +29,7 @@ from d_emo.tables import DATASETS, OBJECTIVES, check_start, load, parse_features
 from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.progress import means
+from d_emo.weights import check_library
 
 OF_TRAINING = ("projector", "moments")
 """Parts of a model that training states keep and snapshots have not: those of alignment and of one-step objectives."""
@@ -50,6 +51,7 @@ class DenoiserTask:
     smaller = "A small one for such a machine: `d-emo train --config configs/shapes64_ti.yaml`."
 
     def __init__(self, settings: TrainSettings):
+        check_library()
         if settings.init_from is not None:
             load_meta(settings.init_from)  # which is of a denoiser
         settings = settings.resolve()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 from d_emo.io.snapshot import load_classifier, load_denoiser
 from d_emo.models import EMO
 from d_emo.models.counting import trained_parameters
@@ -29,8 +29,9 @@ def start_from(
     """Copy a snapshot's weights into a new model for fine-tuning.
 
     Classes and latent size may be others: the label table keeps the rows of classes with the same name and the null
-    row, and the position embedding stays the new model's. The objective may be another too: what a network knows of
-    its images serves both, and only what it says of them is learnt anew. All else must be alike.
+    row, and the position embedding stays the new model's. The patch size may be another: the weights that read and
+    write patches are resized. The objective may be another too: what a network knows of its images serves both, and
+    only what it says of them is learnt anew. All else must be alike.
 
     Args:
         path: Snapshot folder, or a run folder for its newest one.
@@ -68,7 +69,7 @@ def start_from(
     known, words = _matched(old.class_names, class_names) if keep_labels else ({}, "with a new label table")
     table[list(known)] = rows[list(known.values())]
     own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
-    model.load_state_dict({**old.model.state_dict(), **own, model.label_parameter: table})
+    model.load_state_dict({**model.weights_from(old.model), **own, model.label_parameter: table})
     other = "" if old.objective == objective else f", trained with {old.objective}"
     return f"Weights from {old.path} (step {old.meta['step']:,}{other}), {words}.", _trained(old.meta)
 
@@ -131,11 +132,9 @@ def train_only(model: nn.Module, part: str, *, head: Sequence[str]) -> str:
         most = sum(map(prod, layers.values())) // max(1, sum(map(sum, layers.values())))
         if rank > most:
             raise InputError(f"`train` {part}: adapters of a rank above {most} are larger than the layers they adapt")
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise InputError(f"`train` {part} needs PEFT: pip install 'd-emo[lora]'") from None
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
+        peft = imported("peft", f"`train` {part} needs PEFT", "d-emo[lora]")
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
+        peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(head)):
             parameter.requires_grad_(True)

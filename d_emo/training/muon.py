@@ -55,6 +55,9 @@ class Muon(torch.optim.AdamW):
     as q, k and v of one projection. A sharded parameter (FSDP2) keeps its momentum sharded; its update is gathered, and
     made whole by every process.
 
+    On a GPU the iteration runs in bfloat16. On a CPU its precision is that of the first step, which training states
+    keep with the groups: see `precision_here`.
+
     Args:
         groups: Of parameters; those with ``matrices`` have two axes.
         lr: Learning rate.
@@ -89,7 +92,9 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         update = whole(gradient.lerp(state["momentum"], group["momentum"]))
-        update = torch.cat([orthogonal(each) for each in update.chunk(group["matrices"])])
+        low = update.is_cuda or group.setdefault("precision", precision_here()) == "bfloat16"
+        dtype = torch.bfloat16 if low else torch.float32
+        update = torch.cat([orthogonal(each, dtype) for each in update.chunk(group["matrices"])])
         rows, columns = parameter.shape[0] // group["matrices"], parameter.shape[1]
         if isinstance(parameter, DTensor):
             update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
@@ -108,16 +113,24 @@ def multiplies_bfloat16() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def precision_here() -> str:
+    """Of the iteration in a run that begins on this CPU: "bfloat16", as in Jordan et al., where it multiplies that;
+    else "float32", and with ``D_EMO_KERNELS=fixed``."""
+    return "bfloat16" if multiplies_bfloat16() and not kernels.asked_fixed() else "float32"
+
+
+def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """About U V^T of a matrix U S V^T: five steps of Newton-Schulz; the singular values end between 0.7 and 1.2.
 
-    In bfloat16, as in Jordan et al., on a GPU and on a CPU that multiplies it, in float32 elsewhere and on a CPU with
-    ``D_EMO_KERNELS=fixed``. A matrix of zeros stays one.
+    A matrix of zeros stays one.
+
+    Args:
+        matrix: Of rank two.
+        dtype: Of the iteration.
 
     Shape: (rows, columns) -> same.
     """
-    on_cpu = matrix.device.type == "cpu" and multiplies_bfloat16() and not kernels.asked_fixed()
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda or on_cpu else torch.float32)
+    x = matrix.to(dtype)
     x = x.mT if (tall := len(x) > x.shape[1]) else x
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = COEFFICIENTS

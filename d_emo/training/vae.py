@@ -15,6 +15,7 @@ from d_emo.device import best_device
 from d_emo.files import filling, write_json
 from d_emo.io.card import describe_hardware, write_card_file
 from d_emo.latents import VAECodec
+from d_emo.weights import check_library
 
 
 def train_vae(settings: VAESettings) -> dict[str, float]:
@@ -25,6 +26,7 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     """
     from diffusers import AutoencoderKL
 
+    check_library()
     device = best_device()
     torch.manual_seed(settings.seed)
     levels = len(settings.block_out_channels)
