@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,24 @@ def imported(module: str, need: str, install: str) -> Any:
         return import_module(module)
     except Exception as error:
         package, reason = module.partition(".")[0], " ".join(str(error).split())[:200] or type(error).__name__
-        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        broken = "" if missing else f" ({package} is there, but its import fails: {reason})"
-        raise PackageError(f"{need}{broken}: pip install '{install}'") from None
+        lacks = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if lacks and f"{module}.".startswith(f"{lacks}."):
+            raise PackageError(f"{need}: pip install '{install}'") from None
+        lacks = lacks.partition(".")[0]
+        again = f"--force-reinstall {packages_distributions().get(package, [package])[0]}"
+        remedy = again if lacks in ("", package) else lacks
+        because = f"{package} is there, but its import fails: {reason}"
+        raise PackageError(f"{need} ({because}): pip install {remedy}") from None
 
 
 def unmet(error: ImportError) -> PackageError:
     """An import that failed within a library, such as PEFT's of transformers within diffusers, in a sentence."""
-    remedy = f": pip install {error.name.partition('.')[0]}" if error.name else ""
-    return PackageError(f"the installed libraries need another package ({' '.join(str(error).split())}){remedy}")
+    package, _, inner = (error.name or "").partition(".")
+    reason, missing = " ".join(str(error).split()), isinstance(error, ModuleNotFoundError)
+    broken = f"{package or 'a package'} cannot be imported"
+    begin = "the installed libraries need another package" if missing else broken
+    upgrade = "" if missing and not inner else "-U "
+    return PackageError(f"{begin} ({reason})" + (f": pip install {upgrade}{package}" if package else ""))
 
 
 def write_error(error: Exception, path: Path) -> OSError | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from d_emo.errors import InputError, unmet
+from d_emo.errors import InputError, PackageError, unmet
 from d_emo.files import read_json
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,10 +32,8 @@ def check_library() -> None:
     Raises:
         PackageError: It lacks a package, such as one that an installed PEFT needs.
     """
-    try:
+    with _telling_unmet():
         import_module("diffusers.hooks")
-    except ImportError as error:
-        raise unmet(error) from None
 
 
 def load_pretrained(kind: type[Model], folder: Path) -> Model:
@@ -51,11 +50,10 @@ def load_pretrained(kind: type[Model], folder: Path) -> Model:
     """
     variant = check_pretrained(kind, folder)
     try:
-        model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
+        with _telling_unmet():
+            model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
     except InputError:
         raise
-    except ImportError as error:
-        raise unmet(error) from None
     except Exception as error:  # diffusers and safetensors raise many types for a damaged file
         raise InputError(f"{folder} cannot be read ({first_line(error)})") from None
     return model.eval()
@@ -72,10 +70,10 @@ def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = 
         raise InputError(f"{folder} holds {config.get('_class_name', 'another network')}, not {kind.__name__}")
     files, variant = find_weights(folder, variant)
     try:
-        with torch.device("meta"):
+        with _telling_unmet(), torch.device("meta"):
             wanted = shapes_of(kind.from_config(config).state_dict())
-    except ImportError as error:
-        raise unmet(error) from None
+    except PackageError:
+        raise
     except Exception as error:
         raise InputError(f"{folder / 'config.json'} makes no {kind.__name__} ({first_line(error)})") from None
     found: dict[str, tuple[int, ...]] = {}
@@ -173,6 +171,20 @@ def some(names: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+@contextmanager
+def _telling_unmet() -> Iterator[None]:
+    """Inside, an import that fails within a library is a PackageError. diffusers raises a RuntimeError from it."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        failed: BaseException | None = error
+        while isinstance(failed, RuntimeError):
+            failed = failed.__cause__
+        if not isinstance(failed, ImportError):
+            raise
+        raise unmet(failed) from None
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:

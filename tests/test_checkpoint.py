@@ -1,11 +1,16 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
+import d_emo
 from d_emo.config import TrainSettings
-from d_emo.errors import InputError, PackageError
+from d_emo.errors import InputError, PackageError, unmet
 from d_emo.files import write_folder
 from d_emo.io.snapshot import (
     SHIPPED_SNAPSHOT,
@@ -97,9 +102,43 @@ def test_a_snapshot_is_not_called_damaged_where_a_package_is_missing(snapshot, m
         monkeypatch.setattr(Denoiser, name, without_transformers)
         with pytest.raises(PackageError, match=words):
             load_denoiser(snapshot)
-    monkeypatch.setattr("d_emo.io.snapshot.load", without_transformers)
+    monkeypatch.setattr("d_emo.weights.import_module", without_transformers)
     with pytest.raises(PackageError, match=words):
         load_denoiser(snapshot)
+
+
+def test_a_package_that_a_class_of_the_users_own_needs_is_not_said_to_be_a_librarys(snapshot, monkeypatch):
+    def without_theirs(*_):
+        raise ModuleNotFoundError("No module named 'theirs'", name="theirs")
+
+    monkeypatch.setattr("d_emo.io.snapshot.load", without_theirs)
+    with pytest.raises(PackageError, match=r"^the snapshot .* needs what cannot be imported here \(.*'theirs'\)$"):
+        load_denoiser(snapshot)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (ModuleNotFoundError("No module named 'a'", name="a"), "the installed libraries need another package (No module "
+                                                           "named 'a'): pip install a"),
+    (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "the installed libraries need another package (No "
+                                                               "module named 'a.b'): pip install -U a"),
+    (ImportError("cannot import name 'B' from 'a'", name="a"), "a cannot be imported (cannot import name 'B' from "
+                                                               "'a'): pip install -U a"),
+    (ImportError("libx.so is missing"), "a package cannot be imported (libx.so is missing)"),
+])  # fmt: skip
+def test_an_import_that_fails_within_a_library_is_told_with_its_remedy(error, words):
+    assert str(unmet(error)) == words
+
+
+@pytest.mark.parametrize("blocked", ["diffusers.hooks.faster_cache", "diffusers.hooks.hooks"])
+@pytest.mark.parametrize("arguments", [
+    ["sample", "--output", "out.png"], ["train-vae", "--output-dir", "out"],
+])  # fmt: skip
+def test_what_diffusers_itself_cannot_import_is_one_sentence(arguments, blocked, tmp_path):
+    code = f"import sys; sys.modules[{blocked!r}] = None; from d_emo.cli import main; main(None, {arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(Path(d_emo.__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "the installed libraries need another package" in done.stderr and blocked in done.stderr
 
 
 def test_damaged_snapshots_are_refused_in_a_sentence(snapshot, tmp_path):

@@ -1,4 +1,5 @@
 import sys
+from importlib import invalidate_caches
 from types import ModuleType
 
 import numpy as np
@@ -128,9 +129,15 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PackageError, match=r"^it needs the_package: pip install 'x'$"):
         imported("the_package.part", "it needs the_package", "x")
-    (tmp_path / "the_package.py").write_text("import what_it_needs")
-    with pytest.raises(PackageError, match="there, but its import fails: No module named 'what_it_needs'"):
-        imported("the_package", "it needs the_package", "x")
+    for name, code, words in (
+        ("first", "import what_it_needs", r"No module named 'what_it_needs'\): pip install what_it_needs"),
+        ("second", "import second._c", r"No module named 'second._c'; .*\): pip install --force-reinstall second"),
+        ("third", "raise OSError('libx.so')", r"libx.so\): pip install --force-reinstall third"),
+    ):
+        (tmp_path / f"{name}.py").write_text(code)
+        invalidate_caches()
+        with pytest.raises(PackageError, match=rf"^it needs it \({name} is there, but its import fails: {words}$"):
+            imported(name, "it needs it", "x")
 
 
 def test_centre_crop_takes_the_middle():

@@ -87,7 +87,8 @@ def test_commands_and_flags_exist(page):
 def test_commands_can_be_pasted(page):
     """None is broken over lines, which a copied text keeps."""
     spans = re.findall(r"`([^`]*)`", "\n".join(prose(page.read_text())))
-    assert [each for each in spans if "\n" in each and re.match(r"(python|accelerate|scripts/|d-emo )", each)] == []
+    command = r"(python|accelerate|scripts/|d-emo |pip|make|hf|--)"
+    assert [each for each in spans if "\n" in each and re.match(command, each)] == []
 
 
 def test_every_page_is_in_the_index():

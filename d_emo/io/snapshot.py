@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d_emo.config import write_yaml
-from d_emo.errors import InputError, PackageError, unmet
+from d_emo.errors import InputError, PackageError
 from d_emo.files import digest_of_file, matches, read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
@@ -28,7 +28,7 @@ from d_emo.io.training_state import MANIFEST, step_of
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
 from d_emo.tables import FRAMES, OBJECTIVES, load, objective_of
-from d_emo.weights import first_line, load_pretrained, load_weights
+from d_emo.weights import check_library, first_line, load_pretrained, load_weights
 
 if TYPE_CHECKING:
     from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
@@ -183,6 +183,7 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def _class_of(path: Path) -> type[DenoiserFrame]:
+    check_library()
     return load(read_json(path / "transformer" / "config.json", lambda config: FRAMES[config["_class_name"]]).denoiser)
 
 
@@ -249,8 +250,8 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except PackageError:
         raise
-    except ImportError as error:
-        raise unmet(error) from None
+    except ImportError as error:  # of a block or a frame of the user's own; see `check_library` for those of libraries
+        raise PackageError(f"the snapshot {path} needs what cannot be imported here ({first_line(error)})") from None
     except Exception as error:  # settings of a model that does not exist, say
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the snapshot {path} is damaged or incomplete ({reason})") from None

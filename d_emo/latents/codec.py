@@ -20,7 +20,7 @@ from d_emo.config.ranges import Depth
 from d_emo.errors import InputError
 from d_emo.files import digest_of_tensors, expand_home, read_json
 from d_emo.tables import AUTOENCODERS, CODECS, load
-from d_emo.weights import STEM, check_finite, first_line, load_pretrained
+from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
@@ -243,6 +243,7 @@ def autoencoder_in(folder: Path) -> type[nn.Module]:
     read_json(folder / "config.json", lambda config: check_values(config, depths))
     if row.needs and find_spec(row.needs) is None:
         raise InputError(f"{kind} needs {row.needs}: pip install {row.needs}")
+    check_library()
     try:
         return load(f"diffusers:{kind}")
     except AttributeError:
@@ -256,6 +257,7 @@ def codec_of(vae: nn.Module, name: str = "vae") -> VAECodec:
 
 def shipped_vae() -> VAECodec:
     """The small VAE that ships with the package."""
+    check_library()
     from diffusers import AutoencoderKL
 
     return VAECodec(load_pretrained(AutoencoderKL, SHIPPED / SHIPPED_VAE), SHIPPED_VAE)

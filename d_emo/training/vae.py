@@ -24,9 +24,9 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
     Returns:
         Held-out PSNR in dB for "shapes" and "digits".
     """
+    check_library()
     from diffusers import AutoencoderKL
 
-    check_library()
     device = best_device()
     torch.manual_seed(settings.seed)
     levels = len(settings.block_out_channels)
