@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 
 from d_emo.cli import run_verb
@@ -40,8 +40,8 @@ def snapshot(tmp_path):
     return save(tmp_path / "run" / "snapshots" / "step-30", model, settings)
 
 
-def save(folder, model, settings, **meta):
-    save_denoiser(folder, model, scheduler=DDPMScheduler(), meta={**META, **meta}, settings=settings)
+def save(folder, model, settings, scheduler=None, **meta):
+    save_denoiser(folder, model, scheduler=scheduler or DDPMScheduler(), meta={**META, **meta}, settings=settings)
     return folder
 
 
@@ -69,12 +69,15 @@ def test_the_card_holds_the_recipe(tmp_path):
     model = create_model("D-EMOv2-Ti-2", depth=1, hidden_size=48, in_channels=3, sample_size=8, num_classes=10)
     settings = TrainSettings(
         model="D-EMOv2-Ti-2", dataset="digits", objective="flow", optimizer="muon", learning_rate=2e-3, warmup_steps=5,
-        timestep_sampling="logit-normal", time_shift=2, contrastive=0.05, align="vae",
+        timestep_sampling="logit-normal", time_shift="auto", contrastive=0.05, align="emov2:/home/me/runs/digits",
+        align_block=3,
     ).resolve()  # fmt: skip
+    flow = FlowMatchEulerDiscreteScheduler(shift=2.0)
     assert (
         "| objective flow, label dropout 0.1, Muon at 0.002, constant schedule after 5 warm-up steps; logit-normal "
-        "timesteps (0, 1); timesteps shifted by 2; contrastive flow matching, weight 0.05; block aligned with vae |"
-    ) in text_of(save(tmp_path / "c", model, settings, objective="flow"))
+        "timesteps (0, 1); timesteps shifted by 2; contrastive flow matching, weight 0.05; block 3 aligned with "
+        "emov2:digits, weight 0.5 |"
+    ) in text_of(save(tmp_path / "c", model, settings, scheduler=flow, objective="flow"))
 
 
 def test_a_classifier_has_its_own_card(tmp_path):

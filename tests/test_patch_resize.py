@@ -1,9 +1,12 @@
 """Fine-tuning with another patch size: what reads and writes patches is resized, all else is kept."""
 
+import shutil
+
 import pytest
 import torch
 
 from d_emo.config import TrainSettings
+from d_emo.errors import InputError
 from d_emo.io.snapshot import load_denoiser
 from d_emo.models.embeddings import patch_resize
 from d_emo.training import fit
@@ -72,3 +75,29 @@ def test_smaller_patches_keep_every_block(tmp_path):
     torch.testing.assert_close(
         run.model.x_embedder(flat), old.model.x_embedder(torch.full((1, 3, 16, 16), 0.7)), rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_patch_size_in_a_model_s_name_leaves_all_else_as_the_snapshot_has_it(tmp_path):
+    first = DenoiserTask(settings(
+        tmp_path / "first", objective="flow", timestep_sampling="logit-normal", time_shift=2,
+        model_options={**FRAMES["D-EMOv2-Ti-2"], "patch_size": 4},
+    ))  # fmt: skip
+    old = fit(first, first.settings)
+    second = TrainSettings(init_from=str(old), model="D-EMOv2-Ti-1", dataset="digits", output_dir=str(tmp_path / "2"))
+    there = first.settings
+    for name in ("objective", "timestep_sampling", "time_shift", "image_size", "vae"):
+        assert getattr(second.resolve(), name) == getattr(there, name), name
+    assert second.resolve().model_options == FRAMES["D-EMOv2-Ti-2"]
+    run = DenoiserTask(second)
+    assert run.model.config.patch_size == 1 and "`model` D-EMOv2-Ti-1 (there D-EMOv2-Ti-2)" in run.start[1]
+    assert "(step 2), patches resized from 4 to 1, which knows 10" in run.start[0]
+    with pytest.raises(InputError, match="`train` head keeps the weights that read patches.* of 4, not 1; train all"):
+        DenoiserTask(TrainSettings(**{**vars(second), "train": "head"}))
+
+
+def test_a_run_goes_on_when_the_snapshot_that_it_started_from_is_gone(tmp_path):
+    first = DenoiserTask(settings(tmp_path / "first", model_options=FRAMES["D-EMOv2-Ti-2"]))
+    old = fit(first, first.settings)
+    run = DenoiserTask(settings(tmp_path / "second", model_options=FRAMES["D-EMOv2-Ti-2"], init_from=str(old)))
+    shutil.rmtree(tmp_path / "first")
+    assert load_denoiser(fit(run, run.settings)).meta["step"] == 2

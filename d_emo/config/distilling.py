@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d_emo.config.base import setting
-from d_emo.config.paths import followed
+from d_emo.config.paths import check_source, followed
 from d_emo.config.ranges import Count, Positive
 from d_emo.config.training import TrainSettings
 from d_emo.errors import InputError
@@ -66,6 +66,7 @@ class DistillSettings(TrainSettings):
         Raises:
             InputError: The snapshot is of an objective that none of one step goes on from.
         """
+        check_source("init_from", self.init_from)
         there = TrainSettings(init_from=self.init_from)._there()
         start = there.get("objective")
         objective = self.objective or going_on_from(start) or next(iter(_ONE_STEP))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from d_emo.config.base import Settings, check_values, setting, type_hints
-from d_emo.config.paths import check_config, check_source
+from d_emo.config.paths import check_config
 from d_emo.config.ranges import Trained
 from d_emo.errors import InputError
 
@@ -23,7 +23,8 @@ class FineTuningSettings(Settings):
     init_from: str | None = setting(
         None, "start from the weights of this snapshot (or the newest of a run folder). Where they are not given, "
         "--model, --model-options, --image-size and, of a denoiser, --vae, --objective and --timestep-sampling are "
-        "those of the snapshot; classes and image size may be others", source=True, group="Fine-tuning"
+        "those of the snapshot; classes, image size and a denoiser's patch size may be others",
+        source=True, group="Fine-tuning"
     )
     train: Trained = setting(
         "all", "which weights: all; head, the last layer and, of a denoiser, the class embeddings; or lora:RANK, the "
@@ -45,12 +46,16 @@ class FineTuningSettings(Settings):
         mine, theirs = (str(name).replace("/", "-").lower() for name in (self.model, there.get("model")))
         return self.model is None or mine == theirs
 
+    def options_there(self, there: dict[str, Any]) -> dict[str, Any]:
+        """The model options of the snapshot that hold for the model here."""
+        return there.get("model_options") or {}
+
     def settled(self: S) -> S:
         """With what the snapshot decides. Options of the same model are added to those given."""
         there = self._there()
         changes = {name: there.get(name) for name in self.taken(there) if getattr(self, name) is None}
         if there and self.same_model(there):
-            changes["model_options"] = {**(there.get("model_options") or {}), **(self.model_options or {})} or None
+            changes["model_options"] = {**self.options_there(there), **(self.model_options or {})} or None
         return replace(self, **changes)
 
     def as_there(self) -> str:
@@ -66,11 +71,8 @@ class FineTuningSettings(Settings):
 
     def _there(self) -> dict[str, Any]:
         """The settings of the run that wrote the snapshot; none where its ``config.yaml`` is missing."""
-        if self.init_from is None:
-            return {}
-        check_source("init_from", self.init_from)
-        file = Path(self.init_from) / "config.yaml"
-        if not file.is_file():
+        file = Path(self.init_from or "") / "config.yaml"
+        if self.init_from is None or not file.is_file():
             return {}
         try:
             check_config(str(file))

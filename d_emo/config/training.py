@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from d_emo.config.ranges import (
 )  # fmt: skip
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, FAMILIES, OBJECTIVES, OPTIMIZERS, family_of, parse_alignment
+
+_SIDE = re.compile(r"-\d+$")  # of the patches, at the end of a denoiser's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,17 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             vae=self.vae or facts.get("vae"), label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
+
+    def same_model(self, there: dict[str, Any]) -> bool:
+        """Whether the model is the snapshot's but for the patch size that ends its name, or left open."""
+        mine, theirs = (_SIDE.sub("", str(name).replace("/", "-").lower()) for name in (self.model, there.get("model")))
+        return self.model is None or mine == theirs
+
+    def options_there(self, there: dict[str, Any]) -> dict[str, Any]:
+        options = super().options_there(there)
+        if self.model is None or super().same_model(there):
+            return options
+        return {name: value for name, value in options.items() if name != "patch_size"}  # the model's name has it
 
     def taken(self, there: dict[str, Any]) -> list[str]:
         names = ["vae", "image_size"] if self.latents is None else []  # what is encoded has its own

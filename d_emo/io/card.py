@@ -37,9 +37,10 @@ def write_card(folder: str | Path) -> Path:
     name, data = settings["model"], _data_name(meta, settings)
     source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
     built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
-    optimizer = settings.get("optimizer", "adamw")
+    optimizer, align = settings.get("optimizer", "adamw"), settings.get("align") or ""
     facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
-             "optimizer": OPTIMIZERS[optimizer].title if optimizer in OPTIMIZERS else optimizer,
+             "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
+             "aligned": ":".join(re.split(r":(?:.*/)?", align, maxsplit=1)),
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     tasks = {
         "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",
@@ -50,7 +51,8 @@ def write_card(folder: str | Path) -> Path:
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"
-        facts["objective"] = meta.get("objective") or objective_of(read_json(schedule, noise_schedule))
+        noise = read_json(schedule, noise_schedule)
+        facts |= {"objective": meta.get("objective") or objective_of(noise), "time_shift": noise.get("shift", 1)}
         family = family_of(name)
         cite = [*(family.papers if family else ()), *OBJECTIVES[facts["objective"]].papers]
         task = "unconditional-image-generation"  # the hub's list of tasks has no class-conditional one

@@ -45,7 +45,8 @@ def patch_resize(old: int, new: int) -> Tensor:
     """The linear map that resizes the values of a patch, bilinearly; B of FlexiViT (Beyer et al., 2023), section 3.4.
 
     Its pseudoinverse takes the kernel of a patch embedding along, so that a patch and the resized one give the same
-    token (exactly so for larger patches, as nearly as can be for smaller ones).
+    token: exactly so for larger patches, by least squares over patches of independent values for smaller ones (which
+    are resized with antialiasing).
 
     Shape: () -> (new * new, old * old).
 

@@ -132,13 +132,14 @@ class TokenDenoiser(DenoiserFrame):
         self.initialize_weights()
 
     def weights_from(self, other: DenoiserFrame) -> dict[str, Tensor]:
+        """See `DenoiserFrame`. Of another patch size: the embedding is w B^+, the output map B W (`patch_resize`)."""
         weights, old, new = other.state_dict(), other.config.patch_size, self.config.patch_size
         if old != new:
-            embed = weights["x_embedder.proj.weight"]
-            spread = patch_resize(old, new).to(embed)  # (new * new, old * old)
-            weights["x_embedder.proj.weight"] = (embed.flatten(2) @ torch.linalg.pinv(spread)).unflatten(2, (new, new))
+            spread = patch_resize(old, new).to(self.device)  # B (new * new, old * old)
+            kernel = weights["x_embedder.proj.weight"].flatten(2).to(spread)  # w (C, C_in, old * old)
+            weights["x_embedder.proj.weight"] = (kernel @ torch.linalg.pinv(spread)).unflatten(2, (new, new))
             for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-                rows = weights[name].unflatten(0, (old * old, -1))  # (old * old, C_out, ...)
+                rows = weights[name].unflatten(0, (old * old, -1)).to(spread)  # W (old * old, C_out, ...)
                 weights[name] = torch.einsum("no,oc...->nc...", spread, rows).flatten(0, 1)
         return weights
 

@@ -11,21 +11,21 @@ class OptimizerRow:
 
     Attributes:
         name: The value of ``optimizer``.
-        title: What model cards call it.
+        label: What model cards call it; its name where empty.
         make: Called with the model, the groups of parameters (each with ``params`` by name, ``weight_decay`` and
             ``lr_scale``), ``lr`` and ``fused``, whether the device has fused updates; gives a ``torch.optim.Optimizer``
             whose groups keep their ``lr_scale``.
     """
 
     name: str
-    title: str
+    label: str = ""
     make: Reference
 
 
 OPTIMIZERS: Table[OptimizerRow] = Table(
     "optimizer",
     [
-        OptimizerRow(name="adamw", title="AdamW", make="d_emo.training.optimizer:adamw"),
-        OptimizerRow(name="muon", title="Muon", make="d_emo.training.muon:muon"),
+        OptimizerRow(name="adamw", label="AdamW", make="d_emo.training.optimizer:adamw"),
+        OptimizerRow(name="muon", label="Muon", make="d_emo.training.muon:muon"),
     ],
 )

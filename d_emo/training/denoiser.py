@@ -81,7 +81,7 @@ class DenoiserTask:
         if settings.init_from is not None:
             words, self.started_from = start_from(
                 settings.init_from, self.model, class_names=self.images.class_names, objective=settings.objective,
-                keep_labels=settings.label_init is None,
+                keep_labels=settings.label_init is None, train=settings.train,
             )
             head = (self.model.label_parameter, *self.model.head)
             self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head)]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def start_from(
-    path: str | Path, model: DenoiserFrame, *, class_names: list[str], objective: str, keep_labels: bool = True
+    path: str | Path, model: DenoiserFrame, *, class_names: list[str], objective: str, keep_labels: bool = True,
+    train: str = "all",
 ) -> tuple[str, dict[str, Any]]:
     """Copy a snapshot's weights into a new model for fine-tuning.
 
@@ -39,6 +40,7 @@ def start_from(
         class_names: Of the new model.
         objective: Of the new run.
         keep_labels: Off leaves all classes the new model's rows.
+        train: Which weights the run trains.
 
     Returns:
         What was taken, in a sentence, and how long it had been trained: "step" and, where known, "training_minutes".
@@ -60,8 +62,13 @@ def start_from(
     if differ:
         raise InputError(
             f"the snapshot {old.path} is of another model ({'; '.join(differ)}); `model` and `model_options` must be "
-            "those in its config.yaml"
+            "those in its config.yaml, but for the patch size"
         )
+    sides = theirs.get("patch_size"), mine.get("patch_size")
+    resized = f", patches resized from {sides[0]} to {sides[1]}" if sides[0] != sides[1] else ""
+    if resized and train != "all":
+        raise InputError(f"`train` {train} keeps the weights that read patches, which were learnt for a patch size of "
+                         f"{sides[0]}, not {sides[1]}; train all")
     rows, table = old.model.label_rows(), model.label_rows().detach().clone()
     table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
     if len(class_names) == 1:
@@ -69,9 +76,12 @@ def start_from(
     known, words = _matched(old.class_names, class_names) if keep_labels else ({}, "with a new label table")
     table[list(known)] = rows[list(known.values())]
     own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
-    model.load_state_dict({**model.weights_from(old.model), **own, model.label_parameter: table})
+    weights = {**model.weights_from(old.model), **own, model.label_parameter: table}
+    if differ := differences(shapes_of(weights), shapes_of(model.state_dict())):
+        raise InputError(f"the snapshot {old.path} does not fit the model of this run ({differ})")
+    model.load_state_dict(weights)
     other = "" if old.objective == objective else f", trained with {old.objective}"
-    return f"Weights from {old.path} (step {old.meta['step']:,}{other}), {words}.", _trained(old.meta)
+    return f"Weights from {old.path} (step {old.meta['step']:,}{other}){resized}, {words}.", _trained(old.meta)
 
 
 @torch.no_grad()
