@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # accelerate: load_state and skip_first_batches, as its guide uses them, do not go on with the same images.
 #
-# The state has the random generators as they are in the middle of the epoch, after its order was drawn. So what is
-# drawn after load_state is the next epoch's order, and skip_first_batches skips the first batches of that: of the
-# epoch that was interrupted some images are trained on twice and others never, and later epochs are ahead by one.
-# With use_seedable_sampler=True, which makes an epoch's order from the seed and its number, the number is not in the
-# state: a new process begins at epoch 0's order again, and after the skipped loader the plain one gives epoch 0's
-# once more. Only there set_epoch, called before skip_first_batches and in each epoch after, puts all of it right; with
-# the plain sampler it changes nothing.
+# An epoch's order is drawn when the epoch begins. The state is saved later, so its random generators are past that
+# draw, and the order drawn after load_state is that of the next epoch. skip_first_batches skips the first batches of
+# this other order. So some images of the interrupted epoch are trained on twice and others never, and each later epoch
+# has the order of the one after it.
+# With use_seedable_sampler=True an epoch's order is made from the seed and the epoch's number. The state lacks the
+# number, so a new process begins with the order of epoch 0. The next epoch has the order of epoch 0 again. Here
+# set_epoch helps: called before skip_first_batches and in each epoch after, it puts all orders right. With the plain
+# sampler it changes nothing.
 #
 # Seen with accelerate 1.15.0, torch 2.13.0 (CPU) on Python 3.11; 12 images, batches of 4, stopped in epoch 2 after its
 # first batch, and the same seed in the new process; epochs whose order is that of the whole run:
 #   plain sampler: in epoch 2 three images twice, three never; no epoch is right
 #   seedable sampler: the rest of epoch 2 is epoch 0's, then epoch 0 again, then epoch 1; with set_epoch all are right
-# The guide of accelerate's repository describes a state that keeps the order; 1.15.0, the latest release, has none.
 # What helps: use_seedable_sampler=True and set_epoch, both in the first run and in all that go on.
 set -euo pipefail
 folder=$(mktemp -d)

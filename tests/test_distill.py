@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from test_resume import last_state, same
 
 from d_emo.cli import main, run_verb
 from d_emo.config import DistillSettings, TrainSettings, parse_settings
+from d_emo.config.distilling import _OF_DATA
 from d_emo.errors import InputError
 from d_emo.io.snapshot import load_denoiser
 
@@ -104,6 +106,19 @@ def test_a_snapshot_that_does_not_say_its_objective_is_refused_by_the_run(tmp_pa
     (silent / "snapshot.json").write_text(json.dumps({**meta, "objective": "flow-x"}))
     with pytest.raises(InputError, match="of flow, not of flow-x; choose --objective one-step-x$"):
         run_verb("distill", [str(silent), *FEATURES])
+
+
+def test_settings_of_data_are_left_open_and_taken_from_the_snapshots_run(tmp_path):
+    """A default of one of them would win over the snapshot's."""
+    defaults = {field.name: field.default for field in fields(DistillSettings)}
+    assert {name: defaults[name] for name in _OF_DATA} == dict.fromkeys(_OF_DATA)
+    there = {"dataset": "digits", "exif": False, "background": "grey", "flip": False, "num_images": 40,
+             "skip_corrupt": True, "unconditional": True}  # fmt: skip
+    with_folder = {"data_dir": str(ARTEFACTS / "photos")}
+    assert there.keys() | with_folder.keys() == set(_OF_DATA)
+    for number, values in enumerate((there, {**there, **with_folder, "dataset": "shapes"})):
+        found = settings(snapshot_of(tmp_path / str(number), **values))
+        assert {name: getattr(found, name) for name in values} == values
 
 
 @pytest.mark.parametrize("path", ["..", "../", "../../birds/.", "link"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from d_emo import kernels
 from d_emo.config import TrainSettings
@@ -92,7 +93,10 @@ def test_the_iteration_takes_what_the_guide_says():
     for name, parts in model.block_matrices().items():
         rows, columns = model.get_parameter(name).shape
         m, n = sorted((rows // parts, columns))
-        total += parts * muon.ITERATIONS * (2 * m**2 * n + m**3)
+        with FlopCounterMode(display=False) as counter:
+            orthogonal(torch.empty(rows // parts, columns, device="meta"))
+        assert counter.get_total_flops() == 2 * 5 * (2 * m**2 * n + m**3)
+        total += parts * counter.get_total_flops() // 2
     assert total == 120 * 384**3
 
 
@@ -131,3 +135,25 @@ def test_a_run_keeps_the_precision_it_began_with(monkeypatch):
     older = {**state, "param_groups": [{k: v for k, v in group.items() if k != "precision"} for group in
                                        state["param_groups"]]}  # fmt: skip
     assert torch.equal(update_of(True, True, older)[0], update_of(False, False, older)[0])
+
+
+@pytest.mark.parametrize(("device", "wanted"), [
+    ("mps", torch.float32), ("xpu", torch.float32), ("cuda", torch.bfloat16),
+])  # fmt: skip
+def test_precision_of_other_devices_is_not_the_cpus(device, wanted, monkeypatch):
+    """Their tensors are stood in for by those of a CPU that says to be of another type."""
+
+    class There(torch.Tensor):
+        device = property(lambda _: torch.device(device))
+
+    taken = []
+    monkeypatch.setattr(muon, "whole", lambda value: value.as_subclass(There))
+    monkeypatch.setattr(muon, "orthogonal", lambda each, dtype: taken.append(dtype) or torch.zeros(4, 4))
+    for multiplies in (True, False):
+        monkeypatch.setattr(muon, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        weight = torch.nn.Parameter(torch.zeros(4, 4))
+        weight.grad = torch.ones(4, 4)
+        optimizer = Muon([{"params": [weight], "matrices": 1, "weight_decay": 0.0}], lr=1.0)
+        optimizer.step()
+        assert "precision" not in optimizer.param_groups[0]
+    assert taken == [wanted] * 2

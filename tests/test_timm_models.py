@@ -61,8 +61,8 @@ def test_synchronised_batch_norms_keep_their_activations():
     class Other(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(InputError, match="`sync_batchnorm` does not know batch norms of class Other; leave it off"):
-        synchronise_batch_norms(nn.Sequential(Other(4)))
+    with pytest.raises(InputError, match=r"classes BatchNorm1d, .*, BatchNormAct2d, and 0\.1 is of class Other;"):
+        synchronise_batch_norms(nn.Sequential(nn.Sequential(nn.ReLU(), Other(4))))
 
 
 def test_it_is_trained_measured_with_and_fine_tuned(tmp_path):

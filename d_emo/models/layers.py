@@ -255,15 +255,16 @@ def synchronise_batch_norms(model: nn.Module) -> None:
     Raises:
         InputError: A batch norm of another class, whose own work would be lost.
     """
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
         for name, norm in parent.named_children():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, _Synced):
-                synced = _synced_kind(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+                kind = _synced_kind(norm, f"{path}.{name}".lstrip("."))
+                synced = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum)
                 synced._parameters, synced._buffers, synced._modules = norm._parameters, norm._buffers, norm._modules
                 setattr(parent, name, synced.train(norm.training))
 
 
-def _synced_kind(norm: nn.Module) -> type[_Synced]:
+def _synced_kind(norm: nn.Module, name: str) -> type[_Synced]:
     """By the exact class: one that is made of another's does more than that."""
     if type(norm) in SYNCED:
         return SYNCED[type(norm)]
@@ -271,7 +272,9 @@ def _synced_kind(norm: nn.Module) -> type[_Synced]:
 
     if type(norm) is BatchNormAct2d:
         return SyncedBatchNormAct2d
-    raise InputError(f"`sync_batchnorm` does not know batch norms of class {type(norm).__name__}; leave it off")
+    known = ", ".join(kind.__name__ for kind in (*SYNCED, BatchNormAct2d))
+    found = f"{name} is of class {type(norm).__name__}"
+    raise InputError(f"`sync_batchnorm` knows batch norms of the classes {known}, and {found}; leave it off")
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -92,8 +92,10 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         update = whole(gradient.lerp(state["momentum"], group["momentum"]))
-        low = update.is_cuda or group.setdefault("precision", precision_here()) == "bfloat16"
-        dtype = torch.bfloat16 if low else torch.float32
+        precision = {"cuda": "bfloat16"}.get(update.device.type, "float32")
+        if update.device.type == "cpu":
+            precision = group.setdefault("precision", precision_here())
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         update = torch.cat([orthogonal(each, dtype) for each in update.chunk(group["matrices"])])
         rows, columns = parameter.shape[0] // group["matrices"], parameter.shape[1]
         if isinstance(parameter, DTensor):
