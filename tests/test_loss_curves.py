@@ -139,7 +139,7 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "o.png").format == "PNG"
 
 
-@pytest.mark.parametrize(("argv", "words"), [([], "runs"), (["a", "--smooth", "-1"], "--smooth")])
+@pytest.mark.parametrize(("argv", "words"), [([], "RUNS"), (["a", "--smooth", "-1"], "--smooth")])
 def test_wrong_arguments_are_one_sentence(argv, words):
     with pytest.raises(InputError, match=words):
         parse_settings(PlotSettings, "", argv)

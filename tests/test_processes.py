@@ -239,6 +239,9 @@ def test_sharded_models_have_whole_states_and_averages(tmp_path, name):
     assert in_processes(2, work) == [0, 0]
     whole = run(build(), range(4))
     sharded = torch.load(tmp_path / "sharded")
+    precisions = [[group.pop("precision", None) for group in each[0]["optimizer"]["param_groups"]]
+                  for each in (whole, sharded)]  # fmt: skip
+    assert precisions[0] == precisions[1] and any(precisions[0]) == (name == "muon")
     for one, other in zip(whole, sharded, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=2e-5)
 
