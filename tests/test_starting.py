@@ -5,18 +5,25 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 
 from d_emo.cli.verbs import defer, importing
+from d_emo.config import TrainSettings
 from d_emo.kernels.dispatch import constant
+from d_emo.training.progress import Progress
 
 HEAVY = {
     "deepspeed", "gradio", "matplotlib", "onnx", "onnxscript", "pandas", "scipy.integrate._ivp",
     "scipy.stats._stats_py", "sklearn", "tensorboard", "timm", "torch_fidelity", "torchvision",
 }  # fmt: skip
 DENOISERS = {"diffusers", "timm", "torch._dynamo", "torchvision"}
+LATER = {"jinja2", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.flop_counter"}
+"""What a card, processes that share a network, or a count of operations need, and nothing before them."""
 START = f"""
 import sys
 from d_emo.cli import main
@@ -43,19 +50,35 @@ def test_training_and_sampling_import_nothing_heavy_that_they_do_not_need(tmp_pa
 
 def test_verbs_on_classifiers_and_files_import_nothing_of_denoisers():
     code = f"""
-import sys
+import sys, torch
 from d_emo.cli.verbs import importing
-others = {DENOISERS!r}
+others, before = {DENOISERS!r}, set(sys.modules)
 with importing():
     import d_emo.cli.evaluate, d_emo.cli.explain
-print(sorted((others | {{"accelerate"}}) & set(sys.modules)))
+print(sorted((others | {LATER!r} | {{"accelerate"}}) & set(sys.modules) - before))
+import accelerate
+before = set(sys.modules)
 with importing():
-    import d_emo.cli.fid, d_emo.cli.train_classifier
-print(sorted(others & set(sys.modules)))
+    import d_emo.cli.encode, d_emo.cli.fid, d_emo.cli.train_classifier
+print(sorted((others | {LATER!r}) & set(sys.modules) - before))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
+
+
+@pytest.mark.parametrize(("tracker", "at_once"), [("tensorboard", 0), ("wandb", 1)])
+def test_tensorboard_is_opened_when_there_is_something_to_log(tracker, at_once, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", mock.Mock(__spec__=ModuleSpec("wandb", None)))
+    accelerator = mock.Mock(is_main_process=True, device=torch.device("cpu"))
+    settings = TrainSettings(tracker=tracker, output_dir=str(tmp_path), log_every=2, max_steps=9)
+    progress = Progress(accelerator, settings)
+    opened = []
+    with progress.following(0, "Try less."):
+        for step in range(5):
+            opened.append(accelerator.init_trackers.call_count)
+            progress.step_done(step + 1, {"loss": 0.5, "images_per_second": 8.0})
+    assert opened == [at_once, at_once, 1, 1, 1] and accelerator.log.call_count == 2
 
 
 def test_a_terminal_is_told_that_something_is_being_imported(monkeypatch, capsys):

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from huggingface_hub import ModelCardData
 
 from d_emo.files import read_json, write_file, write_json
 from d_emo.io.schema import noise_schedule, snapshot_meta
@@ -32,6 +30,8 @@ _OWN_TERMS = "See to it that the licence named at the top of this card agrees wi
 
 def write_card(folder: str | Path) -> Path:
     """Write the card of a snapshot from what lies in its folder, without facts that are missing; return its path."""
+    import jinja2  # here, as training and sampling start without
+
     folder = Path(folder)
     meta, settings = read_json(folder / "snapshot.json", snapshot_meta), read_json(folder / "config.yaml", dict)
     name, data = settings["model"], _data_name(meta, settings)
@@ -87,6 +87,8 @@ def write_card_file(
     library_name: str = "d-emo", pipeline_tag: str | None = None, datasets: list[str] | None = None,
 ) -> Path:
     """Write a README.md in the Hugging Face form: metadata, title, sections, papers to cite; return its path."""
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(
         license="apache-2.0", library_name=library_name, pipeline_tag=pipeline_tag, datasets=datasets,
         tags=["d-emo", *tags],

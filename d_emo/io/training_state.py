@@ -52,6 +52,11 @@ def find_state(states: Path, *, say: Callable[[str], None] = print) -> Path | No
     return None
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters of a network are shared out over processes, as DTensors (FSDP2)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def gather_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Model and optimizer as a state keeps them, whole also where they are sharded (FSDP2); runs on all processes."""
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from d_emo import kernels
 from d_emo.models.attention import WindowAttention
@@ -72,6 +71,8 @@ def count_macs(
     Returns:
         MACs (the papers print them as FLOPs).
     """
+    from torch.utils.flop_counter import FlopCounterMode  # and triton, which no command needs to start
+
     device = next(model.parameters()).device
     inputs: tuple[Tensor, ...]
     if (latent_shape := getattr(model, "latent_shape", None)) is not None:  # a denoiser's

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo.config import ClassifierSettings, folder_of, is_folder
@@ -28,6 +27,7 @@ from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_meta, save_classifier
+from d_emo.io.training_state import is_sharded
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
@@ -157,7 +157,7 @@ class ClassifierTask:
         meta |= self.more_meta
         if self.held_out is not None:
             measured = {"ema": self.measure(model)}
-            if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            if not is_sharded(self.model):
                 measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
             meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
             meta["held_out_accuracy"] = round(measured["ema"].top1, 4)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from d_emo.config import DetectorSettings
 from d_emo.data import Reading, spread
@@ -23,6 +22,7 @@ from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import save_classifier
+from d_emo.io.training_state import is_sharded
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
@@ -137,7 +137,7 @@ class DetectorTask:
             "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }  # fmt: skip
-        if self.measures and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if self.measures and not is_sharded(model):
             chosen = spread(len(self.held_out), settings.validate_images)
             meta["average_precision"] = measure_detector(model, self.held_out, chosen, masks=self.masks)
         save_classifier(folder, model, meta=meta, settings=settings, kind="detector")

@@ -6,16 +6,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from d_emo.config import RunSettings
 from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.io.training_state import gather_training, restore_training
-
-WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel)
 
 
 def precision_of(settings: RunSettings, device: torch.device) -> str:
@@ -100,7 +96,7 @@ class Updates:
         if precision == "bf16" and accelerator.mixed_precision == "no":
             model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare_model = self.model.module if isinstance(self.model, WRAPPERS) else self.model
+        self.bare_model = model  # DDP wraps it, FSDP2 shards it in place
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next update, times the scale of each group of parameters."""

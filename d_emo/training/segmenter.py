@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from d_emo.config import SegmenterSettings
@@ -20,6 +19,7 @@ from d_emo.files import replacing
 from d_emo.io.card import describe_hardware
 from d_emo.io.classifier import Normalized, open_classifier
 from d_emo.io.snapshot import save_classifier
+from d_emo.io.training_state import is_sharded
 from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory
@@ -154,7 +154,7 @@ class SegmenterTask:
             "parameters": trained_parameters(self.model), "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(next(model.parameters()).device),
         }
-        if self.held_out is not None and not any(isinstance(each, DTensor) for each in model.parameters()):
+        if self.held_out is not None and not is_sharded(model):
             chosen = spread(len(self.held_out), settings.validate_images)
             meta["quality"] = asdict(Quality.of(self._measure(model, chosen)[0])) | {"images": len(chosen)}
         save_classifier(folder, model, meta=meta, settings=settings, kind="segmenter")
