@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, words in (
         ({"encoder_layers_per_block": [1, 1, 10**9]}, "a readable autoencoder: .* encoder_layers_per_block must be at"),
-        ({"_class_name": "AutoencoderRAE"}, "AutoencoderRAE needs transformers: pip install transformers"),
+        ({"_class_name": "AutoencoderRAE"}, "AutoencoderRAE needs transformers: pip install 'transformers'"),
         ({"_class_name": "AutoencoderOobleck"}, "holds AutoencoderOobleck, not AutoencoderKL or AutoencoderDC or"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))

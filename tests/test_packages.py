@@ -18,6 +18,7 @@ from d_emo.detection.masks import rle
 from d_emo.errors import PackageError
 from d_emo.explain import draw_maps
 from d_emo.export import export
+from d_emo.lab.benchmark.cases import BASELINE, contenders
 from d_emo.lab.benchmark.dense import opened_file
 from d_emo.latents.codec import autoencoder_in, shipped_vae
 from d_emo.portable import Portable
@@ -92,6 +93,7 @@ def test_a_broken_reader_of_heif_is_told_where_files_are_left_out(broken):
 @pytest.mark.parametrize(("kind", "use"), [
     ("AutoencoderDC", lambda config: autoencoder_in(config.parent)), ("AutoencoderKL", lambda _: shipped_vae()),
     ("AutoencoderKL", lambda config: train_vae(VAESettings(output_dir=str(config.parent)))),
+    ("DiTTransformer2DModel", lambda _: contenders("S", 8, 1)[BASELINE][0]()),
 ])  # fmt: skip
 def test_a_class_of_diffusers_that_cannot_be_imported_is_one_sentence(kind, use, tmp_path, monkeypatch):
     def lack(*_):
