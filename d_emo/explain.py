@@ -142,8 +142,7 @@ def explain(
         title: name of the class, for the caption.
         folder: made where it is missing.
     """
-    from matplotlib import colormaps
-
+    colormaps = imported("matplotlib", "drawing needs matplotlib", "d-emo[explain]").colormaps
     fields = {"whole network": effective_receptive_field(network, model, symmetries(image), stage=stage)}
     with without(model, WindowAttention, range(1, 5)):
         fields["attention bypassed"] = effective_receptive_field(network, model, symmetries(image), stage=stage)
@@ -168,9 +167,8 @@ def draw_maps(
     path: Path, maps: dict[str, Tensor | np.ndarray], above: str = "", *, scale: bool = True, **style: Any
 ) -> None:
     """Maps or photos side by side, under their titles, with a scale of colours beside them."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(3.4 * len(maps), 3.7), layout="constrained")
+    figures = imported("matplotlib.figure", "drawing needs matplotlib", "d-emo[explain]")
+    drawing = figures.Figure(figsize=(3.4 * len(maps), 3.7), layout="constrained")
     axes = drawing.subplots(1, len(maps), squeeze=False, subplot_kw={"xticks": [], "yticks": []})[0]
     for panel, (title, values) in zip(axes, maps.items(), strict=True):
         shown = panel.imshow(values, **style)

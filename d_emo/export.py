@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d_emo.errors import InputError, write_error
+from d_emo.errors import InputError, imported, unmet, write_error
 from d_emo.files import filling
 from d_emo.portable import (
     Portable,
@@ -51,8 +51,8 @@ def export(network: Portable, path: Path, **options: Any) -> float | None:
         ML, outside of macOS).
 
     Raises:
-        InputError: for another ending, a path that cannot be written, a package that is not installed, or an option
-            that the format does not have.
+        InputError: for another ending, a path that cannot be written, a package that is not installed or is broken, or
+            an option that the format does not have.
     """
     writers = {".onnx": write_onnx, ".pt2": write_torch, ".mlpackage": write_coreml}
     if path.suffix not in writers:
@@ -66,9 +66,8 @@ def export(network: Portable, path: Path, **options: Any) -> float | None:
     try:
         with filling(path.parent, path.name) as folder:  # its own name, which ONNX writes into a second file
             run = writers[path.suffix](network, folder / path.name, **(options if path.suffix == ".onnx" else {}))
-    except ImportError as error:
-        extra = "coreml" if path.suffix == ".mlpackage" else "export"
-        raise InputError(f'{path.suffix} needs a package ({error}): pip install "d-emo[{extra}]"') from error
+    except ImportError as error:  # within a library, such as of versions that do not fit together
+        raise unmet(error) from None
     if run is None:
         return None
     cases = [*((batch,) for batch in BATCHES), *((1 + number % 3, size) for number, size in enumerate(network.sizes))]
@@ -155,9 +154,8 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
         InputError: The versions that are here cannot write this ``opset``, or these layers in int8; int8 with
             detections.
     """
-    import onnxruntime
-    import onnxscript  # noqa: F401  needed by torch.onnx, named here so that its absence is told
-
+    onnxruntime, *_ = (imported(name, f".onnx files need {name}", "d-emo[export]")
+                       for name in ("onnxruntime", "onnx", "onnxscript"))  # the last two, for torch.onnx
     if int8 and network.found:
         raise InputError("`int8` moves scores across thresholds, so other objects are found; use it without "
                          "`detections`")  # fmt: skip
@@ -221,8 +219,7 @@ def _older(network: Portable) -> dict[str, Any]:
 
 def write_coreml(network: Portable, path: Path) -> Runner | None:
     """A Core ML package for batch 1, which only macOS can run; InputError where Core ML cannot express the network."""
-    import coremltools
-
+    coremltools = imported("coremltools", "Core ML packages need coremltools", "d-emo[coreml]")
     with torch.no_grad():
         graph = torch.export.export(network.module, network.example(1)).run_decompositions({})
     try:

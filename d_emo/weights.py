@@ -32,7 +32,7 @@ def check_library() -> None:
     Raises:
         PackageError: It lacks a package, such as one that an installed PEFT needs.
     """
-    with _telling_unmet():
+    with telling_unmet():
         import_module("diffusers.hooks")
 
 
@@ -50,7 +50,7 @@ def load_pretrained(kind: type[Model], folder: Path) -> Model:
     """
     variant = check_pretrained(kind, folder)
     try:
-        with _telling_unmet():
+        with telling_unmet():
             model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False)
     except InputError:
         raise
@@ -70,7 +70,7 @@ def check_pretrained(kind: type[nn.Module], folder: Path, variant: str | None = 
         raise InputError(f"{folder} holds {config.get('_class_name', 'another network')}, not {kind.__name__}")
     files, variant = find_weights(folder, variant)
     try:
-        with _telling_unmet(), torch.device("meta"):
+        with telling_unmet(), torch.device("meta"):
             wanted = shapes_of(kind.from_config(config).state_dict())
     except PackageError:
         raise
@@ -174,7 +174,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _telling_unmet() -> Iterator[None]:
+def telling_unmet() -> Iterator[None]:
     """Inside, an import that fails within a library is a PackageError. diffusers raises a RuntimeError from it."""
     try:
         yield

@@ -1,6 +1,7 @@
 """Codecs over autoencoders without a posterior: AutoencoderDC and AutoencoderRAE of diffusers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -93,14 +94,14 @@ def test_representations_are_applied_alike_everywhere_and_have_one_size(tmp_path
 
 
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("d_emo.latents.codec.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     tiny_dc(in_channels=1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="takes images of 1 channels"):
         load_codec(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, words in (
         ({"encoder_layers_per_block": [1, 1, 10**9]}, "a readable autoencoder: .* encoder_layers_per_block must be at"),
-        ({"_class_name": "AutoencoderRAE"}, "AutoencoderRAE needs transformers: pip install transformers"),
+        ({"_class_name": "AutoencoderRAE"}, "AutoencoderRAE needs transformers: pip install 'transformers'"),
         ({"_class_name": "AutoencoderOobleck"}, "holds AutoencoderOobleck, not AutoencoderKL or AutoencoderDC or"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))

@@ -44,6 +44,10 @@ def test_settings_are_called_alike(verb, word, kind):
         assert not re.search(r"scripts/|\w\.py\b", each.metadata["help"]), each.name
 
 
+def test_help_names_no_file_of_a_checkout():
+    assert [verb.name for verb in VERBS.values() if re.search(r"scripts/|\w\.py\b", verb.help)] == []
+
+
 @kinds
 def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_path):
     required = {each.name: each for each in fields(kind) if each.default is each.default_factory is MISSING}

@@ -1,5 +1,6 @@
 """`d-emo demo`, with tiny settings from end to end."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from test_detector_training import BACKBONE, TINY
 from test_segmentation import BACKBONE as OF_SEGMENTERS
 from test_segmentation import TINY as TINY_SEGMENTER
 
-from d_emo.cli import VERBS, demo, demo_segment, demo_video, run_verb
+from d_emo.cli import VERBS, demo_segment, demo_video, run_verb
 from d_emo.cli.demo_detect import RUNS
 from d_emo.config import parse_settings
 from d_emo.data import moving
@@ -113,7 +114,7 @@ def test_an_unknown_demo_and_one_that_lacks_a_package_are_told_in_a_sentence(mon
         run_verb("demo", ["detec"])
     with pytest.raises(InputError, match="this is missing: NAME, one of detect, segment, medical, deit, video"):
         run_verb("demo", [])
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(InputError, match="needs faster_coco_eval: pip install 'd-emo.detection.'"):
         run_verb("demo", ["detect"])
 

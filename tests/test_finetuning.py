@@ -258,6 +258,7 @@ def test_a_flag_and_a_config_win_over_the_snapshot(tmp_path):
     )
     added = read("--init-from", SHIPPED, "--model", "d-emov2-ti/2", "--model-options", "{window_size: 4}")
     assert added.model_options == {"depth": 8, "window_size": 4}
+    assert read("--init-from", SHIPPED, "--model-options", "{depth: 12}").model_options == {"depth": 12}
     other = read("--init-from", SHIPPED, "--model", "DiT-S-2")
     assert (other.model_options, other.objective, other.vae, other.image_size) == (None, "eps", "d-emo-f8", 64)
     assert read("--init-from", SHIPPED, "--latents", tmp_path).vae is None

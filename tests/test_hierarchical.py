@@ -153,6 +153,23 @@ def test_it_says_the_shape_of_the_map_after_each_block():
         model.project(8, None)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_map_after_a_block_is_had_without_the_blocks_behind_it(flat):
+    model = create_model("D-EMOv2-Ti-2", sample_size=8, depth=3) if flat else tiny()
+    reference.randomize(model.eval())
+    given, ran = batch(model, dtype=model.dtype), []
+    for number, block in enumerate(model.block_sequence()):
+        block.register_forward_hook(lambda *call, number=number: ran.append((number, call[-1])))
+    with torch.no_grad():
+        model(*given)
+    whole, head = dict(ran), []
+    model.final_layer.register_forward_hook(lambda *_: head.append(1))
+    for block, expected in whole.items():
+        ran.clear()
+        assert torch.equal(model.features(block, *given), expected.permute(0, 3, 1, 2))
+        assert [number for number, _ in ran] == list(range(block + 1)) and not head
+
+
 @pytest.mark.parametrize("block, aligned, later, channels", [(None, 3, 4, 4 * 16), (1, 1, 6, 4), (2, 2, 5, 4 * 4)])
 def test_its_maps_are_aligned_and_the_blocks_up_to_them_learn_of_it(block, aligned, later, channels):
     """By default on the smallest map, where a token stands for 4 x 4 latents; its own average is asked on that too."""

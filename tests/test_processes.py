@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,14 +159,18 @@ def norm_and_activation(dim):
     return BatchNormAct2d(dim, act_layer=nn.SiLU)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, norm_and_activation, nn.BatchNorm1d])
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm2d, norm_and_activation, nn.BatchNorm1d, partial(nn.BatchNorm2d, affine=False, momentum=None),
+    partial(nn.BatchNorm2d, track_running_stats=False),
+])  # fmt: skip
 def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_path, norm):
     """Outputs, gradients and running statistics; the loss of a process is the mean over its share."""
     torch.manual_seed(0)
     shape = (6, 5, 3, 4) if norm is not nn.BatchNorm1d else (6, 5, 12)
     images, weights = torch.randn(shape) * 3 + 1, torch.randn(shape)
     plain = nn.Sequential(norm(5))
-    nn.init.normal_(plain[0].weight)
+    for name, value in plain.state_dict().items():
+        nn.init.normal_(value) if name.endswith("weight") else value.add_(3)  # as if it had seen batches
     start = {name: value.clone() for name, value in plain.state_dict().items()}
     inputs = images.clone().requires_grad_()
     output = plain(inputs)
@@ -180,15 +185,16 @@ def test_synchronised_batch_norm_equals_the_plain_one_on_the_whole_batch(tmp_pat
         share = images[3 * rank : 3 * rank + 3].clone().requires_grad_()
         mine = synced(share)
         (mine * weights[3 * rank : 3 * rank + 3]).mean().backward()
-        torch.save({"output": mine.detach(), "grad": share.grad / 2, "weight": synced[0].weight.grad / 2,
-                    "bias": synced[0].bias.grad / 2, "state": synced.state_dict()}, tmp_path / str(rank))
+        found = {"output": mine.detach(), "grad": share.grad / 2, "state": synced.state_dict()}
+        found["weights"] = {name: value.grad / 2 for name, value in synced.named_parameters()}
+        torch.save(found, tmp_path / str(rank))
 
     assert in_processes(2, work) == [0, 0]
     shares = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     torch.testing.assert_close(torch.cat([share["output"] for share in shares]), output.detach())
     torch.testing.assert_close(torch.cat([share["grad"] for share in shares]), inputs.grad)
-    torch.testing.assert_close(sum(share["weight"] for share in shares), plain[0].weight.grad)
-    torch.testing.assert_close(sum(share["bias"] for share in shares), plain[0].bias.grad)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(sum(share["weights"][name] for share in shares), value.grad)
     for share in shares:
         torch.testing.assert_close(share["state"], plain.state_dict())
 

@@ -309,7 +309,7 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(tmp_pa
     assert len(losses) == 2 * 2 * 4 and {row["run"] for row in losses} == {"D-EMO", "DiT, flow"}
     assert len(read_table(folder / "norm_gap.csv")) == 2 * 10
     assert report.startswith("# Tiny\n") and report.index("What it says") < report.index("## Both")
-    assert "`python scripts/compare.py --config 'a b.yaml' --config c.yaml`" in report
+    assert "`d-emo compare --config 'a b.yaml' --config c.yaml`" in report
     assert "20 real held-out images measure: FID 0.0" in report and "class accuracy % 10." in report
     assert re.search(r"D-EMO against DiT, flow, step 4, 2 seeds.*losses are those of other objectives", report)
     assert "config c.yaml`: 2 seeds, 4 steps of 4" in report and "dpm++:2 (eps)" in report

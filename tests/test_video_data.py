@@ -69,6 +69,18 @@ def test_frames_are_chosen_by_the_time_at_which_they_are_shown(tmp_path):
     assert read(path, ClipSampler(5))[0] == [[4, 5, 7, 9, 10]]
 
 
+def test_frames_that_an_edit_list_hides_are_no_part_of_the_video(tmp_path):
+    write_video(tmp_path / "whole.mp4")
+    with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):  # as they are; the clip begins at frame 5, the decoder at 0
+            if packet.size:
+                lead = round(0.5 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - lead, packet.dts - lead, stream
+                target.mux(packet)
+    assert read(tmp_path / "cut.mp4", ClipSampler(4)) == ([[5, 7, 9, 11]], 7)
+
+
 MATRICES = {(1, 0, 0, 1): (0, 0), (0, 1, -1, 0): (0, -1), (-1, 0, 0, -1): (-1, -1), (0, -1, 1, 0): (-1, 0),
             (-1, 0, 0, 1): (0, -1), (1, 0, 0, -1): (-1, 0), (0, 1, 1, 0): (0, 0), (0, -1, -1, 0): (-1, -1)}
 

@@ -1,11 +1,10 @@
 """``d-emo demo``."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from d_emo.cli import run_verb
 from d_emo.config import DemoSettings
-from d_emo.errors import InputError, OtherRunError
+from d_emo.errors import InputError, OtherRunError, imported
 from d_emo.files import read_json
 from d_emo.tables import DEMOS, load
 
@@ -18,8 +17,7 @@ def run(settings: DemoSettings) -> None:
     """
     demo = DEMOS[settings.name]
     for extra, module in (demo.needs or {}).items():
-        if find_spec(module) is None:
-            raise InputError(f"the demo {demo.name} needs {module}: pip install 'd-emo[{extra}]'")
+        imported(module, f"the demo {demo.name} needs {module}", f"d-emo[{extra}]")
     for number, (verb, config) in enumerate(demo.configs(), 1):
         print(f"demo      {demo.name}, run {number} of {len(demo.runs)}")
         train(verb, config)

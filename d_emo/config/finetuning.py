@@ -23,7 +23,8 @@ class FineTuningSettings(Settings):
     init_from: str | None = setting(
         None, "start from the weights of this snapshot (or the newest of a run folder). Where they are not given, "
         "--model, --model-options, --image-size and, of a denoiser, --vae, --objective and --timestep-sampling are "
-        "those of the snapshot; classes, image size and a denoiser's patch size may be others",
+        "those of the snapshot; classes, image size and a denoiser's patch size may be others. --model-options are "
+        "added to the snapshot's: one of these that is not wanted is undone by its default, as by '{window_size: 8}'",
         source=True, group="Fine-tuning"
     )
     train: Trained = setting(
@@ -51,7 +52,7 @@ class FineTuningSettings(Settings):
         return there.get("model_options") or {}
 
     def settled(self: S) -> S:
-        """With what the snapshot decides. Options of the same model are added to those given."""
+        """With what the snapshot decides. Options of the same model are added to those given, which win."""
         there = self._there()
         changes = {name: there.get(name) for name in self.taken(there) if getattr(self, name) is None}
         if there and self.same_model(there):

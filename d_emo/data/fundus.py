@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from d_emo.data.scenes import DrawnPictures, boxes_of
+from d_emo.errors import imported
 
 FINE = 3
 """Vessels are drawn so many times larger, for the share of each pixel that they cover."""
@@ -228,8 +229,7 @@ def photograph() -> np.ndarray | None:
     """
     if find_spec("skimage") is None:
         return None
-    from skimage import data
-
+    data = imported("skimage.data", "the photograph comes with scikit-image", "d-emo[medical]")
     return np.asarray(Image.fromarray(data.retina()).resize((448, 448), Image.Resampling.LANCZOS))
 
 

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from d_emo.config import ReadingSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, PackageError, imported
 
 PHOTOGRAPHS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
@@ -41,10 +41,14 @@ def prepare_pillow() -> None:
     Its limit is for what strangers send; a scan or a satellite's picture of 200 megapixels is none of that. A limit
     that somebody else has set stays.
     """
-    with suppress(ImportError):
-        import_module("pillow_heif").register_heif_opener()
+    with suppress(PackageError):  # told where files are left out
+        _heif().register_heif_opener()
     if Image.MAX_IMAGE_PIXELS == PILLOWS_LIMIT:
         Image.MAX_IMAGE_PIXELS = LIMIT
+
+
+def _heif() -> ModuleType:
+    return imported("pillow_heif", ".heic and .heif are read by pillow-heif", "d-emo[heif]")
 
 
 @cache
@@ -68,7 +72,12 @@ def describe_left_out(names: Iterable[str | Path]) -> str:
     count = endings.total()
     shown = ", ".join(f"{ending} {number:,}" for ending, number in endings.most_common(8))
     more = ", ..." if len(endings) > 8 else ""
-    remedy = "; .heic and .heif are read after pip install 'd-emo[heif]'" if endings.keys() & HEIF else ""
+    remedy = ""
+    if endings.keys() & HEIF:
+        try:
+            _heif()
+        except PackageError as error:
+            remedy = f"; {error}"
     return f"{count:,} file{'s' * (count > 1)} of other kinds left out: {shown}{more}{remedy}"
 
 

@@ -74,6 +74,7 @@ def read_frames(
     """Some frames of a video, upright as its display matrix says.
 
     The file is read twice: its time stamps first, without decoding, then the frames up to the last that is wanted.
+    Frames that an edit list hides, as in a clip cut without encoding it anew, are decoded and left out.
 
     Args:
         path: The file.
@@ -89,8 +90,8 @@ def read_frames(
     with naming(lambda: str(path), "video"):
         with av.open(str(path)) as container:
             stream = _stream_of(container)
-            packets = [each for each in container.demux(stream) if stamp_of(each) is not None and each.size]
-            stamps = np.unique([stamp_of(each) for each in packets])
+            packets = [each for each in container.demux(stream) if each.size and not each.is_discard]
+            stamps = np.unique([stamp_of(each) for each in packets if stamp_of(each) is not None])
         if not len(stamps):
             raise InputError("none of its frames has a time")
         tick = float(stream.time_base)

@@ -1,25 +1,20 @@
 """Masks of objects in COCO's three forms: polygons, run lengths, and run lengths packed into a string."""
 
 import math
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from d_emo.errors import InputError
+from d_emo.errors import imported
 
 FURTHEST = 10**6
 """Of the coordinates of polygons, in pixels."""
 
 
 def rle() -> ModuleType:
-    """faster-coco-eval's functions on masks; InputError where it is not installed."""
-    if find_spec("faster_coco_eval") is None:
-        raise InputError("masks and mAP need faster-coco-eval: pip install 'd-emo[detection]'")
-    from faster_coco_eval.core import mask
-
-    return mask
+    """faster-coco-eval's functions on masks; InputError where it is not installed or is broken."""
+    return imported("faster_coco_eval.core.mask", "masks and mAP need faster-coco-eval", "d-emo[detection]")
 
 
 def mask_problem(segmentation: Any, height: int, width: int) -> str | None:

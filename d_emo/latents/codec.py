@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -17,10 +16,10 @@ from torch import nn
 
 from d_emo.config import check_values
 from d_emo.config.ranges import Depth
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 from d_emo.files import digest_of_tensors, expand_home, read_json
 from d_emo.tables import AUTOENCODERS, CODECS, load
-from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained
+from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained, telling_unmet
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
@@ -241,11 +240,12 @@ def autoencoder_in(folder: Path) -> type[nn.Module]:
     row = AUTOENCODERS[kind]
     depths = {name: list[Depth] if isinstance(config.get(name), list) else Depth for name in row.depths}
     read_json(folder / "config.json", lambda config: check_values(config, depths))
-    if row.needs and find_spec(row.needs) is None:
-        raise InputError(f"{kind} needs {row.needs}: pip install {row.needs}")
+    if row.needs:
+        imported(row.needs, f"{kind} needs {row.needs}", row.needs)
     check_library()
     try:
-        return load(f"diffusers:{kind}")
+        with telling_unmet():
+            return load(f"diffusers:{kind}")
     except AttributeError:
         raise InputError(f"the installed diffusers has no {kind}; a newer one is needed") from None
 
@@ -258,8 +258,8 @@ def codec_of(vae: nn.Module, name: str = "vae") -> VAECodec:
 def shipped_vae() -> VAECodec:
     """The small VAE that ships with the package."""
     check_library()
-    from diffusers import AutoencoderKL
-
+    with telling_unmet():
+        from diffusers import AutoencoderKL
     return VAECodec(load_pretrained(AutoencoderKL, SHIPPED / SHIPPED_VAE), SHIPPED_VAE)
 
 

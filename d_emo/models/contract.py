@@ -128,12 +128,12 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         raise InputError(f"{type(self).__name__} shows no features")
 
     def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """The map after a block, without gradients. A frame with `feature_shapes` sees to it.
+        """The map after a block, without gradients; later blocks do not run. A frame with `feature_shapes` sees to it.
 
         Shape: as ``forward`` -> (B, channels, *sizes).
 
         Raises:
-            InputError: The frame shows none.
+            InputError: There is no such block, or the frame shows no features.
         """
         raise InputError(f"{type(self).__name__} shows no features")
 

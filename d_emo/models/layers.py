@@ -217,12 +217,16 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
         mean = all_reduce(x.float().sum(others)) / count  # (C,)
         centred = x.float() - mean.view(column)  # (B, C, H, W)
         variance = all_reduce(centred.square().sum(others)) / count  # (C,)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_(variance.to(self.running_var) * (count / max(1, count - 1)), self.momentum)
-        factor = self.weight * torch.rsqrt(variance + self.eps)  # (C,)
-        return (centred * factor.view(column) + self.bias.view(column)).to(x.dtype)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), share)
+                self.running_var.lerp_(variance.to(self.running_var) * (count / max(1, count - 1)), share)
+        factor = torch.rsqrt(variance + self.eps)  # (C,)
+        if not self.affine:
+            return (centred * factor.view(column)).to(x.dtype)
+        return (centred * (self.weight * factor).view(column) + self.bias.view(column)).to(x.dtype)
 
 
 class SyncedBatchNorm1d(_Synced, nn.BatchNorm1d):
@@ -259,7 +263,7 @@ def synchronise_batch_norms(model: nn.Module) -> None:
         for name, norm in parent.named_children():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, _Synced):
                 kind = _synced_kind(norm, f"{path}.{name}".lstrip("."))
-                synced = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+                synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
                 synced._parameters, synced._buffers, synced._modules = norm._parameters, norm._buffers, norm._modules
                 setattr(parent, name, synced.train(norm.training))
 

@@ -178,13 +178,20 @@ class TokenDenoiser(DenoiserFrame):
 
     @torch.no_grad()
     def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        kept: list[Tensor] = []
-        hook = self.block_sequence()[block].register_forward_hook(lambda module, given, output: kept.append(output))
-        try:
-            self(hidden_states, timestep, class_labels)
-        finally:
-            hook.remove()
-        return kept[0].permute(0, 3, 1, 2)
+        self.feature_shape(block)  # or there is none
+        x, c = self._embedded(hidden_states, timestep, class_labels)
+        last, features = self.block_sequence()[block], None
+
+        def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            nonlocal features
+            for each in blocks:
+                if features is None:
+                    x = each(x, c)  # (B, H, W, C)
+                    features = x if each is last else None
+            return x
+
+        self.trunk(x, run)  # what lies between levels still runs: blocks keep the shape of a map, so it fits
+        return features.permute(0, 3, 1, 2)
 
     def block_matrices(self) -> dict[str, int]:
         stacked, outside = {"qk": 2, "qkv": 3}, ("x_embedder", "t_embedder", "y_embedder", "final_layer", "projector")
@@ -224,14 +231,10 @@ class TokenDenoiser(DenoiserFrame):
         """
         (self.compile_repeated_blocks if self.gradient_checkpointing else super().compile)(*args, **kwargs)
 
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
-        cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
-        """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused.
+    def _embedded(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and condition of a batch; InputError for latents of another shape than ``latent_shape``.
 
-        Raises:
-            InputError: Latents of another shape than ``latent_shape``.
+        Shape: see `TokenDenoiser` -> (B, H, W, C), (B, D).
         """
         if not isinstance(hidden_states, torch.fx.Proxy) and hidden_states.shape[1:] != self.latent_shape:
             raise InputError(
@@ -241,7 +244,18 @@ class TokenDenoiser(DenoiserFrame):
         x = self.x_embedder(hidden_states)  # (B, H, W, C)
         x = x + self.pos_embed.view(1, *self.grid, -1)  # (B, H, W, C)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])  # (B,)
-        c = self.t_embedder(t) + self.y_embedder(class_labels)  # (B, D)
+        return x, self.t_embedder(t) + self.y_embedder(class_labels)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
+        """Denoise one batch; ``cross_attention_kwargs`` is there for diffusers' pipelines and unused.
+
+        Raises:
+            InputError: Latents of another shape than ``latent_shape``.
+        """
+        x, c = self._embedded(hidden_states, timestep, class_labels)
         shown = self.block_sequence()[self.projected] if self.training and self.projector is not None else None
         features = None
 

@@ -18,6 +18,7 @@ from d_emo.detection.augment import ObjectImages, TrainingImages, augmentation
 from d_emo.detection.average_precision import measure_detector
 from d_emo.detection.coco import CocoImages
 from d_emo.detection.drawing import grid_of_objects
+from d_emo.detection.masks import rle
 from d_emo.errors import InputError
 from d_emo.io.card import describe_hardware
 from d_emo.io.classifier import open_classifier
@@ -68,6 +69,8 @@ class DetectorTask:
             self.source, change, first_label=self.model.first_label, seed=settings.seed, masks=self.masks
         )
         self.measures = self.held_out is not None and find_spec("faster_coco_eval") is not None
+        if self.measures:
+            rle()  # a broken one is told before the run
 
     def _options(self, system: str) -> dict[str, Any]:
         """Arguments of the model; InputError for those that the data or other settings decide."""

@@ -1,6 +1,5 @@
 """What a user sees of a run: the progress bar, the tracker's curves and pictures, and early warnings."""
 
-import importlib.util
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from d_emo.config import RunSettings
-from d_emo.errors import InputError, said
+from d_emo.errors import imported, said
 
 LONG_STEP = 5
 """Seconds of a step from which on the bar shows its micro-batches."""
@@ -47,7 +46,7 @@ class Progress:
         settings: ``tracker``, ``log_every``, ``max_steps`` and what else a tracker should keep.
 
     Raises:
-        InputError: The tracker asked for is not installed.
+        InputError: The tracker asked for is not installed, or is broken.
     """
 
     def __init__(self, accelerator: Accelerator, settings: RunSettings):
@@ -55,8 +54,8 @@ class Progress:
         self.bar: tqdm | None = None
         self.tracking = False
         self.micro_batches_seen, self.fastest, self.slow_seen = 0, float("inf"), False
-        if settings.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise InputError("`tracker` wandb needs Weights & Biases: pip install wandb")
+        if settings.tracker == "wandb":
+            imported("wandb", "`tracker` wandb needs Weights & Biases", "wandb")
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar."""

@@ -15,7 +15,7 @@ from d_emo.device import best_device
 from d_emo.files import filling, write_json
 from d_emo.io.card import describe_hardware, write_card_file
 from d_emo.latents import VAECodec
-from d_emo.weights import check_library
+from d_emo.weights import check_library, telling_unmet
 
 
 def train_vae(settings: VAESettings) -> dict[str, float]:
@@ -25,8 +25,8 @@ def train_vae(settings: VAESettings) -> dict[str, float]:
         Held-out PSNR in dB for "shapes" and "digits".
     """
     check_library()
-    from diffusers import AutoencoderKL
-
+    with telling_unmet():
+        from diffusers import AutoencoderKL
     device = best_device()
     torch.manual_seed(settings.seed)
     levels = len(settings.block_out_channels)

@@ -22,6 +22,7 @@ from d_emo.models.counting import count_macs
 from d_emo.models.layers import fold_batch_norms
 from d_emo.models.registry import resolve_name
 from d_emo.tables import FAMILIES
+from d_emo.weights import telling_unmet
 
 BASELINE = "diffusers DiT"
 
@@ -66,8 +67,8 @@ def contenders(size: str, latent: int, depth: int | None) -> dict[str, tuple[Cal
     demo, dit = (partial(create_model, f"{family}-{size}-2", **options) for family in ("D-EMOv2", "DiT"))
 
     def diffusers_dit() -> nn.Module:
-        from diffusers import DiTTransformer2DModel
-
+        with telling_unmet():
+            from diffusers import DiTTransformer2DModel
         return DiTTransformer2DModel(
             num_attention_heads=row["num_heads"], attention_head_dim=row["hidden_size"] // row["num_heads"],
             in_channels=4, out_channels=8, num_layers=row["depth"], sample_size=latent, patch_size=2,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from d_emo.config import DenseBenchmarkSettings
-from d_emo.errors import InputError
+from d_emo.errors import InputError, imported
 from d_emo.lab.benchmark.cases import classify
 from d_emo.lab.benchmark.report import machine
 from d_emo.lab.benchmark.timing import Case, measure
@@ -134,8 +134,7 @@ def exported(network: nn.Module, images: Tensor) -> bytes:
 
 def opened_file(content: bytes, images: Tensor, threads: int) -> Callable[[], object]:
     """A function that runs an ONNX file in onnxruntime. Shape: images (B, 3, H, W)."""
-    import onnxruntime
-
+    onnxruntime = imported("onnxruntime", "ONNX files are run by onnxruntime", "d-emo[export]")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -4,13 +4,10 @@ Reading order: ``plan`` (which runs), ``execution`` (other verbs as children), `
 measurements, intervals), ``report`` and ``plots``, ``cost``, ``study`` (all of it wired together).
 """
 
-from importlib.util import find_spec
+from d_emo.errors import imported
 
-from d_emo.errors import InputError
-
-for _needed in ("pandas", "matplotlib"):  # before hours of training, not after them
-    if find_spec(_needed) is None:
-        raise InputError(f"a study needs {_needed}: pip install 'd-emo[lab]'")
+for _needed in ("pandas", "matplotlib.figure"):  # before hours of training, not after them
+    imported(_needed, f"a study needs {_needed.partition('.')[0]}", "d-emo[lab]")
 
 from d_emo.lab.study.study import Study  # noqa: E402
 

@@ -26,7 +26,7 @@ from d_emo.lab.study.results import (
     runs_of,
 )
 from d_emo.tables import with_present_names
-from d_emo.text import markdown_table, plural
+from d_emo.text import command, markdown_table, plural
 
 HOW_TO_READ = (
     "Differences are between runs of the same seed (same data order, noise and labels); ± is half a 95 % confidence "
@@ -47,9 +47,10 @@ def introduction(
     configs = shlex.join(part for pair in itertools.pairwise(sys.argv) if pair[0] == "--config" for part in pair)
     steps = sorted({run.training.max_steps for run in runs})
     done = (
-        f"Made by `python scripts/compare.py {configs}`: {seeds}, {' or '.join(f'{each:,}' for each in steps)} steps "
-        f"of {training.batch_size}, trained on {hardware}. Time is the number of steps times the median time of one, "
-        f"measured of all models in turns, step by step, on {timed_on}, without reading data."
+        f"Made by `{command('compare', 'compare.py')} {configs}`: {seeds}, "
+        f"{' or '.join(f'{each:,}' for each in steps)} steps of {training.batch_size}, trained on {hardware}. Time is "
+        f"the number of steps times the median time of one, measured of all models in turns, step by step, on "
+        f"{timed_on}, without reading data."
     )
     if training.schedule == "cosine" and len(steps) == 1:
         done += (
@@ -57,7 +58,8 @@ def introduction(
             "end: that speaks against it."
         )
     if settings.reference is not None:
-        return [done, f"Measured by `scripts/fid.py` against `{settings.reference}`, {settings.num_images:,} drawings."]
+        measured = f"Measured by `{command('fid', 'fid.py')}` against `{settings.reference}`"
+        return [done, f"{measured}, {settings.num_images:,} drawings."]
     used = {loss_over.partition(",")[0] for loss_over in rows["loss_over"]} if "loss_over" in rows else set()
     those = {name: sampler for name, sampler in settings.samplers.items() if not used or name in used}
     samplers = " and ".join(f"{sampler} ({name})" for name, sampler in those.items())
