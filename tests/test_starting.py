@@ -59,7 +59,7 @@ print(sorted((others | {LATER!r} | {{"accelerate"}}) & set(sys.modules) - before
 import accelerate
 before = set(sys.modules)
 with importing():
-    import d_emo.cli.encode, d_emo.cli.fid, d_emo.cli.train_classifier
+    import d_emo.cli.encode, d_emo.cli.fid, d_emo.cli.train_classifier, d_emo.cli.train_video
 print(sorted((others | {LATER!r}) & set(sys.modules) - before))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

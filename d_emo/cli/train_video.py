@@ -12,7 +12,6 @@ from d_emo.data import ClassImages, to_uint8
 from d_emo.data.describing import largest, look_over, some
 from d_emo.io.hub import prepare_push
 from d_emo.io.video import KIND
-from d_emo.sampling.grids import draw_grid
 from d_emo.training import fit
 from d_emo.training.rehearsal import Rehearsal
 from d_emo.training.video import VideoTask
@@ -41,6 +40,8 @@ def describe_videos(videos: ClassImages, count: int) -> list[tuple[str, str]]:
 
 def picture(task: VideoTask, tried: Rehearsal) -> tuple[Image.Image, int]:
     """The first clips of a batch, each a row of its frames under the name of its class, and how many these are."""
+    from d_emo.sampling.grids import draw_grid  # brings diffusers along
+
     clips, labels = (part[:CLIPS].cpu() for part in tried.batch)  # (B, 3, T, H, W), (B,)
     names = [task.dataset.class_names[label] for label in labels.tolist()]
     return draw_grid(to_uint8(clips.transpose(1, 2).flatten(0, 1)), names, clips.shape[2]), len(clips)
