@@ -5,6 +5,7 @@ from torch import nn
 
 from d_emo.errors import InputError
 from d_emo.models import EMO, create_model
+from d_emo.models.layers import DropPath
 from d_emo.models.timm_registry import register_with_timm
 
 TINY = {
@@ -83,6 +84,17 @@ def test_drop_path_grows_linearly_to_its_rate(block):
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (64, 2, 2, 3), (64, 2, 2, 2, 3)])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_drop_path_is_timms_to_the_bit(shape, rate):
+    x, drawn = torch.randn(shape), []
+    for layer in (DropPath(rate), timm.layers.DropPath(rate)):
+        torch.manual_seed(3)
+        drawn.append(layer.train()(x))
+        assert layer.eval()(x) is x
+    assert torch.equal(*drawn)
 
 
 def test_layer_scale_starts_at_1e_6_and_only_in_emov2():

@@ -1,11 +1,13 @@
 import sys
 from importlib import invalidate_caches
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from d_emo.data import (
     COLOURS,
@@ -78,6 +80,15 @@ def test_digits_are_split_without_overlap():
     image, label = train[3]
     assert image.shape == (3, 16, 16) and image.min() >= -1 and image.max() <= 1 and label == train.label(3)
     assert not train.flip
+
+
+def test_digits_are_those_of_scikit_learn_wherever_it_keeps_them(monkeypatch):
+    bunch = load_digits()
+    for _ in range(2):
+        scans, labels = Digits.read()
+        assert scans.dtype == np.uint8 and np.array_equal(scans, np.rint(bunch.images * (255 / 16)))
+        assert np.array_equal(labels, bunch.target)
+        monkeypatch.setattr("d_emo.data.digits.find_spec", lambda name: mock.Mock(origin="nowhere/__init__.py"))
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_training_and_sampling_import_nothing_heavy_that_they_do_not_need(tmp_pa
     assert (tmp_path / "samples" / "step-1.png").exists() and "loading" not in done.stderr
 
 
-def test_verbs_on_classifiers_and_files_import_nothing_of_denoisers():
+def test_verbs_on_classifiers_and_files_import_nothing_of_denoisers_timm_or_scikit_learn():
     code = f"""
 import sys, torch
 from d_emo.cli.verbs import importing
@@ -60,7 +60,10 @@ import accelerate
 before = set(sys.modules)
 with importing():
     import d_emo.cli.encode, d_emo.cli.fid, d_emo.cli.train_classifier, d_emo.cli.train_video
-print(sorted((others | {LATER!r}) & set(sys.modules) - before))
+from d_emo.data import Digits
+from d_emo.models import create_model
+Digits(8), create_model("emov2_1m", drop_path_rate=0.1)
+print(sorted((others | {LATER!r} | {{"pandas", "sklearn"}}) & set(sys.modules) - before))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -2,6 +2,8 @@
 
 from abc import abstractmethod
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,10 +58,14 @@ class Digits(Scans):
 
     @staticmethod
     def read() -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
+        try:  # its file alone: importing scikit-learn, with scipy and pandas, takes a second
+            table = np.loadtxt(Path(find_spec("sklearn").origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+        except OSError:  # another release keeps it elsewhere
+            from sklearn.datasets import load_digits
 
-        bunch = load_digits()
-        return (bunch.images * (255 / 16)).round().astype(np.uint8), bunch.target
+            table = np.column_stack(load_digits(return_X_y=True))
+        scans, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+        return (scans * (255 / 16)).round().astype(np.uint8), labels
 
 
 class MNIST5k(Scans):

@@ -16,6 +16,7 @@ from d_emo.models.attention import AttentionMode, AttentionOrder, SelfAttention,
 from d_emo.models.layers import (
     NORM_EPS,
     ChannelsLastBatchNorm,
+    DropPath,
     Layers,
     LayerScale,
     LinearAct,
@@ -195,8 +196,6 @@ class MetaMobileBlock(nn.Module):
         arrangement: Arrangement = "attention-conv",
         **options: Any,
     ) -> None:
-        from timm.layers import DropPath  # half a second, which denoisers do not need
-
         super().__init__()
         if arrangement not in ARRANGEMENTS:
             known = ", ".join(map(repr, ARRANGEMENTS))

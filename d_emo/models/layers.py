@@ -132,6 +132,30 @@ class LayerScale(nn.Module):
 
 
 @kernels.known
+class DropPath(nn.Module):
+    """In training, leave a residual branch out of a share of the images (Huang et al., 2016, eq. 2).
+
+    The draws are those of timm's, whose import takes a second. What is kept is scaled, so that the mean stays.
+
+    Shape: (B, ...) -> (B, ...).
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, ...)
+        return x * (kept / keep if keep else kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+@kernels.known
 class LocalConv(nn.Module):
     """Depthwise k x k convolution without bias, then norm, then activation.
 

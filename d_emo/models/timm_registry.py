@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -20,7 +19,6 @@ from timm.models import (
     register_notrace_module,
 )
 
-from d_emo import kernels
 from d_emo.models.attention import WindowAttention
 from d_emo.models.backbone import BACKBONES, EMO, build_backbone
 from d_emo.models.blocks import ConvFirstOperator, ParallelOperator
@@ -74,11 +72,7 @@ def translate(model: EMO, state_dict: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def register_with_timm() -> None:
-    """Add every EMO name to timm's registry; names that are there already are left alone.
-
-    The operators may do the work of timm's drop path, which is a block's.
-    """
-    kernels.known(DropPath)
+    """Add every EMO name to timm's registry; names that are there already are left alone."""
     importlib.import_module("d_emo.models.hybrids")  # which registers its own, as timm's modules do
     for module in (WindowAttention, LocalConv, ConvFirstOperator, ParallelOperator):
         register_notrace_module(module)  # what looks at shapes and devices stays whole under torch.fx
