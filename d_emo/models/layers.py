@@ -151,6 +151,7 @@ class DropPath(nn.Module):
         kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, ...)
         return x * (kept / keep if keep else kept)
 
+
 @kernels.known
 class LocalConv(nn.Module):
     """Depthwise k x k convolution without bias, then norm, then activation.
