@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_study import ROOT, settings_of
 
-from d_emo.config import StudySettings, parse_settings
+from d_emo.config import StudySettings, TrainSettings, parse_settings
 from d_emo.data import open_dataset, to_uint8
 from d_emo.data.shapes import is_empty
 from d_emo.files import write_json
@@ -21,7 +21,15 @@ from d_emo.lab.study.report import (
     main_table,
     write_report,
 )
-from d_emo.lab.study.results import Estimate, at_time, difference, last_common_step, minutes_by_step, paired
+from d_emo.lab.study.results import (
+    Estimate,
+    at_time,
+    difference,
+    last_common_step,
+    loss_over,
+    minutes_by_step,
+    paired,
+)
 
 
 def rows_of(**values):
@@ -90,7 +98,20 @@ def test_losses_over_other_timesteps_are_not_compared():
     rows.loc[1, "loss_over"] = "eps, logit-normal 0 1"
     text = findings(rows, "Other", ["a", "b"])
     assert not gap_of(rows, "a", "b", "loss").count and gap_of(rows, "a", "b", "fid").mean == -1
-    assert "loss 0.5" not in text and text.endswith("Their losses are over other timesteps and are not compared.")
+    assert "loss 0.5" not in text
+    assert text.endswith("Their losses are over other timesteps or with other terms and are not compared.")
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, "flow, uniform"),
+    ({"timestep_sampling": "logit-normal", "time_shift": 2}, "flow, logit-normal 0 1, shift 2"),
+    ({"contrastive": 0.05}, "flow, uniform, contrastive 0.05"),
+    ({"align": "vae"}, "flow, uniform, aligned with vae (0.5)"),
+    ({"align": "sra", "align_weight": 0.2}, "flow, uniform, aligned with sra (0.2)"),
+])
+def test_losses_with_other_terms_are_over_something_else(changes, said):
+    settings = TrainSettings(model="D-EMOv2-Ti-1", dataset="digits", objective="flow", **changes)
+    assert loss_over(settings.resolve()) == said
 
 
 def test_tables_show_means_with_intervals_and_the_distance_from_the_first_run():

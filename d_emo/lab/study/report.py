@@ -106,7 +106,7 @@ def findings(rows: pd.DataFrame, heading: str, names: Sequence[str]) -> str:
         over = [set(pairs[column]) for column in ("loss_over", "loss_over_other")]
         if over[0] != over[1]:
             kinds = [{each.partition(",")[0] for each in kind} for kind in over]
-            what = "over other timesteps" if kinds[0] == kinds[1] else "those of other objectives"
+            what = "over other timesteps or with other terms" if kinds[0] == kinds[1] else "those of other objectives"
             said.append(f"Their losses are {what} and are not compared.")
         seeds = plural(len(pairs), "seed")
         when = "at the end of each" if step is None else f"step {step:,}"

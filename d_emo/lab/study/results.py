@@ -113,6 +113,8 @@ def loss_over(training: TrainSettings) -> str:
         words.append(f"shift {training.time_shift}")
     if training.contrastive:
         words.append(f"contrastive {training.contrastive:g}")
+    if training.align is not None:
+        words.append(f"aligned with {training.align} ({training.align_weight:g})")
     return ", ".join([training.objective, drawn, *words])
 
 
