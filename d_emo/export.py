@@ -154,8 +154,9 @@ def write_onnx(network: Portable, path: Path, *, opset: int | None = None, int8:
         InputError: The versions that are here cannot write this ``opset``, or these layers in int8; int8 with
             detections.
     """
-    onnxruntime, *_ = (imported(name, f".onnx files need {name}", "d-emo[export]")
-                       for name in ("onnxruntime", "onnx", "onnxscript"))  # the last two, for torch.onnx
+    onnxruntime = imported("onnxruntime", ".onnx files need onnxruntime", "d-emo[export]")
+    for name in ("onnx", "onnxscript"):  # for torch.onnx
+        imported(name, f".onnx files need {name}", "d-emo[export]")
     if int8 and network.found:
         raise InputError("`int8` moves scores across thresholds, so other objects are found; use it without "
                          "`detections`")  # fmt: skip

@@ -1,6 +1,7 @@
 """Packages that only some of d-emo needs: a broken one is not called missing, and ends in no traceback."""
 
 import json
+import re
 import sys
 from importlib import import_module, invalidate_caches
 from types import SimpleNamespace
@@ -85,8 +86,7 @@ def test_a_broken_package_is_told_from_a_missing_one(name, use, broken, tmp_path
 
 def test_a_broken_reader_of_heif_is_told_where_files_are_left_out(broken):
     words = broken("pillow_heif")
-    with pytest.raises(PackageError, match=words):
-        raise PackageError(describe_left_out(["a.heic"]))
+    assert re.search(words, describe_left_out(["a.heic"]))
     assert describe_left_out(["a.psd"]) == "1 file of other kinds left out: .psd 1"
 
 

@@ -94,7 +94,7 @@ VERBS: Table[Verb] = Table("verb", [
         "train", "train_dit", "Train", "d_emo.config:TrainSettings",
         """Train a D-EMO or DiT denoiser. With no data named it trains on the built-in Shapes-1000.
 
-By itself it is one process; `accelerate launch -m d_emo train` runs it in any number of them, one on each GPU.""",
+By itself it is one process; `accelerate launch -m d_emo train` runs it in several, one on each GPU.""",
     ),
     Verb(
         "distill", "distill", "Train", "d_emo.config:DistillSettings",
@@ -134,7 +134,7 @@ trained already is not trained again.""",
         "encode", "encode_latents", "Train", "d_emo.config:EncodeSettings",
         """Encode a data set into latents, once, so that training need not: `--latents DIR` of train reads them.
 
-By itself it is one process; `accelerate launch -m d_emo encode` runs it in any number of them, one on each GPU. The
+By itself it is one process; `accelerate launch -m d_emo encode` runs it in several, one on each GPU. The
 latents depend on the images, their size and the VAE, not on the model that is trained on them.""",
     ),
     Verb(

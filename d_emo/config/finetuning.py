@@ -24,7 +24,7 @@ class FineTuningSettings(Settings):
         None, "start from the weights of this snapshot (or the newest of a run folder). Where they are not given, "
         "--model, --model-options, --image-size and, of a denoiser, --vae, --objective and --timestep-sampling are "
         "those of the snapshot; classes, image size and a denoiser's patch size may be others. --model-options are "
-        "added to the snapshot's: one of these that is not wanted is undone by its default, as by '{window_size: 8}'",
+        "added to the snapshot's; to undo one of those, give its default: '{window_size: 8}'",
         source=True, group="Fine-tuning"
     )
     train: Trained = setting(

@@ -90,10 +90,12 @@ def read_frames(
     with naming(lambda: str(path), "video"):
         with av.open(str(path)) as container:
             stream = _stream_of(container)
-            packets = [each for each in container.demux(stream) if each.size and not each.is_discard]
-            stamps = np.unique([stamp_of(each) for each in packets if stamp_of(each) is not None])
+            stamps = np.unique([
+                stamp for each in container.demux(stream)
+                if each.size and not each.is_discard and (stamp := stamp_of(each)) is not None
+            ])  # fmt: skip
         if not len(stamps):
-            raise InputError("none of its frames has a time")
+            raise InputError("none of its frames is shown at a time")
         tick = float(stream.time_base)
         last = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else 1 / tick
         shown = stamps * tick

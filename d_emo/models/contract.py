@@ -128,7 +128,9 @@ class DenoiserFrame(ModelMixin, ConfigMixin, ABC):
         raise InputError(f"{type(self).__name__} shows no features")
 
     def features(self, block: int, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """The map after a block, without gradients; later blocks do not run. A frame with `feature_shapes` sees to it.
+        """The map after a block, without gradients; later blocks do not run.
+
+        Hooks on the frame itself do not see it. Frames that show `feature_shapes` implement it.
 
         Shape: as ``forward`` -> (B, channels, *sizes).
 

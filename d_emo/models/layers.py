@@ -225,7 +225,8 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose batch is that of all processes together, on any device; equal shares are assumed.
 
     PyTorch's own ``SyncBatchNorm`` runs on GPUs only. Statistics are computed in float32: the mean first, then the
-    squared distances from it, each summed over the processes by a differentiable all-reduce.
+    squared distances from it, each summed over the processes by a differentiable all-reduce. In eval mode without
+    running statistics every process has its own batch's.
 
     Shape: (B, C, *) -> (B, C, *).
     """

@@ -76,7 +76,7 @@ class Progress:
             self.bar.close()
 
     def _track(self) -> None:
-        """Open the trackers, once; TensorBoard's, which takes a while to import, when there is something to log."""
+        """Open the trackers, once; TensorBoard's, which takes a while to import, after the first step."""
         if self.tracking:
             return
         self.tracking, folder = True, Path(self.settings.output_dir)
@@ -114,6 +114,7 @@ class Progress:
     def step_done(self, step: int, figures: dict[str, float]) -> None:
         """Move the bar; log every ``log_every`` steps."""
         self.bar.update()
+        self._track()
         speed = figures["images_per_second"]
         self._mind_slow_steps(step, self.settings.batch_size / speed)
         self.bar.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
