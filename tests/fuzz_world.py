@@ -41,7 +41,7 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
         **DIGITS, "model": ["D-EMOv2-Ti-2"], "model_options": [yaml.safe_dump(TINY, default_flow_style=True)],
         "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"], "tracker": ["none"]},
     ("distill", ""): lambda world: {
-        "init_from": [str(FLOW)], "fd_features": [f"emov2:{world}/classifier"], "fd_images": ["4"],
+        "init_from": [str(FLOW)], "fd_features": [f"emov2:{world}/classifier"], "fd_images": ["100"],
         "output_dir": ["out"], "max_steps": ["1"], "batch_size": ["2"], "tracker": ["none"]},
     ("train-classifier", ""): lambda world: {
         "data_dir": [str(world / "photos")], "image_size": ["32"], "model": ["emov1_1m"], "output_dir": ["out"],

@@ -17,13 +17,13 @@ from d_emo.config import ClassifierSettings, parse_settings
 from d_emo.data import CentreCroppedFolder, Digits, TarShards, spread
 from d_emo.errors import InputError
 from d_emo.io.classifier import Normalized, open_classifier
-from d_emo.io.snapshot import load_classifier
+from d_emo.io.snapshot import load_classifier, load_meta
 from d_emo.io.training_state import load_state
 from d_emo.models import create_model
 from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
 from d_emo.training.accuracy import Accuracy, measure_accuracy
-from d_emo.training.classifier import Augmentation, ClassifierTask, augment
+from d_emo.training.classifier import Augmentation, ClassifierTask, augment, mixed
 from d_emo.training.teacher import distillation_loss, load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +222,21 @@ def test_images_are_mirrored_where_the_data_allow_it_and_shifted_as_far_as_asked
     moved = augment(image, Augmentation(torch.tensor([False, True]), torch.tensor([[-0.2, 0.0], [0.0, 0.0]])))
     assert moved[0, :, :, :3].min() > 0.99 and moved[0, :, :, 5:].max() < 0.01  # the border is repeated
     assert torch.equal(moved[1], image[1].flip(-1))
+
+
+def test_images_are_mixed_with_noise_up_to_the_share_asked_for_and_the_snapshot_says_so(tmp_path, photos):
+    task = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "noise": 0.6, "shift": 0.1}))
+    plain = ClassifierTask(ClassifierSettings(**{**TINY, "data_dir": str(photos), "shift": 0.1}))
+    draws, same = (each.draw(torch.Generator().manual_seed(0), 200) for each in (task, plain))
+    assert torch.equal(draws.flip, same.flip) and torch.equal(draws.shift, same.shift) and same.noise is None
+    assert draws.level.min() < 0.05 and 0.55 < draws.level.max() <= 0.6 and draws.noise.std().sub(1).abs() < 0.02
+    images = torch.rand(3, 3, 32, 32)
+    t, noise = draws.level[4:7], draws.noise[4:7]
+    torch.testing.assert_close(mixed(images, draws[4:7]), (1 - t) * images + t * noise)
+    assert torch.equal(task.seen([images], draws[4:7]), mixed(augment(images, draws[4:7]), draws[4:7]))
+    assert torch.equal(mixed(images, same[4:7]), images)
+    assert load_meta(train(tmp_path / "run", photos, noise=0.6, max_steps=1), "classifier")["noise"] == 0.6
+    assert "noise" not in load_meta(train(tmp_path / "other", photos, max_steps=1), "classifier")
 
 
 def test_a_folder_named_for_validation_is_preferred_to_val(tmp_path, photos):

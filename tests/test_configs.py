@@ -13,7 +13,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d_emo.config import ClassifierSettings, DetectorSettings, TrainSettings, parse_settings
+from d_emo.config import ClassifierSettings, DetectorSettings, DistillSettings, TrainSettings, parse_settings
 from d_emo.ema import EMA
 from d_emo.io.snapshot import load_denoiser
 from d_emo.io.training_state import load_state
@@ -58,6 +58,12 @@ def test_the_configs_that_the_readme_names_are_there():
     named = {"imagenet256", "imagenet256-modern", "imagenet512", "folder", "demo", "demo_classifier", "shapes64_ti"}
     assert named <= RUNS.keys()
     assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
+
+
+def test_the_one_step_config_goes_on_from_the_run_of_its_neighbours():
+    settings = DistillSettings(**yaml.safe_load((CONFIGS / "distill" / "mnist32.yaml").read_text()))
+    assert settings.init_from == RUNS["mnist32_pixels"]["output_dir"]
+    assert settings.fd_features == f"emov2:{RUNS['mnist32_classifier']['output_dir']}"
 
 
 def test_that_for_a_folder_needs_no_network():

@@ -62,7 +62,7 @@ def test_objective_folder_and_data_are_the_snapshots(tmp_path):
 
 def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = ["--fd-images", "20", "--batch-size", "4", "--micro-batch-size", "4", "--state-every", "2", "--tracker",
+    short = ["--fd-images", "100", "--batch-size", "4", "--micro-batch-size", "4", "--state-every", "2", "--tracker",
              "none"]  # fmt: skip
     run_verb("distill", [FLOW, *FEATURES, *short, "--max-steps", "3"])
     assert "snapshot  results/flow-one-step/snapshots/step-3" in capsys.readouterr().out

@@ -50,7 +50,7 @@ STUDY = {
 
 WRITES = {
     "train": "{train} --max-steps 2 --state-every 1 --snapshot-every 2 --tracker none --output-dir OUT/run",
-    "distill": "IN/flow --fd-features emov2:IN/classifier --fd-images 20 {run} --max-steps 2 --state-every 1 "
+    "distill": "IN/flow --fd-features emov2:IN/classifier --fd-images 100 {run} --max-steps 2 --state-every 1 "
                "--tracker none --output-dir OUT/run",
     "train-classifier": "--dataset digits --image-size 32 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                         "--validate-images 4 --model emov1_1m --model-options {classifier} --output-dir OUT/run",

@@ -42,7 +42,7 @@ VARIANTS = {
         "objective": "flow-eps", "align": OF_CLASSIFIER, "align_block": 0, "model": "D-EMOv2-Ti-8", "image_size": 32,
     },
     "one step, by muon": {
-        "objective": "one-step", "init_from": str(ARTEFACTS / "flow"), "fd_features": OF_CLASSIFIER, "fd_images": 20,
+        "objective": "one-step", "init_from": str(ARTEFACTS / "flow"), "fd_features": OF_CLASSIFIER, "fd_images": 100,
         "optimizer": "muon", "model": None, "model_options": None, "image_size": None, "vae": None,
     },
     "much of it at once": {

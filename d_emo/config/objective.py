@@ -10,6 +10,8 @@ from d_emo.config.ranges import BelowOne, Fraction, Images, NotNegative, Positiv
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, parse_alignment, takers
 
+_OF_ONE_STEP = {"fd_features": None, "fd_decay": 0.999, "fd_images": 50_000, "fd_labels": 1.0, "fd_stages": "all"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings(Settings):
@@ -49,6 +51,14 @@ class ObjectiveSettings(Settings):
     fd_images: Images | None = setting(
         None, "of one-step: how many images, at most, make up the statistics of real ones. Default: 50,000"
     )
+    fd_labels: NotNegative | None = setting(
+        None, "of one-step: factor of the class means that stand beside the features, so that a drawing must be what "
+        "was asked for; 0 leaves them out. Default: 1"
+    )
+    fd_stages: Literal["all", "last"] | None = setting(
+        None, "of one-step: the features of all four stages of the classifier, each by its deviation, or of the last. "
+        "Default: all"
+    )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "
         "convolution and spatial norm of iREPA): vae, the clean latents themselves; emov2:SNAPSHOT, a classifier "
@@ -74,7 +84,7 @@ class ObjectiveSettings(Settings):
         Raises:
             InputError: The objective has no such term.
         """
-        plain = {"time_shift": 1.0, "contrastive": 0.0, "fd_features": None, "fd_decay": None, "fd_images": None}
+        plain = {"time_shift": 1.0, "contrastive": 0.0, **dict.fromkeys(_OF_ONE_STEP)}
         found = {name: value if (mine := getattr(self, name)) is None else mine for name, value in plain.items()}
         takes = OBJECTIVES[objective].takes if objective in OBJECTIVES else ()  # an unknown name is refused later
         for name, value in found.items():
@@ -85,8 +95,8 @@ class ObjectiveSettings(Settings):
         if "fd_features" in takes:
             if found["fd_features"] is None:
                 raise InputError(f"`objective` {objective} needs `fd_features` emov2:SNAPSHOT, a classifier's")
-            found["fd_decay"] = 0.999 if found["fd_decay"] is None else found["fd_decay"]
-            found["fd_images"] = found["fd_images"] or 50_000
+            for name, value in _OF_ONE_STEP.items():
+                found[name] = value if found[name] is None else found[name]
         return {
             **found, "objective": objective,
             "align_weight": 0.5 if self.align is not None and self.align_weight is None else self.align_weight,

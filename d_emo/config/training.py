@@ -290,6 +290,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             names += self.timesteps_taken(there)
         return names
 
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
@@ -328,6 +329,10 @@ class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, Rehea
     label_smoothing: Fraction = setting(0.1, "label smoothing of the cross-entropy", group="Loss")
     shift: NotNegative = setting(
         0.0, "random translation of the training images, as a fraction of their side", group="Augmentation"
+    )
+    noise: Fraction = setting(
+        0.0, "mix training images with normal noise, (1 - t) image + t noise, t uniform up to this; for classifiers "
+        "whose features d-emo distill uses (--fd-features)"
     )
     rand_augment: str | None = setting(
         None, "timm's name of a RandAugment policy for folders, or none. Default: rand-m9-mstd0.5-inc1, the paper's"

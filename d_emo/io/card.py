@@ -37,10 +37,14 @@ def write_card(folder: str | Path) -> Path:
     name, data = settings["model"], _data_name(meta, settings)
     source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
     built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
-    optimizer, align = settings.get("optimizer", "adamw"), settings.get("align") or ""
+    optimizer = settings.get("optimizer", "adamw")
+    aligned, judged = (  # with what, without its folder
+        ":".join(re.split(r":(?:.*/)?", (settings.get(key) or "").rstrip("/"), maxsplit=1))
+        for key in ("align", "fd_features")
+    )
     facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
              "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
-             "aligned": ":".join(re.split(r":(?:.*/)?", align, maxsplit=1)),
+             "aligned": aligned, "judged": judged,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     tasks = {
         "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",

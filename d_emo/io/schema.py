@@ -14,7 +14,7 @@ SNAPSHOT: dict[str, Any] = {
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
     "average_precision": dict[str, Any] | None,
-    "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
+    "noise": Fraction, "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "windows": dict[str, Any] | None,
     "sha256": dict[str, str],

@@ -57,7 +57,8 @@ class SchedulerRow:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OF_FLOW, _OF_ONE_STEP = ("time_shift", "contrastive"), ("fd_features", "fd_decay", "fd_images")
+_OF_FLOW = ("time_shift", "contrastive")
+_OF_ONE_STEP = ("fd_features", "fd_decay", "fd_images", "fd_labels", "fd_stages")
 
 OBJECTIVES: Table[ObjectiveRow] = Table(
     "objective",

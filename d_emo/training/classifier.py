@@ -43,16 +43,18 @@ class Augmentation(NamedTuple):
 
     flip: torch.Tensor  # (B,) bool
     shift: torch.Tensor  # (B, 2), as shares of half the image side
+    level: torch.Tensor | None = None  # (B, 1, 1, 1), the share t of noise in (1 - t) image + t noise
+    noise: torch.Tensor | None = None  # (B, 3, H, W)
 
     def __getitem__(self, rows: slice) -> Augmentation:  # type: ignore[override]
-        return Augmentation(*(field[rows] for field in self._asdict().values()))
+        return Augmentation(*(None if field is None else field[rows] for field in self._asdict().values()))
 
 
 class ClassifierTask:
     """Cross-entropy with label smoothing, and optionally a teacher's soft logits, on augmented images.
 
     Images of a folder are cropped at random and pass RandAugment; others can be randomly shifted. All are mirrored
-    where the data allow it.
+    where the data allow it. With noise the classifier sees it, and a teacher does not.
 
     Args:
         settings: Resolved settings.
@@ -75,6 +77,7 @@ class ClassifierTask:
         self.dataset, self.held_out = open_both(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
+        self.more_meta = {"noise": settings.noise} if settings.noise else {}  # whoever takes its features mixes as much
         options = settings.model_options or {}
         for name in {"name", "num_classes", "in_channels"} & options.keys():
             raise InputError(f"`model_options`: {name} follows from the data or from `model`; leave it out")
@@ -112,16 +115,20 @@ class ClassifierTask:
             self.teacher.to(device)
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Augmentation:
-        device = generator.device
-        return Augmentation(
-            flip=(torch.rand(batch_size, generator=generator, device=device) < 0.5) & self.dataset.flip,
-            shift=(torch.rand(batch_size, 2, generator=generator, device=device) * 4 - 2) * self.settings.shift,
+        drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
+        moved = Augmentation(
+            flip=(torch.rand(batch_size, **drawn) < 0.5) & self.dataset.flip,
+            shift=(torch.rand(batch_size, 2, **drawn) * 4 - 2) * self.settings.shift,
         )
+        if not self.settings.noise:
+            return moved
+        size, level = self.settings.image_size, torch.rand(batch_size, 1, 1, 1, **drawn) * self.settings.noise
+        return moved._replace(level=level, noise=torch.randn(batch_size, 3, size, size, **drawn))
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Augmentation) -> dict[str, torch.Tensor]:
         settings, (images, labels) = self.settings, batch
         images = augment(images, draws)
-        logits = model(images).float()
+        logits = model(mixed(images, draws)).float()
         losses = {"loss": F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)}
         if self.teacher is not None:
             with torch.no_grad():
@@ -131,7 +138,7 @@ class ClassifierTask:
         return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
     def seen(self, batch: list[torch.Tensor], draws: Augmentation) -> torch.Tensor:
-        return augment(batch[0], draws)
+        return mixed(augment(batch[0], draws), draws)
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
@@ -186,6 +193,11 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     matrix[:, :, 2] = draws.shift
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def mixed(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
+    """Mix with noise, (1 - t) image + t noise. Shape: (B, 3, H, W) -> same."""
+    return images if draws.level is None else (1 - draws.level) * images + draws.level * draws.noise
 
 
 def own_splits(data_dir: str | None) -> tuple[str | None, str | None]:

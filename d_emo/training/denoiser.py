@@ -21,7 +21,7 @@ from d_emo.frechet import Judge, RunningMoments, check_one_process
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import load_classifier, load_meta, pipeline_index, save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
-from d_emo.models import create_model
+from d_emo.models import EMO, create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
@@ -119,21 +119,32 @@ class DenoiserTask:
         if extractor.name != "emov2":
             raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
         classifier = load_classifier(source)
-        self.judge = Judge(classifier.model, self.codec, classifier.image_size)
+        if settings.fd_stages == "all" and not isinstance(classifier.model, EMO):
+            raise InputError(
+                f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, whose stages are not "
+                "those of an EMO; take its last features by `fd_stages` last"
+            )
+        self.judge = Judge(
+            classifier.model, self.codec, classifier.image_size, class_names=self.images.class_names,
+            noise=classifier.meta.get("noise", 0.0), stages=settings.fd_stages == "all",
+            label_weight=settings.fd_labels if len(self.images.class_names) > 1 else 0.0,
+        )
         with torch.no_grad():
             dim = self.judge.features(torch.zeros(1, 3, *[classifier.image_size] * 2)).shape[1]
-        self.model.moments = RunningMoments(dim, settings.fd_decay)
+        self.model.moments = RunningMoments(self.judge.width(dim), settings.fd_decay)
         self.objective.kept = {"judge": self.judge, "moments": self.model.moments}
 
     @torch.no_grad()
     def _learn_real_images(self, device: torch.device) -> None:
         self.judge.to(device)
-        chosen, features = spread(len(self.images), self.settings.fd_images), []
+        features, labels = [], []
+        chosen = spread(len(self.images), self.settings.fd_images)
+        generator = torch.Generator(device).manual_seed(self.settings.seed)  # of the noise, alike on a resume
         for start in range(0, len(chosen), 32):
-            images = torch.stack([self.images[index][0] for index in chosen[start : start + 32]])
-            features.append(self.judge.features(images.to(device)).double())
-        features = torch.cat(features)
-        self.judge.learn(features.mean(0), features.mT.cov())
+            images, classes = default_collate([self.images[index][:2] for index in chosen[start : start + 32]])
+            features.append(self.judge.features(images.to(device), generator))
+            labels.append(classes.to(device))
+        self.judge.learn(torch.cat(features), torch.cat(labels))
 
     def introduction(self) -> list[str]:
         settings, millions = self.settings, self.parameters / 1e6
