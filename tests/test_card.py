@@ -207,7 +207,8 @@ def test_judge_writes_its_figures_beside_the_picture_and_into_the_card(
     judge(monkeypatch, *arguments, "--output", tmp_path / "o.png", "--write-card", "--overwrite")
     (written,) = json.loads((snapshot / "metrics.json").read_text())
     assert written == json.loads((tmp_path / "o.json").read_text())
-    assert f"`{written['command']}` (guidance 1.5, 2 steps of dpm++, images 20)" in text_of(snapshot)
+    words = f"(guidance 1.5, 2 steps of dpm++, images 20, in the features of {written['features']})"
+    assert f"`{written['command']}` {words}" in text_of(snapshot)
     assert (snapshot / "samples.png").read_bytes() == (tmp_path / "o.png").read_bytes()
 
 

@@ -27,6 +27,7 @@ from d_emo.io import card
 from d_emo.io.snapshot import load_denoiser
 from d_emo.sampling import Sampler, class_grid, save_png
 from d_emo.tables import DATASETS, OBJECTIVES
+from d_emo.text import plural
 
 
 def run(settings: JudgeSettings) -> None:
@@ -69,7 +70,8 @@ def run(settings: JudgeSettings) -> None:
         part: {words[part][digit]: rate for digit, rate in rates.items()} for part, rates in by_part.items()
     }
     record["conditions"] = (
-        f"guidance {settings.guidance_scale:g}, {runs[0][1]} steps of {runs[0][0]}, images {settings.num_images}"
+        f"guidance {settings.guidance_scale:g}, {plural(runs[0][1], 'step')} of {runs[0][0]}, "
+        f"images {settings.num_images}"
     )
     codec = sampler.codec if settings.through_codec else None
     compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size, codec)
