@@ -79,8 +79,9 @@ class Progress:
         """Open the trackers, once; TensorBoard's, which takes a while to import, after the first step."""
         if self.tracking:
             return
-        self.tracking, folder = True, Path(self.settings.output_dir)
+        self.tracking = True
         if self.settings.tracker == "wandb":
+            folder = Path(self.settings.output_dir)
             options = {"wandb": {"dir": str(folder), "name": folder.name}}
             self.accelerator.init_trackers("d-emo", config=asdict(self.settings), init_kwargs=options)
         else:
