@@ -5,17 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from unittest import mock
 
-import pytest
 import torch
 
 from d_emo.cli.verbs import defer, importing
-from d_emo.config import TrainSettings
 from d_emo.kernels.dispatch import constant
-from d_emo.training.progress import Progress
 
 HEAVY = {
     "deepspeed", "gradio", "matplotlib", "onnx", "onnxscript", "pandas", "scipy.integrate._ivp",
@@ -68,20 +63,6 @@ print(sorted((others | {LATER!r} | {{"pandas", "sklearn"}}) & set(sys.modules) -
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
-
-
-@pytest.mark.parametrize(("tracker", "at_once"), [("tensorboard", 0), ("wandb", 1)])
-def test_tensorboard_is_opened_after_the_first_step(tracker, at_once, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", mock.Mock(__spec__=ModuleSpec("wandb", None)))
-    accelerator = mock.Mock(is_main_process=True, device=torch.device("cpu"))
-    settings = TrainSettings(tracker=tracker, output_dir=str(tmp_path), log_every=2, max_steps=9)
-    progress = Progress(accelerator, settings)
-    opened = []
-    with progress.following(0, "Try less."):
-        for step in range(5):
-            opened.append(accelerator.init_trackers.call_count)
-            progress.step_done(step + 1, {"loss": 0.5, "images_per_second": 8.0})
-    assert opened == [at_once, 1, 1, 1, 1] and accelerator.log.call_count == 2
 
 
 def test_a_terminal_is_told_that_something_is_being_imported(monkeypatch, capsys):

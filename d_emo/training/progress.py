@@ -52,7 +52,6 @@ class Progress:
     def __init__(self, accelerator: Accelerator, settings: RunSettings):
         self.accelerator, self.settings = accelerator, settings
         self.bar: tqdm | None = None
-        self.tracking = False
         self.micro_batches_seen, self.fastest, self.slow_seen = 0, float("inf"), False
         if settings.tracker == "wandb":
             imported("wandb", "`tracker` wandb needs Weights & Biases", "wandb")
@@ -64,9 +63,13 @@ class Progress:
 
     @contextmanager
     def following(self, step: int, smaller: str) -> Iterator[None]:
-        """Show the bar while the run goes on from ``step``."""
+        """Show the bar and keep the trackers open while the run goes on from ``step``."""
+        folder = Path(self.settings.output_dir)
         if self.settings.tracker == "wandb":
-            self._track()  # what it refuses is said before anything is trained
+            options = {"wandb": {"dir": str(folder), "name": folder.name}}
+            self.accelerator.init_trackers("d-emo", config=asdict(self.settings), init_kwargs=options)
+        else:
+            self.accelerator.init_trackers("logs")  # the folder's name
         self.smaller = smaller
         self.bar = tqdm(total=self.settings.max_steps, initial=step, unit="step", desc="training", dynamic_ncols=True,
                         disable=not self.accelerator.is_main_process)
@@ -74,22 +77,6 @@ class Progress:
             yield
         finally:
             self.bar.close()
-
-    def _track(self) -> None:
-        """Open the trackers, once; TensorBoard's, which takes a while to import, after the first step."""
-        if self.tracking:
-            return
-        self.tracking = True
-        if self.settings.tracker == "wandb":
-            folder = Path(self.settings.output_dir)
-            options = {"wandb": {"dir": str(folder), "name": folder.name}}
-            self.accelerator.init_trackers("d-emo", config=asdict(self.settings), init_kwargs=options)
-        else:
-            self.accelerator.init_trackers("logs")  # the folder's name
-
-    def _log(self, figures: dict[str, float], step: int) -> None:
-        self._track()
-        self.accelerator.log(figures, step=step)
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -115,12 +102,11 @@ class Progress:
     def step_done(self, step: int, figures: dict[str, float]) -> None:
         """Move the bar; log every ``log_every`` steps."""
         self.bar.update()
-        self._track()
         speed = figures["images_per_second"]
         self._mind_slow_steps(step, self.settings.batch_size / speed)
         self.bar.set_postfix(loss=f"{figures['loss']:.4f}", images_per_s=f"{speed:.1f}", refresh=False)
         if step % self.settings.log_every == 0 or step == self.settings.max_steps:
-            self._log({**figures, "memory_gib": peak_memory(self.accelerator.device)}, step)
+            self.accelerator.log({**figures, "memory_gib": peak_memory(self.accelerator.device)}, step=step)
 
     def _mind_slow_steps(self, step: int, seconds: float) -> None:
         """Say once what to try where a step on a CPU takes several times as long as the fastest before it."""
@@ -133,12 +119,11 @@ class Progress:
 
     def validated(self, step: int, figures: dict[str, float]) -> None:
         """Print and log what the held-out data gave."""
-        self._log(figures, step)
+        self.accelerator.log(figures, step=step)
         self.say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items()))
 
     def picture(self, step: int, path: Path) -> None:
         """Hand a sample grid to the tracker."""
-        self._track()
         pixels = np.asarray(Image.open(path).convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
