@@ -1,18 +1,20 @@
-"""One-step generation: a flow network goes on being trained by the Frechet distance of its images' features.
+"""Generation in one step or four: a flow network goes on being trained by the Frechet distance of features.
 
 Source: FD-loss (Yang et al., 2026): the distance of published tables as a loss, over running statistics of what the
-network draws, so that a batch may be small. No teacher, no adversary, no derivative along the path.
+network draws, so that a batch may be small. No teacher, no adversary, no derivative along the path. Four steps are
+ours: the same loss for each, on what the steps before it drew.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
-from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise
+from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise, per_image
 
 
 class RunningMoments(nn.Module):
@@ -52,12 +54,14 @@ class RunningMoments(nn.Module):
 class Judge(nn.Module):
     """Turns latents into the features of a classifier, with gradients, and has the moments of real images.
 
+    The classifier is one of images, to which latents are decoded, or, without a codec, one of the latents themselves.
+
     Features are taken from the mean over real images, which changes no distance and keeps the moments exact.
 
     Args:
         network: An EMO classifier; without ``stages`` any that has timm's ``forward_features`` and ``forward_head``.
-        codec: Its ``decoded`` passes gradients.
-        side: Of the classifier's images.
+        codec: Its ``decoded`` passes gradients; None for a classifier of latents.
+        side: Of the classifier's images, or to which latents are enlarged.
         class_names: Of the data.
         noise: The largest share of noise that is mixed into drawn and real images alike before they are looked at,
             (1 - t) x + t noise, t uniform in [0, noise]; what the classifier was trained with.
@@ -76,17 +80,23 @@ class Judge(nn.Module):
         self.mean = self.root = self.centre = self.scale = self.classes = None
 
     def features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features of images in [-1, 1] as the network gives them. Shape: (B, 3, H, W) -> (B, D)."""
-        if images.shape[2:] != (self.side, self.side):
-            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        """Features of images in [-1, 1], or of latents, as the network gives them. Shape: (B, C, H, W) -> (B, D)."""
+        if self.codec is not None:  # latents are enlarged with their noise, as `train-classifier` does it
+            images = self._resized(images)
         if self.noise:  # without a generator the loop's, which it seeds by the step
             drawn: dict[str, Any] = {"generator": generator, "device": images.device}
             t = self.noise * torch.rand(len(images), 1, 1, 1, **drawn)
             images = (1 - t) * images + t * torch.randn(images.shape, **drawn)
+        images = self._resized(images)
         if self.stages:
             maps = self.network.forward_intermediates(images, norm=True, intermediates_only=True)
             return torch.cat([each.float().mean((2, 3)) for each in maps], dim=1)
         return self.network.forward_head(self.network.forward_features(images), pre_logits=True).float()
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if images.shape[2:] == (self.side, self.side):
+            return images
+        return F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
 
     def width(self, dim: int) -> int:
         """How many values `joint` gives, of features of so many."""
@@ -104,8 +114,9 @@ class Judge(nn.Module):
         return torch.cat([features, self.classes[labels].to(features)], dim=1) if self.label_weight else features
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """What `joint` gives of what latents are decoded to. Shape: (B, C, h, w), (B,) -> (B, `width`)."""
-        return self.joint(self.features(self.codec.decoded(latents)), labels)
+        """What `joint` gives of latents, decoded where need be. Shape: (B, C, h, w), (B,) -> (B, `width`)."""
+        seen = latents if self.codec is None else self.codec.decoded(latents)
+        return self.joint(self.features(seen), labels)
 
     def learn(self, features: Tensor, labels: Tensor) -> None:
         """The moments of `features` of real images, and the mean of each class.
@@ -158,17 +169,23 @@ class Judge(nn.Module):
         return (mean - self.mean).square().sum() + traces - 2 * overlap
 
 
-class _OneStep(FlowObjective):
-    """What both kinds share: the image is what one Euler step makes of noise, x_0 = noise - v(noise, t = 1).
+class OneStepObjective(FlowObjective):
+    """One step of a network that predicts the velocity: x_0 = noise - v(noise, t = 1), an Euler step over the path.
 
     Args:
         fd_features, fd_decay, fd_images, fd_labels, fd_stages: Read by whoever makes the `judge`.
         options: Those of `Objective`.
 
     Attributes:
-        kept: "judge", a `Judge` that has learnt, and "moments", the model's `RunningMoments`; to be set before the
-            first loss.
+        steps: In which an image is drawn, from the noise levels 1, 1 - 1 / steps, ..., 1 / steps. Before every step but
+            the first, what the one before it drew is mixed with new noise: x_t = (1 - t) x_0 + t noise.
+        kept: "judge", a `Judge` that has learnt, "moments", the model's `RunningMoments`, one for each step, and
+            "average", called like the denoiser, which draws the steps before the one that is trained; to be set before
+            the first loss.
     """
+
+    prediction_type = "flow_one_step"
+    steps: ClassVar[int] = 1
 
     def __init__(
         self, *, fd_features: str = "", fd_decay: float = 0.999, fd_images: int = 0, fd_labels: float = 0.0,
@@ -178,25 +195,59 @@ class _OneStep(FlowObjective):
         self.kept: dict[str, Any] = {}  # no parts of this module: they are the task's and the model's
 
     def draw_timesteps(self, generator: torch.Generator, batch_size: int) -> Tensor:
-        return torch.full((batch_size,), float(self.num_train_timesteps), device=generator.device)
+        """The steps in turns, so that each has its share of a micro-batch."""
+        step = torch.arange(batch_size, device=generator.device) % self.steps
+        return self.num_train_timesteps * (1 - step / self.steps)
 
     def forward(self, denoiser: nn.Module, latents: Tensor, labels: Tensor, step: StepNoise) -> dict[str, Tensor]:
-        predicted, _ = self.predict(denoiser, step.noise, labels, step)
-        drawn = step.noise - self.scheduled(predicted, step.noise, 1.0)
-        distance = self.kept["judge"].distance(*self.kept["moments"](self.kept["judge"](drawn, labels)))
-        return {"loss": distance.float(), "fd": distance.detach().float()}
+        if len(labels) % self.steps:
+            raise InputError(f"`micro_batch_size` {len(labels)} is not a multiple of {self.steps}, as each step needs")
+        noisy = self._drawn_before(step, labels)
+        drawn = self._clean(self.predict(denoiser, noisy, labels, step)[0], noisy, step)
+        features = self.kept["judge"](drawn, labels)
+        distances = [
+            self.kept["judge"].distance(*moments(features[step.timesteps == timestep]))
+            for moments, timestep in zip(self.kept["moments"], step.timesteps[: self.steps], strict=True)
+        ]
+        each = {f"fd_{number}": distance.detach().float() for number, distance in enumerate(distances, start=1)}
+        loss = torch.stack(distances).mean().float()
+        return {"loss": loss, "fd": loss.detach(), **(each if self.steps > 1 else {})}
+
+    @torch.no_grad()
+    def _drawn_before(self, step: StepNoise, labels: Tensor) -> Tensor:
+        """What each step starts from: the average draws those before it. Shape: -> (B, C, *sizes)."""
+        noisy, levels = step.noise.clone(), step.timesteps[: self.steps].tolist()
+        for level, following in itertools.pairwise(levels):
+            rows = step.timesteps < level
+            before = step._replace(timesteps=torch.full_like(step.timesteps, level), noise=noisy)
+            before = StepNoise(*(field[rows] for field in before))
+            drawn = self._clean(self.predict(self.kept["average"], noisy[rows], labels[rows], before)[0],
+                                noisy[rows], before)
+            share = following / self.num_train_timesteps  # the new noise is the loop's, which it seeds by the step
+            noisy[rows] = (1 - share) * drawn + share * torch.randn_like(drawn)
+        return noisy
+
+    def _clean(self, predicted: Tensor, noisy: Tensor, step: StepNoise) -> Tensor:
+        t = per_image(step.timesteps / self.num_train_timesteps, noisy)
+        return noisy - t * self.velocity(predicted, noisy, t)
 
 
-class OneStepObjective(_OneStep):
-    """One step of a network that predicts the velocity."""
-
-    prediction_type = "flow_one_step"
-
-
-class OneStepSampleObjective(_OneStep, FlowSampleObjective):
+class OneStepSampleObjective(OneStepObjective, FlowSampleObjective):
     """One step of a network that predicts x_0."""
 
     prediction_type = "flow_one_step_sample"
+
+
+class FourStepObjective(OneStepObjective):
+    """Four steps of a network that predicts the velocity."""
+
+    prediction_type, steps = "flow_four_step", 4
+
+
+class FourStepSampleObjective(FourStepObjective, FlowSampleObjective):
+    """Four steps of a network that predicts x_0."""
+
+    prediction_type = "flow_four_step_sample"
 
 
 def check_one_process(world_size: int) -> None:
@@ -206,4 +257,6 @@ def check_one_process(world_size: int) -> None:
         InputError: There are several.
     """
     if world_size > 1:
-        raise InputError("`objective` one-step keeps its statistics in one process; start one, with a larger batch")
+        raise InputError(
+            "the Frechet distance of features keeps its statistics in one process; start one, with a larger batch"
+        )

@@ -77,7 +77,7 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     [
         ("d-emo train-", {"train-classifier", "train-detector", "train-segmenter", "train-vae", "train-video"}),
         ("d-emo distill --fd-", {"--fd-features", "--fd-decay", "--fd-images", "--fd-labels", "--fd-stages"}),
-        ("d-emo distill --objective ", {"one-step", "one-step-x"}),
+        ("d-emo distill --objective ", {"one-step", "one-step-x", "four-step", "four-step-x"}),
         ("d-emo benchmark ", {"denoisers", "classifiers", "forms", "kernels", "step", "dense"}),
         ("d-emo train --max-", {"--max-steps", "--max-minutes"}),
         ("d-emo benchmark forms --dty", {"--dtype"}),

@@ -56,8 +56,8 @@ def test_objective_folder_and_data_are_the_snapshots(tmp_path):
     assert settings(snapshot_of(tmp_path / "few", objective="one-step-x")).objective == "one-step-x"
     with pytest.raises(InputError, match="not of eps; first fine-tune it"):  # before anything is loaded
         settings(ARTEFACTS / "eps")
-    with pytest.raises(InputError, match="was trained on encoded latents; name their images by --data-dir"):
-        settings(snapshot_of(tmp_path / "encoded", latents="latents/birds"))
+    found = settings(snapshot_of(tmp_path / "encoded", latents="latents/birds"), "--objective", "four-step")
+    assert (found.latents, found.data_dir, found.output_dir) == ("latents/birds", None, "results/encoded-four-step")
 
 
 def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch, capsys):
@@ -80,7 +80,7 @@ def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch,
     ([str(ARTEFACTS / "eps")], "--objective one-step goes on from a snapshot of flow, not of eps; first fine-tune it "
                                "with --objective flow"),
     ([FLOW, "--objective", "one-step-x"], "from a snapshot of flow-x, not of flow; choose --objective one-step"),
-    ([FLOW, "--objective", "flow"], "--objective must be one of one-step, one-step-x, not flow"),
+    ([FLOW, "--objective", "flow"], "--objective must be one of one-step, one-step-x, four-step, four-step-x, not"),
     ([FLOW, "--contrastive", "0.05"], "--contrastive 0.05 belongs to --objective flow, flow-x, flow-eps"),
     ([FLOW, "--fd-features", "inception"], "--fd-features inception passes no gradients"),
     ([], "this is missing: SNAPSHOT"),

@@ -84,7 +84,7 @@ def test_what_is_trained_is_what_is_drawn(kind, tiny_denoiser):
         def distance(self, mean, covariance):
             return mean.sum()
 
-    objective.kept = {"judge": Seen(), "moments": lambda features: (features.mean(0), None)}
+    objective.kept = {"judge": Seen(), "moments": [lambda features: (features.mean(0), None)]}
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     draws = objective.draw(torch.Generator().manual_seed(1), 2, (4, 8, 8))
     draws = StepNoise(noise, draws.posterior_noise, draws.timesteps, torch.zeros(2, dtype=torch.bool), draws.flip)
@@ -114,7 +114,7 @@ def test_the_objective_is_the_papers_loss_over_what_was_drawn_so_far(kind, drawn
     judge.learn(*some(3, 3))
     judge.forward = lambda latents, labels: judge.joint((latents.flatten(1).double() @ weights).square(), labels)
     objective = kind(null_class=9, label_dropout=0.0, learn_sigma=False, fd_decay=0.6)
-    objective.kept = {"judge": judge, "moments": RunningMoments(3, 0.6)}
+    objective.kept = {"judge": judge, "moments": [RunningMoments(3, 0.6)]}
     asked = []
 
     def network(x, timestep, class_labels):
@@ -222,9 +222,9 @@ def test_a_run_ends_in_a_snapshot_that_draws_in_one_step_and_resumes_exactly(tmp
     shutil.rmtree(tmp_path / "parts" / "snapshots")
     run(tmp_path / "parts")
     assert same(last_state(tmp_path / "parts", 6), last_state(tmp_path / "whole", 6))
-    assert task.model.moments.batches == 6
+    assert task.model.moments[0].batches == 6
     dim = sum(stage["num_chs"] for stage in task.judge.network.feature_info)
-    assert task.model.moments.mean.shape == (dim + 10,)  # of all stages, and of classes beside them
+    assert task.model.moments[0].mean.shape == (dim + 10,)  # of all stages, and of classes beside them
     assert not any(name.startswith("moments") for name in load_file(next(snapshot.glob("transformer/*.safetensors"))))
     opened = load_denoiser(snapshot)
     assert (opened.objective, opened.label_dropout) == ("one-step", 0.0)
@@ -260,14 +260,14 @@ def test_a_classifier_that_was_trained_with_noise_sees_it_and_a_resumed_run_is_e
 def test_stages_are_those_of_an_emo_and_one_class_stands_for_nothing(monkeypatch):
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "unconditional": True}))
     dims = sum(stage["num_chs"] for stage in task.judge.network.feature_info)
-    assert task.judge.label_weight == 0 and len(task.model.moments.mean) == dims
+    assert task.judge.label_weight == 0 and len(task.model.moments[0].mean) == dims
     other = timm.create_model("resnet10t", num_classes=10)
     opened = mock.Mock(model=other, image_size=32, meta={})
-    monkeypatch.setattr("d_emo.training.denoiser.load_classifier", lambda source: opened)
+    monkeypatch.setattr("d_emo.training.judging.load_classifier", lambda source, **options: opened)
     with pytest.raises(InputError, match="is a ResNet, whose stages are not those of an EMO; take .* `fd_stages` last"):
         DenoiserTask(TrainSettings(**ONE_STEP))
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "fd_stages": "last"}))
-    assert len(task.model.moments.mean) == other.num_features + 10
+    assert len(task.model.moments[0].mean) == other.num_features + 10
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -275,8 +275,9 @@ def test_stages_are_those_of_an_emo_and_one_class_stands_for_nothing(monkeypatch
     ({"objective": "one-step-x"}, "goes on from a snapshot of flow-x, not of flow"),
     ({"fd_features": None}, "`objective` one-step needs `fd_features` emov2:SNAPSHOT"),
     ({"fd_features": "inception"}, "`fd_features` inception passes no gradients"),
-    ({"cache_latents": True}, "looks at whole images and at nothing else; leave `cache_latents` out"),
-    ({"objective": "flow"}, "`fd_features` .* belongs to `objective` one-step, one-step-x; leave it out for flow"),
+    ({"cache_latents": True}, "looks at images, of which `cache_latents` leaves none; name images, or a classifier of"),
+    ({"align": "vae"}, "looks at what is drawn and at nothing else; leave `align` out"),
+    ({"objective": "flow"}, "`fd_features` .* belongs to `objective` one-step, one-step-x, four-step, four-step-x; leave"),
 ])
 def test_wrong_combinations_are_refused(changes, words):
     with pytest.raises(InputError, match=words):

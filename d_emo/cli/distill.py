@@ -1,4 +1,4 @@
-"""``d-emo distill``: `train` for a one-step objective, as `DistillSettings` resolve to."""
+"""``d-emo distill``: `train` for an objective of few steps, as `DistillSettings` resolve to."""
 
 from d_emo.cli.train import run
 

@@ -98,10 +98,10 @@ By itself it is one process; `accelerate launch -m d_emo train` runs it in sever
     ),
     Verb(
         "distill", "distill", "Train", "d_emo.config:DistillSettings",
-        """Train a flow snapshot on until it draws in one step, by the Frechet distance of a classifier's features.
+        """Train a flow snapshot on until it draws in one step, or four, by the Frechet distance of features.
 
-The same as `train --init-from SNAPSHOT --objective one-step`, with defaults for it. One process, on images (not on
-latents). A snapshot of eps needs `train --init-from SNAPSHOT --objective flow` first.""",
+The same as `train --init-from SNAPSHOT --objective one-step`, with defaults for it. One process. A snapshot of
+eps needs `train --init-from SNAPSHOT --objective flow` first.""",
     ),
     Verb(
         "train-classifier", "train_classifier", "Train", "d_emo.config:ClassifierSettings",

@@ -1,4 +1,4 @@
-"""Settings of going on from a flow snapshot to one step: those of training, with defaults of its own."""
+"""Settings of going on from a flow snapshot to one step or four: those of training, with defaults of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d_emo.config.training import TrainSettings
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, OBJECTIVES, SomeRows, check_start, going_on_from
 
-_ONE_STEP = SomeRows(OBJECTIVES, lambda row: row.starts_from is not None)
+_FEW_STEPS = SomeRows(OBJECTIVES, lambda row: row.starts_from is not None)
 _OF_DATA = ("dataset", "data_dir", "exif", "background", "flip", "num_images", "skip_corrupt", "unconditional")
 
 
@@ -21,12 +21,13 @@ class DistillSettings(TrainSettings):
     """Settings of ``scripts/distill.py``; they resolve to the `TrainSettings` of the run that it is."""
 
     init_from: str = setting(
-        help="the snapshot to go on from, or a run folder for its newest: one of flow or flow-x, or of a one-step "
-        "objective. Model, VAE, image size and, where none are named, data are its own", flag="SNAPSHOT", source=True,
-        group="Fine-tuning"
+        help="the snapshot to go on from, or a run folder for its newest: one of flow or flow-x, or of an objective "
+        "of few steps. Model, VAE, image size and, where none are named, data are its own", flag="SNAPSHOT",
+        source=True, group="Fine-tuning"
     )
     objective: str | None = setting(
-        None, "what it is trained for. Default: by the objective of the snapshot", group="Objective", choices=_ONE_STEP
+        None, "what it is trained for. Default: one-step, one-step-x from flow-x, or the snapshot's own",
+        group="Objective", choices=_FEW_STEPS
     )
     fd_features: str = setting(
         help="emov2:SNAPSHOT, a classifier in whose features the Frechet distance is taken. Report the result in "
@@ -44,7 +45,8 @@ class DistillSettings(TrainSettings):
         "run, where the data are its own", group="Objective"
     )
     output_dir: str | None = setting(
-        None, "run folder: settings, snapshots, states, samples, logs. Default: results/<run>-one-step", resumable=True,
+        None, "run folder: settings, snapshots, states, samples, logs. Default: results/<run>-one-step or "
+        "-four-step", resumable=True,
         group="Run", output="run"
     )
     max_steps: Count | None = setting(
@@ -64,17 +66,18 @@ class DistillSettings(TrainSettings):
             facts: See `TrainSettings.resolve`.
 
         Raises:
-            InputError: The snapshot is of an objective that none of one step goes on from.
+            InputError: The snapshot is of an objective that none of few steps goes on from.
         """
         check_source("init_from", self.init_from)
         there = TrainSettings(init_from=self.init_from)._there()
         start = there.get("objective")
-        objective = self.objective or going_on_from(start) or next(iter(_ONE_STEP))
+        objective = self.objective or going_on_from(start) or next(iter(_FEW_STEPS))
         if start is not None:
             check_start(objective, start)
         given = {name: value for name, value in vars(self).items() if value is not None}
         return TrainSettings(**{
-            **self._data(there), **given, "objective": objective, "output_dir": self.output_dir or self._folder(),
+            **self._data(there), **given, "objective": objective,
+            "output_dir": self.output_dir or self._folder(objective),
             "max_steps": self.max_steps or (5_000 if self.epochs is None else None),
         }).resolve(**facts)
 
@@ -83,11 +86,12 @@ class DistillSettings(TrainSettings):
         if not self.dataset is self.data_dir is self.latents is None:
             return {}
         if there.get("latents") is not None:
-            raise InputError(f"{self.init_from} was trained on encoded latents; name their images by `data_dir`")
+            return {"latents": there["latents"]}
         if there.get("dataset") is there.get("data_dir") is None:
             raise InputError(f"{self.init_from} does not say what it was trained on; name its `dataset` or `data_dir`")
         return {name: there[name] for name in _OF_DATA if there.get(name) is not None}
 
-    def _folder(self) -> str:
+    def _folder(self, objective: str) -> str:
         run = followed(self.init_from)
-        return f"results/{(run.parents[1] if run.parent.name == 'snapshots' else run).name}-one-step"
+        name = (run.parents[1] if run.parent.name == "snapshots" else run).name
+        return f"results/{name}-{objective.removesuffix('-x')}"

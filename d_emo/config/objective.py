@@ -20,9 +20,9 @@ class ObjectiveSettings(Settings):
     objective: str | None = setting(
         None, "eps: predict the noise, and the variance by the variational bound; flow: predict the velocity of the "
         "straight path from data to noise, as SiT; flow-x and flow-eps: the same path and the same error of the "
-        "velocity, but the network says x_0 or the noise; one-step (from a flow snapshot) and one-step-x (from a "
-        "flow-x one): images in one step. Default: flow for SiT models, else eps",
-        group="Objective", choices=OBJECTIVES
+        "velocity, but the network says x_0 or the noise; one-step and four-step (from a flow snapshot), "
+        "one-step-x and four-step-x (from a flow-x one): images in so many steps. Default: flow for SiT models, "
+        "else eps", group="Objective", choices=OBJECTIVES
     )
     timestep_sampling: Literal["uniform", "logit-normal"] | None = setting(
         None, "how training draws timesteps t in [0, T): uniform, as DiT and SiT, or logit-normal: the logit of t / T "
@@ -42,8 +42,8 @@ class ObjectiveSettings(Settings):
     )
 
     fd_features: str | None = setting(
-        None, "of one-step: emov2:SNAPSHOT, a classifier in whose features the Frechet distance is taken. Report the "
-        "result in another network's"
+        None, "of one-step and four-step: emov2:SNAPSHOT, a classifier, of images or of the latents, in whose "
+        "features the Frechet distance is taken. Report the result in another network's"
     )
     fd_decay: BelowOne | None = setting(
         None, "of one-step: decay of the running statistics of what is drawn. Default: 0.999"

@@ -93,8 +93,8 @@ class SampleSettings(Settings):
         "4, or 1 for a snapshot trained without label dropout, or with --guide", group="Sampling",
     )
     scheduler: str | None = setting(
-        None, "sampler, of those that serve the snapshot's objective. Default: dpm++, or euler for flow",
-        choices=SCHEDULERS,
+        None, "sampler, of those that serve the snapshot's objective. Default: dpm++, euler for flow, or lcm for "
+        "four-step", choices=SCHEDULERS,
     )
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(
@@ -104,7 +104,7 @@ class SampleSettings(Settings):
     guide_weight: NotNegative | None = guide_weight_setting()
     steps: Steps | None = setting(
         None, "denoising steps (tables of DiT use --scheduler ddpm --steps 250). Default: "
-        f"{DEFAULT_STEPS}, or 1 of a one-step snapshot"
+        f"{DEFAULT_STEPS}, or 1 of a one-step snapshot, 4 of a four-step one"
     )
     seed: Seed = setting(0, "image i starts from the noise of seed + i")
     batch_size: Count = setting(64, "images denoised at once")

@@ -260,8 +260,8 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         family = family_of(model)
         objective = family.objective if family else next(iter(OBJECTIVES))  # a name that nobody knows is refused later
         chosen = self.objective or objective
-        one_step = chosen in OBJECTIVES and OBJECTIVES[chosen].steps is not None  # drawn as it is trained: unguided
-        dropout = 0.0 if self.unconditional or one_step else self.label_dropout
+        few_steps = chosen in OBJECTIVES and OBJECTIVES[chosen].steps is not None  # drawn as it is trained: unguided
+        dropout = 0.0 if self.unconditional or few_steps else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
         return replace(

@@ -11,12 +11,14 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
 
 from d_emo.config import DEFAULT_STEPS
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS, load, objective_of, schedulers_of
+from d_emo.text import plural
 
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler)
 
@@ -81,22 +83,24 @@ def steps_for(objective: str, steps: int | None, default: int = DEFAULT_STEPS) -
     """
     only = OBJECTIVES[objective].steps
     if only is not None and steps not in (None, only):
-        raise InputError(f"images of the {objective} objective take {only} step, not {steps}; give `steps` {only}")
+        raise InputError(
+            f"images of the {objective} objective take {plural(only, 'step')}, not {steps}; give `steps` {only}"
+        )
     return (only or default) if steps is None else steps
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
     """Lay out the timesteps of so many denoising steps. Heun looks twice in every step but the last.
 
-    Left alone, diffusers' Euler would spend the last of its steps on the last thousandth of the path; here all steps
-    are equal. Heun's last step does so, being a plain Euler step there.
+    Left alone, diffusers' Euler and LCM would spend the last of their steps on the last thousandth of the path; here
+    all steps are equal. Heun's last step does so, being a plain Euler step there.
 
     Raises:
         InputError: More steps than the schedule has, or a count that the scheduler cannot lay out.
     """
     if not isinstance(steps, int) or steps < 1:
         raise InputError(f"`steps` must be a positive integer, not {steps!r}")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)):
         return scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], device=device)
     longest = scheduler.config.num_train_timesteps
     if steps > longest:

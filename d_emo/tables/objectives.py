@@ -19,8 +19,8 @@ class ObjectiveRow:
         scheduler: The sampler of pictures where none is named.
         table_scheduler: That of tables (FID).
         help: What ``--help`` says of it.
-        like: The objective whose schedulers sample from it, where that is another: its `Objective.scheduled` turns the
-            prediction into that one's.
+        like: The objective whose schedulers sample from it, where that is another and it has none of its own: its
+            `Objective.scheduled` turns the prediction into that one's.
         steps: Denoising steps of an image, where only one number makes sense.
         starts_from: The objective of the snapshot that a run has to start from.
         takes: Settings that only some objectives have, as arguments of ``loss``.
@@ -92,6 +92,16 @@ OBJECTIVES: Table[ObjectiveRow] = Table(
             like="flow", scheduler="euler", table_scheduler="euler", help="the same, from a flow-x snapshot",
             steps=1, starts_from="flow-x", takes=_OF_ONE_STEP, papers=("SiT", "JiT"),
         ),
+        ObjectiveRow(
+            name="four-step", loss="d_emo.frechet:FourStepObjective", prediction_type="flow_four_step", like="flow",
+            scheduler="lcm", table_scheduler="lcm", help="from a flow snapshot: images in four steps, by the same "
+            "distance", steps=4, starts_from="flow", takes=_OF_ONE_STEP, papers=("SiT",),
+        ),
+        ObjectiveRow(
+            name="four-step-x", loss="d_emo.frechet:FourStepSampleObjective", prediction_type="flow_four_step_sample",
+            like="flow", scheduler="lcm", table_scheduler="lcm", help="the same, from a flow-x snapshot", steps=4,
+            starts_from="flow-x", takes=_OF_ONE_STEP, papers=("SiT", "JiT"),
+        ),
     ],
 )  # fmt: skip
 
@@ -114,6 +124,9 @@ SCHEDULERS: Table[SchedulerRow] = Table(
         ),
         SchedulerRow(name="euler", objectives=("flow",), scheduler="diffusers:FlowMatchEulerDiscreteScheduler"),
         SchedulerRow(name="heun", objectives=("flow",), scheduler="diffusers:FlowMatchHeunDiscreteScheduler"),
+        SchedulerRow(
+            name="lcm", objectives=("four-step", "four-step-x"), scheduler="diffusers:FlowMatchLCMScheduler",
+        ),
     ],
 )  # fmt: skip
 
@@ -121,7 +134,8 @@ SCHEDULERS: Table[SchedulerRow] = Table(
 def schedulers_of(objective: str) -> list[str]:
     """Names of the schedulers that sample from what an objective trains."""
     row = OBJECTIVES[objective]
-    return [name for name, scheduler in SCHEDULERS.items() if {row.name, row.like} & {*scheduler.objectives}]
+    own = [name for name, scheduler in SCHEDULERS.items() if row.name in scheduler.objectives]
+    return own or [name for name, scheduler in SCHEDULERS.items() if row.like in scheduler.objectives]
 
 
 def takers(setting: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The task of training a denoiser on latents."""
 
 import math
-import os
 import re
 import zlib
 from collections import Counter
@@ -17,22 +16,23 @@ from torch.utils.data import default_collate
 from d_emo.config import TrainSettings
 from d_emo.data import ClassImages, OneClass, Reading, in_recorded_order, open_dataset, open_held_out, spread
 from d_emo.errors import InputError
-from d_emo.frechet import Judge, RunningMoments, check_one_process
+from d_emo.frechet import RunningMoments
 from d_emo.io.card import describe_hardware
-from d_emo.io.snapshot import load_classifier, load_meta, pipeline_index, save_denoiser
+from d_emo.io.snapshot import load_meta, pipeline_index, save_denoiser
 from d_emo.latents import Codec, LatentDataset, default_codec, encode, latent_side, load_codec, sample_moments
-from d_emo.models import EMO, create_model
+from d_emo.models import create_model
 from d_emo.models.counting import trained_parameters
 from d_emo.models.registry import check_kind, check_memory, frame_of
 from d_emo.objective import StepNoise
-from d_emo.tables import DATASETS, OBJECTIVES, check_start, load, parse_features
+from d_emo.tables import DATASETS, OBJECTIVES, check_start, load
 from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
+from d_emo.training.judging import open_judge
 from d_emo.training.progress import means
 from d_emo.weights import check_library
 
 OF_TRAINING = ("projector", "moments")
-"""Parts of a model that training states keep and snapshots have not: those of alignment and of one-step objectives."""
+"""Parts of a model that training states keep and snapshots have not: of alignment, and of objectives of few steps."""
 
 BASE_SIZE = 4 * 32 * 32
 """Values of the latents that are not shifted: Stable Diffusion's at 256 px, as in RAE (Zheng et al., 2025)."""
@@ -106,43 +106,36 @@ class DenoiserTask:
             self.alignment.target.teacher = self._under_less_noise
 
     def _judge_by(self, settings: TrainSettings) -> None:
-        """What the one-step objectives need: a judge of images, and a place for its statistics in the model."""
+        """What the objectives of few steps need: a judge, and a place for its statistics in the model."""
         check_start(settings.objective, settings.init_from and pipeline_index(settings.init_from)["objective"])
-        given = {"validate_every": settings.validate_every, "align": settings.align, "latents": settings.latents,
-                 "cache_latents": settings.cache_latents}  # fmt: skip
-        if odd := [name for name, value in given.items() if value]:
-            raise InputError(
-                f"`objective` {settings.objective} looks at whole images and at nothing else; leave `{odd[0]}` out"
-            )
-        check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
-        extractor, source = parse_features(settings.fd_features)
-        if extractor.name != "emov2":
-            raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
-        classifier = load_classifier(source)
-        if settings.fd_stages == "all" and not isinstance(classifier.model, EMO):
-            raise InputError(
-                f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, whose stages are not "
-                "those of an EMO; take its last features by `fd_stages` last"
-            )
-        self.judge = Judge(
-            classifier.model, self.codec, classifier.image_size, class_names=self.images.class_names,
-            noise=classifier.meta.get("noise", 0.0), stages=settings.fd_stages == "all",
-            label_weight=settings.fd_labels if len(self.images.class_names) > 1 else 0.0,
+        self.judge = open_judge(
+            settings, self.codec, self.images.class_names, latent_side=self.model.latent_shape[1], encoded=self.encoded
         )
+        channels = self.codec.channels if self.judge.codec is None else 3
         with torch.no_grad():
-            dim = self.judge.features(torch.zeros(1, 3, *[classifier.image_size] * 2)).shape[1]
-        self.model.moments = RunningMoments(self.judge.width(dim), settings.fd_decay)
-        self.objective.kept = {"judge": self.judge, "moments": self.model.moments}
+            dim = self.judge.features(torch.zeros(1, channels, *[self.judge.side] * 2)).shape[1]
+        self.model.moments = nn.ModuleList(
+            RunningMoments(self.judge.width(dim), settings.fd_decay) for _ in range(self.objective.steps)
+        )
+        self.objective.kept = {"judge": self.judge, "moments": self.model.moments, "average": self._average}
+
+    def _average(self, *args: Any, **options: Any) -> Any:
+        """The moving average, at the precision of the run."""
+        with torch.autocast(args[0].device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
+            return self.averaged(*args, **options)
 
     @torch.no_grad()
     def _learn_real_images(self, device: torch.device) -> None:
         self.judge.to(device)
         features, labels = [], []
         chosen = spread(len(self.images), self.settings.fd_images)
-        generator = torch.Generator(device).manual_seed(self.settings.seed)  # of the noise, alike on a resume
+        generator = torch.Generator(device).manual_seed(self.settings.seed)  # of all noise, alike on a resume
         for start in range(0, len(chosen), 32):
-            images, classes = default_collate([self.images[index][:2] for index in chosen[start : start + 32]])
-            features.append(self.judge.features(images.to(device), generator))
+            values, classes = default_collate([self.dataset[index][:2] for index in chosen[start : start + 32]])
+            seen = values.to(device)
+            if self.judge.codec is None:
+                seen = self._latents(seen, self.draw(generator, len(seen)))
+            features.append(self.judge.features(seen, generator))
             labels.append(classes.to(device))
         self.judge.learn(torch.cat(features), torch.cat(labels))
 
@@ -171,17 +164,19 @@ class DenoiserTask:
         self.objective.to(device)
         if self.alignment is not None:
             self.alignment.target.to(device)
-        if self.judge is not None:
-            self._learn_real_images(device)
         if self.encoded and self.settings.latents is None:
             encode(self.images, self.codec, folder / "latents", device=device)
             self.dataset = LatentDataset(folder / "latents")
+        if self.judge is not None:
+            self._learn_real_images(device)
 
     def draw(self, generator: torch.Generator, batch_size: int) -> StepNoise:
         return self.objective.draw(generator, batch_size, self.model.latent_shape)
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
+        if self.judge is not None:  # which looks at what is drawn alone
+            return self.objective(model, step.noise, labels, step)
         latents = self._latents(values, step)
         if self.alignment is None:
             return self.objective(model, latents, labels, step)

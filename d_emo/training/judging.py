@@ -1,0 +1,70 @@
+"""Whose features the objectives of few steps are trained in."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from d_emo.config import TrainSettings
+from d_emo.errors import InputError
+from d_emo.frechet import Judge, check_one_process
+from d_emo.io.snapshot import load_classifier
+from d_emo.latents import Codec
+from d_emo.models import EMO
+from d_emo.tables import parse_features
+
+
+def open_judge(
+    settings: TrainSettings, codec: Codec, class_names: Sequence[str], *, latent_side: int, encoded: bool
+) -> Judge:
+    """The judge that settings name, which has not learnt yet.
+
+    Args:
+        settings: Of the run.
+        codec, class_names, latent_side: Of its latents.
+        encoded: Whether the run reads latents, not images.
+
+    Raises:
+        InputError: Settings that such a training does not go with; a classifier without gradients, without the stages,
+            of other latents than the run's, or of images where the run has none.
+    """
+    given = {"validate_every": settings.validate_every, "align": settings.align}
+    if odd := [name for name, value in given.items() if value]:
+        raise InputError(
+            f"`objective` {settings.objective} looks at what is drawn and at nothing else; leave `{odd[0]}` out"
+        )
+    check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
+    extractor, source = parse_features(settings.fd_features)
+    if extractor.name != "emov2":
+        raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
+    classifier = load_classifier(source, latents=True)
+    _check_latents(classifier.meta, settings, codec, latent_side=latent_side, encoded=encoded)
+    if settings.fd_stages == "all" and not isinstance(classifier.model, EMO):
+        raise InputError(
+            f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, whose stages are not "
+            "those of an EMO; take its last features by `fd_stages` last"
+        )
+    return Judge(
+        classifier.model, None if "codec" in classifier.meta else codec, classifier.image_size,
+        class_names=class_names, noise=classifier.meta.get("noise", 0.0), stages=settings.fd_stages == "all",
+        label_weight=settings.fd_labels if len(class_names) > 1 else 0.0,
+    )
+
+
+def _check_latents(
+    meta: dict[str, Any], settings: TrainSettings, codec: Codec, *, latent_side: int, encoded: bool
+) -> None:
+    """Refuse a classifier that cannot look at what the run has; it is one of latents where it names their codec."""
+    if "codec" not in meta:
+        if encoded:
+            raise InputError(
+                f"`fd_features` {settings.fd_features} looks at images, of which "
+                f"`{'cache_latents' if settings.latents is None else 'latents'}` leaves none; name images, or a "
+                "classifier of latents (`d-emo train-classifier` with `latents`)"
+            )
+        return
+    theirs, mine = (meta["codec"], meta["latent_side"]), (codec.name, latent_side)
+    if theirs != mine:
+        raise InputError(
+            f"`fd_features` {settings.fd_features} looks at latents of {theirs[0]} of side {theirs[1]}, those of the "
+            f"run are of {mine[0]} of side {mine[1]}"
+        )

@@ -1,0 +1,135 @@
+"""Four steps: the Frechet distance of each, on what those before it drew."""
+
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from test_one_step import of, run, some
+from test_resume import last_state, same
+
+from d_emo.cli import run_verb
+from d_emo.errors import InputError
+from d_emo.frechet import FourStepObjective, FourStepSampleObjective, Judge, RunningMoments
+from d_emo.io.snapshot import load_denoiser
+from d_emo.sampling import Guidance, Sampler, denoise
+
+FOUR = {"objective": "four-step", "batch_size": 8, "micro_batch_size": 8}
+
+
+def objective_of(kind, judge, average, **options):
+    objective = kind(null_class=10, label_dropout=0.0, **options)
+    moments = [RunningMoments(len(judge.mean), 0.6) for _ in range(4)]
+    objective.kept = {"judge": judge, "moments": moments, "average": average}
+    return objective
+
+
+def judge_of(weights):
+    judge = Judge(torch.nn.Identity(), None, 8)
+    judge.learn(*some(3, weights.shape[1]))
+    judge.forward = lambda latents, labels: judge.joint((latents.flatten(1).double() @ weights).square(), labels)
+    return judge
+
+
+@pytest.mark.parametrize("kind", [FourStepObjective, FourStepSampleObjective])
+def test_every_step_is_trained_on_what_drawing_brings_it_to(kind, tiny_denoiser):
+    """The images that the sampler draws from a noise, step by step, are those that the loss looks at."""
+    seen, constant = [], 0.3
+    judge = judge_of(torch.randn(256, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    looks = judge.forward
+    judge.forward = lambda latents, labels: seen.append(latents.detach()) or looks(latents, labels)
+    objective = objective_of(kind, judge, tiny_denoiser, learn_sigma=tiny_denoiser.predicts_variance)
+    one = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    step = objective.draw(torch.Generator().manual_seed(1), 8, (4, 8, 8))._replace(noise=one.repeat(8, 1, 1, 1))
+    assert step.timesteps.tolist() == [1000, 750, 500, 250] * 2
+    with mock.patch("torch.randn_like", lambda x: torch.full_like(x, constant)):
+        objective(tiny_denoiser, step.noise, torch.full((8,), 3), step)["loss"].backward()
+    assert tiny_denoiser.final_layer.linear.weight.grad.abs().max() > 0
+    sampler, drawn = Sampler(tiny_denoiser, None, objective.noise_schedule().config, guidance=1.0), []
+    assert (sampler.steps, type(sampler.scheduler).__name__) == (4, "FlowMatchLCMScheduler")
+    scheduler, name = sampler.scheduler, "diffusers.schedulers.scheduling_flow_match_lcm.randn_tensor"
+    with mock.patch(name, lambda shape, **options: torch.full(shape, constant)):
+        for each in denoise(tiny_denoiser, scheduler, one, torch.tensor([3]), guidance=Guidance(1.0)):
+            share = (3 - each.index) / 4  # the last is x_0; before it, x_0 is under a share of the noise
+            drawn.append((each.latents - share * constant) / (1 - share))
+    torch.testing.assert_close(seen[0], torch.cat(drawn * 2), rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_is_the_mean_of_the_distances_of_the_steps():
+    """In NumPy: x_t = (1 - t) x_0 + t noise before each step, x_0 = x_t - t v, running moments for each step."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    (real_mean, real_covariance), judge = of(some(3, 3)[0]), judge_of(weights)
+
+    def said(x, t, label, average):
+        return np.sin(3 * x) + label + t * (2 if average else 1)
+
+    def network(average):
+        def call(x, timestep, class_labels):
+            rows = zip(x.double().numpy(), timestep.tolist(), class_labels.tolist(), strict=True)
+            sample = np.stack([said(row, t / 1000, label, average) for row, t, label in rows])
+            return mock.Mock(sample=torch.from_numpy(sample))
+
+        return call
+
+    objective = objective_of(FourStepObjective, judge, network(average=True), learn_sigma=False)
+    means, seconds = np.zeros((4, 3)), np.zeros((4, 3, 3))
+    for n in range(3):
+        step, labels = objective.draw(generator, 12, (3, 2, 2)), torch.arange(12) % 5
+        with mock.patch("torch.randn_like", lambda x: torch.full_like(x, 0.25)):
+            losses = objective(network(average=False), step.noise, labels, step)
+        b, distances = min(0.6, n / (n + 1)), []
+        for k, level in enumerate((1.0, 0.75, 0.5, 0.25)):
+            features = []
+            for row in range(k, 12, 4):
+                x, label = step.noise[row].double().numpy(), labels[row].item()
+                for before in range(k):
+                    t, following = 1 - before / 4, 1 - (before + 1) / 4
+                    x = (1 - following) * (x - t * said(x, t, label, True)) + following * 0.25
+                features.append(((x - level * said(x, level, label, False)).reshape(12) @ weights.numpy()) ** 2)
+            f = np.stack(features)
+            means[k] = b * means[k] + (1 - b) * f.mean(0)
+            seconds[k] = b * seconds[k] + (1 - b) * f.T @ f / len(f)
+            covariance = seconds[k] - np.outer(means[k], means[k])
+            root = scipy.linalg.sqrtm(covariance @ real_covariance.numpy()).real
+            traces = np.trace(covariance + real_covariance.numpy() - 2 * root)
+            distances.append(((means[k] - real_mean.numpy()) ** 2).sum() + traces)
+        assert losses["loss"].item() == losses["fd"].item() == pytest.approx(np.mean(distances), rel=1e-3)
+        assert [losses[f"fd_{k}"].item() for k in (1, 2, 3, 4)] == pytest.approx(distances, rel=1e-3)
+
+
+def test_a_micro_batch_has_all_four(tiny_denoiser):
+    judge = judge_of(torch.ones(256, 3, dtype=torch.float64))
+    objective = objective_of(FourStepObjective, judge, tiny_denoiser)
+    step = objective.draw(torch.Generator(), 6, (4, 8, 8))
+    with pytest.raises(InputError, match="`micro_batch_size` 6 is not a multiple of 4, as each step needs"):
+        objective(tiny_denoiser, step.noise, torch.zeros(6, dtype=torch.long), step)
+
+
+def test_a_run_ends_in_a_snapshot_that_draws_in_four_steps_and_resumes_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = {**FOUR, "max_steps": 4, "state_every": 2, "snapshot_every": 4, "mixed_precision": "bf16"}
+    task, snapshot = run(tmp_path / "whole", **short)
+    run(tmp_path / "parts", **{**short, "max_steps": 2})
+    run(tmp_path / "parts", **short)
+    assert same(last_state(tmp_path / "parts", 4), last_state(tmp_path / "whole", 4))
+    assert [moments.batches.item() for moments in task.model.moments] == [4] * 4
+    opened = load_denoiser(snapshot)
+    assert (opened.objective, opened.label_dropout) == ("four-step", 0.0)
+    arguments = ["--checkpoint", str(snapshot), "--class", "3", "--num-images", "2"]
+    run_verb("sample", [*arguments, "--output", "x.png"])
+    first, second = (torch.cat(list(Sampler.open(snapshot).images([3, 3], seeds))) for seeds in ([0, 1], [1, 0]))
+    assert torch.equal(first, second.flip(0)), "the noise in between comes from an image's own seed as well"
+    assert not torch.equal(first[0], first[1])
+    for changes, words in [
+        (["--steps", "30"], "images of the four-step objective take 4 steps, not 30; give --steps 4"),
+        (["--scheduler", "euler"], "euler serves the flow objective, but .* trained with four-step; use one of lcm"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            run_verb("sample", [*arguments, *changes, "--output", "z.png"])
+    run_verb("distill", [str(snapshot), "--fd-features", task.settings.fd_features, "--max-steps", "1", "--batch-size",
+                         "4", "--fd-images", "60", "--tracker", "none", "--mixed-precision", "bf16"])  # fmt: skip
+    assert load_denoiser(tmp_path / "results" / "whole-four-step").objective == "four-step"
+    shutil.rmtree(tmp_path / "results")
