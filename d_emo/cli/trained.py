@@ -7,7 +7,7 @@ from typing import Any
 from d_emo.config import RunSettings
 from d_emo.errors import said
 from d_emo.io.hub import push_snapshot
-from d_emo.io.snapshot import load_classifier
+from d_emo.io.snapshot import load_meta
 from d_emo.training.accuracy import Accuracy
 
 
@@ -22,9 +22,9 @@ def report(snapshot: Path | None, settings: RunSettings, tell: Callable[[Path], 
         print(f"pushed    {push_snapshot(snapshot, settings.push_to_hub)}")
 
 
-def accuracies(snapshot: Path, *kind: str, unit: str = "images") -> Iterator[str]:
+def accuracies(snapshot: Path, kind: str = "classifier", *, unit: str = "images") -> Iterator[str]:
     """Lines about the held-out accuracy of a classifier of ``unit``, whose snapshot is of ``kind``."""
-    measured: dict[str, Any] = load_classifier(snapshot, *kind).meta.get("accuracy", {})
+    measured: dict[str, Any] = load_meta(snapshot, kind).get("accuracy", {})
     if not measured:
         yield said(f"accuracy  not measured: there are no held-out {unit}; name some with `validate_dir`")
     for weights, shares in measured.items():

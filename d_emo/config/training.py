@@ -9,6 +9,7 @@ from typing import Any, Literal
 from d_emo.config.base import ReadingSettings, Settings, setting
 from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.objective import ObjectiveSettings
+from d_emo.config.of_latents import LatentClassifierSettings
 from d_emo.config.paths import folder_of, followed, is_folder
 from d_emo.config.ranges import (
     BelowOne,
@@ -149,6 +150,8 @@ class DataSettings(ReadingSettings):
     def run_folder(self, model: str) -> str:
         """The run folder of a model trained on these data, when none is named."""
         data = self.dataset
+        if (latents := getattr(self, "latents", None)) is not None:
+            return f"results/{model.replace('/', '-')}-{followed(latents).name}"
         if self.data_dir is not None:
             scheme, _, rest = self.data_dir.partition(":")
             path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
@@ -225,11 +228,6 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
     )
     preview_guidance: NotNegative = setting(4.0, "guidance scale of the sample grids", resumable=True)
 
-    def run_folder(self, model: str) -> str:
-        if self.latents is None:
-            return super().run_folder(model)
-        return f"results/{model.replace('/', '-')}-{followed(self.latents).name}"
-
     def check(self) -> None:
         if self.latents is not None and self.data_dir is not None:
             raise InputError(f"`latents` {self.latents} takes the place of `data_dir` {self.data_dir}; give one only")
@@ -292,7 +290,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
+class ClassifierSettings(FineTuningSettings, LatentClassifierSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_classifier.py``; the defaults are the paper's recipe for ImageNet."""
 
     validate_dir: str | None = setting(
@@ -305,7 +303,9 @@ class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, Rehea
     model_options: dict[str, Any] | None = setting(
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
-    image_size: ClassifierSide | None = setting(None, "side of the images in pixels. Default: 224")
+    image_size: ClassifierSide | None = setting(
+        None, "side of the images in pixels. Default: 224; of --latents: 4 times theirs"
+    )
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(6e-3, "peak learning rate of AdamW", aliases=["--lr"])
     weight_decay: NotNegative = setting(0.05, "AdamW weight decay, on matrices and convolutions only")
@@ -369,11 +369,11 @@ class ClassifierSettings(FineTuningSettings, HeldOutSettings, RunSettings, Rehea
 
         Args:
             facts: "images", how many there are to train on, and "flip" of them; "validate_dir", where the data bring
-                held-out ones.
+                held-out ones; "image_size", of latents.
         """
         self = self.settled()
         folder, model = self.data_dir is not None and is_folder(self.data_dir), self.model or "emov2_1m"
-        size = self.image_size or 224
+        size = self.image_size or (224 if self.latents is None else facts.get("image_size"))
         warmup = self.warmup_steps
         if self.epochs is not None and "images" in facts:
             warmup = round(min(self.warmup_epochs, self.epochs / 10) * facts["images"] / self.batch_size)

@@ -37,8 +37,8 @@ __all__ = [
     "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
     "HubImages", "HubStream", "ImageFolder", "MNIST5k", "OneClass", "Reading", "Relabelled", "Shapes1000",
     "StepSampler", "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
-    "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "open_dataset",
-    "open_held_out", "spread", "to_uint8",
+    "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "matched",
+    "open_dataset", "open_held_out", "spread", "to_uint8",
 ]
 
 def open_dataset(
@@ -123,11 +123,16 @@ def open_held_out(
         skip_corrupt=settings.skip_corrupt, one_class=one_class, crop_share=crop_share,
         reading=Reading.of(settings),
     )
-    ordered = held_out if one_class else in_order_of(held_out, class_names)
+    return held_out if one_class else matched(held_out, class_names, settings.validate_dir)
+
+
+def matched(held_out: ClassImages, class_names: list[str], place: str | None) -> ClassImages:
+    """Held-out data with the ids of the classes that are trained; InputError, naming their place, for other classes."""
+    ordered = in_order_of(held_out, class_names)
     if ordered is None:
         odd = ", ".join(sorted(set(held_out.class_names) ^ set(class_names))[:3])
         raise InputError(
-            f"the {len(held_out.class_names)} classes of {settings.validate_dir} are not the {len(class_names)} that "
+            f"the {len(held_out.class_names)} classes of {place} are not the {len(class_names)} that "
             f"are trained{f'; only one of the two has {odd}' if odd else ', and some have the same name'}"
         )
     return ordered

@@ -46,6 +46,7 @@ def write_card(folder: str | Path) -> Path:
              "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
              "aligned": aligned, "judged": judged,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
+    seen = f"{data}, {meta['image_size']} px"
     tasks = {
         "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",
         "video classifier": "video-classification",
@@ -53,6 +54,9 @@ def write_card(folder: str | Path) -> Path:
     if meta["kind"] in tasks:
         cite = ["EMOv2"] * ("emov2" in name.lower()) + ["EMO"]
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
+        if "codec" in meta:
+            task, tags = None, ["latents"]
+            seen = "latents of {0}, {1} x {1}".format(data, meta["latent_side"])
     else:
         schedule = folder / "scheduler" / "scheduler_config.json"
         noise = read_json(schedule, noise_schedule)
@@ -65,7 +69,7 @@ def write_card(folder: str | Path) -> Path:
         Path(__file__).with_name("card.md").read_text(), {"dumps": json.dumps}
     )
     return write_card_file(
-        folder, title=f"{name} on {data}, {meta['image_size']} px",
+        folder, title=f"{name} on {seen}",
         sections=[re.sub(r"\n{3,}", "\n\n", form.render(facts))], cite=cite, pipeline_tag=task, tags=[*tags, name],
         datasets=_hub_datasets(meta, settings),
     )

@@ -70,7 +70,11 @@ class DenoiserSnapshot:
 
 @dataclass
 class ClassifierSnapshot:
-    """A trained network in eval mode; a classifier takes images in [-1, 1] of ``image_size`` pixels."""
+    """A trained network in eval mode; a classifier takes images in [-1, 1] of ``image_size`` pixels.
+
+    Where ``meta`` names a "codec", it takes that codec's latents instead, of a side of "latent_side", enlarged to
+    ``image_size`` by ``interpolate(latents, (image_size, image_size), mode="bilinear")``.
+    """
 
     path: Path
     model: EMO | nn.Module
@@ -154,13 +158,23 @@ def load_meta(path: str | Path, kind: str = "denoiser") -> dict[str, Any]:
     return _open_snapshot(path, kind)[1]
 
 
-def load_classifier(path: str | Path, kind: str = "classifier") -> ClassifierSnapshot:
+def load_classifier(path: str | Path, kind: str = "classifier", *, latents: bool = False) -> ClassifierSnapshot:
     """Open the snapshot of a classifier, detector or segmenter, or the newest one of a run folder.
 
+    Args:
+        path: The folder.
+        kind: What it has to hold.
+        latents: Whether a classifier of a codec's latents will do too; its ``meta`` names the "codec".
+
     Raises:
-        InputError: There is none, it is of another kind, or it is damaged.
+        InputError: There is none, it is of another kind, or it is damaged; or it looks at latents.
     """
     path, meta = _open_snapshot(path, kind)
+    if "codec" in meta and not latents:
+        raise InputError(
+            f"the snapshot {path} is a classifier of latents of the codec {meta['codec']}, for `fd_features` of "
+            "d-emo distill; this needs one of images"
+        )
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
         load_weights(model, weights, str(weights))

@@ -36,6 +36,7 @@ from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.finetuning import head_of, start_classifier_from, train_only
 from d_emo.training.progress import means
 from d_emo.training.teacher import distillation_loss, load_teacher
+from d_emo.training.words import start_from_words
 
 
 class Augmentation(NamedTuple):
@@ -74,33 +75,52 @@ class ClassifierTask:
         self.facts: dict[str, Any] = {"validate_dir": own_splits(settings.data_dir)[1]}
         settings = settings.resolve(**self.facts)
         check_kind(settings.model, "classifier")
-        self.dataset, self.held_out = open_both(settings)
+        self.dataset, self.held_out = self.open(settings)
         self.facts |= {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
-        self.more_meta = {"noise": settings.noise} if settings.noise else {}  # whoever takes its features mixes as much
+        self.more_meta = self.more_of_snapshots()
         options = settings.model_options or {}
-        for name in {"name", "num_classes", "in_channels"} & options.keys():
+        for name in {"name", "num_classes", "in_channels", "in_chans"} & options.keys():
             raise InputError(f"`model_options`: {name} follows from the data or from `model`; leave it out")
-        given = {"num_classes": len(self.dataset.class_names), "img_size": settings.image_size}
+        given = self.input_options()
         if options:
             check_memory(settings.model, **{**given, **options})
         torch.manual_seed(settings.seed)
         self.model = create_model(settings.model, **{**given, **options})
+        if settings.label_init == "names":
+            start_head_from_words(self.model, self.dataset.class_names, settings.seed)
         self.parameters = trained_parameters(self.model)
         self.start, self.started_from = [], None
         if settings.init_from is not None:
             words, self.started_from = start_classifier_from(
-                settings.init_from, self.model, class_names=self.dataset.class_names
+                settings.init_from, self.model, class_names=self.dataset.class_names,
+                latents=settings.latents is not None,
             )
             self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head_of(self.model))]
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)
 
+    def open(self, settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
+        """The data to train on, and those to measure accuracy on, where there are some."""
+        return open_both(settings)
+
+    def more_of_snapshots(self) -> dict[str, Any]:
+        """What its snapshots say beside the usual; whoever takes its features mixes as much noise."""
+        return {"noise": self.settings.noise} if self.settings.noise else {}
+
+    def input_options(self) -> dict[str, Any]:
+        """The arguments of `create_model` that the data decide."""
+        return {"num_classes": len(self.dataset.class_names), "img_size": self.settings.image_size}
+
+    def named_data(self) -> str:
+        """The data, in words."""
+        return self.settings.data_dir or self.settings.dataset
+
     def introduction(self) -> list[str]:
         settings = self.settings
         return [
-            f"{settings.model} on {settings.data_dir or settings.dataset}: {len(self.dataset):,} images, "
+            f"{settings.model} on {self.named_data()}: {len(self.dataset):,} images, "
             f"{len(self.dataset.class_names)} classes, {settings.image_size} px; run folder {settings.output_dir}",
             *filter(None, [self.dataset.left_out, *self.start, settings.teacher and f"teacher: {settings.teacher}"]),
         ]
@@ -126,9 +146,9 @@ class ClassifierTask:
         return moved._replace(level=level, noise=torch.randn(batch_size, 3, size, size, **drawn))
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Augmentation) -> dict[str, torch.Tensor]:
-        settings, (images, labels) = self.settings, batch
-        images = augment(images, draws)
-        logits = model(mixed(images, draws)).float()
+        settings, labels = self.settings, batch[1]
+        images, noisy = self.views(batch[0], draws)
+        logits = model(noisy).float()
         losses = {"loss": F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)}
         if self.teacher is not None:
             with torch.no_grad():
@@ -137,8 +157,13 @@ class ClassifierTask:
             losses["loss"] = losses["loss"] + settings.distill_weight * losses["distillation"]
         return {**losses, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
+    def views(self, images: torch.Tensor, draws: Augmentation) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a teacher sees, and what the network does. Shape: (B, 3, H, W) -> the same twice."""
+        images = augment(images, draws)
+        return images, mixed(images, draws)
+
     def seen(self, batch: list[torch.Tensor], draws: Augmentation) -> torch.Tensor:
-        return mixed(augment(batch[0], draws), draws)
+        return self.views(batch[0], draws)[1]
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of loss and right answers over this process's share of the held-out images, and their number."""
@@ -198,6 +223,16 @@ def augment(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
 def mixed(images: torch.Tensor, draws: Augmentation) -> torch.Tensor:
     """Mix with noise, (1 - t) image + t noise. Shape: (B, 3, H, W) -> same."""
     return images if draws.level is None else (1 - draws.level) * images + draws.level * draws.noise
+
+
+@torch.no_grad()
+def start_head_from_words(model: nn.Module, class_names: Sequence[str], seed: int) -> None:
+    """Start the rows of a classifier's head as sums over the words of the class names, each of about unit length."""
+    head = tuple(head_of(model))
+    for name, parameter in model.named_parameters():
+        if name.startswith(head) and parameter.ndim > 1:
+            rows = parameter.flatten(1)  # a view; some heads are convolutions
+            start_from_words(rows, class_names, std=rows.shape[1] ** -0.5, seed=seed)
 
 
 def own_splits(data_dir: str | None) -> tuple[str | None, str | None]:

@@ -1,9 +1,6 @@
 """The task of training a denoiser on latents."""
 
 import math
-import re
-import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +26,7 @@ from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.judging import open_judge
 from d_emo.training.progress import means
+from d_emo.training.words import start_from_words
 from d_emo.weights import check_library
 
 OF_TRAINING = ("projector", "moments")
@@ -276,15 +274,7 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
     """Start values of the label table. Shape: table (classes + 1, C); the last row is the null class."""
     torch.nn.init.normal_(table, std=settings.label_init_std)
     if settings.label_init == "names":
-        alike: Counter[tuple[str, ...]] = Counter()
-        for row, name in zip(table, class_names, strict=False):
-            words = tuple(re.findall(r"\w+", name.lower()))
-            apart = (f"no. {alike[words]}",) if alike[words] else ()  # a crane is a bird, and another class a machine
-            alike[words] += 1
-            seeds = [zlib.crc32(f"{settings.seed} {word}".encode()) for word in words + apart]
-            if words:
-                parts = [torch.randn(len(row), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-                row.copy_(sum(parts) * settings.label_init_std / len(parts) ** 0.5)
+        start_from_words(table, class_names, std=settings.label_init_std, seed=settings.seed)
 
 
 def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec, dict[str, Any]]:

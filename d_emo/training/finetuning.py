@@ -86,14 +86,14 @@ def start_from(
 
 @torch.no_grad()
 def start_classifier_from(
-    path: str | Path, model: EMO, *, class_names: list[str], kind: str = "classifier"
+    path: str | Path, model: EMO, *, class_names: list[str], kind: str = "classifier", latents: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """`start_from` for a classifier of images or videos: the head keeps the rows of classes with the same name.
+    """`start_from` for a classifier of images, latents or videos: the head keeps rows by name of the class.
 
     Raises:
         InputError: No such snapshot, or one of another model; names what differs.
     """
-    old = load_classifier(path, kind)
+    old = load_classifier(path, kind, latents=latents)
     theirs, mine = old.model.state_dict(), model.state_dict()
     head = {name for name in mine if name.startswith(tuple(head_of(model)))}
     if differ := differences(*(shapes_of({k: v for k, v in each.items() if k not in head}) for each in (theirs, mine))):
