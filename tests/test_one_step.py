@@ -277,7 +277,7 @@ def test_stages_are_those_of_an_emo_and_one_class_stands_for_nothing(monkeypatch
     ({"fd_features": "inception"}, "`fd_features` inception passes no gradients"),
     ({"cache_latents": True}, "looks at images, of which `cache_latents` leaves none; name images, or a classifier of"),
     ({"align": "vae"}, "looks at what is drawn and at nothing else; leave `align` out"),
-    ({"objective": "flow"}, "`fd_features` .* belongs to `objective` one-step, one-step-x, four-step, four-step-x; leave"),
+    ({"objective": "flow"}, "`fd_features` .* belongs to `objective` one-step, one-step-x, four-step, four-step-x;"),
 ])
 def test_wrong_combinations_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
