@@ -13,8 +13,8 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "objective", "finetuning", "training", "distilling", "encoding", "dense",
-        "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
+        "paths", "ranges", "base", "objective", "of_latents", "finetuning", "training", "distilling", "encoding",
+        "dense", "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
         "demos", "study",
     ],
     "kernels": [
@@ -41,7 +41,8 @@ INSIDE = {
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "alignment", "denoiser", "accuracy", "teacher", "classifier", "detector", "segmenter", "video", "vae",
+        "alignment", "words", "denoiser", "accuracy", "teacher", "classifier", "latent_classifier", "detector",
+        "segmenter", "video", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

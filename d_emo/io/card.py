@@ -54,7 +54,7 @@ def write_card(folder: str | Path) -> Path:
     if meta["kind"] in tasks:
         cite = ["EMOv2"] * ("emov2" in name.lower()) + ["EMO"]
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
-        if "codec" in meta:
+        if "latent_side" in meta:
             task, tags = None, ["latents"]
             seen = "latents of {0}, {1} x {1}".format(data, meta["latent_side"])
     else:

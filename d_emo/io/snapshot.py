@@ -72,8 +72,8 @@ class DenoiserSnapshot:
 class ClassifierSnapshot:
     """A trained network in eval mode; a classifier takes images in [-1, 1] of ``image_size`` pixels.
 
-    Where ``meta`` names a "codec", it takes that codec's latents instead, of a side of "latent_side", enlarged to
-    ``image_size`` by ``interpolate(latents, (image_size, image_size), mode="bilinear")``.
+    Where ``meta`` has a "latent_side", it takes latents of that side by the "codec" instead, enlarged to ``image_size``
+    by ``interpolate(latents, (image_size, image_size), mode="bilinear")``.
     """
 
     path: Path
@@ -164,13 +164,13 @@ def load_classifier(path: str | Path, kind: str = "classifier", *, latents: bool
     Args:
         path: The folder.
         kind: What it has to hold.
-        latents: Whether a classifier of a codec's latents will do too; its ``meta`` names the "codec".
+        latents: Whether a classifier of a codec's latents will do too; its ``meta`` has "codec" and "latent_side".
 
     Raises:
         InputError: There is none, it is of another kind, or it is damaged; or it looks at latents.
     """
     path, meta = _open_snapshot(path, kind)
-    if "codec" in meta and not latents:
+    if "latent_side" in meta and not latents:
         raise InputError(
             f"the snapshot {path} is a classifier of latents of the codec {meta['codec']}, for `fd_features` of "
             "d-emo distill; this needs one of images"
