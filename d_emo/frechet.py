@@ -59,13 +59,14 @@ class Judge(nn.Module):
     Features are taken from the mean over real images, which changes no distance and keeps the moments exact.
 
     Args:
-        network: An EMO classifier; without ``stages`` any that has timm's ``forward_features`` and ``forward_head``.
+        network: An EMO classifier or one of timm's, with timm's ``forward_features`` and ``forward_head``, or, of
+            ``stages``, ``forward_intermediates``.
         codec: Its ``decoded`` passes gradients; None for a classifier of latents.
         side: Of the classifier's images, or to which latents are enlarged.
         class_names: Of the data.
         noise: The largest share of noise that is mixed into drawn and real images alike before they are looked at,
             (1 - t) x + t noise, t uniform in [0, noise]; what the classifier was trained with.
-        stages: Take the means over positions of all four stages, each divided by its deviation over real images;
+        stages: Take the means over positions of the last four stages, each divided by its deviation over real images;
             otherwise the pooled features before the head, as they are.
         label_weight: Factor of the class means that stand beside the features (`joint`); 0 leaves them out.
     """
@@ -89,7 +90,7 @@ class Judge(nn.Module):
             images = (1 - t) * images + t * torch.randn(images.shape, **drawn)
         images = self._resized(images)
         if self.stages:
-            maps = self.network.forward_intermediates(images, norm=True, intermediates_only=True)
+            maps = self.network.forward_intermediates(images, indices=4, norm=True, intermediates_only=True)
             return torch.cat([each.float().mean((2, 3)) for each in maps], dim=1)
         return self.network.forward_head(self.network.forward_features(images), pre_logits=True).float()
 

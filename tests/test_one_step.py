@@ -257,14 +257,17 @@ def test_a_classifier_that_was_trained_with_noise_sees_it_and_a_resumed_run_is_e
         DenoiserTask(TrainSettings(**{**ONE_STEP, **seeing_through(tmp_path / "damaged", "x")}))
 
 
-def test_stages_are_those_of_an_emo_and_one_class_stands_for_nothing(monkeypatch):
+def test_stages_are_an_emos_or_timms_and_one_class_stands_for_nothing(monkeypatch):
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "unconditional": True}))
     dims = sum(stage["num_chs"] for stage in task.judge.network.feature_info)
     assert task.judge.label_weight == 0 and len(task.model.moments[0].mean) == dims
     other = timm.create_model("resnet10t", num_classes=10)
     opened = mock.Mock(model=other, image_size=32, meta={})
     monkeypatch.setattr("d_emo.training.judging.load_classifier", lambda source, **options: opened)
-    with pytest.raises(InputError, match="is a ResNet, whose stages are not those of an EMO; take .* `fd_stages` last"):
+    task = DenoiserTask(TrainSettings(**ONE_STEP))
+    assert len(task.model.moments[0].mean) == 64 + 128 + 256 + 512 + 10
+    monkeypatch.delattr(timm.models.ResNet, "forward_intermediates")
+    with pytest.raises(InputError, match="is a ResNet, which shows no stages; take its last features by `fd_stages` la"):
         DenoiserTask(TrainSettings(**ONE_STEP))
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "fd_stages": "last"}))
     assert len(task.model.moments[0].mean) == other.num_features + 10

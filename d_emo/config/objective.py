@@ -56,8 +56,8 @@ class ObjectiveSettings(Settings):
         "was asked for; 0 leaves them out. Default: 1"
     )
     fd_stages: Literal["all", "last"] | None = setting(
-        None, "of one-step: the features of all four stages of the classifier, each by its deviation, or of the last. "
-        "Default: all"
+        None, "of one-step: the features of the last four stages of the classifier, each by its deviation, or of the "
+        "last. Default: all"
     )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "

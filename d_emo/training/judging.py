@@ -9,7 +9,6 @@ from d_emo.errors import InputError
 from d_emo.frechet import Judge, check_one_process
 from d_emo.io.snapshot import load_classifier
 from d_emo.latents import Codec
-from d_emo.models import EMO
 from d_emo.tables import parse_features
 
 
@@ -38,10 +37,10 @@ def open_judge(
         raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
     classifier = load_classifier(source, latents=True)
     _check_latents(classifier.meta, settings, codec, latent_side=latent_side, encoded=encoded)
-    if settings.fd_stages == "all" and not isinstance(classifier.model, EMO):
+    if settings.fd_stages == "all" and not hasattr(classifier.model, "forward_intermediates"):
         raise InputError(
-            f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, whose stages are not "
-            "those of an EMO; take its last features by `fd_stages` last"
+            f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, which shows no stages; take "
+            "its last features by `fd_stages` last"
         )
     return Judge(
         classifier.model, None if "codec" in classifier.meta else codec, classifier.image_size,
