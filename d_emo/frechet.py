@@ -196,7 +196,7 @@ class OneStepObjective(FlowObjective):
         self.kept: dict[str, Any] = {}  # no parts of this module: they are the task's and the model's
 
     def draw_timesteps(self, generator: torch.Generator, batch_size: int) -> Tensor:
-        """The steps in turns, so that each has its share of a micro-batch."""
+        """The steps in turns, so that each has its share of a micro-batch. Shape: -> (B,) float32."""
         step = torch.arange(batch_size, device=generator.device) % self.steps
         return self.num_train_timesteps * (1 - step / self.steps)
 

@@ -267,7 +267,7 @@ def test_stages_are_an_emos_or_timms_and_one_class_stands_for_nothing(monkeypatc
     task = DenoiserTask(TrainSettings(**ONE_STEP))
     assert len(task.model.moments[0].mean) == 64 + 128 + 256 + 512 + 10
     monkeypatch.delattr(timm.models.ResNet, "forward_intermediates")
-    with pytest.raises(InputError, match="is a ResNet, which shows no stages; take its last features by `fd_stages` la"):
+    with pytest.raises(InputError, match="is a ResNet, which shows no stages; take its last features by `fd_stages`"):
         DenoiserTask(TrainSettings(**ONE_STEP))
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "fd_stages": "last"}))
     assert len(task.model.moments[0].mean) == other.num_features + 10
