@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from test_classifier_training import open_up
 from test_encode import SMALL
 from torch.utils.data import default_collate
 
@@ -114,7 +115,7 @@ def test_the_draws_of_a_step_are_those_of_any_number_of_processes(folders):
 
 def test_accuracy_is_of_the_means_of_held_out_latents_by_class_name(folders):
     task = LatentClassifierTask(settings_of(folders, validate_dir=str(folders / "held-out"), validate_every=2))
-    torch.nn.init.normal_(task.model.head.weight)
+    open_up(task.model)
     latents = LatentDataset(folders / "held-out")
     means = torch.stack([latents[index][0].float()[:4] for index in range(6)])
     labels = torch.tensor([latents.label(index) for index in range(6)])
@@ -123,6 +124,8 @@ def test_accuracy_is_of_the_means_of_held_out_latents_by_class_name(folders):
         loss = torch.nn.functional.cross_entropy(task.model(enlarged(means, 32)), labels, reduction="sum")
     assert task.measure(task.model).top1 == pytest.approx(right)
     assert task.validate(task.model, rank=0, world_size=1)["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    task.keep_classes(task.dataset.class_names[::-1])  # as a training state may record them
+    assert [task.held_out.label(index) for index in range(6)] == (999 - labels).tolist() and task.dataset.flip
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -172,8 +172,8 @@ def load_classifier(path: str | Path, kind: str = "classifier", *, latents: bool
     path, meta = _open_snapshot(path, kind)
     if "latent_side" in meta and not latents:
         raise InputError(
-            f"the snapshot {path} is a classifier of latents of the codec {meta['codec']}, for `fd_features` of "
-            "d-emo distill; this needs one of images"
+            f"the snapshot {path} is a classifier of latents of the codec {meta['codec']}, for d-emo distill "
+            "to train in its features; this needs one of images"
         )
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
