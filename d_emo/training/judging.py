@@ -43,7 +43,7 @@ def open_judge(
             "its last features by `fd_stages` last"
         )
     return Judge(
-        classifier.model, None if "codec" in classifier.meta else codec, classifier.image_size,
+        classifier.model, None if "latent_side" in classifier.meta else codec, classifier.image_size,
         class_names=class_names, noise=classifier.meta.get("noise", 0.0), stages=settings.fd_stages == "all",
         label_weight=settings.fd_labels if len(class_names) > 1 else 0.0,
     )
@@ -53,7 +53,7 @@ def _check_latents(
     meta: dict[str, Any], settings: TrainSettings, codec: Codec, *, latent_side: int, encoded: bool
 ) -> None:
     """Refuse a classifier that cannot look at what the run has; it is one of latents where it names their codec."""
-    if "codec" not in meta:
+    if "latent_side" not in meta:
         if encoded:
             raise InputError(
                 f"`fd_features` {settings.fd_features} looks at images, of which "
