@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from test_encode import SMALL
 from test_one_step import of, run, some
 from test_resume import last_state, same
 
 from d_emo.cli import run_verb
+from d_emo.config import ClassifierSettings, TrainSettings
+from d_emo.data import Digits
 from d_emo.errors import InputError
 from d_emo.frechet import FourStepObjective, FourStepSampleObjective, Judge, RunningMoments
 from d_emo.io.snapshot import load_denoiser
+from d_emo.latents import encode, load_codec
 from d_emo.sampling import Guidance, Sampler, denoise
+from d_emo.training.judging import open_judge
+from d_emo.training.latent_classifier import classifier_task, enlarged
 
 FOUR = {"objective": "four-step", "batch_size": 8, "micro_batch_size": 8}
 
@@ -133,3 +139,45 @@ def test_a_run_ends_in_a_snapshot_that_draws_in_four_steps_and_resumes_exactly(t
                          "4", "--fd-images", "60", "--tracker", "none", "--mixed-precision", "bf16"])  # fmt: skip
     assert load_denoiser(tmp_path / "results" / "whole-four-step").objective == "four-step"
     shutil.rmtree(tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    """Settings of a run on stored latents, digits as pixels, and of a classifier of them, which knows nothing."""
+    root = tmp_path_factory.mktemp("latents")
+    encode(Digits(32), load_codec("pixels"), root / "digits", **{**SMALL, "batch_size": 64, "shard_size": 2000})
+    task = classifier_task(ClassifierSettings(
+        model="emov2_1m", model_options={"depths": [1, 1, 1, 1], "dims": [40, 40, 40, 40], "window_size": 2},
+        latents=str(root / "digits"), image_size=64, noise=0.5,
+    ))  # fmt: skip
+    task.save_snapshot(root / "classifier", task.model, step=1, minutes=0)
+    return {"latents": str(root / "digits"), "dataset": "shapes", "fd_features": f"emov2:{root / 'classifier'}"}
+
+
+def test_a_classifier_of_latents_sees_them_undecoded_and_a_resumed_run_is_exact(tmp_path, of_latents):
+    short = {**FOUR, **of_latents, "batch_size": 4, "micro_batch_size": 4, "max_steps": 2, "state_every": 1}
+    task, snapshot = run(tmp_path / "whole", **short)
+    run(tmp_path / "parts", **{**short, "max_steps": 1})
+    run(tmp_path / "parts", **short)
+    assert same(last_state(tmp_path / "parts", 2), last_state(tmp_path / "whole", 2))
+    assert (task.judge.codec, task.judge.side, task.judge.noise) == (None, 64, 0.5)
+    assert load_denoiser(snapshot).objective == "four-step"
+    cached = {**short, "latents": None, "dataset": "digits", "cache_latents": True}
+    task, _ = run(tmp_path / "cached", **{**cached, "max_steps": 1})
+    assert task.judge.codec is None
+    images = {**cached, "cache_latents": False, "init_from": None, "model": "D-EMOv2-Ti-2", "vae": "d-emo-f8"}
+    with pytest.raises(InputError, match="looks at latents of pixels of side 32, those of the run are of d-emo-f8 of"):
+        open_judge(TrainSettings(**images).resolve(), load_codec("d-emo-f8"), ["a", "b"], latent_side=4, encoded=False)
+
+
+def test_noise_is_mixed_into_latents_before_they_are_enlarged():
+    seen, latents = [], torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = torch.nn.Module()
+    network.forward_features = seen.append
+    network.forward_head = lambda features, pre_logits: torch.zeros(3, 2)
+    torch.manual_seed(0)
+    Judge(network, None, 32, noise=0.5).features(latents)
+    torch.manual_seed(0)
+    t = 0.5 * torch.rand(3, 1, 1, 1)
+    noisy = (1 - t) * latents + t * torch.randn(latents.shape)
+    torch.testing.assert_close(seen[0], enlarged(noisy, 32), rtol=1e-5, atol=1e-5)
