@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from d_emo.errors import InputError
 from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise, per_image
 
+CLASS_AXES = 64
+"""Of class means that stand beside the features: a distance costs the cube of their number together."""
+
 
 class RunningMoments(nn.Module):
     """First and second moments of features, over what a network drew of late; a part of the model in training states.
@@ -101,7 +104,7 @@ class Judge(nn.Module):
 
     def width(self, dim: int) -> int:
         """How many values `joint` gives, of features of so many."""
-        return dim + bool(self.label_weight) * min(dim, len(self.class_names))
+        return dim + bool(self.label_weight) * min(dim, len(self.class_names), CLASS_AXES)
 
     def joint(self, features: Tensor, labels: Tensor) -> Tensor:
         """Centred features, and beside them the mean features of the class's real images, times ``label_weight``.
@@ -109,7 +112,7 @@ class Judge(nn.Module):
         The distance of both together is the Frechet joint distance (DeVries et al., 2019), in which a drawing must be
         what it was asked for. `learn` comes first.
 
-        Shape: (B, D), (B,) -> (B, D + min(D, classes)), or (B, D) where classes have no weight.
+        Shape: (B, D), (B,) -> (B, D + min(D, classes, `CLASS_AXES`)), or (B, D) where classes have no weight.
         """
         features = (features - self.centre.to(features)) / self.scale.to(features)
         return torch.cat([features, self.classes[labels].to(features)], dim=1) if self.label_weight else features
@@ -141,7 +144,8 @@ class Judge(nn.Module):
     def _learn_classes(self, features: Tensor, labels: Tensor) -> None:
         """Where the classes stand: their means or, of fewer classes than features, points that lie to each other alike.
 
-        These are the rows of the symmetric root of M M', M the means: fewer values, and the same distances.
+        These are the rows of the symmetric root of M M', M the means: fewer values, and the same distances. Of many
+        classes it is the means along their `CLASS_AXES` leading principal axes.
         """
         members = F.one_hot(labels, len(self.class_names)).double()  # no sums in any order: a resumed run is exact
         counts = members.sum(0)
@@ -151,7 +155,11 @@ class Judge(nn.Module):
                 f"{self.class_names[counts.argmin()]}; give more, or leave classes out by `fd_labels` 0"
             )
         means = members.mT @ features / counts[:, None]
-        if len(means) < means.shape[1]:
+        if min(means.shape) > CLASS_AXES:
+            axes = torch.linalg.eigh(means.mT @ means)[1][:, -CLASS_AXES:]
+            largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # an axis has two directions; one is chosen
+            means = means @ (axes * largest.sign())
+        elif len(means) < means.shape[1]:
             values, vectors = torch.linalg.eigh(means @ means.mT)
             means = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
         self.classes = self.label_weight * means

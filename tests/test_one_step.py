@@ -161,6 +161,23 @@ def test_classes_stand_beside_the_features_as_their_real_images_mean():
     assert judge.distance(*of(judge.joint(features, swapped))).item() > 0.1
 
 
+def test_of_many_classes_the_means_leading_axes_stand_beside_the_features(monkeypatch):
+    monkeypatch.setattr("d_emo.frechet.CLASS_AXES", 2)
+    features, labels = some(4)
+    judge = Judge(torch.nn.Identity(), None, 8, class_names="abcd", label_weight=0.5)
+    judge.learn(features, labels)
+    means = np.stack([features[labels == label].mean(0).numpy() for label in range(4)]) - features.numpy().mean(0)
+    left, sizes, _ = np.linalg.svd(0.5 * means)
+    wanted = left[:, :2] * sizes[:2]
+    assert judge.classes.shape == (4, 2) and judge.width(5) == 7
+    np.testing.assert_allclose(judge.classes @ judge.classes.mT, wanted @ wanted.T, atol=1e-10)
+    again = Judge(torch.nn.Identity(), None, 8, class_names="abcd", label_weight=0.5)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+    again.learn(features, labels)
+    torch.testing.assert_close(again.classes, judge.classes)
+
+
 def test_what_never_moves_on_real_images_does_not_weigh_most():
     features, labels = some(4)
     features[:, 2] = 7 + 1e-7 * features[:, 2]
