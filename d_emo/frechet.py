@@ -5,7 +5,6 @@ network draws, so that a batch may be small. No teacher, no adversary, no deriva
 ours: the same loss for each, on what the steps before it drew.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
-from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise, per_image
+from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise
 
 CLASS_AXES = 64
 """Of class means that stand beside the features: a distance costs the cube of their number together."""
@@ -209,14 +208,11 @@ class OneStepObjective(FlowObjective):
         return self.num_train_timesteps * (1 - step / self.steps)
 
     def forward(self, denoiser: nn.Module, latents: Tensor, labels: Tensor, step: StepNoise) -> dict[str, Tensor]:
-        if len(labels) % self.steps:
-            raise InputError(f"`micro_batch_size` {len(labels)} is not a multiple of {self.steps}, as each step needs")
         noisy = self._drawn_before(step, labels)
-        drawn = self._clean(self.predict(denoiser, noisy, labels, step)[0], noisy, step)
-        features = self.kept["judge"](drawn, labels)
+        features = self.kept["judge"](self._clean(denoiser, noisy, labels, step), labels)
         distances = [
-            self.kept["judge"].distance(*moments(features[step.timesteps == timestep]))
-            for moments, timestep in zip(self.kept["moments"], step.timesteps[: self.steps], strict=True)
+            self.kept["judge"].distance(*moments(features[number :: self.steps]))
+            for number, moments in enumerate(self.kept["moments"])
         ]
         each = {f"fd_{number}": distance.detach().float() for number, distance in enumerate(distances, start=1)}
         loss = torch.stack(distances).mean().float()
@@ -225,20 +221,23 @@ class OneStepObjective(FlowObjective):
     @torch.no_grad()
     def _drawn_before(self, step: StepNoise, labels: Tensor) -> Tensor:
         """What each step starts from: the average draws those before it. Shape: -> (B, C, *sizes)."""
-        noisy, levels = step.noise.clone(), step.timesteps[: self.steps].tolist()
-        for level, following in itertools.pairwise(levels):
-            rows = step.timesteps < level
-            before = step._replace(timesteps=torch.full_like(step.timesteps, level), noise=noisy)
-            before = StepNoise(*(field[rows] for field in before))
-            drawn = self._clean(self.predict(self.kept["average"], noisy[rows], labels[rows], before)[0],
-                                noisy[rows], before)
-            share = following / self.num_train_timesteps  # the new noise is the loop's, which it seeds by the step
-            noisy[rows] = (1 - share) * drawn + share * torch.randn_like(drawn)
+        noisy, number = step.noise.clone(), torch.arange(len(labels), device=labels.device) % self.steps
+        for done in range(self.steps - 1):
+            rows = number > done
+            now = self._at_level(step[rows], done)
+            drawn = self._clean(self.kept["average"], noisy[rows], labels[rows], now)
+            new = now._replace(noise=torch.randn_like(drawn))  # by the loop's generator, which it seeds by the step
+            noisy[rows] = self.noised(drawn, self._at_level(new, done + 1))
         return noisy
 
-    def _clean(self, predicted: Tensor, noisy: Tensor, step: StepNoise) -> Tensor:
-        t = per_image(step.timesteps / self.num_train_timesteps, noisy)
-        return noisy - t * self.velocity(predicted, noisy, t)
+    def _at_level(self, step: StepNoise, number: int) -> StepNoise:
+        level = self.num_train_timesteps * (1 - number / self.steps)
+        return step._replace(timesteps=torch.full_like(step.timesteps, level))
+
+    def _clean(self, denoiser: Any, noisy: Tensor, labels: Tensor, step: StepNoise) -> Tensor:
+        """The x_0 that a prediction means. Shape: (B, C, *sizes) -> same."""
+        t = self._levels(noisy, step)
+        return noisy - t * self.velocity(self.predict(denoiser, noisy, labels, step)[0], noisy, t)
 
 
 class OneStepSampleObjective(OneStepObjective, FlowSampleObjective):

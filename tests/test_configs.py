@@ -60,10 +60,14 @@ def test_the_configs_that_the_readme_names_are_there():
     assert LAUNCHERS == ["ddp", "fsdp", "multi_node"]
 
 
-def test_the_one_step_config_goes_on_from_the_run_of_its_neighbours():
-    settings = DistillSettings(**yaml.safe_load((CONFIGS / "distill" / "mnist32.yaml").read_text()))
-    assert settings.init_from == RUNS["mnist32_pixels"]["output_dir"]
-    assert settings.fd_features == f"emov2:{RUNS['mnist32_classifier']['output_dir']}"
+@pytest.mark.parametrize(("name", "start", "classifier"), [
+    ("mnist32", "mnist32_pixels", "mnist32_classifier"), ("shapes128", "shapes128_ti_2", "shapes128_latent_classifier"),
+])  # fmt: skip
+def test_the_configs_of_few_steps_go_on_from_the_runs_of_their_neighbours(name, start, classifier):
+    settings = DistillSettings(**yaml.safe_load((CONFIGS / "distill" / f"{name}.yaml").read_text()))
+    assert settings.init_from == RUNS[start]["output_dir"]
+    assert settings.fd_features == f"emov2:{RUNS[classifier]['output_dir']}"
+    assert settings.latents == RUNS[classifier].get("latents")
 
 
 def test_that_for_a_folder_needs_no_network():

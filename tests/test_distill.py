@@ -1,4 +1,4 @@
-"""``d-emo distill`` is ``d-emo train --init-from SNAPSHOT --objective one-step``, with defaults for it."""
+"""``d-emo distill`` is ``d-emo train --init-from SNAPSHOT`` with an objective of few steps and defaults for it."""
 
 import json
 import shutil
@@ -56,8 +56,10 @@ def test_objective_folder_and_data_are_the_snapshots(tmp_path):
     assert settings(snapshot_of(tmp_path / "few", objective="one-step-x")).objective == "one-step-x"
     with pytest.raises(InputError, match="not of eps; first fine-tune it"):  # before anything is loaded
         settings(ARTEFACTS / "eps")
-    found = settings(snapshot_of(tmp_path / "encoded", latents="latents/birds"), "--objective", "four-step")
+    encoded = snapshot_of(tmp_path / "encoded", latents="latents/birds", unconditional=True, flip=False)
+    found = settings(encoded, "--objective", "four-step")
     assert (found.latents, found.data_dir, found.output_dir) == ("latents/birds", None, "results/encoded-four-step")
+    assert (found.unconditional, found.flip) == (True, False)
 
 
 def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch, capsys):
@@ -80,6 +82,7 @@ def test_a_tiny_run_draws_in_one_step_and_goes_on_exactly(tmp_path, monkeypatch,
     ([str(ARTEFACTS / "eps")], "--objective one-step goes on from a snapshot of flow, not of eps; first fine-tune it "
                                "with --objective flow"),
     ([FLOW, "--objective", "one-step-x"], "from a snapshot of flow-x, not of flow; choose --objective one-step"),
+    ([FLOW, "--objective", "four-step-x"], "from a snapshot of flow-x, not of flow; choose --objective four-step"),
     ([FLOW, "--objective", "flow"], "--objective must be one of one-step, one-step-x, four-step, four-step-x, not"),
     ([FLOW, "--contrastive", "0.05"], "--contrastive 0.05 belongs to --objective flow, flow-x, flow-eps"),
     ([FLOW, "--fd-features", "inception"], "--fd-features inception passes no gradients"),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from test_encode import SMALL
-from test_one_step import of, run, some
+from test_one_step import ONE_STEP, of, run, some
 from test_resume import last_state, same
 
 from d_emo.cli import run_verb
@@ -19,6 +20,8 @@ from d_emo.frechet import FourStepObjective, FourStepSampleObjective, Judge, Run
 from d_emo.io.snapshot import load_denoiser
 from d_emo.latents import encode, load_codec
 from d_emo.sampling import Guidance, Sampler, denoise
+from d_emo.sampling.pipeline import DEMOPipeline
+from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.judging import open_judge
 from d_emo.training.latent_classifier import classifier_task, enlarged
 
@@ -106,12 +109,26 @@ def test_the_loss_is_the_mean_of_the_distances_of_the_steps():
         assert [losses[f"fd_{k}"].item() for k in (1, 2, 3, 4)] == pytest.approx(distances, rel=1e-3)
 
 
-def test_a_micro_batch_has_all_four(tiny_denoiser):
-    judge = judge_of(torch.ones(256, 3, dtype=torch.float64))
-    objective = objective_of(FourStepObjective, judge, tiny_denoiser)
-    step = objective.draw(torch.Generator(), 6, (4, 8, 8))
-    with pytest.raises(InputError, match="`micro_batch_size` 6 is not a multiple of 4, as each step needs"):
-        objective(tiny_denoiser, step.noise, torch.zeros(6, dtype=torch.long), step)
+@pytest.mark.parametrize("sizes", [{"batch_size": 12}, {"batch_size": 12, "micro_batch_size": 6}, {"batch_size": 6}])
+def test_a_micro_batch_has_all_four(sizes):
+    with pytest.raises(InputError, match="four-step trains 4 steps at once, but 6 images go through .* multiple of 4"):
+        DenoiserTask(TrainSettings(**{**ONE_STEP, "objective": "four-step", "micro_batch_size": None, **sizes}))
+
+
+def test_what_comes_before_a_step_is_drawn_by_the_average(monkeypatch):
+    """At the run's precision; the task asks for the average when it is needed, as the loop replaces it."""
+    monkeypatch.setattr("d_emo.training.denoiser.precision_of", lambda settings, device: "bf16")
+    task, seen = DenoiserTask(TrainSettings(**{**ONE_STEP, **FOUR})), []
+
+    def average(x, timestep, class_labels):
+        seen.append((timestep.tolist(), torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+        return mock.Mock(sample=torch.zeros(len(x), 6, 32, 32))
+
+    task.averaged = average
+    task.judge.learn(torch.randn(300, len(task.model.moments[0].mean) - 10), torch.arange(300) % 10)
+    step = task.draw(torch.Generator().manual_seed(0), 8)
+    task.loss(task.model, [torch.zeros(8, 3, 32, 32), torch.arange(8)], step)
+    assert seen == [([1000] * 6, torch.bfloat16), ([750] * 4, torch.bfloat16), ([500] * 2, torch.bfloat16)]
 
 
 def test_a_run_ends_in_a_snapshot_that_draws_in_four_steps_and_resumes_exactly(tmp_path, monkeypatch):
@@ -135,6 +152,11 @@ def test_a_run_ends_in_a_snapshot_that_draws_in_four_steps_and_resumes_exactly(t
     ]:
         with pytest.raises(InputError, match=words):
             run_verb("sample", [*arguments, *changes, "--output", "z.png"])
+    pipe = DEMOPipeline.from_snapshot(snapshot)
+    assert pipe([3], output_type="pt", generator=torch.Generator().manual_seed(0)).images.isfinite().all()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match="trained with four-step and predicts flow_four_step; make one of lcm with"):
+        pipe([3])
     run_verb("distill", [str(snapshot), "--fd-features", task.settings.fd_features, "--max-steps", "1", "--batch-size",
                          "4", "--fd-images", "60", "--tracker", "none", "--mixed-precision", "bf16"])  # fmt: skip
     assert load_denoiser(tmp_path / "results" / "whole-four-step").objective == "four-step"

@@ -246,7 +246,7 @@ def test_a_run_ends_in_a_snapshot_that_draws_in_one_step_and_resumes_exactly(tmp
     opened = load_denoiser(snapshot)
     assert (opened.objective, opened.label_dropout) == ("one-step", 0.0)
     card = (snapshot / "README.md").read_text()
-    assert "; in the features of emov2:classifier, all four stages, with classes of weight 1 |" in card
+    assert "; in the features of emov2:classifier, its last four stages, with classes of weight 1 |" in card
     run_verb("sample", ["--checkpoint", str(snapshot), "--class", "3", "--num-images", "2", "--output", "x.png"])
     with pytest.raises(InputError, match="--steps|images of the one-step objective take 1 step, not 30"):
         run_verb("sample", ["--checkpoint", str(snapshot), "--class", "3", "--steps", "30", "--output", "y.png"])
@@ -284,7 +284,7 @@ def test_stages_are_an_emos_or_timms_and_one_class_stands_for_nothing(monkeypatc
     task = DenoiserTask(TrainSettings(**ONE_STEP))
     assert len(task.model.moments[0].mean) == 64 + 128 + 256 + 512 + 10
     monkeypatch.delattr(timm.models.ResNet, "forward_intermediates")
-    with pytest.raises(InputError, match="is a ResNet, which shows no stages; take its last features by `fd_stages`"):
+    with pytest.raises(InputError, match="is a ResNet, which does not show four stages; take its last"):
         DenoiserTask(TrainSettings(**ONE_STEP))
     task = DenoiserTask(TrainSettings(**{**ONE_STEP, "fd_stages": "last"}))
     assert len(task.model.moments[0].mean) == other.num_features + 10

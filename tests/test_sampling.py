@@ -19,10 +19,10 @@ CONFIG = DDPMScheduler(
     beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", variance_type="learned_range"
 ).config
 FLOW = FlowMatchEulerDiscreteScheduler(shift=1.0).config
-CONFIGS = {"euler": FLOW, "heun": FLOW}
+CONFIGS = {"euler": FLOW, "heun": FLOW, "lcm": {**FLOW, "prediction_type": "flow_four_step"}}
 
 
-SCHEDULER_NAMES = [*schedulers_of("eps"), *schedulers_of("flow")]
+SCHEDULER_NAMES = [*schedulers_of("eps"), *schedulers_of("flow"), *schedulers_of("four-step")]
 
 
 def steps_of(model, name="dpm++", labels=(1, 2, 3), seeds=(5, 6, 7), *, steps=4, batch_size=64, **guidance):

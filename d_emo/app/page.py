@@ -16,6 +16,7 @@ from d_emo.app.studio import Studio, View
 from d_emo.config import AppSettings
 from d_emo.errors import InputError, fields_as, imported
 from d_emo.sampling import SampleRequest, caption, save_pngs
+from d_emo.tables import OBJECTIVES
 from d_emo.text import plural
 
 # No `from __future__ import annotations` in this file: Gradio reads the annotation of `request` below as an object.
@@ -168,7 +169,10 @@ def _settings(gr: Any, studio: Studio, request: SampleRequest) -> dict[str, Any]
         label=f"Guidance {', '.join(map(str, _GUIDANCES))} from the same noise", elem_id="guidances", visible=guided
     )
     scheduler = gr.Dropdown(studio.schedulers, value=first.scheduler, label="Scheduler", elem_id="scheduler")
-    steps = gr.Slider(1, 250, first.steps, step=1, label="Steps", elem_id="steps")
+    steps = gr.Slider(
+        1, 250, first.steps, step=1, label="Steps", elem_id="steps",
+        interactive=OBJECTIVES[studio.snapshot.objective].steps is None,
+    )
     return {"seed": seed, "guidance_scale": scale, "scheduler": scheduler, "steps": steps, "several": several}
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from d_emo.files import write_file, write_json
 from d_emo.io import card
 from d_emo.io.snapshot import load_denoiser
 from d_emo.sampling import Sampler, class_grid, save_png
+from d_emo.sampling.schedulers import steps_for
 from d_emo.tables import DATASETS, OBJECTIVES
 from d_emo.text import plural
+
+GUIDANCE = 1.5
+"""Where none is given and the snapshot knows a null class."""
 
 
 def run(settings: JudgeSettings) -> None:
@@ -37,8 +42,11 @@ def run(settings: JudgeSettings) -> None:
         InputError: The classifier is of other classes, or the card cannot be written.
     """
     snapshot = load_denoiser(settings.checkpoint)
-    row = OBJECTIVES[snapshot.objective]
-    runs = settings.sampler_steps() or [(row.scheduler, row.steps or settings.steps)]
+    guidance = settings.guidance_scale
+    if guidance is None:
+        guidance = GUIDANCE if snapshot.label_dropout else 1.0
+    settings = replace(settings, guidance_scale=guidance, steps=steps_for(snapshot.objective, settings.steps))
+    runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
     sampler = Sampler.open(snapshot, scheduler=runs[0][0], steps=runs[0][1], guidance=settings.guidance_scale)
     samplers = [sampler.replace(scheduler=name, steps=steps) for name, steps in runs]
     features = ClassifierFeatures(settings.classifier, device=sampler.device)

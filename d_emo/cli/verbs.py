@@ -100,8 +100,8 @@ By itself it is one process; `accelerate launch -m d_emo train` runs it in sever
         "distill", "distill", "Train", "d_emo.config:DistillSettings",
         """Train a flow snapshot on until it draws in one step, or four, by the Frechet distance of features.
 
-The same as `train --init-from SNAPSHOT --objective one-step`, with defaults for it. One process. A snapshot of
-eps needs `train --init-from SNAPSHOT --objective flow` first.""",
+The same as `train --init-from SNAPSHOT --objective one-step` (or four-step), with defaults for it. One process. A
+snapshot of eps needs `train --init-from SNAPSHOT --objective flow` first.""",
     ),
     Verb(
         "train-classifier", "train_classifier", "Train", "d_emo.config:ClassifierSettings",

@@ -86,7 +86,7 @@ class DistillSettings(TrainSettings):
         if not self.dataset is self.data_dir is self.latents is None:
             return {}
         if there.get("latents") is not None:
-            return {"latents": there["latents"]}
+            return {name: there[name] for name in ("latents", "flip", "unconditional") if there.get(name) is not None}
         if there.get("dataset") is there.get("data_dir") is None:
             raise InputError(f"{self.init_from} does not say what it was trained on; name its `dataset` or `data_dir`")
         return {name: there[name] for name in _OF_DATA if there.get(name) is not None}

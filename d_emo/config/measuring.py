@@ -88,8 +88,14 @@ class JudgeSettings(ReadingSettings):
     num_images: Images = setting(
         500, "number of samples to draw and measure, spread evenly over the classes", group="Sampling"
     )
-    guidance_scale: NotNegative = setting(1.5, "classifier-free guidance scale; 1 is no guidance")
-    steps: Steps = setting(30, "denoising steps of the objective's default sampler: dpm++, or euler for flow")
+    guidance_scale: NotNegative | None = setting(
+        None, "classifier-free guidance scale; 1 is no guidance. Default: 1.5, or 1 for a snapshot trained without "
+        "label dropout"
+    )
+    steps: Steps | None = setting(
+        None, "denoising steps of the objective's default sampler: dpm++, euler for flow or lcm for four-step. "
+        "Default: 30, or the only number that the objective has"
+    )
     samplers: list[str] = setting(
         [], "compare samplers instead, each given as NAME:STEPS, e.g. ddpm:250 ddim:50 dpm++:20: a table of FID, "
         "precision, recall, class accuracy, time and images/s"
@@ -167,7 +173,9 @@ class FidSettings(ReadingSettings):
     labels: Literal["random", "balanced"] = setting(
         "random", "class labels: uniformly random, as ADM, or all classes in turn", group=SAMPLING
     )
-    scheduler: str | None = setting(None, "sampler. Default: ddpm, or euler for flow snapshots", choices=SCHEDULERS)
+    scheduler: str | None = setting(
+        None, "sampler. Default: ddpm, euler for flow snapshots, or lcm for four-step ones", choices=SCHEDULERS
+    )
     steps: Steps = setting(250, "denoising steps")
     guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")

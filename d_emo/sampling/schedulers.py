@@ -65,7 +65,9 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
     known = "prediction_type" in inspect.signature(type(scheduler).__init__).parameters
     kind, row = scheduler.config.prediction_type if known else "flow", OBJECTIVES[objective]
     wanted = OBJECTIVES[row.like or objective].prediction_type
-    if kind.replace("flow_prediction", "flow") != wanted:
+    own = [SCHEDULERS[name].scheduler for name in schedulers_of(objective)]
+    others = [each.scheduler for each in SCHEDULERS.values() if each.scheduler not in own]
+    if kind.replace("flow_prediction", "flow") != wanted or type(scheduler) in map(load, others):
         raise InputError(
             f"the scheduler {type(scheduler).__name__} is for denoisers that predict {kind}, but this one was trained "
             f"with {objective} and predicts {row.prediction_type}; make one of "

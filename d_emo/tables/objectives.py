@@ -143,10 +143,13 @@ def takers(setting: str) -> list[str]:
     return [name for name, row in OBJECTIVES.items() if setting in row.takes]
 
 
-def going_on_from(start: str | None) -> str | None:
-    """The first objective that goes on from snapshots of another one, or its own; None where there is none."""
-    rows = OBJECTIVES.items()
-    return next((name for name, row in rows if row.starts_from is not None and start in (row.starts_from, name)), None)
+def going_on_from(start: str | None, steps: int | None = None) -> str | None:
+    """An objective that goes on from snapshots of another one, or its own; None where there is none.
+
+    It is the first, or one that draws in so many steps where there is one.
+    """
+    fitting = [row for name, row in OBJECTIVES.items() if row.starts_from and start in (row.starts_from, name)]
+    return next((row.name for row in sorted(fitting, key=lambda row: row.steps != steps)), None)
 
 
 def check_start(objective: str, start: str | None) -> None:
@@ -162,7 +165,7 @@ def check_start(objective: str, start: str | None) -> None:
     row = OBJECTIVES[objective]
     if row.starts_from is not None and start not in (row.starts_from, row.name):
         remedy = f"first fine-tune it with `objective` {row.starts_from}" if start else "name one with `init_from`"
-        if fitting := going_on_from(start):
+        if fitting := going_on_from(start, row.steps):
             remedy = f"choose `objective` {fitting}"
         raise InputError(
             f"`objective` {row.name} goes on from a snapshot of {row.starts_from}, not of {start or 'none'}; {remedy}"

@@ -25,7 +25,9 @@ from d_emo.tables import DATASETS, OBJECTIVES, check_start, load
 from d_emo.text import command
 from d_emo.training.finetuning import start_from, train_only
 from d_emo.training.judging import open_judge
+from d_emo.training.parallel import precision_of
 from d_emo.training.progress import means
+from d_emo.training.rehearsal import TYPES
 from d_emo.training.words import start_from_words
 from d_emo.weights import check_library
 
@@ -119,7 +121,9 @@ class DenoiserTask:
 
     def _average(self, *args: Any, **options: Any) -> Any:
         """The moving average, at the precision of the run."""
-        with torch.autocast(args[0].device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
+        device = args[0].device
+        precision = precision_of(self.settings, device)
+        with torch.autocast(device.type, TYPES.get(precision), enabled=precision in TYPES):
             return self.averaged(*args, **options)
 
     @torch.no_grad()
@@ -130,9 +134,8 @@ class DenoiserTask:
         generator = torch.Generator(device).manual_seed(self.settings.seed)  # of all noise, alike on a resume
         for start in range(0, len(chosen), 32):
             values, classes = default_collate([self.dataset[index][:2] for index in chosen[start : start + 32]])
-            seen = values.to(device)
-            if self.judge.codec is None:
-                seen = self._latents(seen, self.draw(generator, len(seen)))
+            values, step = values.to(device), self.draw(generator, len(values))
+            seen = self._latents(values, step) if self.judge.codec is None else self._mirrored(values, step)
             features.append(self.judge.features(seen, generator))
             labels.append(classes.to(device))
         self.judge.learn(torch.cat(features), torch.cat(labels))

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from d_emo.config import TrainSettings
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.frechet import Judge, check_one_process
 from d_emo.io.snapshot import load_classifier
 from d_emo.latents import Codec
-from d_emo.tables import parse_features
+from d_emo.tables import OBJECTIVES, parse_features
+from d_emo.training.parallel import micro_batch_of
 
 
 def open_judge(
@@ -23,8 +25,9 @@ def open_judge(
         encoded: Whether the run reads latents, not images.
 
     Raises:
-        InputError: Settings that such a training does not go with; a classifier without gradients, without the stages,
-            of other latents than the run's, or of images where the run has none.
+        InputError: Settings that such a training does not go with; a micro-batch in which the steps have no equal
+            shares; a classifier without gradients, without the stages, of other latents than the run's, or of images
+            where the run has none.
     """
     given = {"validate_every": settings.validate_every, "align": settings.align}
     if odd := [name for name, value in given.items() if value]:
@@ -32,15 +35,22 @@ def open_judge(
             f"`objective` {settings.objective} looks at what is drawn and at nothing else; leave `{odd[0]}` out"
         )
     check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
+    steps, micro = OBJECTIVES[settings.objective].steps, micro_batch_of(settings, settings.batch_size, best_device())
+    if micro % steps:
+        raise InputError(
+            f"`objective` {settings.objective} trains {steps} steps at once, but {micro} images go through the network "
+            f"together; give a `micro_batch_size` that is a multiple of {steps}"
+        )
     extractor, source = parse_features(settings.fd_features)
     if extractor.name != "emov2":
         raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
     classifier = load_classifier(source, latents=True)
     _check_latents(classifier.meta, settings, codec, latent_side=latent_side, encoded=encoded)
-    if settings.fd_stages == "all" and not hasattr(classifier.model, "forward_intermediates"):
+    shows = hasattr(classifier.model, "forward_intermediates") and len(classifier.model.feature_info) >= 4
+    if settings.fd_stages == "all" and not shows:
         raise InputError(
-            f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, which shows no stages; take "
-            "its last features by `fd_stages` last"
+            f"`fd_features` {settings.fd_features} is a {type(classifier.model).__name__}, which does not show four "
+            "stages; take its last features by `fd_stages` last"
         )
     return Judge(
         classifier.model, None if "latent_side" in classifier.meta else codec, classifier.image_size,

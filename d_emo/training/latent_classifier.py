@@ -61,7 +61,7 @@ class LatentClassifierTask(ClassifierTask):
             if there != self.codec:
                 raise InputError(
                     f"`init_from` {settings.init_from} is a classifier of "
-                    f"{f'latents of the codec {there}' if there else 'images'}, not of those of {self.codec}"
+                    f"{f'latents of the codec {there}' if there else 'images'}, not of latents of {self.codec}"
                 )
         self.facts |= {"image_size": side}
         return latents, held_out

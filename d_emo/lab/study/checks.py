@@ -23,7 +23,7 @@ from d_emo.io.snapshot import kind_of, load_classifier
 from d_emo.lab.study.plan import PlannedRun, data_dir_of, fid_settings, latents_folder, read_settings
 from d_emo.latents import LatentDataset, default_codec
 from d_emo.latents.shards import INDEX, Origin, repeat
-from d_emo.sampling.schedulers import make_scheduler, set_steps
+from d_emo.sampling.schedulers import make_scheduler, set_steps, steps_for
 from d_emo.tables import DATASETS, OBJECTIVES, load, noise_objectives, schedulers_of
 from d_emo.training.classifier import open_both
 
@@ -177,6 +177,7 @@ def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
+        steps_for(objective, steps)
         schedule = load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule()
         set_steps(make_scheduler(name, schedule.config, objective), steps)
     except InputError as error:
