@@ -304,3 +304,10 @@ def test_wrong_combinations_are_refused(changes, words):
         DenoiserTask(TrainSettings(**{**ONE_STEP, **changes}))
     with pytest.raises(InputError, match="start one"):
         check_one_process(2)
+
+
+def test_a_refused_step_leaves_the_statistics_as_they_were(tmp_path, monkeypatch):
+    distances, honest = iter([1.0, float("nan"), 1.0]), Judge.distance
+    monkeypatch.setattr(Judge, "distance", lambda self, *moments: next(distances) * honest(self, *moments))
+    task, _ = run(tmp_path / "run", max_steps=3, nan="skip")
+    assert task.model.moments[0].batches == 2
