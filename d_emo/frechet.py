@@ -190,6 +190,9 @@ class OneStepObjective(FlowObjective):
         kept: "judge", a `Judge` that has learnt, "moments", the model's `RunningMoments`, one for each step, and
             "average", called like the denoiser, which draws the steps before the one that is trained; to be set before
             the first loss.
+
+    Raises:
+        InputError: In `forward`, images of which the steps have no equal shares.
     """
 
     prediction_type = "flow_one_step"
@@ -208,6 +211,8 @@ class OneStepObjective(FlowObjective):
         return self.num_train_timesteps * (1 - step / self.steps)
 
     def forward(self, denoiser: nn.Module, latents: Tensor, labels: Tensor, step: StepNoise) -> dict[str, Tensor]:
+        if len(labels) % self.steps:
+            raise InputError(f"{len(labels)} images have no equal shares for {self.steps} steps")
         noisy = self._drawn_before(step, labels)
         features = self.kept["judge"](self._clean(denoiser, noisy, labels, step), labels)
         distances = [

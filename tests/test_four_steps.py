@@ -14,11 +14,11 @@ from test_resume import last_state, same
 
 from d_emo.cli import run_verb
 from d_emo.config import ClassifierSettings, TrainSettings
-from d_emo.data import Digits
+from d_emo.data import Digits, spread
 from d_emo.errors import InputError
 from d_emo.frechet import FourStepObjective, FourStepSampleObjective, Judge, RunningMoments
 from d_emo.io.snapshot import load_denoiser
-from d_emo.latents import encode, load_codec
+from d_emo.latents import encode, load_codec, sample_moments
 from d_emo.sampling import Guidance, Sampler, denoise
 from d_emo.sampling.pipeline import DEMOPipeline
 from d_emo.training.denoiser import DenoiserTask
@@ -188,8 +188,26 @@ def test_a_classifier_of_latents_sees_them_undecoded_and_a_resumed_run_is_exact(
     task, _ = run(tmp_path / "cached", **{**cached, "max_steps": 1})
     assert task.judge.codec is None
     images = {**cached, "cache_latents": False, "init_from": None, "model": "D-EMOv2-Ti-2", "vae": "d-emo-f8"}
+    settings = TrainSettings(**images).resolve()
     with pytest.raises(InputError, match="looks at latents of pixels of side 32, those of the run are of d-emo-f8 of"):
-        open_judge(TrainSettings(**images).resolve(), load_codec("d-emo-f8"), ["a", "b"], latent_side=4, encoded=False)
+        open_judge(settings, load_codec("d-emo-f8"), ["a", "b"], latent_side=4, encoded=False)
+    other = mock.Mock(fingerprint="another", scaling=1.0, shift=0.0)
+    with pytest.raises(InputError, match="or of the same name and another encoder; train a classifier of these"):
+        open_judge(settings, other, ["a", "b"], latent_side=32, encoded=False)
+
+
+def test_real_latents_are_drawn_from_their_posterior_and_mirrored_as_in_training(of_latents, monkeypatch):
+    task = DenoiserTask(TrainSettings(**{**ONE_STEP, **FOUR, **of_latents, "fd_images": 64}))
+    task.images.flip, task.judge.noise, seen = False, 0.0, []
+    monkeypatch.setattr(task.judge, "features", lambda images, generator: seen.append(images) or images.flatten(1))
+    monkeypatch.setattr(task.judge, "learn", lambda features, labels: seen.append((features, labels)))
+    task._learn_real_images(torch.device("cpu"))
+    generator, chosen = torch.Generator().manual_seed(task.settings.seed), spread(len(task.images), 64)
+    for part, drawn in zip((chosen[:32], chosen[32:]), seen, strict=False):
+        step = task.draw(generator, 32)
+        moments = torch.stack([task.dataset[index][0] for index in part]).float()
+        torch.testing.assert_close(drawn, sample_moments(moments, step.posterior_noise))
+    assert seen[2][1].tolist() == [task.dataset.label(index) for index in chosen]
 
 
 def test_noise_is_mixed_into_latents_before_they_are_enlarged():

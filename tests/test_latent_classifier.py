@@ -78,7 +78,7 @@ def test_whoever_looks_at_images_is_told_in_one_sentence(tmp_path, folders):
         ClassifierTask(ClassifierSettings(**{**TINY, "init_from": str(tmp_path / "snapshot")}))
     more = classifier_task(settings_of(folders, init_from=str(tmp_path / "snapshot")))
     assert "knows 1000 of the 1000 classes" in more.start[0]
-    with pytest.raises(InputError, match="latents of the codec d-emo-f8, not of those of pixels"):
+    with pytest.raises(InputError, match="latents of the codec d-emo-f8, not of latents of pixels"):
         classifier_task(settings_of(folders, "pixels", init_from=str(tmp_path / "snapshot")))
 
 

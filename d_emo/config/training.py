@@ -304,7 +304,7 @@ class ClassifierSettings(FineTuningSettings, LatentClassifierSettings, HeldOutSe
         None, "changes to the named model, e.g. '{drop_path_rate: 0.1, window_size: 8}'; the window fits --image-size"
     )
     image_size: ClassifierSide | None = setting(
-        None, "side of the images in pixels. Default: 224; of --latents: 4 times theirs"
+        None, "side of the images in pixels. Default: 224; of --latents: 4 times theirs, at least 32"
     )
     batch_size: Count = setting(2048, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(6e-3, "peak learning rate of AdamW", aliases=["--lr"])

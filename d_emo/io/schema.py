@@ -14,7 +14,7 @@ SNAPSHOT: dict[str, Any] = {
     "num_images": Whole, "training_minutes": NotNegative, "hardware": str, "data": str | None,
     "started_from": dict[str, Any] | None, "accuracy": dict[str, Any] | None,
     "average_precision": dict[str, Any] | None,
-    "noise": Fraction, "latent_side": Count,
+    "noise": Fraction, "latent_side": Count, "encoder": str,
     "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "windows": dict[str, Any] | None,

@@ -71,9 +71,10 @@ def _check_latents(
                 "classifier of latents (`d-emo train-classifier` with `latents`)"
             )
         return
-    theirs, mine = (meta["codec"], meta["latent_side"]), (codec.name, latent_side)
-    if theirs != mine:
+    mine = {"latent_side": latent_side, "encoder": codec.fingerprint, "scaling": codec.scaling, "shift": codec.shift}
+    if any(meta.get(key, value) != value for key, value in mine.items()):
         raise InputError(
-            f"`fd_features` {settings.fd_features} looks at latents of {theirs[0]} of side {theirs[1]}, those of the "
-            f"run are of {mine[0]} of side {mine[1]}"
+            f"`fd_features` {settings.fd_features} looks at latents of {meta['codec']} of side {meta['latent_side']}, "
+            f"those of the run are of {codec.name} of side {latent_side}, or of the same name and another encoder; "
+            "train a classifier of these"
         )

@@ -20,6 +20,9 @@ from d_emo.training.classifier import ClassifierTask, mixed
 SMALLEST_SIDE = 32
 """Classifiers halve what they see five times."""
 
+MADE_BY = ("encoder", "scaling", "shift")
+"""What latents of one codec have in common, as the index beside them says it."""
+
 
 class LatentDraws(NamedTuple):
     """What is random about the latents of a step."""
@@ -49,6 +52,7 @@ class LatentClassifierTask(ClassifierTask):
     def open(self, settings: ClassifierSettings) -> tuple[ClassImages, ClassImages | None]:
         latents, held_out = open_latents(settings)
         values, *sides = latents.index["moments_shape"]
+        self.made_by = {key: latents.index[key] for key in MADE_BY}
         self.codec, self.latent_shape = latents.codec, (values // (4 if latents.index["mirrored"] else 2), *sides)
         side = settings.image_size or max(SMALLEST_SIDE, 4 * sides[0])
         if side < sides[0]:
@@ -67,7 +71,10 @@ class LatentClassifierTask(ClassifierTask):
         return latents, held_out
 
     def more_of_snapshots(self) -> dict[str, Any]:
-        return {**super().more_of_snapshots(), "codec": self.codec, "latent_side": self.latent_shape[-1]}
+        """The codec, the latents' side, and what tells latents of the same codec's name apart."""
+        return {
+            **super().more_of_snapshots(), "codec": self.codec, "latent_side": self.latent_shape[-1], **self.made_by
+        }
 
     def input_options(self) -> dict[str, Any]:
         name = "in_chans" if self.settings.model.startswith(TIMM) else "in_channels"
@@ -88,6 +95,7 @@ class LatentClassifierTask(ClassifierTask):
         return step._replace(level=level, noise=torch.randn(batch_size, *self.latent_shape, **drawn))
 
     def views(self, values: torch.Tensor, draws: LatentDraws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents, and what the network sees. Shape: (B, 2 C or 4 C, h, w) -> (B, C, h, w), (B, C, side, side)."""
         latents = self._latents(values, draws)
         return latents, enlarged(mixed(latents, draws), self.settings.image_size)
 
@@ -138,7 +146,7 @@ def open_latents(settings: ClassifierSettings) -> tuple[LatentDataset, ClassImag
         raise InputError(f"{settings.latents} has only the class {names[0]}; a classifier needs two or more")
     if settings.validate_dir is not None:
         held_out = LatentDataset(Path(settings.validate_dir), flip=False)
-        for key in ("encoder", "scaling", "shift", "image_size"):
+        for key in (*MADE_BY, "image_size"):
             here, there = (each.index[key] for each in (latents, held_out))
             if here != there:
                 raise InputError(
