@@ -20,7 +20,7 @@ source = parser.add_mutually_exclusive_group(required=True)
 source.add_argument("--images", help="folder, zip or .npz")
 source.add_argument("--snapshot", help="denoiser to draw with")
 parser.add_argument("--count", type=int, default=500, help="images to draw")
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, help="default: what the snapshot was trained for, else 30")
 args = parser.parse_args()
 
 device = best_device()
