@@ -30,8 +30,8 @@ class DistillSettings(TrainSettings):
         group="Objective", choices=_FEW_STEPS
     )
     fd_features: str = setting(
-        help="emov2:SNAPSHOT, a classifier in whose features the Frechet distance is taken. Report the result in "
-        "another network's"
+        help="emov2:SNAPSHOT, a classifier, of images or of the latents, in whose features the Frechet distance is "
+        "taken. Report the result in another network's"
     )
     dataset: str | None = setting(
         None, "built-in data set. Default: the data that the snapshot was trained on", group="Data", choices=DATASETS

@@ -46,18 +46,19 @@ class ObjectiveSettings(Settings):
         "features the Frechet distance is taken. Report the result in another network's"
     )
     fd_decay: BelowOne | None = setting(
-        None, "likewise: decay of the running statistics of what is drawn. Default: 0.999"
+        None, "of one-step and four-step: decay of the running statistics of what is drawn. Default: 0.999"
     )
     fd_images: Images | None = setting(
-        None, "likewise: how many images, at most, make up the statistics of real ones. Default: 50,000"
+        None, "of one-step and four-step: how many images, at most, make up the statistics of real ones. Default: "
+        "50,000"
     )
     fd_labels: NotNegative | None = setting(
-        None, "likewise: factor of the class means that stand beside the features, so that a drawing must be what "
-        "was asked for; 0 leaves them out. Default: 1"
+        None, "of one-step and four-step: factor of the class means that stand beside the features, so that a "
+        "drawing must be what was asked for; 0 leaves them out. Default: 1"
     )
     fd_stages: Literal["all", "last"] | None = setting(
-        None, "likewise: the features of the last four stages of the classifier, each by its deviation, or of the "
-        "last alone. Default: all"
+        None, "of one-step and four-step: the features of the last four stages of the classifier, each by its "
+        "deviation, or of the last alone. Default: all"
     )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "
