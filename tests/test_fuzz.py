@@ -32,9 +32,11 @@ def little_memory():
 def test_a_sample_of_wrong_values_is_refused(fuzz_world, little_memory):
     everything = list(cases(fuzz_world))
     assert len(everything) > 2500
+    first = {str(case).split()[0]: case for case in reversed(everything)}  # of few flags no other may be there
     with HEAVY():
         warm_up(fuzz_world)
-        became = {str(case): problem(case, run(case, fuzz_world, seconds=30)) for case in everything[::EVERY]}
+        sample = {str(case): case for case in [*everything[::EVERY], *first.values()]}
+        became = {words: problem(case, run(case, fuzz_world, seconds=30)) for words, case in sample.items()}
     assert not {case: what for case, what in became.items() if what}
     assert {case.split()[0] for case in became} == set(VERBS) and len(became) > 100
 
