@@ -136,14 +136,11 @@ def test_modes_without_a_common_file_come_out_near_their_colour(mode):
     assert image.mode == mode and np.abs(np.array(Reading().as_viewed(image)).astype(int) - colour).max() <= 4
 
 
-@pytest.mark.parametrize(
-    ("image", "reason"),
-    [
-        (Image.fromarray(np.array([[0, 300]], np.float32)), "from 0 to 300, where viewers show 0 to 1"),
-        (Image.fromarray(np.array([[0, np.nan]], np.float32)), "from nan to nan"),
-        (Image.fromarray(np.array([[0, 70000]], np.int32)), "signed or of 32 bits"),
-    ],
-)
+@pytest.mark.parametrize(("image", "reason"), [
+    (Image.fromarray(np.array([[0, 300]], np.float32)), "from 0 to 300, where viewers show 0 to 1"),
+    (Image.fromarray(np.array([[0, np.nan]], np.float32)), "from nan to nan"),
+    (Image.fromarray(np.array([[0, 70000]], np.int32)), "signed or of 32 bits"),
+])  # fmt: skip
 def test_pixels_without_a_known_range_are_refused_by_name(image, reason):
     with pytest.raises(InputError, match=f"cannot read the image it .*{reason}"):
         pixels(stored(image, "TIFF"))
