@@ -233,6 +233,17 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"d-emo-{os.getuid()}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in a folder name such as ``step-500``; -1 for other names."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def newest_step(folder: Path, *, default: Path) -> Path:
+    """The folder ``step-N`` of the largest step in a folder; the default where there is none."""
+    return max(folder.glob("step-*"), key=step_of, default=default)
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[TextIO | None]:
     """The lock of a folder that is this process's to work in, at once or after others have left it; else None.

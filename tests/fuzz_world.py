@@ -63,7 +63,8 @@ BASE: dict[tuple[str, str], Callable[[Path], dict[str, list[str]]]] = {
     ("segment", ""): lambda world: {
         "images": [str(world / "photos/train/ant/0.png")], "model": ["pspnet-emov2_1m"], "image_size": ["32"]},
     ("train-vae", ""): lambda world: {
-        "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"]},
+        "block_out_channels": ["8", "8", "8", "8"], "image_size": ["16"], "max_steps": ["1"], "batch_size": ["2"],
+        "output_dir": ["out"], "num_images": ["8"], "tracker": ["none"]},
     ("encode", ""): lambda world: {**DIGITS, "output": ["out"]},
     ("doctor", ""): lambda world: {"dataset": ["digits"], "image_size": ["8"], "sample": ["4"]},
     ("sample", ""): lambda world: {"checkpoint": [str(world / "denoiser")], "classes": ["1"], "num_images": ["2"]},
@@ -200,8 +201,8 @@ def HEAVY() -> Iterator[None]:  # noqa: N802
     from d_emo.evaluation.features import create_extractor
 
     places = {
-        "d_emo.training.loop:_Run._loop": _first_image, "d_emo.training.vae:_batch": _stop,
-        "d_emo.latents.encode:_encode_rows": _first_rows, "d_emo.sampling.request:SampleRequest.draw": _stop,
+        "d_emo.training.loop:_Run._loop": _first_image, "d_emo.latents.encode:_encode_rows": _first_rows,
+        "d_emo.sampling.request:SampleRequest.draw": _stop,
         "d_emo.app.page:launch": _stop, "d_emo.cli.doctor:describe": _stop,
         "d_emo.evaluation.feature_shards:FeatureShards.write": _stop,
         "d_emo.evaluation.measurement:Measurement._run": _stop, "d_emo.cli.reference:write_reference": _stop,

@@ -15,7 +15,6 @@ from d_emo import claims
 from d_emo.claims import claimed
 from d_emo.cli import run_verb
 from d_emo.cli.outputs import claimed_outputs
-from d_emo.config import VAESettings, write_yaml
 from d_emo.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +165,7 @@ def test_ranks_of_one_launch_are_one_writer(tmp_path, monkeypatch):
     ("reference", ["--dataset", "digits", "--output"], "r.npz"), ("evaluate", ["emov2_1m", "--output"], "a.json"),
     ("export", ["emov2_1m"], "n.onnx"), ("plot-loss", [".", "--output"], "l.png"),
     ("class-accuracy", ["--checkpoint", ".", "--classifier", ".", "--output"], "j.png"),
-    ("sample", ["--output"], "s.png"), ("train-vae", ["--output-dir"], "vae"), ("convert", ["."], "timm"),
+    ("sample", ["--output"], "s.png"), ("convert", ["."], "timm"),
     ("fid", ["--samples", ".", "--metrics", "isc", "--output"], "f.json"),
     ("explain", [__file__, "--model", "x", "--output"], "e"),
     ("benchmark", ["denoisers", "--output"], "table"), ("doctor", ["--output"], "sheet.png"),
@@ -209,19 +208,3 @@ def test_a_default_path_is_claimed_as_a_named_one_is(tmp_path, monkeypatch, verb
     if path.suffix:  # what another command was cut off at is not this one's
         run_verb(verb, argv)
         assert path.read_text() == "half" and path.with_stem(f"{path.stem}-2").stat().st_size > 100
-
-
-def test_a_vae_that_is_complete_is_not_made_again(tmp_path, capsys):
-    settings = VAESettings(output_dir=str(tmp_path / "vae"), max_steps=3)
-    write_yaml(settings, tmp_path / "vae" / "config.yaml")
-    argv = ["--output-dir", settings.output_dir, "--max-steps"]
-    for words in ([*argv, "3"], [*argv, "4"]):  # without its last file it is not complete
-        with pytest.raises(InputError, match="exists and is not overwritten"):
-            run_verb("train-vae", words)
-    (tmp_path / "vae" / "reconstructions.png").touch()
-    with pytest.raises(SystemExit) as ended:
-        run_verb("train-vae", [*argv, "3"])
-    said = "vae is complete, made with these settings; --overwrite makes it anew"
-    assert ended.value.code == 0 and said in capsys.readouterr().out
-    with pytest.raises(InputError, match="exists and is not overwritten"):
-        run_verb("train-vae", [*argv, "4"])

@@ -27,7 +27,7 @@ MORE = {
     "fid": {"features": ["emov2:{world}/classifier"], "steps": ["1"], "num_images": ["4"], "output": ["out.json"]},
     "reference": {"features": ["emov2:{world}/classifier"], "num_images": ["4"]},
     "class-accuracy": {"steps": ["1"], "output": ["out.png"]}, "plot-loss": {"output": ["out.png"]},
-    "explain": {"output": ["out"]}, "train-vae": {"output_dir": ["out"], "max_steps": ["2"]},
+    "explain": {"output": ["out"]}, "train-vae": {"output_dir": ["out"], "max_steps": ["2"], "validate_images": ["4"]},
     "benchmark": {"output": ["out"], "rounds": ["1"]}, "doctor": {"output": ["out.png"]},
 }  # fmt: skip
 TINY_DEMO = {

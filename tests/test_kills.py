@@ -60,7 +60,8 @@ WRITES = {
                        "--validate-images 2 --model pspnet-emov2_1m --model-options {segmenter} --output-dir OUT/run",
     "train-video": "--image-size 32 --frames 1 --batch-size 2 --max-steps 1 --warmup-steps 0 --tracker none "
                    "--num-videos 24 --model v-emov2_1m --model-options {video} --output-dir OUT/run",
-    "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 1 --batch-size 2 --output-dir OUT/vae",
+    "train-vae": "--image-size 8 --block-out-channels 8 8 8 8 --max-steps 2 --state-every 1 --batch-size 2 "
+                 "--num-images 8 --validate-images 4 --tracker none --output-dir OUT/vae",
     "encode": "{data} --vae pixels --shard-size 600 --output OUT/latents",
     "doctor": "{data} --sample 20 --output OUT/sheet.png",
     "sample": "--checkpoint IN/snap --class 0 --num-images 2 --steps 2 --format png --output OUT/images",

@@ -42,7 +42,7 @@ INSIDE = {
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
         "alignment", "words", "judging", "denoiser", "accuracy", "teacher", "classifier", "latent_classifier",
-        "detector", "segmenter", "video", "vae",
+        "detector", "segmenter", "video", "autoencoders", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -25,7 +25,7 @@ from d_emo.latents.codec import autoencoder_in, shipped_vae
 from d_emo.portable import Portable
 from d_emo.training.detector import DetectorTask
 from d_emo.training.progress import Progress
-from d_emo.training.vae import train_vae
+from d_emo.training.vae import VAETask
 
 NETWORK = Portable(torch.nn.Identity(), ("images",), lambda batch: (torch.zeros(batch, 1),), "")
 
@@ -92,7 +92,7 @@ def test_a_broken_reader_of_heif_is_told_where_files_are_left_out(broken):
 
 @pytest.mark.parametrize(("kind", "use"), [
     ("AutoencoderDC", lambda config: autoencoder_in(config.parent)), ("AutoencoderKL", lambda _: shipped_vae()),
-    ("AutoencoderKL", lambda config: train_vae(VAESettings(output_dir=str(config.parent)))),
+    ("AutoencoderKL", lambda config: VAETask(VAESettings(output_dir=str(config.parent)))),
     ("DiTTransformer2DModel", lambda _: contenders("S", 8, 1)[BASELINE][0]()),
 ])  # fmt: skip
 def test_a_class_of_diffusers_that_cannot_be_imported_is_one_sentence(kind, use, tmp_path, monkeypatch):

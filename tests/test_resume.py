@@ -16,11 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d_emo.cli import train_vae
-from d_emo.config import TrainSettings, VAESettings
+from d_emo.config import TrainSettings
 from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, step_of
-from d_emo.training import fit, progress, vae
+from d_emo.training import fit, progress
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.stop import Stop, StopSignal
 
@@ -208,13 +207,6 @@ def test_a_step_is_broken_off_between_micro_batches_and_leaves_no_trace(tmp_path
     monkeypatch.undo()
     train(tmp_path / "parts", **options)
     assert same(last_state(tmp_path / "parts", 5), last_state(tmp_path / "whole", 5))
-
-
-def test_ctrl_c_while_a_vae_is_trained_says_that_nothing_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "_batch", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(RunError, match="^stopped by Ctrl-C; a VAE is written when it is complete"):
-        train_vae.run(VAESettings(output_dir=str(tmp_path / "vae")))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_long_step_shows_its_micro_batches(tmp_path, monkeypatch, capsys):

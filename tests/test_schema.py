@@ -151,5 +151,5 @@ def test_the_config_of_a_codec_is_read_by_a_schema(tmp_path):
     shutil.copytree(SHIPPED / SHIPPED_VAE, tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "layers_per_block": 10**9}))
-    with pytest.raises(InputError, match="config.json cannot be used: layers_per_block must be at least 1"):
+    with pytest.raises(InputError, match="config.json cannot be used: layers_per_block must be at least 0"):
         load_codec(str(tmp_path / "vae"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d_emo.claims import claimed, is_first_rank
-from d_emo.errors import InputError, said
+from d_emo.errors import InputError
 from d_emo.files import digest, free_path, is_free
 
 _GONE_ON_WITH = ("run", "part")
@@ -54,7 +54,7 @@ def claimed_default(verb: str, settings: Any, default: str) -> Iterator[Path]:
 def _claim(stack: ExitStack, verb: str, settings: Any, each: Field, default: Any) -> Any:
     """Claim one path for as long as the stack lives; returns the settings with what follows.
 
-    The default path is numbered if it is taken. Where the same command has ended before, this one does, and says so.
+    The default path is numbered if it is taken.
     """
     kind, path = each.metadata["output"], Path(getattr(settings, each.name))
     if kind in ("part", "file") and not path.parent.is_dir():
@@ -79,9 +79,6 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field, default: Any
             claimed(path, folder=kind in ("run", "folder"), settings=mark, accept=accept, is_written=written)
         )
     except FileExistsError:
-        if settings.is_made(path):
-            print(said(f"{path} is complete, made with these settings; `overwrite` makes it anew"))
-            raise SystemExit(0) from None
         if str(path) != default:
             raise InputError(
                 f"`{each.name}` {path} exists and is not overwritten; name another, or give `overwrite`"

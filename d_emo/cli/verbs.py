@@ -121,7 +121,10 @@ snapshot of eps needs `train --init-from SNAPSHOT --objective flow` first.""",
     ),
     Verb(
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
-        "Train the small VAE on Shapes-1000 and digits, print its held-out PSNR and write it with its model card.",
+        """Train a codec: an AutoencoderKL, or an AutoencoderDC of deep compression, of your images or built-in ones.
+
+`--vae results/vae` of the other verbs takes it. With no data named it is such a VAE as ships, of Shapes-1000 and
+digits.""",
     ),
     Verb(
         "demo", "demo", "Train", "d_emo.config:DemoSettings",

@@ -89,10 +89,6 @@ class Settings:
         """What is written for one of its outputs."""
         return [output]
 
-    def is_made(self, output: Path) -> bool:
-        """Whether one of its outputs is whole, and says that it was made with these settings."""
-        return False
-
     def to_record(self) -> dict[str, Any]:
         """The settings as they are written down: without the one that says what may be overwritten."""
         return {name: value for name, value in asdict(self).items() if name != OVERWRITE}

@@ -2,52 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from d_emo.config.base import Settings, overwrite_setting, setting
-from d_emo.config.ranges import Count, Fraction, ImageSide, NotNegative, Positive, Seed, Workers
-from d_emo.config.training import DataSettings
+from d_emo.config.base import setting
+from d_emo.config.ranges import BelowOne, Count, Fraction, ImageSide, NotNegative, Positive, Whole, Workers
+from d_emo.config.training import DataSettings, HeldOutSettings, RehearsedSettings, RunSettings
 from d_emo.errors import InputError
-from d_emo.files import read_json
+from d_emo.tables import AUTOENCODERS
+
+MOST_LEVELS = 14
+"""Of an autoencoder: the largest images are of 65,536 px, and the smallest latents of 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAESettings(Settings):
-    """Settings of ``scripts/train_vae.py``; the defaults made the VAE that ships with the package."""
+class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
+    """Settings of ``scripts/train_vae.py``; the defaults are for such a VAE as ships with the package."""
 
-    output_dir: str = setting(
-        "results/vae", "folder for the VAE, its model card and a grid of reconstructions. The default is numbered if "
-        "it exists", group="Run", output="folder"
+    output_dir: str | None = setting(
+        None, "run folder: settings, snapshots, states, logs. Default: results/vae", resumable=True, group="Run",
+        output="run"
     )
-    overwrite: bool = overwrite_setting()
-    image_size: ImageSide = setting(64, "side of the training images in pixels", group="Data")
+    model: str = setting(
+        "AutoencoderKL", "class of diffusers: AutoencoderKL, latents with a posterior, of an eighth of the side; "
+        "AutoencoderDC, deep compression, normalised latents of a thirty-second", group="Model",
+        choices={name: row for name, row in AUTOENCODERS.items() if row.network}
+    )
     block_out_channels: list[Count] = setting(
-        [24, 48, 96, 128], "channels from full to eighth resolution", group="Model"
+        [24, 48, 96, 128], "channels at each resolution, each half the one before; n of them make the latents' side "
+        "1 / 2^(n - 1) of the image's"
     )
-    max_steps: Count = setting(6000, "optimizer steps", group="Run")
-    batch_size: Count = setting(16, "images per step", group="Optimisation")
-    digits_share: Fraction = setting(0.25, "fraction of digits in a batch; the rest is Shapes-1000", group="Data")
-    learning_rate: Positive = setting(
-        1e-3, "peak learning rate of the one-cycle (warm-up, then cosine) schedule", group="Optimisation",
-        aliases=["--lr"]
+    model_options: dict[str, Any] | None = setting(
+        None, "more arguments of the class, e.g. '{latent_channels: 16, layers_per_block: 2}'"
     )
-    kl_weight: NotNegative = setting(1e-4, "weight of the mean Kullback-Leibler term per latent value")
-    seed: Seed = setting(0, "seed of the initial weights, the data order and the posterior noise", group="Run")
+    image_size: ImageSide = setting(64, "side of the (centre-cropped) images in pixels", group="Data")
+    digits_share: Fraction | None = setting(
+        None, "fraction of images that are digits, beside the built-in shapes. Default: 0.25 of those, else 0"
+    )
+    l1_weight: NotNegative = setting(
+        0.0, "weight of the mean absolute error, beside the mean squared error of 1", group="Loss"
+    )
+    kl_weight: NotNegative = setting(1e-4, "AutoencoderKL: weight of the mean Kullback-Leibler term per latent value")
+    latent_noise: NotNegative = setting(
+        0.0, "noise on the latents that the decoder sees, in standard deviations of theirs: of each image one that is "
+        "drawn from |N(0, s^2)|, s reaching this after 15 % of the steps; the decoder learns to forgive a denoiser's "
+        "errors"
+    )
+    class_weight: NotNegative = setting(
+        0.0, "weight of the cross-entropy of a linear classifier of the noisy latents; of Shapes-1000 the sum of "
+        "three, of shape, colour and ground"
+    )
+    batch_size: Count = setting(16, "images per step over all processes (global)", group="Optimisation")
+    max_steps: Count | None = setting(
+        None, "optimizer steps of the whole run. Default: 6,000", resumable=True, decisive=True
+    )
+    learning_rate: Positive = setting(1e-3, "peak learning rate of AdamW", aliases=["--lr"])
+    warmup_steps: Whole | None = setting(
+        None, "steps of linear warm-up. Default: a twentieth of all", resumable=True, decisive=True
+    )
+    schedule: Literal["constant", "cosine", "constant-cosine"] = setting("cosine", "learning rate after the warm-up")
+    grad_clip: Positive | None = setting(1.0, "largest gradient norm")
+    ema_decay: BelowOne = setting(0.999, "decay of the moving average of weights and float buffers")
+    ema_warmup: bool = setting(True, "let the decay grow as (1 + n) / (10 + n) first; for short runs")
+    snapshot_every: Count = setting(
+        5_000, "steps between snapshots, each measured, with a picture; the last step has one", resumable=True
+    )
+    state_every: Count = setting(500, "steps between training states; the newest two are kept", resumable=True)
 
     def check(self) -> None:
-        if not self.block_out_channels or any(width % 8 or width > 2**16 for width in self.block_out_channels):
-            raise InputError(
-                f"`block_out_channels` must be multiples of 8, for the group norms, not {self.block_out_channels}"
-            )
+        widths = self.block_out_channels
+        if not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16:
+            raise InputError(f"`block_out_channels` must be 1 to {MOST_LEVELS} numbers up to 65,536, not {widths}")
+        if self.model == "AutoencoderKL" and any(width % 8 for width in widths):
+            raise InputError(f"`block_out_channels` must be multiples of 8, for the group norms, not {widths}")
+        if self.digits_share and (self.data_dir is not None or self.dataset != "shapes"):
+            raise InputError(f"`digits_share` {self.digits_share} belongs to the built-in shapes; leave it away")
+        super().check()
 
-    def is_made(self, output: Path) -> bool:
-        try:
-            made = read_json(output / "config.yaml")
-        except InputError:
-            return False
-        return made == self.to_record() and (output / "reconstructions.png").exists()  # the last file of all
+    def resolve(self, **facts: Any) -> VAESettings:
+        """Fill in what is left open; ``epochs`` once the data are known.
+
+        Args:
+            facts: "images", how many there are to train on, and "flip" of them.
+        """
+        steps, shapes = self.steps(facts.get("images"), 6_000), self.data_dir is None and self.dataset == "shapes"
+        warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
+        return replace(
+            self, output_dir=self.output_dir or "results/vae", max_steps=steps, warmup_steps=warmup,
+            digits_share=0.25 * shapes if self.digits_share is None else self.digits_share,
+            flip=facts.get("flip") if self.flip is None else self.flip,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

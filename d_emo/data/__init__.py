@@ -17,6 +17,7 @@ from d_emo.data.folder import ImageFolder
 from d_emo.data.hub import HubImages, HubStream
 from d_emo.data.images import (
     ClassImages,
+    Mixture,
     OneClass,
     Relabelled,
     in_order_of,
@@ -35,7 +36,7 @@ from d_emo.tables import DATASETS, load
 
 __all__ = [
     "AS_VIEWED", "COLOURS", "GROUNDS", "SHAPES", "AugmentedFolder", "CentreCroppedFolder", "ClassImages", "Digits",
-    "HubImages", "HubStream", "ImageFolder", "MNIST5k", "OneClass", "Reading", "Relabelled", "Shapes1000",
+    "HubImages", "HubStream", "ImageFolder", "MNIST5k", "Mixture", "OneClass", "Reading", "Relabelled", "Shapes1000",
     "StepSampler", "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
     "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "matched",
     "open_dataset", "open_held_out", "spread", "to_uint8",

@@ -1,5 +1,6 @@
 """What all data sets have in common: their interface, and the step between bytes and numbers in [-1, 1]."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -94,6 +95,39 @@ class OneClass(Relabelled):
 
     def __init__(self, images: ClassImages):
         super().__init__(images, [0] * len(images.class_names), [images.name])
+
+
+class Mixture(ClassImages):
+    """Two data sets in one, of as many images as the first has, a share of them the second's; its classes come last.
+
+    Args:
+        first, second: Of images of the same size.
+        share: Of the second, in [0, 1]; its images come again as often as needed.
+    """
+
+    def __init__(self, first: ClassImages, second: ClassImages, share: float):
+        self.first, self.second, self.share, self.name = first, second, share, first.name
+        self.class_names = [*first.class_names, *second.class_names]
+        self.image_size, self.flip, self.left_out = first.image_size, first.flip, first.left_out
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def _at(self, index: int) -> tuple[ClassImages, int, int]:
+        """The data set that image ``index`` is of, its index there, and what is added to its label."""
+        before = math.floor(index * self.share)
+        if math.floor((index + 1) * self.share) > before:
+            return self.second, before % len(self.second), len(self.first.class_names)
+        return self.first, index, 0
+
+    def label(self, index: int) -> int:
+        images, there, more = self._at(index)
+        return images.label(there) + more
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        images, there, more = self._at(index)
+        values, label = images[there]
+        return values, label + more
 
 
 def in_order_of(images: ClassImages, class_names: Sequence[str]) -> ClassImages | None:

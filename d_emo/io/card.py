@@ -42,7 +42,9 @@ def write_card(folder: str | Path) -> Path:
         ":".join(re.split(r":(?:.*/)?", (settings.get(key) or "").rstrip("/"), maxsplit=1))
         for key in ("align", "fd_features")
     )
-    facts = {"meta": meta, "settings": settings, "data": data, "terms": (built_in and built_in.licence) or _OWN_TERMS,
+    terms = [(built_in and built_in.licence) or _OWN_TERMS]
+    terms += [DATASETS["digits"].licence] * bool(settings.get("digits_share"))
+    facts = {"meta": meta, "settings": settings, "data": data, "terms": " ".join(terms),
              "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
              "aligned": aligned, "judged": judged,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
@@ -51,7 +53,10 @@ def write_card(folder: str | Path) -> Path:
         "classifier": "image-classification", "detector": "object-detection", "segmenter": "image-segmentation",
         "video classifier": "video-classification",
     }  # fmt: skip
-    if meta["kind"] in tasks:
+    library = "d-emo"
+    if meta["kind"] == "autoencoder":
+        library, cite, task, tags = "diffusers", [], None, ["vae"]
+    elif meta["kind"] in tasks:
         cite = ["EMOv2"] * ("emov2" in name.lower()) + ["EMO"]
         task, tags = tasks[meta["kind"]], [tasks[meta["kind"]]]
         if "latent_side" in meta:
@@ -70,7 +75,8 @@ def write_card(folder: str | Path) -> Path:
     )
     return write_card_file(
         folder, title=f"{name} on {seen}",
-        sections=[re.sub(r"\n{3,}", "\n\n", form.render(facts))], cite=cite, pipeline_tag=task, tags=[*tags, name],
+        sections=[re.sub(r"\n{3,}", "\n\n", form.render(facts))], cite=cite, library_name=library, pipeline_tag=task,
+        tags=[*tags, name],
         datasets=_hub_datasets(meta, settings),
     )
 

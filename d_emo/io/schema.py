@@ -7,7 +7,7 @@ from d_emo.config.ranges import Count, Fraction, ImageSide, NotNegative, Range, 
 
 _Switch = bool | None
 SNAPSHOT: dict[str, Any] = {
-    "kind": Literal["denoiser", "classifier", "detector", "segmenter", "video classifier"],
+    "kind": Literal["denoiser", "classifier", "detector", "segmenter", "video classifier", "autoencoder"],
     "class_names": list[str],
     "image_size": ImageSide, "step": Whole,
     "weights": str, "codec": str, "objective": str | None, "label_dropout": Fraction, "parameters": Whole,
@@ -18,6 +18,7 @@ SNAPSHOT: dict[str, Any] = {
     "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "windows": dict[str, Any] | None,
+    "channels": Count, "downsample": Count, "psnr": dict[str, float], "held_out": dict[str, int],
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

@@ -9,7 +9,7 @@ A denoiser's has what diffusers looks for too: ``model_index.json``, and the pip
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,10 +21,10 @@ from torch import nn
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError, PackageError
-from d_emo.files import digest_of_file, matches, read_json, write_folder, write_json
+from d_emo.files import digest_of_file, matches, newest_step, read_json, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
-from d_emo.io.training_state import MANIFEST, step_of
+from d_emo.io.training_state import MANIFEST
 from d_emo.latents import SHIPPED
 from d_emo.models import EMO, create_model
 from d_emo.tables import FRAMES, OBJECTIVES, load, objective_of
@@ -112,6 +112,19 @@ def save_classifier(
     write_folder(folder, write)
 
 
+def save_autoencoder(
+    folder: Path, vae: nn.Module, *, meta: dict[str, Any], settings: Any, more: Callable[[Path], None]
+) -> None:
+    """Write an autoencoder's snapshot, a folder of diffusers; ``more`` writes what belongs beside it."""
+
+    def write(temporary: Path) -> None:
+        vae.save_pretrained(temporary)
+        more(temporary)
+        _write_meta(temporary, "autoencoder", {"model": {"name": type(vae).__name__}, **meta}, settings)
+
+    write_folder(folder, write)
+
+
 def load_denoiser(path: str | Path) -> DenoiserSnapshot:
     """Open a denoiser's snapshot, or the newest one of a run folder.
 
@@ -192,7 +205,7 @@ def newest_denoiser(results: Path = Path("results")) -> Path:
 def kind_of(path: str | Path) -> str | None:
     """What a snapshot or a run folder holds, such as "denoiser" or "classifier"; None for anything else."""
     path = Path(path)
-    newest = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
+    newest = newest_step(path / "snapshots", default=path)
     return _kind((path if (path / _META).exists() else newest) / _META)
 
 
@@ -218,7 +231,7 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise InputError(f"the snapshot folder {path} does not exist")
     if not (path / _META).exists() and (path / "snapshots").is_dir():
-        path = max((path / "snapshots").glob("step-*"), key=step_of, default=path)
+        path = newest_step(path / "snapshots", default=path)
     if not (path / _META).exists() and (path / "states").is_dir():
         raise InputError(
             f"the run {path} has no snapshot yet; training writes one every `snapshot_every` steps and after its last"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from d_emo.errors import InputError
-from d_emo.files import digest_of_file, read_json, write_folder, write_json
+from d_emo.files import digest_of_file, read_json, step_of, write_folder, write_json
 from d_emo.io.schema import training_state
 from d_emo.weights import differences, shapes_of
 
@@ -121,12 +121,6 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     except Exception as error:  # whatever unpickling raises
         reason = error if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"cannot resume from {folder}: state.pt cannot be used: {reason}") from None
-
-
-def step_of(folder: Path) -> int:
-    """The step in a folder name such as ``step-500``; -1 for other names."""
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
 
 
 def _state_problem(folder: Path) -> str | None:

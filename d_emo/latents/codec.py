@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from d_emo.config import check_values
-from d_emo.config.ranges import Depth
+from d_emo.config.ranges import Layers
 from d_emo.errors import InputError, imported
-from d_emo.files import digest_of_tensors, expand_home, read_json
+from d_emo.files import digest_of_tensors, expand_home, newest_step, read_json
 from d_emo.tables import AUTOENCODERS, CODECS, load
 from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained, telling_unmet
 
@@ -198,7 +198,8 @@ def load_codec(name: str) -> Codec:
 
     Args:
         name: A name of ``d_emo.tables.CODECS``; a local folder, or the name of a repository on the Hugging Face hub, of
-            an autoencoder of a class in ``d_emo.tables.AUTOENCODERS`` (also a pipeline's, in its sub-folder ``vae``).
+            an autoencoder of a class in ``d_emo.tables.AUTOENCODERS`` (also a pipeline's, in its sub-folder ``vae``);
+            or a run folder of ``d-emo train-vae``, for its newest snapshot, by whose name the codec then goes.
 
     Raises:
         InputError: There is no such codec, or the hub cannot be reached; says what to do.
@@ -217,6 +218,12 @@ def load_codec(name: str) -> Codec:
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
             "wrote, or a hub name such as stabilityai/sd-vae-ft-mse"
         )
+    if (folder / "states").is_dir() or (folder / "snapshots").is_dir():
+        run, folder = folder, newest_step(folder / "snapshots", default=folder)
+        if folder == run:
+            raise InputError(f"the run {name} has no snapshot yet; training writes one every `snapshot_every` steps "
+                             "and after its last")  # fmt: skip
+        name = str(folder)  # which snapshot is the newest may change
     if (folder / "vae").is_dir() and not (folder / "config.json").exists():
         folder = folder / "vae"
     try:
@@ -236,10 +243,27 @@ def autoencoder_in(folder: Path) -> type[nn.Module]:
     config = read_json(folder / "config.json", dict)
     if (kind := config.get("_class_name")) not in AUTOENCODERS:
         raise InputError(f"{folder} holds {kind or 'another network'}, not {' or '.join(AUTOENCODERS)}")
-    # What would take for ever to build; sizes are compared with those of the weights.
+    read_json(folder / "config.json", lambda config: check_depths(kind, config))
+    return autoencoder_class(kind)
+
+
+def check_depths(kind: str, config: Mapping[str, Any]) -> None:
+    """Refuse an autoencoder that would take for ever to build.
+
+    Raises:
+        InputError: Its config asks for more layers than any has.
+    """
+    depths = AUTOENCODERS[kind].depths
+    check_values(config, {name: list[Layers] if isinstance(config.get(name), list) else Layers for name in depths})
+
+
+def autoencoder_class(kind: str) -> type[nn.Module]:
+    """A class of diffusers, by its name in ``d_emo.tables.AUTOENCODERS``.
+
+    Raises:
+        InputError: It is not installed.
+    """
     row = AUTOENCODERS[kind]
-    depths = {name: list[Depth] if isinstance(config.get(name), list) else Depth for name in row.depths}
-    read_json(folder / "config.json", lambda config: check_values(config, depths))
     if row.needs:
         imported(row.needs, f"{kind} needs {row.needs}", row.needs)
     check_library()

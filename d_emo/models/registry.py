@@ -116,11 +116,20 @@ def check_memory(name: str, **overrides: Any) -> None:
         InputError: So it is; or see `create_model`.
     """
     with torch.device("meta"):
-        size = sum(parameter.nbytes for parameter in create_model(name, **overrides).parameters())
+        check_weights(create_model(name, **overrides), f"{name} with {overrides}")
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Refuse a network, built on the device "meta", whose weights alone are more than this machine's memory.
+
+    Raises:
+        InputError: So it is.
+    """
+    size = sum(parameter.nbytes for parameter in model.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > there:
         raise InputError(
-            f"{name} with {overrides} has weights of {size / 1e9:,.0f} GB, and this machine {there / 1e9:,.0f} GB of "
+            f"{name} has weights of {size / 1e9:,.0f} GB, and this machine {there / 1e9:,.0f} GB of "
             "memory; choose smaller `model_options`"
         )
 

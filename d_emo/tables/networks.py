@@ -32,12 +32,14 @@ class AutoencoderRow:
         codec: Called with one and its name; gives a ``d_emo.latents.Codec``.
         depths: Names of its config that say how many layers it has, which are bounded before it is built.
         needs: A package that diffusers builds it with.
+        network: A subclass of ``d_emo.training.autoencoders.Trained``, where ``train-vae`` trains it.
     """
 
     name: str
     codec: Reference
     depths: tuple[str, ...] = ()
     needs: str | None = None
+    network: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +97,12 @@ AUTOENCODERS: Table[AutoencoderRow] = Table(
     [
         AutoencoderRow(
             name="AutoencoderKL", codec="d_emo.latents.codec:VAECodec", depths=("layers_per_block",),
+            network="d_emo.training.autoencoders:TrainedKL",
         ),
         AutoencoderRow(
             name="AutoencoderDC", codec="d_emo.latents.autoencoders:DCCodec",
             depths=("encoder_layers_per_block", "decoder_layers_per_block"),
+            network="d_emo.training.autoencoders:TrainedDC",
         ),
         AutoencoderRow(
             name="AutoencoderRAE", codec="d_emo.latents.autoencoders:RAECodec",

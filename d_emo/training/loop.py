@@ -220,6 +220,7 @@ class _Run:
         micro_batches = self.per_rank // self.micro
         began = asked = time.perf_counter()
         self.guard.remember()
+        self.task.step = self.step
         rate = learning_rate(settings, self.step)
         self.updates.set_learning_rate(rate)
         for batch, draws in self.feed.step(self.step):

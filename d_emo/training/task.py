@@ -21,6 +21,7 @@ class Task(Protocol):
     smaller: str  # a configuration to try where this one would take too long
     lr_scales: dict[str, float]  # by parameter name, where the learning rate is not that of the rest
     averaged: nn.Module | None  # the moving average of the model; the loop sets it
+    step: int  # how many are done; the loop sets it
 
     def introduction(self) -> list[str]:
         """Lines that tell the user what is about to be trained on what."""

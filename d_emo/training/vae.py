@@ -1,121 +1,223 @@
-"""Trains the small VAE that ships with the package: f8, 4 latent channels, on Shapes-1000 and digits."""
+"""The task of training a codec: an autoencoder of the user's images, or of the built-in ones."""
+
+from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
-from tqdm import tqdm
 
-from d_emo.config import VAESettings, write_yaml
-from d_emo.data import ClassImages, Digits, Shapes1000
-from d_emo.device import best_device
-from d_emo.files import filling, write_json
-from d_emo.io.card import describe_hardware, write_card_file
-from d_emo.latents import VAECodec
-from d_emo.weights import check_library, telling_unmet
+from d_emo.config import VAESettings
+from d_emo.data import ClassImages, Mixture, Reading, in_recorded_order, open_dataset, open_held_out, spread
+from d_emo.errors import InputError
+from d_emo.files import write_json
+from d_emo.io.card import describe_hardware
+from d_emo.io.snapshot import save_autoencoder
+from d_emo.latents import Codec, codec_of
+from d_emo.models.counting import trained_parameters
+from d_emo.tables import DATASETS
+from d_emo.training.autoencoders import Trained, create_trained
+from d_emo.weights import check_library
+
+RISE = 0.15
+"""Share of the steps in which the noise on the latents grows to its full size."""
+SAMPLE, AT_ONCE = 1024, 32
+"""Training images that the variance of the latents is measured on, at most; how many go through a network at once."""
+COLUMNS, LARGEST = 6, 128
+"""Images of a data set in the picture of a snapshot; pixels of their sides, unless they are larger."""
 
 
-def train_vae(settings: VAESettings) -> dict[str, float]:
-    """Train by mean squared error plus a small KL term, set the scaling factor, measure, write the VAE and its card.
+class Draws(NamedTuple):
+    """What is random about the images of a step."""
 
-    Returns:
-        Held-out PSNR in dB for "shapes" and "digits".
+    flip: torch.Tensor  # (B,) bool
+    posterior: torch.Tensor  # (B, C, h, w)
+    noise: torch.Tensor | None = None  # (B, C, h, w), of a standard deviation of its own for each image
+
+    def __getitem__(self, rows: slice) -> Draws:  # type: ignore[override]
+        return Draws(*(None if field is None else field[rows] for field in self._asdict().values()))
+
+
+class VAETask:
+    """Squared and absolute error of reconstructions, the posterior's distance from N(0, 1), classes in the latents.
+
+    Args:
+        settings: Resolved settings.
+
+    Raises:
+        InputError: Settings that cannot work together; data that cannot be opened.
     """
-    check_library()
-    with telling_unmet():
-        from diffusers import AutoencoderKL
-    device = best_device()
-    torch.manual_seed(settings.seed)
-    levels = len(settings.block_out_channels)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(settings.block_out_channels), layers_per_block=1, latent_channels=4,
-        norm_num_groups=8, mid_block_add_attention=False, sample_size=settings.image_size,
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
-    shapes, digits = Shapes1000(settings.image_size, seed=settings.seed), Digits(settings.image_size)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    peak, steps = settings.learning_rate, settings.max_steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.05)
-    started = time.monotonic()
-    bar = tqdm(range(settings.max_steps), desc="VAE", unit="step")
-    for step in bar:
-        images = _batch(shapes, digits, settings, step).to(device, memory_format=torch.channels_last)
-        posterior = vae.encode(images).latent_dist
-        error = F.mse_loss(vae.decode(posterior.sample()).sample, images)
-        loss = error + settings.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(psnr=f"{_psnr(error.item()):.2f} dB")
-    vae.eval()
-    with torch.no_grad():  # 1 / standard deviation of the latents of training images, both sets pooled
-        batches = (_batch(shapes, digits, settings, -1 - number) for number in range(16))
-        latents = torch.cat([vae.encode(images.to(device)).latent_dist.sample() for images in batches])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    held_out = {"shapes": Shapes1000(settings.image_size, num_images=1000, split="test", seed=settings.seed),
-                "digits": Digits(settings.image_size, split="test")}
-    with filling(Path(settings.output_dir)) as output:
-        vae.half().save_pretrained(output)
-        vae = AutoencoderKL.from_pretrained(output, use_safetensors=True).to(device)  # measured as shipped
-        psnr = {name: reconstruction_psnr(vae, dataset, device) for name, dataset in held_out.items()}
-        _write_card(output, settings, vae, psnr, minutes=(time.monotonic() - started) / 60)
-        codec, rows = VAECodec(vae, "vae"), []
-        for dataset in held_out.values():
-            images = torch.stack([dataset[i * len(dataset) // 6][0] for i in range(6)]).to(device)
-            rows += [images, codec.decode(codec.moments(images).chunk(2, dim=1)[0])]
-        enlarged = F.interpolate(torch.cat(rows) * 0.5 + 0.5, scale_factor=max(1, 128 // settings.image_size))
-        save_image(enlarged, output / "reconstructions.png", nrow=6, padding=4)
-    return psnr
+
+    lr_scales: dict[str, float] = {}
+    smaller = "Choose fewer steps, smaller images or a GPU."
+    step = 0
+
+    def __init__(self, settings: VAESettings):
+        check_library()
+        settings = settings.resolve()
+        self.dataset, self.measured_on = open_images(settings)
+        self.facts = {"images": len(self.dataset), "flip": self.dataset.flip}
+        self.settings = settings = settings.resolve(**self.facts)
+        self.places, self.base = [1], len(self.dataset.class_names)
+        if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
+            self.places, self.base = list(parts.values()), 10
+        logits = len(self.places) * self.base if settings.class_weight else 0
+        self.model, self.latent_shape = create_trained(settings, logits)
+        self.parameters = trained_parameters(self.model.vae)
+        self.device = torch.device("cpu")
+
+    @property
+    def held_out(self) -> ClassImages | None:
+        """Those of the data themselves."""
+        return next(iter(self.measured_on.values()), None)
+
+    def introduction(self) -> list[str]:
+        settings, shape = self.settings, " x ".join(map(str, self.latent_shape))
+        digits = f", {settings.digits_share:.0%} of them digits" * bool(settings.digits_share)
+        return [
+            f"{settings.model}: {self.parameters / 1e6:.2f} M trained parameters, latents {shape} of "
+            f"{settings.image_size} px; {len(self.dataset):,} images of {self.dataset.name}{digits}; run folder "
+            f"{settings.output_dir}",
+            *filter(None, [self.dataset.left_out]),
+        ]
+
+    def keep_classes(self, recorded: Sequence[str] | None) -> None:
+        self.dataset = in_recorded_order(self.dataset, recorded)
+
+    def prepare(self, device: torch.device, folder: Path) -> None:
+        self.device = device
+
+    def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
+        drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
+        step = Draws(
+            flip=(torch.rand(batch_size, **drawn) < 0.5) & self.dataset.flip,
+            posterior=torch.randn(batch_size, *self.latent_shape, **drawn),
+        )
+        if not self.settings.latent_noise:
+            return step
+        deviation = torch.randn(batch_size, 1, 1, 1, **drawn).abs()
+        return step._replace(noise=deviation * torch.randn(batch_size, *self.latent_shape, **drawn))
+
+    def loss(self, model: nn.Module, batch: list[torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+        settings, images = self.settings, self.seen(batch, draws)
+        level = settings.latent_noise * min(1.0, self.step / (RISE * settings.max_steps))
+        given = model(images, draws.posterior, None if draws.noise is None else level * draws.noise)
+        decoded = given["images"].float()
+        losses = {"mse": F.mse_loss(decoded, images), "l1": F.l1_loss(decoded, images)}
+        total = losses["mse"] + settings.l1_weight * losses["l1"]
+        if "kl" in given:
+            losses["kl"] = given["kl"]
+            total = total + settings.kl_weight * given["kl"]
+        if "logits" in given:
+            logits = given["logits"].float().unflatten(1, (len(self.places), self.base)).flatten(0, 1)
+            labels = torch.stack([batch[1] // place % self.base for place in self.places], dim=1).flatten()
+            losses["cross_entropy"] = F.cross_entropy(logits, labels) * len(self.places)
+            losses["class_accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
+            total = total + settings.class_weight * losses["cross_entropy"]
+        return {"loss": total, **losses}
+
+    def seen(self, batch: list[torch.Tensor], draws: Draws) -> torch.Tensor:
+        return torch.where(draws.flip[:, None, None, None], batch[0].flip(-1), batch[0])
+
+    def finished(self, model: Trained) -> nn.Module:
+        """The autoencoder as a snapshot stores it."""
+        return model.finished(in_batches(self.dataset, spread(len(self.dataset), SAMPLE), self.device))
+
+    def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        """Sums of each data set's squared errors over this process's share, and the numbers of its images."""
+        sums, codec = {}, codec_of(self.finished(model))
+        for name, images in self.measured_on.items():
+            mine = spread(len(images), self.settings.validate_images)[rank::world_size]
+            sums |= {name: squared_errors(codec, images, mine, self.device), f"{name} count": len(mine)}
+        return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in sums.items()}
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        return {f"psnr_{name}": psnr(sums[name] / sums[f"{name} count"]) for name in self.measured_on}
+
+    def remarks(self, count: Callable[[torch.Tensor], Any]) -> list[str]:
+        return self.dataset.remarks(count)
+
+    def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
+        settings, vae = self.settings, self.finished(model)
+        codec = codec_of(vae)
+        measured, counts = {}, {}
+        for name, images in self.measured_on.items():
+            chosen = spread(len(images), settings.validate_images)
+            counts[name] = len(chosen)
+            measured[name] = round(psnr(squared_errors(codec, images, chosen, self.device) / len(chosen)), 2)
+        meta = {
+            "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
+            "class_names": self.dataset.class_names, "num_images": len(self.dataset), "parameters": self.parameters,
+            "channels": codec.channels, "downsample": codec.downsample, "training_minutes": round(minutes, 1),
+            "hardware": describe_hardware(self.device), "psnr": measured, "held_out": counts,
+        }
+        rows = [row for images in self.measured_on.values() or [self.dataset] for row in self._pair(codec, images)]
+        shown = F.interpolate(torch.cat(rows) * 0.5 + 0.5, scale_factor=max(1, LARGEST // settings.image_size))
+
+        def more(temporary: Path) -> None:
+            if measured:
+                write_json(temporary / "psnr.json", measured)
+            save_image(shown, temporary / "reconstructions.png", nrow=COLUMNS, padding=4)
+
+        save_autoencoder(folder, vae.half(), meta=meta, settings=settings, more=more)
+
+    def _pair(self, codec: Codec, images: ClassImages) -> Iterator[torch.Tensor]:
+        """Images from all over a data set, and their reconstructions. Shape: -> (6, 3, H, W)."""
+        chosen = [index * len(images) // COLUMNS for index in range(COLUMNS)]
+        for batch in in_batches(images, chosen, self.device):
+            yield batch
+            yield reconstructed(codec, batch)
 
 
-def _batch(shapes: ClassImages, digits: ClassImages, settings: VAESettings, step: int) -> torch.Tensor:
-    """A mixed batch that depends on (seed, step) alone. Shape: (B, 3, H, W)."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    num_digits = round(settings.batch_size * settings.digits_share)
-    from_shapes = torch.randint(len(shapes), (settings.batch_size - num_digits,), generator=generator).tolist()
-    from_digits = torch.randint(len(digits), (num_digits,), generator=generator).tolist()
-    return torch.stack([shapes[i][0] for i in from_shapes] + [digits[i][0] for i in from_digits])
+def in_batches(images: ClassImages, indices: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
+    """Images, some at once. Shape: -> (B, 3, H, W)."""
+    for start in range(0, len(indices), AT_ONCE):
+        yield torch.stack([images[index][0] for index in indices[start : start + AT_ONCE]]).to(device)
 
 
-@torch.no_grad()
-def reconstruction_psnr(vae, dataset: ClassImages, device: torch.device) -> float:
-    """PSNR in dB of decoded posterior means, from the mean squared error over all images of the set."""
-    total, codec = 0.0, VAECodec(vae, "vae")
-    for start in range(0, len(dataset), 50):
-        images = torch.stack([dataset[i][0] for i in range(start, min(start + 50, len(dataset)))]).to(device)
-        decoded = codec.decode(codec.moments(images).chunk(2, dim=1)[0])
-        total += F.mse_loss(decoded, images, reduction="none").mean(dim=(1, 2, 3)).sum().item()
-    return _psnr(total / len(dataset))
+def reconstructed(codec: Codec, images: torch.Tensor) -> torch.Tensor:
+    """What a codec makes of the means of images' posteriors. Shape: (B, 3, H, W) -> same."""
+    return codec.decode(codec.moments(images).chunk(2, dim=1)[0])
 
 
-def _psnr(mean_squared_error: float) -> float:
-    return 10 * math.log10(4 / mean_squared_error)  # the images span [-1, 1]
-
-
-def _write_card(output: Path, settings: VAESettings, vae, psnr: dict[str, float], minutes: float) -> None:
-    millions = sum(p.numel() for p in vae.parameters()) / 1e6
-    write_yaml(settings, output / "config.yaml")
-    write_json(output / "psnr.json", {k: round(v, 2) for k, v in psnr.items()})
-    about = f"""An `AutoencoderKL` (diffusers) with {millions:.2f} M parameters that maps an RGB image to 4 channels
-at an eighth of its side; scaling factor {vae.config.scaling_factor}, weights in float16. It serves the built-in data
-sets of D-EMO and is no VAE for photographs: use one such as `stabilityai/sd-vae-ft-mse` there.
-
-* Data: Shapes-1000 and scikit-learn's digits (share {settings.digits_share}) at {settings.image_size} px.
-* Training: {settings.max_steps:,} steps of batch {settings.batch_size}, {minutes:.0f} minutes on
-  {describe_hardware(vae.device)}, by `python scripts/train_vae.py` with `config.yaml` beside this file.
-* Reconstruction PSNR on held-out images: {psnr["shapes"]:.2f} dB on 1,000 of Shapes-1000, {psnr["digits"]:.2f} dB on
-  359 digits.
-
-![Held-out images above their reconstructions](reconstructions.png)"""
-    licence = """## Licence
-
-Apache-2.0. The digits are scans from the UCI repository, which gives them under CC BY 4.0."""
-    write_card_file(
-        output, title="d-emo-f8: a small VAE", sections=[about, licence], library_name="diffusers", tags=["vae"]
+def squared_errors(codec: Codec, images: ClassImages, indices: Sequence[int], device: torch.device) -> float:
+    """Sum over images of the mean squared error of their reconstructions."""
+    return sum(
+        F.mse_loss(reconstructed(codec, batch), batch, reduction="none").mean(dim=(1, 2, 3)).sum().item()
+        for batch in in_batches(images, indices, device)
     )
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
+
+
+def open_images(settings: VAESettings) -> tuple[ClassImages, dict[str, ClassImages]]:
+    """The images to train on, and by name those to measure on, which own data may come without.
+
+    Without ``class_weight`` their classes are one, so that a folder may be flat. InputError for classes that are asked
+    for where there is one, and for data that do not belong together.
+    """
+    one_class, size = not settings.class_weight, settings.image_size
+    images = open_dataset(
+        dataset=settings.dataset, data_dir=settings.data_dir, image_size=size, num_images=settings.num_images,
+        skip_corrupt=settings.skip_corrupt, one_class=one_class, reading=Reading.of(settings), flip=settings.flip,
+    )
+    if not one_class and len(images.class_names) < 2:
+        raise InputError(f"`class_weight` {settings.class_weight} needs two or more classes; {settings.data_dir} has "
+                         f"only {images.class_names[0]}")  # fmt: skip
+    held_out = {}
+    if settings.data_dir is None or settings.validate_dir is not None or settings.validate_every is not None:
+        held_out[images.name] = open_held_out(settings, images.class_names, one_class=one_class)
+    if settings.digits_share:
+        digits = {split: open_dataset(dataset="digits", data_dir=None, image_size=size, split=split,
+                                      one_class=one_class) for split in ("train", "test")}  # fmt: skip
+        images = Mixture(images, digits["train"], settings.digits_share)
+        held_out["digits"] = digits["test"]
+    return images, held_out
