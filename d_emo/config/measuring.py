@@ -176,7 +176,9 @@ class FidSettings(ReadingSettings):
     scheduler: str | None = setting(
         None, "sampler. Default: ddpm, euler for flow snapshots, or lcm for four-step ones", choices=SCHEDULERS
     )
-    steps: Steps = setting(250, "denoising steps")
+    steps: Steps | None = setting(
+        None, "denoising steps. Default: 250, or the only number that the objective has"
+    )
     guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(
