@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 import d_emo
-from d_emo.config import FidSettings
+from d_emo.config import TABLE_STEPS, FidSettings
 from d_emo.evaluation.classifier_metrics import BATCH
 from d_emo.evaluation.feature_shards import ALONE, Ranks, draw_labels
 from d_emo.evaluation.features import fingerprint
@@ -40,7 +40,7 @@ def measure_snapshot(
         InputError: The snapshot cannot be sampled like this; or see ``Measurement.of_generated``.
     """
     scheduler, seed = settings.scheduler or OBJECTIVES[snapshot.objective].table_scheduler, settings.seed
-    steps = steps_for(snapshot.objective, settings.steps, 250)
+    steps = steps_for(snapshot.objective, settings.steps, TABLE_STEPS)
     weights = fingerprint(snapshot.model, 64)  # before it is folded and cast
     guide = settings.guide and load_denoiser(settings.guide)
     weaker = guide and fingerprint(guide.model, 64)
