@@ -1,6 +1,8 @@
 """Four steps: the Frechet distance of each, on what those before it drew."""
 
+import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -162,6 +164,10 @@ def test_a_run_ends_in_a_snapshot_that_draws_in_four_steps_and_resumes_exactly(t
                          "4", "--fd-images", "60", "--tracker", "none", "--mixed-precision", "bf16"])  # fmt: skip
     assert load_denoiser(tmp_path / "results" / "whole-four-step").objective == "four-step"
     shutil.rmtree(tmp_path / "results")
+    measured = ["--features", task.settings.fd_features, "--num-images", "8", "--output"]
+    run_verb("reference", ["--dataset", "digits", "--image-size", "32", *measured, "r.npz"])
+    run_verb("fid", ["--checkpoint", str(snapshot), "--reference", "r.npz", *measured, "f.json"])
+    assert json.loads(Path("f.json").read_text())["sampling"]["steps"] == 4
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from d_emo.latents import encode as write_latents
     ({"train": {**TRAIN, "tracker": "wandb"}}, "'D-EMO' has the tracker wandb"),
     ({"train": {**TRAIN, "label_dropout": 0.0}, "guidance_scale": 2.0}, "guidance_scale must be 1"),
     ({"norm_gap": ["DiT, flow"]}, "'DiT, flow' is of the flow objective"),
+    ({"runs": {"x": {"objective": "four-step", "fd_features": "emov2:x", "init_from": "y", "label_dropout": 0}},
+      "guidance_scale": 1.0}, "'x' is of the four-step objective, which goes on from a snapshot"),
     ({"judge": None, "reference": "none.npz"}, "reference none.npz does not exist"),
     ({"judge": None, "reference": __file__, "fid": {"metric": ["fid"]}}, "the study's fid: there is no setting 'met"),
     ({"judge": None, "reference": __file__, "fid": {"metrics": ["fit"]}}, "the study's fid: unknown metric 'fit'"),

@@ -43,6 +43,7 @@ from d_emo.config.sampling import (
     DEFAULT_GUIDANCE,
     DEFAULT_GUIDE_WEIGHT,
     DEFAULT_STEPS,
+    TABLE_STEPS,
     AppSettings,
     SampleSettings,
     check_guidance,

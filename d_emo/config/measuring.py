@@ -22,6 +22,7 @@ from d_emo.config.ranges import (
     Workers,
 )
 from d_emo.config.sampling import (
+    TABLE_STEPS,
     check_guidance,
     check_guide,
     guide_setting,
@@ -176,7 +177,9 @@ class FidSettings(ReadingSettings):
     scheduler: str | None = setting(
         None, "sampler. Default: ddpm, euler for flow snapshots, or lcm for four-step ones", choices=SCHEDULERS
     )
-    steps: Steps = setting(250, "denoising steps")
+    steps: Steps | None = setting(
+        None, f"denoising steps. Default: {TABLE_STEPS}, or the only number that the objective has"
+    )
     guidance_scale: NotNegative = setting(1.0, "classifier-free guidance scale; 1 is no guidance, as in most tables")
     guidance_channels: Literal["all", "3"] = setting("all", "latent channels to guide; DiT's tables guided the first 3")
     guidance_interval: list[Fraction] = setting(

@@ -11,7 +11,7 @@ from d_emo.config.ranges import BelowOne, Count, Fraction, NotNegative, Port, Se
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, SCHEDULERS
 
-DEFAULT_GUIDANCE, DEFAULT_STEPS = 4.0, 30
+DEFAULT_GUIDANCE, DEFAULT_STEPS, TABLE_STEPS = 4.0, 30, 250
 """Of images; tables say their own."""
 SNAPSHOT = "snapshot or run folder. Default: the newest under results/, else the one that ships with the package"
 

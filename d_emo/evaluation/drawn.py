@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 import d_emo
-from d_emo.config import FidSettings
+from d_emo.config import TABLE_STEPS, FidSettings
 from d_emo.evaluation.classifier_metrics import BATCH
 from d_emo.evaluation.feature_shards import ALONE, Ranks, draw_labels
 from d_emo.evaluation.features import fingerprint
@@ -16,6 +16,7 @@ from d_emo.evaluation.measurement import Measurement
 from d_emo.evaluation.result import Result
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser
 from d_emo.sampling import PRECISIONS, Guidance, Sampler
+from d_emo.sampling.schedulers import steps_for
 from d_emo.tables import OBJECTIVES
 
 
@@ -39,11 +40,12 @@ def measure_snapshot(
         InputError: The snapshot cannot be sampled like this; or see ``Measurement.of_generated``.
     """
     scheduler, seed = settings.scheduler or OBJECTIVES[snapshot.objective].table_scheduler, settings.seed
+    steps = steps_for(snapshot.objective, settings.steps, TABLE_STEPS)
     weights = fingerprint(snapshot.model, 64)  # before it is folded and cast
     guide = settings.guide and load_denoiser(settings.guide)
     weaker = guide and fingerprint(guide.model, 64)
     sampler = Sampler.open(
-        snapshot, scheduler=scheduler, steps=settings.steps, guidance=Guidance.of(settings), device=device,
+        snapshot, scheduler=scheduler, steps=steps, guidance=Guidance.of(settings), device=device,
         dtype=PRECISIONS[settings.mixed_precision], compile=settings.compile, guide=guide,
     )
     classes = len(sampler.class_names)
@@ -53,7 +55,7 @@ def measure_snapshot(
         return sampler.images(labels, range(seed + first, seed + end), batch_size=settings.batch_size)
 
     sampling = {
-        "scheduler": scheduler, "steps": settings.steps, "guidance_scale": settings.guidance_scale,
+        "scheduler": scheduler, "steps": steps, "guidance_scale": settings.guidance_scale,
         "guidance_channels": settings.guidance_channels, "guidance_interval": list(settings.guidance_interval),
         "seed": seed, "labels": settings.labels, "mixed_precision": settings.mixed_precision,
         "compile": settings.compile, "weights": snapshot.meta["weights"], "step": snapshot.meta["step"],

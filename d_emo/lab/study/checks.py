@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from d_emo.config import (
+    TABLE_STEPS,
     ClassifierSettings,
     EncodeSettings,
     StudySettings,
@@ -103,6 +104,11 @@ def check_measuring(settings: StudySettings, runs: list[PlannedRun]) -> None:
         training, where = run.training, f"the study's run {run.name!r}"
         if training.tracker != "tensorboard":
             raise InputError(f"{where} has the tracker {training.tracker}; the report reads those of tensorboard only")
+        if OBJECTIVES[training.objective].starts_from is not None:
+            raise InputError(
+                f"{where} is of the {training.objective} objective, which goes on from a snapshot; a study compares "
+                "runs that start from nothing (distill trains such a run, judge and fid measure it)"
+            )
         if run.name in settings.norm_gap and training.objective not in noise_objectives():
             takes = " and ".join(noise_objectives())
             raise InputError(f"{where} is of the {training.objective} objective; norm_gap takes runs of {takes}")
@@ -172,12 +178,12 @@ def read_encode(options: dict[str, Any]) -> EncodeSettings:
     return read_settings(EncodeSettings, {**options, "output": "unused"}, "the study's encode")
 
 
-def _check_sampler(name: str, steps: int, objective: str, where: str) -> None:
+def _check_sampler(name: str, steps: int | None, objective: str, where: str) -> None:
     known = schedulers_of(objective)
     if name not in known:
         raise InputError(f"{where} does not draw from the {objective} objective; use one of {', '.join(known)}")
     try:
-        steps_for(objective, steps)
+        steps = steps_for(objective, steps, TABLE_STEPS)
         schedule = load(OBJECTIVES[objective].loss)(null_class=0).noise_schedule()
         set_steps(make_scheduler(name, schedule.config, objective), steps)
     except InputError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from d_emo.config import StudySettings, TrainSettings, read_sampler
+from d_emo.config import TABLE_STEPS, StudySettings, TrainSettings, read_sampler
 from d_emo.device import best_device, seconds_of
 from d_emo.errors import InputError
 from d_emo.files import digest, locked, read_json, remove_left, write_json
@@ -20,6 +20,7 @@ from d_emo.models.contract import DenoiserFrame
 from d_emo.models.counting import count_macs, count_parameters
 from d_emo.models.layers import fold_batch_norms
 from d_emo.models.registry import frame_of, model_kind
+from d_emo.sampling.schedulers import steps_for
 from d_emo.tables import OBJECTIVES, load
 from d_emo.text import markdown_table
 from d_emo.threads import use_threads
@@ -109,7 +110,7 @@ def network_calls(settings: StudySettings, training: TrainSettings) -> int:
     steps, guidance = read_sampler(settings.samplers[training.objective])[1], settings.guidance_scale
     if settings.reference is not None:
         fid = fid_settings(settings)
-        steps, guidance = fid.steps, fid.guidance_scale
+        steps, guidance = steps_for(training.objective, fid.steps, TABLE_STEPS), fid.guidance_scale
     return steps * (1 if guidance == 1 else 2)
 
 
