@@ -42,7 +42,8 @@ INSIDE = {
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
         "alignment", "words", "judging", "denoiser", "accuracy", "teacher", "classifier", "latent_classifier",
-        "detector", "segmenter", "video", "autoencoders", "vae",
+        "detector", "segmenter", "video", "autoencoders",
+        "perceptual", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

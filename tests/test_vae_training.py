@@ -11,7 +11,7 @@ import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file
 from test_processes import in_processes
-from test_resume import last_state, logged, same
+from test_resume import ARTEFACTS, last_state, logged, same
 from torch.nn import functional as F
 
 from d_emo.cli import train_vae
@@ -119,6 +119,28 @@ def test_noise_reaches_decoder_and_head_in_units_of_the_latents():
         spread = unit or seen[0].std((1, 2, 3), correction=0, keepdim=True)
         torch.testing.assert_close(seen[1] - seen[0], noise * spread, rtol=1e-4, atol=1e-5)
         assert "logits" not in plain or not torch.equal(plain["logits"], noisy["logits"])
+
+
+def test_reconstructions_are_compared_in_the_features_of_a_classifier(tmp_path):
+    options = {**KL, "perceptual_features": f"emov2:{ARTEFACTS / 'classifier'}", "perceptual_weight": 0.5}
+    task = VAETask(VAESettings(**options))
+    first, second = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    assert 0 <= task.perceptual(first, first) < 1e-9 < 1e-3 < task.perceptual(first, second)
+    network, side = task.perceptual.network, task.perceptual.side
+    maps = [network.forward_intermediates(F.interpolate(each, (side, side), mode="bilinear", antialias=True), indices=4,
+                                          norm=True, intermediates_only=True) for each in (first, second)]  # fmt: skip
+    cosines = [F.cosine_similarity(one, two, dim=1).mean() for one, two in zip(*maps, strict=True)]
+    torch.testing.assert_close(task.perceptual(first, second), 2 - 2 * sum(cosines) / 4)
+    draws = task.draw(torch.Generator().manual_seed(0), 2)
+    losses = task.loss(task.model, [first, torch.zeros(2, dtype=torch.long)], draws)
+    total = losses["mse"] + 0.5 * losses["perceptual"] + 1e-4 * losses["kl"]
+    torch.testing.assert_close(losses["loss"], total)
+    torch.autograd.grad(losses["perceptual"], task.model.vae.decoder.conv_in.weight)
+    assert all(not each.requires_grad for each in network.parameters())
+    with pytest.raises(InputError, match="`perceptual_features` inception passes no gradients"):
+        VAETask(VAESettings(**{**options, "perceptual_features": "inception"}))
+    card = (train(tmp_path, **options) / "README.md").read_text()
+    assert "distance in the features of emov2:classifier of weight 0.5" in card
 
 
 def test_the_posterior_is_drawn_from_and_kept_near_a_normal_one():

@@ -42,6 +42,10 @@ class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
     l1_weight: NotNegative = setting(
         0.0, "weight of the mean absolute error, beside the mean squared error of 1", group="Loss"
     )
+    perceptual_features: str | None = setting(
+        None, "emov2:SNAPSHOT, a classifier of images, in whose features reconstructions are compared too"
+    )
+    perceptual_weight: NotNegative = setting(0.1, "with --perceptual-features: weight of the distance in them")
     kl_weight: NotNegative = setting(1e-4, "AutoencoderKL: weight of the mean Kullback-Leibler term per latent value")
     latent_noise: NotNegative = setting(
         0.0, "noise on the latents that the decoder sees, in standard deviations of theirs: of each image one that is "

@@ -38,15 +38,15 @@ def write_card(folder: str | Path) -> Path:
     source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
     built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
     optimizer = settings.get("optimizer", "adamw")
-    aligned, judged = (  # with what, without its folder
+    aligned, judged, perceptual = (  # with what, without its folder
         ":".join(re.split(r":(?:.*/)?", (settings.get(key) or "").rstrip("/"), maxsplit=1))
-        for key in ("align", "fd_features")
+        for key in ("align", "fd_features", "perceptual_features")
     )
     terms = [(built_in and built_in.licence) or _OWN_TERMS]
     terms += [DATASETS["digits"].licence] * bool(settings.get("digits_share"))
     facts = {"meta": meta, "settings": settings, "data": data, "terms": " ".join(terms),
              "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
-             "aligned": aligned, "judged": judged,
+             "aligned": aligned, "judged": judged, "perceptual": perceptual,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     seen = f"{data}, {meta['image_size']} px"
     tasks = {

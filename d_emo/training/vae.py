@@ -22,6 +22,7 @@ from d_emo.latents import Codec, codec_of
 from d_emo.models.counting import trained_parameters
 from d_emo.tables import DATASETS
 from d_emo.training.autoencoders import Trained, create_trained
+from d_emo.training.perceptual import PerceptualDistance
 from d_emo.weights import check_library
 
 RISE = 0.15
@@ -44,7 +45,7 @@ class Draws(NamedTuple):
 
 
 class VAETask:
-    """Squared and absolute error of reconstructions, the posterior's distance from N(0, 1), classes in the latents.
+    """Reconstructions, pixel by pixel and in a classifier's features; a posterior; classes read from the latents.
 
     Args:
         settings: Resolved settings.
@@ -68,6 +69,9 @@ class VAETask:
             self.places, self.base = list(parts.values()), 10
         logits = len(self.places) * self.base if settings.class_weight else 0
         self.model, self.latent_shape = create_trained(settings, logits)
+        self.perceptual = None
+        if settings.perceptual_features is not None:
+            self.perceptual = PerceptualDistance(settings.perceptual_features)
         self.parameters = trained_parameters(self.model.vae)
         self.device = torch.device("cpu")
 
@@ -91,6 +95,8 @@ class VAETask:
 
     def prepare(self, device: torch.device, folder: Path) -> None:
         self.device = device
+        if self.perceptual is not None:
+            self.perceptual.to(device)
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
         drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
@@ -110,6 +116,9 @@ class VAETask:
         decoded = given["images"].float()
         losses = {"mse": F.mse_loss(decoded, images), "l1": F.l1_loss(decoded, images)}
         total = losses["mse"] + settings.l1_weight * losses["l1"]
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(images, decoded)
+            total = total + settings.perceptual_weight * losses["perceptual"]
         if "kl" in given:
             losses["kl"] = given["kl"]
             total = total + settings.kl_weight * given["kl"]
