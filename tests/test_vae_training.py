@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from test_processes import in_processes
 from test_resume import ARTEFACTS, last_state, logged, same
@@ -195,7 +196,8 @@ def test_a_folder_may_be_flat_unless_classes_are_asked_for(tmp_path, photos):
     task = VAETask(VAESettings(**flat))
     assert task.settings.digits_share == 0 and task.measured_on == {} and task.dataset.flip
     snapshot = train(tmp_path / "run", **flat)
-    assert not (snapshot / "psnr.json").exists() and (snapshot / "reconstructions.png").exists()
+    assert not (snapshot / "psnr.json").exists()
+    assert Image.open(snapshot / "reconstructions.png").size == (6 * 132 + 4, 2 * 132 + 4)  # of three images
     assert "Images above their reconstructions" in (snapshot / "README.md").read_text()
     with pytest.raises(InputError, match="has no sub-folders"):
         VAETask(VAESettings(**flat, class_weight=0.1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ class VAETask:
 
     def _pair(self, codec: Codec, images: ClassImages) -> Iterator[torch.Tensor]:
         """Images from all over a data set, and their reconstructions. Shape: -> (6, 3, H, W)."""
-        chosen = [index * len(images) // COLUMNS for index in range(COLUMNS)]
+        chosen = list(islice(cycle(spread(len(images), COLUMNS)), COLUMNS))
         for batch in in_batches(images, chosen, self.device):
             yield batch
             yield reconstructed(codec, batch)
