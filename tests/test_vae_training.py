@@ -232,6 +232,13 @@ def test_a_dry_run_tells_of_the_data_and_draws_them(tmp_path, monkeypatch, capsy
     assert "s a step of 4 images" in said and [each.name for each in tmp_path.rglob("*.png")] == ["dry-run-vae.png"]
 
 
+def test_held_out_images_that_cannot_be_read_are_told_before_the_run(tmp_path, photos):
+    for place in (photos / "val").rglob("*.png"):
+        place.write_text("no image")
+    with pytest.raises(InputError, match="cannot read the image .*val/ant/0.png"):
+        VAETask(VAESettings(**KL, data_dir=str(photos / "train"), validate_dir=str(photos / "val")))
+
+
 def test_a_run_without_a_snapshot_is_no_codec_yet(tmp_path):
     (tmp_path / "states").mkdir()
     with pytest.raises(InputError, match="the run .* has no snapshot yet"):

@@ -63,6 +63,8 @@ class VAETask:
         check_library()
         settings = settings.resolve()
         self.dataset, self.measured_on = open_images(settings)
+        for images in self.measured_on.values():
+            images[0]  # a folder of what is no image is told before the run, not at its first snapshot
         self.facts = {"images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
