@@ -24,7 +24,7 @@ S = TypeVar("S", bound="Settings")
 
 
 def setting(
-    default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | None = None, *,
+    default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | Literal["+"] | None = None, *,
     group: str | None = None, choices: Mapping[str, Any] | None = None, source: Source = False,
     resumable: bool = False, decisive: bool | None = None, output: str | None = None, aliases: Sequence[str] = (),
 ) -> Any:
@@ -34,7 +34,7 @@ def setting(
         default: Its default; without one it is required.
         help: The sentence that ``--help`` shows.
         flag: What it is called on the command line, where that is not ``--`` and its name; capitals: positional.
-        nargs: How many values it takes.
+        nargs: How many values a list takes that may be left open; "+": one or more.
         group: Heading in ``--help``, also of the fields after it.
         choices: A table whose names it takes; of a list, the settings check them.
         source: Whether it is the path of an input, which the command line looks for before anything runs.
@@ -263,7 +263,7 @@ def make_parser(settings_class: type[Any], description: str, prog: str | None = 
         if "no" in _names(hints[each.name], None):
             options["type"] = options["type"] | bool  # YAML reads a plain no as false
         if each.metadata.get("nargs"):
-            options["nargs"], options["type"] = each.metadata["nargs"], str
+            options["nargs"], options["type"] = each.metadata["nargs"], get_args(get_args(options["type"])[0])[0]
         if flag.isupper():  # the word for a positional argument in --help
             options.pop("required", None)
             action = group.add_argument(each.name, metavar=flag, **options)

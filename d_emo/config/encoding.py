@@ -6,36 +6,50 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import setting
+from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.ranges import BelowOne, Count, Fraction, ImageSide, NotNegative, Positive, Whole, Workers
 from d_emo.config.training import DataSettings, HeldOutSettings, RehearsedSettings, RunSettings
 from d_emo.errors import InputError
 from d_emo.tables import AUTOENCODERS
 
+NEW = {"model": "AutoencoderKL", "block_out_channels": [24, 48, 96, 128], "image_size": 64}
+"""Of a codec that starts from nothing, such as the one that ships."""
 MOST_LEVELS = 14
 """Of an autoencoder: the largest images are of 65,536 px, and the smallest latents of 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
+class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSettings):
     """Settings of ``scripts/train_vae.py``; the defaults are for such a VAE as ships with the package."""
 
     output_dir: str | None = setting(
         None, "run folder: settings, snapshots, states, logs. Default: results/vae", resumable=True, group="Run",
         output="run"
     )
-    model: str = setting(
-        "AutoencoderKL", "class of diffusers: AutoencoderKL, latents with a posterior, of an eighth of the side; "
-        "AutoencoderDC, deep compression, normalised latents of a thirty-second", group="Model",
-        choices={name: row for name, row in AUTOENCODERS.items() if row.network}
+    init_from: str | None = setting(
+        None, "start from this codec: d-emo-f8, a local folder of a VAE, a snapshot or run folder of train-vae, or a "
+        "hub name. --model, --block-out-channels and --model-options are its own, --image-size too unless given",
+        source="or a name", group="Fine-tuning"
     )
-    block_out_channels: list[Count] = setting(
-        [24, 48, 96, 128], "channels at each resolution, each half the one before; n of them make the latents' side "
-        "1 / 2^(n - 1) of the image's"
+    train: Literal["all", "decoder"] = setting(
+        "all", "which weights: all; or decoder: latents, scaling and shift stay those of --init-from, and so what was "
+        "encoded and trained with it stays valid"
+    )
+    model: str | None = setting(
+        None, "class of diffusers: AutoencoderKL, latents with a posterior, of an eighth of the side; "
+        "AutoencoderDC, deep compression, normalised latents of a thirty-second. Default: AutoencoderKL",
+        group="Model", choices={name: row for name, row in AUTOENCODERS.items() if row.network}
+    )
+    block_out_channels: list[Count] | None = setting(
+        None, "channels at each resolution, each half the one before; n of them make the latents' side "
+        "1 / 2^(n - 1) of the image's. Default: 24 48 96 128", nargs="+"
     )
     model_options: dict[str, Any] | None = setting(
         None, "more arguments of the class, e.g. '{latent_channels: 16, layers_per_block: 2}'"
     )
-    image_size: ImageSide = setting(64, "side of the (centre-cropped) images in pixels", group="Data")
+    image_size: ImageSide | None = setting(
+        None, "side of the (centre-cropped) images in pixels. Default: 64", group="Data"
+    )
     digits_share: Fraction | None = setting(
         None, "fraction of images that are digits, beside the built-in shapes. Default: 0.25 of those, else 0"
     )
@@ -46,11 +60,13 @@ class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
         None, "emov2:SNAPSHOT, a classifier of images, in whose features reconstructions are compared too"
     )
     perceptual_weight: NotNegative = setting(0.1, "with --perceptual-features: weight of the distance in them")
-    kl_weight: NotNegative = setting(1e-4, "AutoencoderKL: weight of the mean Kullback-Leibler term per latent value")
+    kl_weight: NotNegative | None = setting(
+        None, "AutoencoderKL: weight of the mean Kullback-Leibler term per latent value. Default: 1e-4"
+    )
     latent_noise: NotNegative = setting(
         0.0, "noise on the latents that the decoder sees, in standard deviations of theirs: of each image one that is "
         "drawn from |N(0, s^2)|, s reaching this after 15 % of the steps; the decoder learns to forgive a denoiser's "
-        "errors"
+        "errors. With --train decoder: of latents scaled as a denoiser sees them"
     )
     class_weight: NotNegative = setting(
         0.0, "weight of the cross-entropy of a linear classifier of the noisy latents; of Shapes-1000 the sum of "
@@ -74,11 +90,15 @@ class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
     state_every: Count = setting(500, "steps between training states; the newest two are kept", resumable=True)
 
     def check(self) -> None:
-        widths = self.block_out_channels
-        if not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16:
+        widths = NEW["block_out_channels"] if self.block_out_channels is None else self.block_out_channels
+        if self.init_from is None and (not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16):
             raise InputError(f"`block_out_channels` must be 1 to {MOST_LEVELS} numbers up to 65,536, not {widths}")
-        if self.model == "AutoencoderKL" and any(width % 8 for width in widths):
+        if self.init_from is None and self.model != "AutoencoderDC" and any(width % 8 for width in widths):
             raise InputError(f"`block_out_channels` must be multiples of 8, for the group norms, not {widths}")
+        for name in ("kl_weight", "class_weight") if self.train == "decoder" else ():
+            if getattr(self, name):
+                raise InputError(f"`{name}` {getattr(self, name):g} is for the encoder, which `train` decoder keeps; "
+                                 "leave it away")  # fmt: skip
         if self.digits_share and (self.data_dir is not None or self.dataset != "shapes"):
             raise InputError(f"`digits_share` {self.digits_share} belongs to the built-in shapes; leave it away")
         super().check()
@@ -87,14 +107,20 @@ class VAESettings(HeldOutSettings, RunSettings, RehearsedSettings):
         """Fill in what is left open; ``epochs`` once the data are known.
 
         Args:
-            facts: "images", how many there are to train on, and "flip" of them.
+            facts: "images", how many there are to train on, and "flip" of them; of the codec to start from "init_from",
+                by which it is opened again, "model", "block_out_channels", "model_options" and "image_size".
         """
+        there = NEW if self.init_from is None else facts
+        left_open = [name for name in NEW if getattr(self, name) is None]
         steps, shapes = self.steps(facts.get("images"), 6_000), self.data_dir is None and self.dataset == "shapes"
         warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
         return replace(
             self, output_dir=self.output_dir or "results/vae", max_steps=steps, warmup_steps=warmup,
             digits_share=0.25 * shapes if self.digits_share is None else self.digits_share,
             flip=facts.get("flip") if self.flip is None else self.flip,
+            kl_weight=1e-4 if self.kl_weight is None and self.train == "all" else self.kl_weight,
+            init_from=facts.get("init_from", self.init_from), **{name: there.get(name) for name in left_open},
+            model_options=facts.get("model_options", self.model_options),
         )
 
 

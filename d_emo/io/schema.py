@@ -18,7 +18,7 @@ SNAPSHOT: dict[str, Any] = {
     "frames": Count, "sampling": Literal["uniform", "dense"], "frame_interval": Count,
     "quality": dict[str, Any] | None, "normalisation": dict[str, list[float]],
     "windows": dict[str, Any] | None,
-    "channels": Count, "downsample": Count, "psnr": dict[str, float], "held_out": dict[str, int],
+    "channels": Count, "downsample": Count, "dtype": str, "psnr": dict[str, float], "held_out": dict[str, int],
     "sha256": dict[str, str],
 }  # fmt: skip
 SCHEDULE: dict[str, Any] = {

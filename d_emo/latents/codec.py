@@ -27,6 +27,8 @@ SHIPPED_VAE = "d-emo-f8"
 HUB_SECONDS = 5
 """How long the Hugging Face hub has for its first answer."""
 
+DECODER = ("decoder.", "post_quant_conv.")  # names of weights that latents do not depend on begin so
+
 Factor = float | list[float]
 """One number for all latent channels, or one for each."""
 
@@ -102,7 +104,7 @@ class VAECodec:
         """Digest of the encoder's weights: a name may move, and VAEs that differ in the decoder alone share latents."""
         weights = (
             (f"{name} {tuple(value.shape)}", value.float()) for name, value in sorted(self.vae.state_dict().items())
-            if not name.startswith(("decoder.", "post_quant_conv."))
+            if not name.startswith(DECODER)
         )  # fmt: skip
         return digest_of_tensors(weights)[:16]
 
@@ -119,9 +121,13 @@ class VAECodec:
 
     def decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """`decode` with gradients. Shape: (B, C, H / f, W / f) -> (B, 3, H, W)."""
-        z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
-        images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        images = self.unclamped(latents)
         return images.where(images.isfinite(), torch.nan).clamp(-1, 1)  # clamping alone would make infinity white
+
+    def unclamped(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decoded` beyond [-1, 1] too. Shape: (B, C, H / f, W / f) -> (B, 3, H, W)."""
+        z = latents.float() / by_channel(self.scaling, latents.device) + by_channel(self.shift, latents.device)
+        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
     def to(self, device: torch.device) -> VAECodec:
         self.vae.to(device)
@@ -193,13 +199,14 @@ def default_codec(data_dir: str | None) -> str:
     return SHIPPED_VAE if data_dir is None else "stabilityai/sd-vae-ft-ema"
 
 
-def load_codec(name: str) -> Codec:
+def load_codec(name: str, *, setting: str = "vae") -> Codec:
     """Open a codec by name.
 
     Args:
         name: A name of ``d_emo.tables.CODECS``; a local folder, or the name of a repository on the Hugging Face hub, of
             an autoencoder of a class in ``d_emo.tables.AUTOENCODERS`` (also a pipeline's, in its sub-folder ``vae``);
             or a run folder of ``d-emo train-vae``, for its newest snapshot, by whose name the codec then goes.
+        setting: The setting that names it, for messages.
 
     Raises:
         InputError: There is no such codec, or the hub cannot be reached; says what to do.
@@ -207,10 +214,10 @@ def load_codec(name: str) -> Codec:
     if name in CODECS:
         return load(CODECS[name].open)()
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    folder = expand_home(name) if looks_local else _fetch(name)
+    folder = expand_home(name) if looks_local else _fetch(name, setting)
     if folder.is_file():
         raise InputError(
-            f"the VAE {name} is a file; `vae` takes the folder that diffusers makes of it by "
+            f"the VAE {name} is a file; `{setting}` takes the folder that diffusers makes of it by "
             f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
         )
     if not folder.is_dir():
@@ -230,7 +237,7 @@ def load_codec(name: str) -> Codec:
         vae = load_pretrained(autoencoder_in(folder), folder)
         check_finite(vae.state_dict(), str(folder))
     except InputError as error:
-        raise InputError(f"`vae` {name} does not hold a readable autoencoder: {error}") from None
+        raise InputError(f"`{setting}` {name} does not hold a readable autoencoder: {error}") from None
     return codec_of(vae, name)
 
 
@@ -287,7 +294,7 @@ def shipped_vae() -> VAECodec:
     return VAECodec(load_pretrained(AutoencoderKL, SHIPPED / SHIPPED_VAE), SHIPPED_VAE)
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, setting: str) -> Path:
     """The folder of a repository on the Hugging Face hub, with the files of its VAE, fetched where they are not."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -305,8 +312,8 @@ def _fetch(name: str) -> Path:
             what = f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
             what += f"({first_line(refusal)}). On a machine with a network"
         raise InputError(
-            f"{what} run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give `vae` FOLDER; or use `vae` "
-            f"{SHIPPED_VAE} or `vae` pixels, which need no network"
+            f"{what} run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give `{setting}` FOLDER; or use "
+            f"`{setting}` {SHIPPED_VAE}, which needs no network"
         ) from None
 
 

@@ -1,16 +1,22 @@
 """Autoencoders of diffusers as they are trained, and what becomes of one in a snapshot."""
 
 import copy
+import inspect
+import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from d_emo.config import VAESettings
+from d_emo.config.encoding import NEW
 from d_emo.errors import InputError, PackageError
-from d_emo.latents.codec import autoencoder_class, check_depths, codec_of, latent_side
+from d_emo.io.snapshot import kind_of, load_meta
+from d_emo.latents import load_codec, sample_moments
+from d_emo.latents.codec import DECODER, autoencoder_class, check_depths, codec_of, latent_side
 from d_emo.models.registry import check_weights
 from d_emo.tables import AUTOENCODERS, load
 from d_emo.weights import first_line, telling_unmet
@@ -29,9 +35,13 @@ class Trained(nn.Module):
 
     Attributes:
         fixed: Arguments of the autoencoder's class that are no choice.
+        measured: Those of them that `scale` finds, whatever they are where a run starts from.
+        widths: That which is ``block_out_channels``.
     """
 
     fixed: ClassVar[dict[str, Any]]
+    measured: ClassVar[frozenset[str]] = frozenset()
+    widths: ClassVar[str] = "block_out_channels"
 
     def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], logits: int):
         super().__init__()
@@ -57,6 +67,10 @@ class Trained(nn.Module):
         """Latents, and the loss of their distribution, where it has one. Shape: (B, 3, H, W) -> (B, C, h, w), ()."""
         raise NotImplementedError
 
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents. Shape: (B, C, h, w) -> (B, 3, H, W)."""
+        return self.vae.decode(latents).sample
+
     def forward(
         self, images: torch.Tensor, posterior: torch.Tensor, noise: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
@@ -69,7 +83,7 @@ class Trained(nn.Module):
             latents = latents + noise * self.unit(latents)
         if self.head is not None:
             parts["logits"] = self.head(latents.flatten(1))
-        return {"images": self.vae.decode(latents).sample, **parts}
+        return {"images": self.decoded(latents), **parts}
 
     @torch.no_grad()
     def finished(self, batches: Iterable[torch.Tensor]) -> nn.Module:
@@ -90,6 +104,7 @@ class TrainedKL(Trained):
 
     fixed = {"in_channels": 3, "out_channels": 3, "block_out_channels": None, "scaling_factor": 1.0,
              "shift_factor": None, "latents_mean": None, "latents_std": None}  # fmt: skip
+    measured = frozenset({"scaling_factor", "shift_factor", "latents_mean", "latents_std"})
 
     @staticmethod
     def defaults(settings: VAESettings) -> dict[str, Any]:
@@ -119,6 +134,7 @@ class TrainedDC(Trained):
     """
 
     fixed = {"in_channels": 3, "encoder_block_out_channels": None, "scaling_factor": 1.0, "encoder_out_shortcut": False}
+    widths = "encoder_block_out_channels"
 
     def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], logits: int):
         super().__init__(vae, latent_shape, logits)
@@ -145,8 +161,94 @@ class TrainedDC(Trained):
         return self.norm(self.vae.encode(images).latent.float()), {}
 
 
-def create_trained(settings: VAESettings, logits: int) -> tuple[Trained, tuple[int, int, int]]:
-    """The network that the settings name, with random weights, and the shape of its latents.
+class TrainedDecoder(Trained):
+    """An autoencoder whose latents stay what a codec of it gives, scaled and shifted; only the decoder is trained."""
+
+    def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], logits: int):
+        super().__init__(vae, latent_shape, 0)
+        self.codec = codec_of(vae)  # which freezes it
+        vae.requires_grad_(True)
+
+    @staticmethod
+    def unit(latents: torch.Tensor) -> torch.Tensor | float:
+        return 1.0
+
+    def latents(self, images: torch.Tensor, posterior: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return sample_moments(self.codec.moments(images), posterior), {}  # without gradients
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.codec.unclamped(latents)
+
+    @torch.no_grad()
+    def finished(self, batches: Iterable[torch.Tensor]) -> nn.Module:
+        """The autoencoder as it is stored: the decoder rounded to float16, all else as it was.
+
+        Args:
+            batches: Images, which are not looked at.
+        """
+        vae = copy.deepcopy(self.vae).float()
+        for name, part in vae.named_children():
+            if f"{name}.".startswith(DECODER):
+                part.half().float()
+        return vae
+
+
+def in_float16(vae: nn.Module) -> bool:
+    """Whether float16 holds the weights exactly, as it does those that were rounded to it."""
+    floats = (value for value in vae.state_dict().values() if value.is_floating_point())
+    return all(torch.equal(value, value.half().float()) for value in floats)
+
+
+def open_start(settings: VAESettings) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """What a run with ``init_from`` starts from.
+
+    Args:
+        settings: What they say of the network has to be so there.
+
+    Returns:
+        The autoencoder, the facts for `VAESettings.resolve`, and what its snapshot says of itself; nothing if it is
+        none of D-EMO's.
+
+    Raises:
+        InputError: There is no such codec, it is of a class that is not trained here, is another than the settings
+            say, or cannot be trained so.
+    """
+    codec = load_codec(settings.init_from, setting="init_from")
+    vae = getattr(codec, "vae", None)
+    name = type(vae).__name__
+    trainable = {each.name: each.network for each in AUTOENCODERS.values() if each.network}
+    if name not in trainable:
+        found = "has no weights" if vae is None else f"is an {name}"
+        raise InputError(f"`init_from` {codec.name} {found}; give an {' or '.join(trainable)}")
+    kind, config = load(trainable[name]), _config_of(vae)
+    widths = config[kind.widths]
+    there = {**config, "model": name, "block_out_channels": widths}
+    given = {"model": settings.model, "block_out_channels": settings.block_out_channels}
+    given = {key: value for key, value in given.items() if value is not None} | (settings.model_options or {})
+    if differ := [f"{key} is {there.get(key)} there, {value} here" for key, value in given.items()
+                  if there.get(key) != value]:  # fmt: skip
+        raise InputError(
+            f"`init_from` {codec.name} is another network ({'; '.join(differ)}); `model`, `block_out_channels` and "
+            "`model_options` must be those in its config.json, or left out"
+        )
+    needed = kind.fixed.keys() - kind.measured - {kind.widths}
+    odd = [f"{key} {config[key]}" for key in sorted(needed) if config[key] != kind.fixed[key]]
+    if odd and settings.train == "all":
+        raise InputError(f"`init_from` {codec.name} has {', '.join(odd)}, so its latents are not normalised as those "
+                         f"of train-vae are; give `train` decoder, which leaves them as they are")  # fmt: skip
+    meta = load_meta(codec.name, "autoencoder") if kind_of(codec.name) == "autoencoder" else {}
+    size = settings.image_size or meta.get("image_size") or config.get("sample_size") or NEW["image_size"]
+    facts = {"init_from": codec.name, "model": name, "block_out_channels": widths, "image_size": size}
+    parts = inspect.signature(type(vae)).parameters
+    usual = {key: part.default for key, part in parts.items()} | kind.defaults(replace(settings, **facts))
+    own = {key: value for key, value in config.items() if key not in kind.fixed and value != _plain(usual[key])}
+    return vae, {**facts, "model_options": own or None}, meta
+
+
+def create_trained(
+    settings: VAESettings, logits: int, start: nn.Module | None = None
+) -> tuple[Trained, tuple[int, int, int]]:
+    """The network that the settings name, with random weights or those of ``start``, and the shape of its latents.
 
     Raises:
         InputError: ``model_options`` that are fixed, unknown or do not go together; an image size that does not fit.
@@ -158,11 +260,27 @@ def create_trained(settings: VAESettings, logits: int) -> tuple[Trained, tuple[i
     check_depths(settings.model, options)
     chosen = {name: value for name, value in kind.fixed.items() if value is not None}
     chosen = {**kind.defaults(settings), **options, **chosen}
+    if start is not None:
+        chosen = _config_of(start)
+        chosen |= {name: kind.fixed[name] for name in kind.measured} if settings.train == "all" else {}
+    kind = kind if settings.train == "all" else TrainedDecoder
     vae = autoencoder_class(settings.model)
     with telling_unmet():
         shape = _tried(vae, chosen, settings)
         torch.manual_seed(settings.seed)
-        return kind(vae(**chosen), shape, logits).to(memory_format=torch.channels_last), shape
+        model = kind(vae(**chosen), shape, logits).to(memory_format=torch.channels_last)
+    if start is not None:
+        model.vae.load_state_dict(start.state_dict())
+    return model, shape
+
+
+def _config_of(vae: nn.Module) -> dict[str, Any]:
+    """The arguments that an autoencoder was made with, as JSON has them."""
+    return {name: _plain(vae.config[name]) for name in inspect.signature(type(vae)).parameters}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 @torch.no_grad()

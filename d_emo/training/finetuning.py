@@ -81,7 +81,7 @@ def start_from(
         raise InputError(f"the snapshot {old.path} does not fit the model of this run ({differ})")
     model.load_state_dict(weights)
     other = "" if old.objective == objective else f", trained with {old.objective}"
-    return f"Weights from {old.path} (step {old.meta['step']:,}{other}){resized}, {words}.", _trained(old.meta)
+    return f"Weights from {old.path} (step {old.meta['step']:,}{other}){resized}, {words}.", trained_before(old.meta)
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def start_classifier_from(
     for name in head:
         mine[name][list(known)] = theirs[name][list(known.values())]
     model.load_state_dict({**theirs, **{name: mine[name] for name in head}})
-    return f"Weights from {old.path} (step {old.meta['step']:,}), {words}.", _trained(old.meta)
+    return f"Weights from {old.path} (step {old.meta['step']:,}), {words}.", trained_before(old.meta)
 
 
 def head_of(model: nn.Module) -> list[str]:
@@ -168,7 +168,8 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _trained(meta: dict[str, Any]) -> dict[str, Any]:
+def trained_before(meta: dict[str, Any]) -> dict[str, Any]:
+    """How long a snapshot had been trained, as far as it says so."""
     return {key: meta[key] for key in ("step", "training_minutes") if key in meta}
 
 

@@ -20,9 +20,11 @@ from d_emo.files import write_json
 from d_emo.io.card import describe_hardware
 from d_emo.io.snapshot import save_autoencoder
 from d_emo.latents import Codec, codec_of
+from d_emo.latents.codec import DECODER
 from d_emo.models.counting import trained_parameters
 from d_emo.tables import DATASETS
-from d_emo.training.autoencoders import Trained, create_trained
+from d_emo.training.autoencoders import Trained, create_trained, in_float16, open_start
+from d_emo.training.finetuning import train_only, trained_before
 from d_emo.training.perceptual import PerceptualDistance
 from d_emo.weights import check_library
 
@@ -61,21 +63,26 @@ class VAETask:
 
     def __init__(self, settings: VAESettings):
         check_library()
-        settings = settings.resolve()
+        start, facts, meta = (None, {}, {}) if settings.init_from is None else open_start(settings)
+        settings = settings.resolve(**facts)
         self.dataset, self.measured_on = open_images(settings)
         for images in self.measured_on.values():
             images[0]  # a folder of what is no image is told before the run, not at its first snapshot
-        self.facts = {"images": len(self.dataset), "flip": self.dataset.flip}
+        self.facts = {**facts, "images": len(self.dataset), "flip": self.dataset.flip}
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
         if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
             self.places, self.base = list(parts.values()), 10
         logits = len(self.places) * self.base if settings.class_weight else 0
-        self.model, self.latent_shape = create_trained(settings, logits)
+        self.model, self.latent_shape = create_trained(settings, logits, start)
         self.perceptual = None
         if settings.perceptual_features is not None:
             self.perceptual = PerceptualDistance(settings.perceptual_features)
-        self.parameters = trained_parameters(self.model.vae)
+        self.parameters, self.start, self.started_from = trained_parameters(self.model.vae), [], trained_before(meta)
+        if start is not None:
+            trained = f" (step {meta['step']:,})" if meta else ""
+            words = train_only(self.model.vae, settings.train, head=DECODER)
+            self.start = [f"Weights from {settings.init_from}{trained}.", words]
         self.device = torch.device("cpu")
 
     @property
@@ -90,7 +97,7 @@ class VAETask:
             f"{settings.model}: {self.parameters / 1e6:.2f} M trained parameters, latents {shape} of "
             f"{settings.image_size} px; {len(self.dataset):,} images of {self.dataset.name}{digits}; run folder "
             f"{settings.output_dir}",
-            *filter(None, [self.dataset.left_out]),
+            *filter(None, [self.dataset.left_out, *self.start]),
         ]
 
     def keep_classes(self, recorded: Sequence[str] | None) -> None:
@@ -156,7 +163,7 @@ class VAETask:
 
     def save_snapshot(self, folder: Path, model: nn.Module, *, step: int, minutes: float) -> None:
         settings, vae = self.settings, self.finished(model)
-        codec = codec_of(vae)
+        codec, half = codec_of(vae), in_float16(vae)
         measured, counts = {}, {}
         for name, images in self.measured_on.items():
             chosen = spread(len(images), settings.validate_images)
@@ -167,7 +174,10 @@ class VAETask:
             "class_names": self.dataset.class_names, "num_images": len(self.dataset), "parameters": self.parameters,
             "channels": codec.channels, "downsample": codec.downsample, "training_minutes": round(minutes, 1),
             "hardware": describe_hardware(self.device), "psnr": measured, "held_out": counts,
+            "dtype": "float16" if half else "float32",
         }
+        if self.started_from:
+            meta["started_from"] = self.started_from
         rows = [row for images in self.measured_on.values() or [self.dataset] for row in self._pair(codec, images)]
         shown = F.interpolate(torch.cat(rows) * 0.5 + 0.5, scale_factor=max(1, LARGEST // settings.image_size))
 
@@ -176,7 +186,7 @@ class VAETask:
                 write_json(temporary / "psnr.json", measured)
             save_image(shown, temporary / "reconstructions.png", nrow=COLUMNS, padding=4)
 
-        save_autoencoder(folder, vae.half(), meta=meta, settings=settings, more=more)
+        save_autoencoder(folder, vae.half() if half else vae, meta=meta, settings=settings, more=more)
 
     def _pair(self, codec: Codec, images: ClassImages) -> Iterator[torch.Tensor]:
         """Images from all over a data set, and their reconstructions. Shape: -> (6, 3, H, W)."""
