@@ -54,6 +54,8 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     for each in fields(kind):
         if verb == "compare":  # its settings are a YAML file's, see tests/test_study_checks.py
             continue
+        if (verb, each.name) == ("train-vae", "init_from"):  # a codec, which may be known by a name
+            continue
         assert (each.metadata.get("source") in (True, "or a pattern")) == (each.name in INPUTS), each.name
         if each.name not in INPUTS:
             continue

@@ -88,6 +88,8 @@ def test_the_encoder_has_no_part_in_the_training_of_a_decoder(start, foreign):
         scaled = sample_moments(codec.moments(images), draws.posterior) + 0.4 * draws.noise
         scaling, shift = (torch.tensor(each).reshape(-1, 1, 1) for each in (codec.scaling, codec.shift))
         torch.testing.assert_close(seen[0], scaled / scaling + shift)
+        trained = {name for name, parameter in model.vae.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, _ in model.vae.named_parameters() if name.startswith(DECODER)}
         losses["loss"].backward()
         graded = {name for name, parameter in model.vae.named_parameters() if parameter.grad is not None}
         assert graded == {name for name, _ in model.vae.named_parameters() if name.startswith("decoder.")}

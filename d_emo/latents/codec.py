@@ -311,9 +311,10 @@ def _fetch(name: str, setting: str) -> Path:
         else:
             what = f"the VAE {name!r} is not in the local cache and could not be fetched from the Hugging Face hub "
             what += f"({first_line(refusal)}). On a machine with a network"
+        without = " or `vae` pixels, which need" if setting == "vae" else ", which needs"
         raise InputError(
             f"{what} run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give `{setting}` FOLDER; or use "
-            f"`{setting}` {SHIPPED_VAE}, which needs no network"
+            f"`{setting}` {SHIPPED_VAE}{without} no network"
         ) from None
 
 

@@ -184,7 +184,7 @@ class TrainedDecoder(Trained):
         """The autoencoder as it is stored: the decoder rounded to float16, all else as it was.
 
         Args:
-            batches: Images, which are not looked at.
+            batches: Images, which are not looked at. Shape: (B, 3, H, W) each.
         """
         vae = copy.deepcopy(self.vae).float()
         for name, part in vae.named_children():
