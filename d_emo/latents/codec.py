@@ -102,11 +102,9 @@ class VAECodec:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the encoder's weights: a name may move, and VAEs that differ in the decoder alone share latents."""
-        weights = (
-            (f"{name} {tuple(value.shape)}", value.float()) for name, value in sorted(self.vae.state_dict().items())
-            if not name.startswith(DECODER)
-        )  # fmt: skip
-        return digest_of_tensors(weights)[:16]
+        weights = sorted(self.vae.state_dict().items())
+        kept = ((name, value.float()) for name, value in weights if not name.startswith(DECODER))
+        return digest_of_tensors((f"{name} {tuple(value.shape)}", value) for name, value in kept)[:16]
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
