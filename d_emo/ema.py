@@ -14,7 +14,7 @@ START_SHARE = 0.05
 
 
 class EMA:
-    """Keeps a second model whose parameters and float buffers trail those of the first; integer buffers are copied.
+    """Keeps a second model whose parameters and float buffers trail those of the first; all else is copied.
 
     Averaging the buffers matters: with parameters alone, the BatchNorm statistics of the averaged model stay at
     their start values.
@@ -67,8 +67,9 @@ class EMA:
         averaged, sources, counts, copied = [], [], [], []
         for (mine, theirs), name in self._pairs:
             value, source = mine[name], theirs[name]
+            frozen = isinstance(source, nn.Parameter) and not source.requires_grad  # averaged, -0.0 would become 0.0
             source = source.full_tensor() if hasattr(source, "full_tensor") else source  # sharded
-            if value.is_floating_point():
+            if value.is_floating_point() and not frozen:
                 averaged.append(value)
                 sources.append(source.to(value))
             else:

@@ -39,6 +39,7 @@ def foreign(tmp_path_factory):
         block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, sample_size=8,
         up_block_types=("UpDecoderBlock2D",) * 2, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0],
     )
+    vae.encoder.conv_in.weight.data[0] = -0.0  # which a sum with zeros would make 0.0, with another fingerprint
     vae.save_pretrained(folder := tmp_path_factory.mktemp("foreign"))
     return folder
 
@@ -96,7 +97,7 @@ def test_the_encoder_has_no_part_in_the_training_of_a_decoder(start, foreign):
 
 
 def test_an_encoder_that_float16_does_not_hold_is_stored_as_it_was(foreign, tmp_path):
-    made = train(tmp_path / "run", **RUN, init_from=str(foreign), train="decoder")
+    made = train(tmp_path / "run", **RUN, init_from=str(foreign), train="decoder", ema_warmup=False)
     assert load_codec(str(made)).fingerprint == load_codec(str(foreign)).fingerprint
     assert same(weights(made, decoder=False), weights(foreign, decoder=False))
     config, there = (json.loads((folder / "config.json").read_text()) for folder in (made, foreign))
