@@ -273,6 +273,12 @@ def test_the_config_of_deep_compression_is_the_network_that_it_says():
     assert shapes[0] == shapes[1] and task.model.vae.encoder.out_shortcut is False
 
 
+def test_deep_compression_is_a_thirty_second_of_the_side_unless_channels_are_given():
+    settings = VAESettings(model="AutoencoderDC").resolve()
+    assert len(settings.block_out_channels) == 6 and settings.image_size == 64
+    assert len(VAESettings().resolve().block_out_channels) == 4
+
+
 def test_a_mixture_has_the_share_that_it_says_and_its_classes_last():
     first, second = Shapes1000(8, num_images=100), Digits(8)
     mixed = Mixture(first, second, 0.25)

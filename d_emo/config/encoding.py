@@ -12,8 +12,8 @@ from d_emo.config.training import DataSettings, HeldOutSettings, RehearsedSettin
 from d_emo.errors import InputError
 from d_emo.tables import AUTOENCODERS
 
-NEW = {"model": "AutoencoderKL", "block_out_channels": [24, 48, 96, 128], "image_size": 64}
-"""Of a codec that starts from nothing, such as the one that ships."""
+SIDE, WIDTHS = 64, {"AutoencoderKL": [24, 48, 96, 128], "AutoencoderDC": [32, 32, 64, 128, 256, 256]}
+"""Of a codec that starts from nothing: side of its images; channels."""
 MOST_LEVELS = 14
 """Of an autoencoder: the largest images are of 65,536 px, and the smallest latents of 8."""
 
@@ -42,7 +42,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     )
     block_out_channels: list[Count] | None = setting(
         None, "channels at each resolution, each half the one before; n of them make the latents' side "
-        "1 / 2^(n - 1) of the image's. Default: 24 48 96 128", nargs="+"
+        "1 / 2^(n - 1) of the image's. Default: 24 48 96 128, of AutoencoderDC 32 32 64 128 256 256", nargs="+"
     )
     model_options: dict[str, Any] | None = setting(
         None, "more arguments of the class, e.g. '{latent_channels: 16, layers_per_block: 2}'"
@@ -90,7 +90,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     state_every: Count = setting(500, "steps between training states; the newest two are kept", resumable=True)
 
     def check(self) -> None:
-        widths = NEW["block_out_channels"] if self.block_out_channels is None else self.block_out_channels
+        widths = self.block_out_channels or WIDTHS[self.model or "AutoencoderKL"]
         if self.init_from is None and (not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16):
             raise InputError(f"`block_out_channels` must be 1 to {MOST_LEVELS} numbers up to 65,536, not {widths}")
         if self.init_from is None and self.model != "AutoencoderDC" and any(width % 8 for width in widths):
@@ -110,8 +110,11 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
             facts: "images", how many there are to train on, and "flip" of them; of the codec to start from "init_from",
                 by which it is opened again, "model", "block_out_channels", "model_options" and "image_size".
         """
-        there = NEW if self.init_from is None else facts
-        left_open = [name for name in NEW if getattr(self, name) is None]
+        there = facts
+        if self.init_from is None:
+            model = self.model or "AutoencoderKL"
+            there = {"model": model, "block_out_channels": WIDTHS[model], "image_size": SIDE}
+        left_open = [name for name in ("model", "block_out_channels", "image_size") if getattr(self, name) is None]
         steps, shapes = self.steps(facts.get("images"), 6_000), self.data_dir is None and self.dataset == "shapes"
         warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
         return replace(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from d_emo.config import VAESettings
-from d_emo.config.encoding import NEW
+from d_emo.config.encoding import SIDE
 from d_emo.errors import InputError, PackageError
 from d_emo.io.snapshot import kind_of, load_meta
 from d_emo.latents import load_codec, sample_moments
@@ -237,7 +237,7 @@ def open_start(settings: VAESettings) -> tuple[nn.Module, dict[str, Any], dict[s
         raise InputError(f"`init_from` {codec.name} has {', '.join(odd)}, so its latents are not normalised as those "
                          f"of train-vae are; give `train` decoder, which leaves them as they are")  # fmt: skip
     meta = load_meta(codec.name, "autoencoder") if kind_of(codec.name) == "autoencoder" else {}
-    size = settings.image_size or meta.get("image_size") or config.get("sample_size") or NEW["image_size"]
+    size = settings.image_size or meta.get("image_size") or config.get("sample_size") or SIDE
     facts = {"init_from": codec.name, "model": name, "block_out_channels": widths, "image_size": size}
     parts = inspect.signature(type(vae)).parameters
     usual = {key: part.default for key, part in parts.items()} | kind.defaults(replace(settings, **facts))
