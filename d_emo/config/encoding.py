@@ -104,7 +104,8 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     )
 
     def check(self) -> None:
-        widths = self.block_out_channels or WIDTHS[self.model or "AutoencoderKL"]
+        widths = self.block_out_channels
+        widths = WIDTHS[self.model or "AutoencoderKL"] if widths is None else widths
         if self.init_from is None and (not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16):
             raise InputError(f"`block_out_channels` must be 1 to {MOST_LEVELS} numbers up to 65,536, not {widths}")
         if self.init_from is None and self.model != "AutoencoderDC" and any(width % 8 for width in widths):
