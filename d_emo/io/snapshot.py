@@ -3,7 +3,8 @@
 A snapshot is a folder with ``snapshot.json`` (kind, step, codec, class names, ...), the model's weights (the moving
 average) as safetensors with the model's config, for a denoiser also its noise schedule, and a card. It is written
 under a temporary name and renamed. ``snapshot.json`` has a checksum of each file that decides what the model does.
-A denoiser's has what diffusers looks for too: ``model_index.json``, and the pipeline's code.
+A denoiser's and an autoencoder's have what diffusers looks for too: ``config.json``, of a denoiser
+``model_index.json`` and the pipeline's code.
 """
 
 from __future__ import annotations
