@@ -178,3 +178,9 @@ def test_a_dry_run_says_what_it_starts_from_and_trains(start, tmp_path, monkeypa
     train_vae.run(parse_settings(VAESettings, "", flags))
     said = capsys.readouterr().out
     assert f"Weights from {start} (step 2)." in said and "decoder: " in said and "trainable parameters, " in said
+
+
+def test_a_codec_below_the_home_folder_is_known_with_what_its_snapshot_says(start, monkeypatch):
+    monkeypatch.setenv("HOME", str(start.parent))
+    task = VAETask(VAESettings(**RUN, init_from=f"~/{start.name}"))
+    assert task.started_from["step"] == 2 and task.settings.image_size == 16

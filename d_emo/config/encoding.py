@@ -23,8 +23,8 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     """Settings of ``scripts/train_vae.py``; the defaults are for such a VAE as ships with the package."""
 
     output_dir: str | None = setting(
-        None, "run folder: settings, snapshots, states, logs. Default: results/vae", resumable=True, group="Run",
-        output="run"
+        None, "run folder: settings, snapshots, states, logs. Default: results/<model>-<data>-<size>",
+        resumable=True, group="Run", output="run"
     )
     init_from: str | None = setting(
         None, "start from this codec: d-emo-f8, a local folder of a VAE, a snapshot or run folder of train-vae, or a "
@@ -58,7 +58,8 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         0.0, "weight of the mean absolute error, beside the mean squared error of 1", group="Loss"
     )
     perceptual_features: str | None = setting(
-        None, "emov2:SNAPSHOT, a classifier of images, in whose features reconstructions are compared too"
+        None, "emov2:SNAPSHOT (or a run folder), a classifier of images, in whose features reconstructions are "
+        "compared too"
     )
     perceptual_weight: NotNegative | None = setting(
         None, "with --perceptual-features: weight of the distance in them. Default: 0.1"
@@ -129,19 +130,21 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
 
         Args:
             facts: "images", how many there are to train on, and "flip" of them; of the codec to start from "init_from",
-                by which it is opened again, "model", "block_out_channels", "model_options" and "image_size".
+                by which it is opened again, "model", "block_out_channels", "model_options" and "image_size"; and
+                "perceptual_features", by which they are opened again.
         """
         there = facts
         if self.init_from is None:
             model = self.model or "AutoencoderKL"
             there = {"model": model, "block_out_channels": WIDTHS[model], "image_size": SIDE}
         left_open = [name for name in ("model", "block_out_channels", "image_size") if getattr(self, name) is None]
-        model = self.model or there.get("model")
-        own_norm, posterior = (model == name and self.train == "all" for name in ("AutoencoderDC", "AutoencoderKL"))
         steps, shapes = self.steps(facts.get("images"), 6_000), self.data_dir is None and self.dataset == "shapes"
         warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
+        model, size = (getattr(self, name) or there.get(name) for name in ("model", "image_size"))
+        default = replace(self, image_size=size).run_folder(model) if model else None
+        own_norm, posterior = (model == name and self.train == "all" for name in ("AutoencoderDC", "AutoencoderKL"))
         return replace(
-            self, output_dir=self.output_dir or "results/vae", max_steps=steps, warmup_steps=warmup,
+            self, output_dir=self.output_dir or default, max_steps=steps, warmup_steps=warmup,
             digits_share=0.25 * (shapes and not self.class_weight) if self.digits_share is None else self.digits_share,
             flip=facts.get("flip") if self.flip is None else self.flip,
             kl_weight=1e-4 if self.kl_weight is None and posterior else self.kl_weight,
@@ -151,6 +154,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
             micro_batch_size=self.micro_batch_size or (self.batch_size if own_norm else None),
             init_from=facts.get("init_from", self.init_from), **{name: there.get(name) for name in left_open},
             model_options=facts.get("model_options", self.model_options),
+            perceptual_features=facts.get("perceptual_features", self.perceptual_features),
         )
 
 
@@ -163,7 +167,7 @@ class EncodeSettings(DataSettings):
     )
     shard_size: Count = setting(4096, "images per file; what a stopped run may have to encode again")
     vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local folder of a VAE or a hub name. "
+        None, "codec: pixels, d-emo-f8, a local folder of a VAE, a run folder of train-vae or a hub name. "
         "Default: d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir", group="Latents",
         source="or a name"
     )

@@ -15,6 +15,7 @@ from d_emo.config import VAESettings, check_values
 from d_emo.config.encoding import SIDE
 from d_emo.config.ranges import Count
 from d_emo.errors import InputError, PackageError
+from d_emo.files import expand_home
 from d_emo.io.snapshot import kind_of, load_meta
 from d_emo.latents import load_codec, sample_moments
 from d_emo.latents.codec import DECODER, autoencoder_class, check_depths, codec_of, latent_side
@@ -253,7 +254,8 @@ def open_start(settings: VAESettings) -> tuple[nn.Module, dict[str, Any], dict[s
     if odd and settings.train == "all":
         raise InputError(f"`init_from` {codec.name} has {', '.join(odd)}, so its latents are not normalised as those "
                          f"of train-vae are; give `train` decoder, which leaves them as they are")  # fmt: skip
-    meta = load_meta(codec.name, "autoencoder") if kind_of(codec.name) == "autoencoder" else {}
+    folder = expand_home(codec.name)
+    meta = load_meta(folder, "autoencoder") if kind_of(folder) == "autoencoder" else {}
     size = settings.image_size or meta.get("image_size") or config.get("sample_size") or SIDE
     facts = {"init_from": codec.name, "model": name, "block_out_channels": widths, "image_size": size}
     parts = inspect.signature(type(vae)).parameters

@@ -72,15 +72,16 @@ class VAETask:
         for images in self.measured_on.values():
             images[0]  # a folder of what is no image is told before the run, not at its first snapshot
         self.facts = {**facts, "images": len(self.dataset), "flip": self.dataset.flip}
+        self.perceptual = None
+        if settings.perceptual_features is not None:
+            self.perceptual = PerceptualDistance(settings.perceptual_features)
+            self.facts["perceptual_features"] = self.perceptual.name
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
         if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
             self.places, self.base = list(parts.values()), LABEL_BASE
         logits = len(self.places) * self.base if settings.class_weight else 0
         self.model, self.latent_shape = create_trained(settings, logits, start)
-        self.perceptual = None
-        if settings.perceptual_features is not None:
-            self.perceptual = PerceptualDistance(settings.perceptual_features)
         self.parameters, self.start, self.started_from = trained_parameters(self.model.vae), [], trained_before(meta)
         if start is not None:
             trained = f" (step {meta['step']:,})" if meta else ""
