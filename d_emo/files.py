@@ -27,6 +27,9 @@ T = TypeVar("T")
 FORMAT = 1
 """What our JSON files say under "format"; a larger number is of a later D-EMO."""
 
+META = "snapshot.json"
+"""What a snapshot says of itself."""
+
 LARGE = 2**24
 """Bytes from which on it is kept that a file was found to match its checksum; smaller ones are read within 0.05 s."""
 
@@ -193,6 +196,28 @@ def matches(file: Path, wanted: str) -> bool:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.touch()
     return intact
+
+
+def sealed(folder: Path) -> dict[str, Path]:
+    """The files of a snapshot that have checksums, by what its ``snapshot.json`` calls them."""
+    files = [*folder.rglob("*.safetensors"), *folder.glob("*/*.json"), *folder.glob("config.json")]
+    return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+
+
+def check_sums(folder: Path) -> None:
+    """Refuse a snapshot's files that are not what they were written as; older ones and others do not say what that was.
+
+    Raises:
+        InputError: A file has another checksum.
+    """
+    if not (folder / META).exists():
+        return
+    known = read_json(folder / META, lambda content: {**content.get("sha256", {})})
+    if odd := [name for name, file in sealed(folder).items() if name in known and not matches(file, known[name])]:
+        raise InputError(
+            f"the checksum of {', '.join(odd)} is not the one in {META}; if it was changed on purpose, remove "
+            "\"sha256\" there"
+        )
 
 
 def digest_of_tensors(named: Iterable[tuple[str, torch.Tensor]], start: str = "") -> str:

@@ -54,7 +54,8 @@ def images_of(task, count=8):
 
 
 def test_a_decoder_is_trained_for_the_latents_that_there_were(start, tmp_path):
-    made = train(tmp_path / "run", **RUN, init_from=str(start.parents[1]), train="decoder", latent_noise=0.4)
+    more = {"init_from": str(start.parents[1]), "train": "decoder", "latent_noise": 0.4, "learning_rate": 1e-3}
+    made = train(tmp_path / "run", **RUN, **more)
     old, new = load_codec(str(start)), load_codec(str(made))
     assert new.fingerprint == old.fingerprint and (new.scaling, new.shift) == (old.scaling, old.shift)
     kept, trained = ([weights(each, decoder=part) for each in (start, made)] for part in (False, True))
@@ -177,3 +178,9 @@ def test_a_dry_run_says_what_it_starts_from_and_trains(start, tmp_path, monkeypa
     train_vae.run(parse_settings(VAESettings, "", flags))
     said = capsys.readouterr().out
     assert f"Weights from {start} (step 2)." in said and "decoder: " in said and "trainable parameters, " in said
+
+
+def test_a_codec_below_the_home_folder_is_known_with_what_its_snapshot_says(start, monkeypatch):
+    monkeypatch.setenv("HOME", str(start.parent))
+    task = VAETask(VAESettings(**RUN, init_from=f"~/{start.name}"))
+    assert task.started_from["step"] == 2 and task.settings.image_size == 16

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,13 @@ from test_resume import ARTEFACTS, last_state, logged, same
 from torch.nn import functional as F
 
 from d_emo.cli import train_vae
-from d_emo.config import VAESettings, parse_settings
+from d_emo.config import TrainSettings, VAESettings, parse_settings
 from d_emo.data import Digits, Mixture, Shapes1000
 from d_emo.errors import InputError
 from d_emo.io.snapshot import kind_of
 from d_emo.latents import SHIPPED, SHIPPED_VAE, load_codec
 from d_emo.training import fit
+from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.vae import VAETask, psnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,7 +217,11 @@ def test_a_folder_may_be_flat_unless_classes_are_asked_for(tmp_path, photos):
     ({"model_options": {"layers_per_block": 10**9}}, "layers_per_block must be at .* at most 1000"),
     ({"model_options": {"latent_channels": 10**7}}, "has weights of [0-9,]+ GB"),
     ({"model_options": {"scaling_factor": 2.0}}, "`model_options`: scaling_factor is no choice"),
-    ({"model": "AutoencoderDC", "model_options": {"latent_channels": 5}}, "make no AutoencoderDC"),
+    ({"model": "AutoencoderDC", "model_options": {"latent_channels": 5}},
+     "the last of `block_out_channels` is 16, but must be a multiple of the 5 latent_channels, .* `model_options`"),
+    ({"model": "AutoencoderDC", "model_options": {"latent_channels": "x"}}, "latent_channels must be a whole number"),
+    ({"model": "AutoencoderDC", "kl_weight": 5.0}, "`kl_weight` 5 is for AutoencoderKL; .* leave it away"),
+    ({"perceptual_weight": 3.0}, "`perceptual_weight` 3 is for distances in `perceptual_features`; name these"),
     ({"model": "AutoencoderRAE"}, "`model` must be one of AutoencoderKL, AutoencoderDC"),
     ({"dataset": "digits", "digits_share": 0.5}, "`digits_share` 0.5 belongs to the built-in shapes"),
     ({"data_dir": "x", "digits_share": 0.5}, "`digits_share` 0.5 belongs to the built-in shapes"),
@@ -287,3 +294,52 @@ def test_a_mixture_has_the_share_that_it_says_and_its_classes_last():
     index = next(index for index, label in enumerate(labels) if label >= 1000)
     assert mixed[index][1] == labels[index] and mixed.class_names[labels[index]] == str(second.label(0))
     assert torch.equal(mixed[index][0], second[0][0]) and torch.equal(mixed[0][0], first[0][0])
+
+
+def test_an_autoencoder_of_others_is_no_run_folder_and_stays_what_it_is(tmp_path):
+    shutil.copytree(SHIPPED / SHIPPED_VAE, old := tmp_path / "old")
+    before = load_codec(str(old)).fingerprint
+    with pytest.raises(InputError, match="is no run folder and is not overwritten"):
+        train(old, **KL)
+    assert not (old / "states").exists()
+    (old / "states").mkdir()
+    assert load_codec(str(old)).fingerprint == before
+
+
+def test_run_folders_of_codecs_are_named_after_network_and_data():
+    names = [VAESettings(**options).resolve(**facts).output_dir for options, facts in (
+        ({}, {}), ({"data_dir": "a/pets", "image_size": 256}, {}), ({"dataset": "digits", **DC}, {}),
+        ({"init_from": "x", "data_dir": "flowers"}, {"model": "AutoencoderDC", "image_size": 32}),
+    )]  # fmt: skip
+    assert names == [f"results/Autoencoder{each}" for each in ("KL-shapes-64", "KL-pets-256", "DC-digits-16",
+                                                              "DC-flowers-32")]  # fmt: skip
+
+
+def test_a_run_keeps_the_snapshots_that_its_run_folders_stood_for(tmp_path):
+    first = train(tmp_path / "vae", **KL)
+    classifier = tmp_path / "classifier" / "snapshots" / "step-1"
+    shutil.copytree(ARTEFACTS / "classifier", classifier)
+    task = VAETask(VAESettings(**KL, perceptual_features=f"emov2:{tmp_path / 'classifier'}"))
+    assert task.settings.perceptual_features == f"emov2:{classifier}" == task.facts["perceptual_features"]
+    options = {"vae": str(tmp_path / "vae"), "image_size": 16, "num_images": 64, "model": "D-EMOv2-Ti-2"}
+    settings = TrainSettings(**options, output_dir=str(tmp_path / "run"), batch_size=2, max_steps=1, tracker="none")
+    fit(DenoiserTask(settings), settings)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["vae"] == str(first)
+    shutil.copytree(first, first.with_name("step-3"))
+    with pytest.raises(InputError, match=f"vae was {first}, now {first.with_name('step-3')}.*; give what it had"):
+        fit(DenoiserTask(settings), settings)
+    settings = replace(settings, vae=str(first))
+    fit(DenoiserTask(settings), settings)
+
+
+def test_a_codec_that_is_not_what_was_written_is_refused(tmp_path):
+    snapshot = train(tmp_path, **KL)
+    for file, old, new in (("diffusion_pytorch_model.safetensors", None, None),
+                           ("config.json", '"scaling_factor": ', '"scaling_factor": 1')):  # fmt: skip
+        content = (path := snapshot / file).read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if old is None
+                         else content.replace(old.encode(), new.encode()))  # fmt: skip
+        with pytest.raises(InputError, match=f"the checksum of {file} is not the one in snapshot.json"):
+            load_codec(str(tmp_path))
+        path.write_bytes(content)
+    assert load_codec(str(tmp_path)).name == str(snapshot)

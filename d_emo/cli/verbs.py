@@ -123,7 +123,7 @@ snapshot of eps needs `train --init-from SNAPSHOT --objective flow` first.""",
         "train-vae", "train_vae", "Train", "d_emo.config:VAESettings",
         """Train a codec: an AutoencoderKL, or an AutoencoderDC of deep compression, of your images or built-in ones.
 
-`--vae results/vae` of the other verbs takes it. With no data named it is such a VAE as ships, of Shapes-1000 and
+`--vae RUN_FOLDER` of the other verbs takes it. With no data named it is such a VAE as ships, of Shapes-1000 and
 digits.""",
     ),
     Verb(

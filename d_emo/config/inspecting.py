@@ -16,8 +16,8 @@ class DoctorSettings(HeldOutSettings):
     unconditional: bool = setting(False, "take all images as one class, as --unconditional of train does")
     sample: Whole = setting(1000, "images to read, from all over the data set; 0: all", group="What to look at")
     vae: str | None = setting(
-        None, "also encode the images of the contact sheet: pixels, d-emo-f8, a local folder of a VAE or a hub "
-        "name", source="or a name"
+        None, "also encode the images of the contact sheet: pixels, d-emo-f8, a local folder of a VAE, a run "
+        "folder of train-vae or a hub name", source="or a name"
     )
     batch_size: Count = setting(256, "images per step that training will have")
     max_steps: Count = setting(400_000, "steps that training will have")

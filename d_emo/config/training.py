@@ -149,14 +149,17 @@ class DataSettings(ReadingSettings):
 
     def run_folder(self, model: str) -> str:
         """The run folder of a model trained on these data, when none is named."""
-        data = self.dataset
         if (latents := getattr(self, "latents", None)) is not None:
             return f"results/{model.replace('/', '-')}-{followed(latents).name}"
-        if self.data_dir is not None:
-            scheme, _, rest = self.data_dir.partition(":")
-            path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
-            data = path.parent.name if scheme == "wds" else path.name
-        return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
+        return f"results/{model.replace('/', '-')}-{self.data_name()}-{self.image_size}"
+
+    def data_name(self) -> str:
+        """What the images are called: the built-in data set, or the folder or repository of the user's own."""
+        if self.data_dir is None:
+            return self.dataset
+        scheme, _, rest = self.data_dir.partition(":")
+        path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
+        return path.parent.name if scheme == "wds" else path.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +199,8 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         resumable=True, decisive=True, source=True
     )
     vae: str | None = setting(
-        None, "codec: pixels, d-emo-f8, a local folder of a VAE or a hub name. "
+        None, "codec: pixels, d-emo-f8, a local folder of a VAE, a run folder of train-vae (its newest snapshot, whose "
+        "name is kept) or a hub name. "
         "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
         source="or a name"
     )
@@ -247,11 +251,11 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             )
 
     def resolve(self, **facts: Any) -> TrainSettings:
-        """Fill in what is left open: ``vae`` and ``image_size`` by the facts of the data, all else by the others.
+        """Fill in what is left open: ``image_size`` by the facts of the data, all else by the others.
 
         Args:
-            facts: "vae" and "image_size" of the data, once they are open, "images", how many there are, and "exif",
-                "background" and "flip".
+            facts: "image_size" of the data, once they are open, "vae", by which their codec is opened again, "images",
+                how many there are, and "exif", "background" and "flip".
         """
         self = self.settled()
         model = self.model or "D-EMOv2-S-2"
@@ -266,7 +270,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
             self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 400_000),
             output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
             **{name: facts.get(name) for name in left_open}, **self.objective_settings(self.objective or objective),
-            vae=self.vae or facts.get("vae"), label_dropout=dropout,
+            vae=facts.get("vae", self.vae), label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
         )
 

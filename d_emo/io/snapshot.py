@@ -22,7 +22,7 @@ from torch import nn
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError, PackageError
-from d_emo.files import digest_of_file, matches, newest_step, read_json, write_folder, write_json
+from d_emo.files import META, check_sums, digest_of_file, newest_step, read_json, sealed, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from d_emo.models.contract import DenoiserFrame  # diffusers, which classifiers can do without
 
 SHIPPED_SNAPSHOT = SHIPPED / "demo-shapes"
-_META = "snapshot.json"
 
 PIPELINE_CODE = '''"""The pipeline, for diffusers' custom_pipeline."""
 
@@ -137,7 +136,7 @@ def load_denoiser(path: str | Path) -> DenoiserSnapshot:
         model = load_pretrained(_class_of(path), path / "transformer")
         scheduler_config = read_json(path / "scheduler" / "scheduler_config.json", noise_schedule)
         OBJECTIVES[meta.get("objective") or objective_of(scheduler_config)]
-        _check_sums(path, meta)
+        check_sums(path)
     _check_names(path, meta, model.num_classes)
     return DenoiserSnapshot(path, model, scheduler_config, meta["codec"], meta["class_names"],
                             meta["image_size"], meta)
@@ -192,14 +191,14 @@ def load_classifier(path: str | Path, kind: str = "classifier", *, latents: bool
     with _refusing(path):
         model, weights = create_model(**meta["model"]), path / "model.safetensors"
         load_weights(model, weights, str(weights))
-        _check_sums(path, meta)
+        check_sums(path)
     _check_names(path, meta, model.num_classes)
     return ClassifierSnapshot(path, model.eval(), meta["class_names"], meta["image_size"], meta)
 
 
 def newest_denoiser(results: Path = Path("results")) -> Path:
     """The most recently written denoiser snapshot under ``results``, else the one that ships with the package."""
-    found = [file for file in results.glob(f"**/snapshots/step-*/{_META}") if _kind(file) == "denoiser"]
+    found = [file for file in results.glob(f"**/snapshots/step-*/{META}") if _kind(file) == "denoiser"]
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else SHIPPED_SNAPSHOT
 
 
@@ -207,7 +206,7 @@ def kind_of(path: str | Path) -> str | None:
     """What a snapshot or a run folder holds, such as "denoiser" or "classifier"; None for anything else."""
     path = Path(path)
     newest = newest_step(path / "snapshots", default=path)
-    return _kind((path if (path / _META).exists() else newest) / _META)
+    return _kind((path if (path / META).exists() else newest) / META)
 
 
 def _class_of(path: Path) -> type[DenoiserFrame]:
@@ -231,43 +230,27 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"the snapshot folder {path} does not exist")
-    if not (path / _META).exists() and (path / "snapshots").is_dir():
+    if not (path / META).exists() and (path / "snapshots").is_dir():
         path = newest_step(path / "snapshots", default=path)
-    if not (path / _META).exists() and (path / "states").is_dir():
+    if not (path / META).exists() and (path / "states").is_dir():
         raise InputError(
             f"the run {path} has no snapshot yet; training writes one every `snapshot_every` steps and after its last"
         )
-    if not (path / _META).exists():
+    if not (path / META).exists():
         state = " (a training state, made for `resume`)" if (path / MANIFEST).exists() else ""
-        raise InputError(f"{path} is not a snapshot{state}: it has no {_META}")
+        raise InputError(f"{path} is not a snapshot{state}: it has no {META}")
     with _refusing(path):
-        meta = read_json(path / _META, snapshot_meta)
+        meta = read_json(path / META, snapshot_meta)
     if meta["kind"] != kind:
         raise InputError(f"the snapshot {path} holds a {meta['kind']}, not a {kind}")
     return path, meta
-
-
-def _sealed(folder: Path) -> dict[str, Path]:
-    """The files that have checksums, by what ``snapshot.json`` calls them."""
-    files = [*folder.rglob("*.safetensors"), *folder.glob("*/*.json")]
-    return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
-
-
-def _check_sums(path: Path, meta: dict[str, Any]) -> None:
-    """Refuse files that are not what they were written as; older snapshots do not say what that was."""
-    sums = meta.get("sha256", {})
-    if odd := [name for name, file in _sealed(path).items() if name in sums and not matches(file, sums[name])]:
-        raise InputError(
-            f"the checksum of {', '.join(odd)} is not the one in {_META}; if it was changed on purpose, remove "
-            "\"sha256\" there"
-        )
 
 
 def _check_names(path: Path, meta: dict[str, Any], num_classes: int) -> None:
     if len(meta["class_names"]) != num_classes:
         raise InputError(
             f"the snapshot {path} names {len(meta['class_names'])} classes, but its {meta['kind']} has {num_classes}; "
-            f"its {_META} belongs to another"
+            f"its {META} belongs to another"
         )
 
 
@@ -286,7 +269,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _write_meta(folder: Path, kind: str, meta: dict[str, Any], settings: Any) -> None:
-    sums = {name: digest_of_file(file) for name, file in _sealed(folder).items()}
-    write_json(folder / _META, {"format": 1, "kind": kind, **meta, "sha256": sums})
+    sums = {name: digest_of_file(file) for name, file in sealed(folder).items()}
+    write_json(folder / META, {"format": 1, "kind": kind, **meta, "sha256": sums})
     write_yaml(settings.resolve(), folder / "config.yaml")
     write_card(folder)

@@ -17,13 +17,12 @@ from torch import nn
 from d_emo.config import check_values
 from d_emo.config.ranges import Layers
 from d_emo.errors import InputError, imported
-from d_emo.files import digest_of_tensors, expand_home, newest_step, read_json
+from d_emo.files import check_sums, digest_of_tensors, expand_home, newest_step, read_json
 from d_emo.tables import AUTOENCODERS, CODECS, load
 from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained, telling_unmet
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_VAE = "d-emo-f8"
-
 HUB_SECONDS = 5
 """How long the Hugging Face hub has for its first answer."""
 
@@ -221,19 +220,20 @@ def load_codec(name: str, *, setting: str = "vae") -> Codec:
     if not folder.is_dir():
         raise InputError(
             f"the VAE {name!r} does not exist; give {', '.join(CODECS)}, a folder that AutoencoderKL.save_pretrained "
-            "wrote, or a hub name such as stabilityai/sd-vae-ft-mse"
+            "wrote, a run folder of train-vae, or a hub name such as stabilityai/sd-vae-ft-mse"
         )
-    if (folder / "states").is_dir() or (folder / "snapshots").is_dir():
+    stored = (folder / "config.json").exists()
+    if not stored and ((folder / "states").is_dir() or (folder / "snapshots").is_dir()):
         run, folder = folder, newest_step(folder / "snapshots", default=folder)
         if folder == run:
-            raise InputError(f"the run {name} has no snapshot yet; training writes one every `snapshot_every` steps "
-                             "and after its last")  # fmt: skip
+            raise InputError(f"the run {name} has no snapshot yet; `snapshot_every` says when it writes one")
         name = str(folder)  # which snapshot is the newest may change
-    if (folder / "vae").is_dir() and not (folder / "config.json").exists():
+    elif not stored and (folder / "vae").is_dir():
         folder = folder / "vae"
     try:
         vae = load_pretrained(autoencoder_in(folder), folder)
         check_finite(vae.state_dict(), str(folder))
+        check_sums(folder)
     except InputError as error:
         raise InputError(f"`{setting}` {name} does not hold a readable autoencoder: {error}") from None
     return codec_of(vae, name)

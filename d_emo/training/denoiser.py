@@ -283,21 +283,20 @@ def _init_labels(table: torch.Tensor, class_names: list[str], settings: TrainSet
 def _open_data(settings: TrainSettings) -> tuple[ClassImages | LatentDataset, Codec, dict[str, Any]]:
     """Images or latents, their codec, and what the settings leave to them."""
     if settings.latents is None:
-        facts: dict[str, Any] = {"vae": settings.vae or default_codec(settings.data_dir)}
         images = open_dataset(
             dataset=settings.dataset, data_dir=settings.data_dir, image_size=settings.image_size,
             num_images=settings.num_images, skip_corrupt=settings.skip_corrupt, one_class=settings.unconditional,
             sequential=settings.cache_latents, reading=Reading.of(settings), flip=settings.flip,
         )
         reading = {} if images.reading is None else asdict(images.reading)
-        facts |= {**reading, "flip": images.flip, "images": len(images)}
-        return images, load_codec(facts["vae"]), facts
+        codec = load_codec(settings.vae or default_codec(settings.data_dir))
+        return images, codec, {**reading, "flip": images.flip, "images": len(images), "vae": codec.name}
     latents = LatentDataset(settings.latents, flip=settings.flip)
     codec = load_codec(settings.vae or latents.codec)
     latents.check(
         codec, settings.image_size or latents.image_size, exif=settings.exif, background=settings.background
     )
-    facts = {"vae": latents.codec, "images": len(latents)} | {
+    facts = {"vae": codec.name, "images": len(latents)} | {
         name: getattr(latents, name) for name in ("image_size", "exif", "background", "flip")
     }
     return OneClass(latents) if settings.unconditional else latents, codec, facts

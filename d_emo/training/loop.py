@@ -130,8 +130,13 @@ class _Run:
 
     def _open_run_folder(self) -> dict[str, Any] | None:
         """Make or check the run folder; return the state to go on from."""
-        settings, states = self.settings, self.folder / "states"
+        settings, states, config = self.settings, self.folder / "states", self.folder / "config.yaml"
+        hints = type_hints(type(settings))
         try:
+            old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
+            strange = old and not {"model", "max_steps", "state_every"} <= set(old)
+            if strange or (self.folder / "snapshot.json").exists():
+                raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
             states.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(13, "permission denied")
@@ -141,18 +146,14 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        config, new, free = self.folder / "config.yaml", vars(settings), settings.marked("resumable")
-        hints = type_hints(type(settings))
-        old = read_json(config, lambda content: check_values(content, hints)) if config.exists() else {}
-        if old and not {"model", "max_steps", "state_every"} <= set(old) or (self.folder / "snapshot.json").exists():
-            raise InputError(f"{self.folder} is no run folder and is not overwritten; choose another `output_dir`")
+        new, free = vars(settings), settings.marked("resumable")
         trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
         changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
                    if key in new and key not in free and old[key] != new[key]]
         if changed and trained:
             raise OtherRunError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
-                "re-run the same command to resume, or choose another `output_dir`"
+                "give what it had to resume, or choose another `output_dir`"
             )
         say = print if self.accelerator.is_main_process else lambda line: None
         self.resumed_from = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
