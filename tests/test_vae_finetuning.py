@@ -54,7 +54,8 @@ def images_of(task, count=8):
 
 
 def test_a_decoder_is_trained_for_the_latents_that_there_were(start, tmp_path):
-    made = train(tmp_path / "run", **RUN, init_from=str(start.parents[1]), train="decoder", latent_noise=0.4)
+    more = {"init_from": str(start.parents[1]), "train": "decoder", "latent_noise": 0.4, "learning_rate": 1e-3}
+    made = train(tmp_path / "run", **RUN, **more)
     old, new = load_codec(str(start)), load_codec(str(made))
     assert new.fingerprint == old.fingerprint and (new.scaling, new.shift) == (old.scaling, old.shift)
     kept, trained = ([weights(each, decoder=part) for each in (start, made)] for part in (False, True))

@@ -51,7 +51,8 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         None, "side of the (centre-cropped) images in pixels. Default: 64", group="Data"
     )
     digits_share: Fraction | None = setting(
-        None, "fraction of images that are digits, beside the built-in shapes. Default: 0.25 of those, else 0"
+        None, "fraction of images that are digits, beside the built-in shapes. Default: 0.25 of those without "
+        "--class-weight, else 0"
     )
     l1_weight: NotNegative = setting(
         0.0, "weight of the mean absolute error, beside the mean squared error of 1", group="Loss"
@@ -60,7 +61,9 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         None, "emov2:SNAPSHOT (or a run folder), a classifier of images, in whose features reconstructions are "
         "compared too"
     )
-    perceptual_weight: NotNegative = setting(0.1, "with --perceptual-features: weight of the distance in them")
+    perceptual_weight: NotNegative | None = setting(
+        None, "with --perceptual-features: weight of the distance in them. Default: 0.1"
+    )
     kl_weight: NotNegative | None = setting(
         None, "AutoencoderKL: weight of the mean Kullback-Leibler term per latent value. Default: 1e-4"
     )
@@ -77,7 +80,13 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     max_steps: Count | None = setting(
         None, "optimizer steps of the whole run. Default: 6,000", resumable=True, decisive=True
     )
-    learning_rate: Positive = setting(1e-3, "peak learning rate of AdamW", aliases=["--lr"])
+    micro_batch_size: Count | None = setting(
+        None, "images that a process takes at once; gradients accumulate. Default: up to 8 on a CPU, all on a GPU; all "
+        "for AutoencoderDC, whose batch norm sees no more", resumable=True, decisive=True
+    )
+    learning_rate: Positive | None = setting(
+        None, "peak learning rate of AdamW. Default: 1e-3, with --init-from 1e-4", aliases=["--lr"]
+    )
     warmup_steps: Whole | None = setting(
         None, "steps of linear warm-up. Default: a twentieth of all", resumable=True, decisive=True
     )
@@ -89,9 +98,15 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         5_000, "steps between snapshots, each measured, with a picture; the last step has one", resumable=True
     )
     state_every: Count = setting(500, "steps between training states; the newest two are kept", resumable=True)
+    push_to_hub: str | None = setting(
+        None, "OWNER/NAME on the Hugging Face hub: push the last snapshot there when the run is complete, with images "
+        "of your data in its reconstructions.png. A new repository is private; log in with `hf auth login` first",
+        resumable=True
+    )
 
     def check(self) -> None:
-        widths = self.block_out_channels or WIDTHS[self.model or "AutoencoderKL"]
+        widths = self.block_out_channels
+        widths = WIDTHS[self.model or "AutoencoderKL"] if widths is None else widths
         if self.init_from is None and (not 0 < len(widths) <= MOST_LEVELS or max(widths) > 2**16):
             raise InputError(f"`block_out_channels` must be 1 to {MOST_LEVELS} numbers up to 65,536, not {widths}")
         if self.init_from is None and self.model != "AutoencoderDC" and any(width % 8 for width in widths):
@@ -100,6 +115,12 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
             if getattr(self, name):
                 raise InputError(f"`{name}` {getattr(self, name):g} is for the encoder, which `train` decoder keeps; "
                                  "leave it away")  # fmt: skip
+        if self.kl_weight and self.model == "AutoencoderDC":
+            raise InputError(f"`kl_weight` {self.kl_weight:g} is for AutoencoderKL; AutoencoderDC has no posterior; "
+                             "leave it away")  # fmt: skip
+        if self.perceptual_weight is not None and self.perceptual_features is None:
+            raise InputError(f"`perceptual_weight` {self.perceptual_weight:g} is for distances in "
+                             "`perceptual_features`; name these, or leave it away")  # fmt: skip
         if self.digits_share and (self.data_dir is not None or self.dataset != "shapes"):
             raise InputError(f"`digits_share` {self.digits_share} belongs to the built-in shapes; leave it away")
         super().check()
@@ -121,11 +142,16 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
         model, size = (getattr(self, name) or there.get(name) for name in ("model", "image_size"))
         default = replace(self, image_size=size).run_folder(model) if model else None
+        own_norm, posterior = (model == name and self.train == "all" for name in ("AutoencoderDC", "AutoencoderKL"))
         return replace(
             self, output_dir=self.output_dir or default, max_steps=steps, warmup_steps=warmup,
-            digits_share=0.25 * shapes if self.digits_share is None else self.digits_share,
+            digits_share=0.25 * (shapes and not self.class_weight) if self.digits_share is None else self.digits_share,
             flip=facts.get("flip") if self.flip is None else self.flip,
-            kl_weight=1e-4 if self.kl_weight is None and self.train == "all" else self.kl_weight,
+            kl_weight=1e-4 if self.kl_weight is None and posterior else self.kl_weight,
+            perceptual_weight=0.1 if self.perceptual_features and self.perceptual_weight is None
+            else self.perceptual_weight,
+            learning_rate=self.learning_rate or (1e-3 if self.init_from is None else 1e-4),
+            micro_batch_size=self.micro_batch_size or (self.batch_size if own_norm else None),
             init_from=facts.get("init_from", self.init_from), **{name: there.get(name) for name in left_open},
             model_options=facts.get("model_options", self.model_options),
             perceptual_features=facts.get("perceptual_features", self.perceptual_features),

@@ -149,14 +149,17 @@ class DataSettings(ReadingSettings):
 
     def run_folder(self, model: str) -> str:
         """The run folder of a model trained on these data, when none is named."""
-        data = self.dataset
         if (latents := getattr(self, "latents", None)) is not None:
             return f"results/{model.replace('/', '-')}-{followed(latents).name}"
-        if self.data_dir is not None:
-            scheme, _, rest = self.data_dir.partition(":")
-            path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
-            data = path.parent.name if scheme == "wds" else path.name
-        return f"results/{model.replace('/', '-')}-{data}-{self.image_size}"
+        return f"results/{model.replace('/', '-')}-{self.data_name()}-{self.image_size}"
+
+    def data_name(self) -> str:
+        """What the images are called: the built-in data set, or the folder or repository of the user's own."""
+        if self.data_dir is None:
+            return self.dataset
+        scheme, _, rest = self.data_dir.partition(":")
+        path = followed(folder_of(self.data_dir if is_folder(self.data_dir) else rest.partition("?")[0]))
+        return path.parent.name if scheme == "wds" else path.name
 
 
 @dataclass(frozen=True, kw_only=True)

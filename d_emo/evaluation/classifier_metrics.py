@@ -13,7 +13,7 @@ from d_emo.errors import InputError
 from d_emo.evaluation.features import FeatureExtractor
 from d_emo.evaluation.metrics import Gathered
 from d_emo.evaluation.statistics import is_constant
-from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, METRICS, MetricValue, class_values, load
+from d_emo.tables import CLASS_ACCURACY, DATASETS, EMPTY, LABEL_BASE, METRICS, MetricValue, class_values, load
 from d_emo.text import markdown_table
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class ClassifierMetrics:
                 measured |= load(row.compute)(gathered, self._real, "cpu")
         right = {CLASS_ACCURACY.name: classes == labels}
         for part, place in (self._data.label_parts if self._data else {}).items():
-            asked = labels // place % 10
-            right[part] = classes // place % 10 == asked
+            asked = labels // place % LABEL_BASE
+            right[part] = classes // place % LABEL_BASE == asked
             if by_part is not None:
                 by_part[part] = {
                     digit: 100 * right[part][asked == digit].float().mean().item() for digit in asked.unique().tolist()
@@ -232,8 +232,8 @@ def words_of_parts(class_names: Sequence[str], place: int) -> dict[int, str]:
     """
     shared: dict[int, list[str]] = {}
     for label, name in enumerate(class_names):
-        words = name.split()
-        shared[label // place % 10] = [word for word in shared.get(label // place % 10, words) if word in words]
+        words, digit = name.split(), label // place % LABEL_BASE
+        shared[digit] = [word for word in shared.get(digit, words) if word in words]
     return {
         digit: " ".join(word for word in words if not all(word in each for each in shared.values())) or str(digit)
         for digit, words in shared.items()

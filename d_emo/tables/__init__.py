@@ -3,7 +3,7 @@
 Nobody else lists the kinds: settings, help, training, sampling, measuring and reports ask the tables.
 """
 
-from d_emo.tables.datasets import DATASETS, DatasetRow
+from d_emo.tables.datasets import DATASETS, LABEL_BASE, DatasetRow
 from d_emo.tables.demos import DEMOS, DemoRow
 from d_emo.tables.metrics import (
     CLASS_ACCURACY,

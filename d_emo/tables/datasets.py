@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from d_emo.tables.table import Reference, Table
 
+LABEL_BASE = 10
+"""Of class ids whose digits mean something: the digit at a place is ``label // place % LABEL_BASE``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRow:
@@ -19,7 +22,7 @@ class DatasetRow:
         drawn: Whether its images are drawn on the fly, as many as are asked for.
         mirrors: Whether a mirrored image is still of its class; where not, ``flip`` is refused.
         held_out: How many images to measure on; None: all that it holds out.
-        label_parts: Places of the decimal digits of a class id, by name, where they mean something.
+        label_parts: Places of the digits of a class id to `LABEL_BASE`, by name, where they mean something.
         is_empty: Called with images (B, 3, H, W) uint8; says of which there is nothing in them, (B,) bool. None where
             that cannot be told.
         licence: A sentence for model cards.

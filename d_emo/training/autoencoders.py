@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from d_emo.config import VAESettings
+from d_emo.config import VAESettings, check_values
 from d_emo.config.encoding import SIDE
+from d_emo.config.ranges import Count
 from d_emo.errors import InputError, PackageError
 from d_emo.files import expand_home
 from d_emo.io.snapshot import kind_of, load_meta
@@ -53,6 +54,10 @@ class Trained(nn.Module):
     def defaults(settings: VAESettings) -> dict[str, Any]:
         """Arguments of the autoencoder's class where ``model_options`` do not say otherwise."""
         raise NotImplementedError
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise InputError for arguments that the class refuses without saying why."""
 
     @staticmethod
     def scale(vae: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -148,6 +153,17 @@ class TrainedDC(Trained):
         return {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in both.items()}
 
     @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        check_values(dict(options), {"decoder_block_out_channels": list[Count], "latent_channels": Count})
+        widths, channels = options["decoder_block_out_channels"], options.get("latent_channels", 32)
+        if widths and options.get("decoder_in_shortcut", True) and widths[-1] % channels:
+            raise InputError(
+                f"the last of `block_out_channels` is {widths[-1]}, but must be a multiple of the {channels} "
+                "latent_channels, for the shortcut at the decoder's start; change either, latent_channels in "
+                "`model_options`"
+            )
+
+    @staticmethod
     def scale(vae: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
         conv, by_channel = vae.encoder.conv_out, (0, 2, 3)
         deviation = (mean.var(by_channel) + EPS).sqrt()  # (C,)
@@ -175,7 +191,8 @@ class TrainedDecoder(Trained):
         return 1.0
 
     def latents(self, images: torch.Tensor, posterior: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return sample_moments(self.codec.moments(images), posterior), {}  # without gradients
+        with torch.autocast(images.device.type, enabled=False):  # as the latents of a snapshot are measured
+            return sample_moments(self.codec.moments(images), posterior), {}  # without gradients
 
     def decoded(self, latents: torch.Tensor) -> torch.Tensor:
         return self.codec.unclamped(latents)
@@ -265,6 +282,8 @@ def create_trained(
     if start is not None:
         chosen = _config_of(start)
         chosen |= {name: kind.fixed[name] for name in kind.measured} if settings.train == "all" else {}
+    else:
+        kind.check(chosen)
     kind = kind if settings.train == "all" else TrainedDecoder
     vae = autoencoder_class(settings.model)
     with telling_unmet():

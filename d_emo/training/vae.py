@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchvision.utils import save_image
 
 from d_emo.config import VAESettings
 from d_emo.data import ClassImages, Mixture, Reading, in_recorded_order, open_dataset, open_held_out, spread
+from d_emo.device import best_device
 from d_emo.errors import InputError
 from d_emo.files import write_json
 from d_emo.io.card import describe_hardware
@@ -22,16 +24,17 @@ from d_emo.io.snapshot import save_autoencoder
 from d_emo.latents import Codec, codec_of
 from d_emo.latents.codec import DECODER
 from d_emo.models.counting import trained_parameters
-from d_emo.tables import DATASETS
+from d_emo.tables import DATASETS, LABEL_BASE
 from d_emo.training.autoencoders import Trained, create_trained, in_float16, open_start
 from d_emo.training.finetuning import train_only, trained_before
+from d_emo.training.parallel import micro_batch_of
 from d_emo.training.perceptual import PerceptualDistance
 from d_emo.weights import check_library
 
 RISE = 0.15
 """Share of the steps in which the noise on the latents grows to its full size."""
 SAMPLE, AT_ONCE = 1024, 32
-"""Training images that the variance of the latents is measured on, at most; how many go through a network at once."""
+"""Training images that the variance of the latents is measured on, at most; of a micro-batch, how many at once."""
 COLUMNS, LARGEST = 6, 128
 """Images of a data set in the picture of a snapshot; pixels of their sides, unless they are larger."""
 
@@ -76,7 +79,7 @@ class VAETask:
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
         if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
-            self.places, self.base = list(parts.values()), 10
+            self.places, self.base = list(parts.values()), LABEL_BASE
         logits = len(self.places) * self.base if settings.class_weight else 0
         self.model, self.latent_shape = create_trained(settings, logits, start)
         self.parameters, self.start, self.started_from = trained_parameters(self.model.vae), [], trained_before(meta)
@@ -84,7 +87,8 @@ class VAETask:
             trained = f" (step {meta['step']:,})" if meta else ""
             words = train_only(self.model.vae, settings.train, head=DECODER)
             self.start = [f"Weights from {settings.init_from}{trained}.", words]
-        self.device = torch.device("cpu")
+        self.device, share = torch.device("cpu"), max(1, settings.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+        self.at_once = min(AT_ONCE, micro_batch_of(settings, share, best_device()))
 
     @property
     def held_out(self) -> ClassImages | None:
@@ -93,10 +97,11 @@ class VAETask:
 
     def introduction(self) -> list[str]:
         settings, shape = self.settings, " x ".join(map(str, self.latent_shape))
+        trained = trained_parameters(self.model.vae) / 1e6
         digits = f", {settings.digits_share:.0%} of them digits" * bool(settings.digits_share)
         return [
-            f"{settings.model}: {self.parameters / 1e6:.2f} M trained parameters, latents {shape} of "
-            f"{settings.image_size} px; {len(self.dataset):,} images of {self.dataset.name}{digits}; run folder "
+            f"{settings.model}: {trained:.2f} M trained parameters, latents {shape} of "
+            f"{settings.image_size} px; {len(self.dataset):,} images of {settings.data_name()}{digits}; run folder "
             f"{settings.output_dir}",
             *filter(None, [self.dataset.left_out, *self.start]),
         ]
@@ -146,14 +151,14 @@ class VAETask:
 
     def finished(self, model: Trained) -> nn.Module:
         """The autoencoder as a snapshot stores it."""
-        return model.finished(in_batches(self.dataset, spread(len(self.dataset), SAMPLE), self.device))
+        return model.finished(in_batches(self.dataset, spread(len(self.dataset), SAMPLE), self.device, self.at_once))
 
     def validate(self, model: nn.Module, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
         """Sums of each data set's squared errors over this process's share, and the numbers of its images."""
         sums, codec = {}, codec_of(self.finished(model))
         for name, images in self.measured_on.items():
             mine = spread(len(images), self.settings.validate_images)[rank::world_size]
-            sums |= {name: squared_errors(codec, images, mine, self.device), f"{name} count": len(mine)}
+            sums |= {name: self._errors(codec, images, mine), f"{name} count": len(mine)}
         return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in sums.items()}
 
     def figures(self, sums: dict[str, float]) -> dict[str, float]:
@@ -169,7 +174,7 @@ class VAETask:
         for name, images in self.measured_on.items():
             chosen = spread(len(images), settings.validate_images)
             counts[name] = len(chosen)
-            measured[name] = round(psnr(squared_errors(codec, images, chosen, self.device) / len(chosen)), 2)
+            measured[name] = round(psnr(self._errors(codec, images, chosen) / len(chosen)), 2)
         meta = {
             "step": step, "weights": "ema", "image_size": settings.image_size, "data": self.dataset.name,
             "class_names": self.dataset.class_names, "num_images": len(self.dataset), "parameters": self.parameters,
@@ -189,18 +194,23 @@ class VAETask:
 
         save_autoencoder(folder, vae.half() if half else vae, meta=meta, settings=settings, more=more)
 
+    def _errors(self, codec: Codec, images: ClassImages, indices: Sequence[int]) -> float:
+        return squared_errors(codec, images, indices, self.device, self.at_once)
+
     def _pair(self, codec: Codec, images: ClassImages) -> Iterator[torch.Tensor]:
         """Images from all over a data set, and their reconstructions. Shape: -> (6, 3, H, W)."""
         chosen = list(islice(cycle(spread(len(images), COLUMNS)), COLUMNS))
-        for batch in in_batches(images, chosen, self.device):
+        for batch in in_batches(images, chosen, self.device, self.at_once):
             yield batch
             yield reconstructed(codec, batch)
 
 
-def in_batches(images: ClassImages, indices: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
-    """Images, some at once. Shape: -> (B, 3, H, W)."""
-    for start in range(0, len(indices), AT_ONCE):
-        yield torch.stack([images[index][0] for index in indices[start : start + AT_ONCE]]).to(device)
+def in_batches(
+    images: ClassImages, indices: Sequence[int], device: torch.device, at_once: int
+) -> Iterator[torch.Tensor]:
+    """Images, so many at once. Shape: -> (B, 3, H, W)."""
+    for start in range(0, len(indices), at_once):
+        yield torch.stack([images[index][0] for index in indices[start : start + at_once]]).to(device)
 
 
 def reconstructed(codec: Codec, images: torch.Tensor) -> torch.Tensor:
@@ -208,11 +218,13 @@ def reconstructed(codec: Codec, images: torch.Tensor) -> torch.Tensor:
     return codec.decode(codec.moments(images).chunk(2, dim=1)[0])
 
 
-def squared_errors(codec: Codec, images: ClassImages, indices: Sequence[int], device: torch.device) -> float:
+def squared_errors(
+    codec: Codec, images: ClassImages, indices: Sequence[int], device: torch.device, at_once: int = AT_ONCE
+) -> float:
     """Sum over images of the mean squared error of their reconstructions."""
     return sum(
         F.mse_loss(reconstructed(codec, batch), batch, reduction="none").mean(dim=(1, 2, 3)).sum().item()
-        for batch in in_batches(images, indices, device)
+        for batch in in_batches(images, indices, device, at_once)
     )
 
 
@@ -237,7 +249,7 @@ def open_images(settings: VAESettings) -> tuple[ClassImages, dict[str, ClassImag
                          f"only {images.class_names[0]}")  # fmt: skip
     held_out = {}
     if settings.data_dir is None or settings.validate_dir is not None or settings.validate_every is not None:
-        held_out[images.name] = open_held_out(settings, images.class_names, one_class=one_class)
+        held_out[settings.data_name()] = open_held_out(settings, images.class_names, one_class=one_class)
     if settings.digits_share:
         digits = {split: open_dataset(dataset="digits", data_dir=None, image_size=size, split=split,
                                       one_class=one_class) for split in ("train", "test")}  # fmt: skip
