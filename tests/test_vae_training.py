@@ -236,7 +236,8 @@ def test_a_dry_run_tells_of_the_data_and_draws_them(tmp_path, monkeypatch, capsy
     train_vae.run(VAESettings(**DC, dry_run=True))
     said = capsys.readouterr().out
     assert "AutoencoderDC: 0.01 M trained parameters, latents 4 x 4 x 4 of 16 px; 64 images of shapes" in said
-    assert "s a step of 4 images" in said and [each.name for each in tmp_path.rglob("*.png")] == ["dry-run-vae.png"]
+    assert "s a step of 4 images" in said
+    assert [each.name for each in tmp_path.rglob("*.png")] == ["dry-run-AutoencoderDC-shapes-16.png"]
 
 
 def test_held_out_images_that_cannot_be_read_are_told_before_the_run(tmp_path, photos):
