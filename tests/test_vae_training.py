@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ def test_the_posterior_is_drawn_from_and_kept_near_a_normal_one():
 
 @pytest.mark.parametrize("options", [KL, DC])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(options, tmp_path):
-    train(tmp_path / "whole", **{**options, "max_steps": 4}, state_every=2)
+    def run(rank, name="parts"):
+        train(tmp_path / name, **{**options, "max_steps": 4}, state_every=2)
 
     def killed(rank):
         from d_emo.training import loop
@@ -174,10 +176,10 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(options, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         loop.Progress.step_done = die
-        train(tmp_path / "parts", **{**options, "max_steps": 4}, state_every=2)
+        run(rank)
 
     assert in_processes(1, killed) == [-signal.SIGKILL]
-    train(tmp_path / "parts", **{**options, "max_steps": 4}, state_every=2)
+    assert in_processes(1, run) == in_processes(1, partial(run, name="whole")) == [0]  # as many threads as the killed
     assert same(last_state(tmp_path / "parts", 4), last_state(tmp_path / "whole", 4))
     files = [(tmp_path / name / "snapshots/step-4/diffusion_pytorch_model.safetensors").read_bytes()
              for name in ("whole", "parts")]  # fmt: skip

@@ -10,7 +10,7 @@ from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.ranges import BelowOne, Count, Fraction, ImageSide, NotNegative, Positive, Whole, Workers
 from d_emo.config.training import DataSettings, HeldOutSettings, RehearsedSettings, RunSettings
 from d_emo.errors import InputError
-from d_emo.tables import AUTOENCODERS
+from d_emo.tables import AUTOENCODERS, SomeRows
 
 SIDE, WIDTHS = 64, {"AutoencoderKL": [24, 48, 96, 128], "AutoencoderDC": [32, 32, 64, 128, 256, 256]}
 """Of a codec that starts from nothing: side of its images; channels."""
@@ -38,7 +38,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     model: str | None = setting(
         None, "class of diffusers: AutoencoderKL, latents with a posterior, of an eighth of the side; "
         "AutoencoderDC, deep compression, normalised latents of a thirty-second. Default: AutoencoderKL",
-        group="Model", choices={name: row for name, row in AUTOENCODERS.items() if row.network}
+        group="Model", choices=SomeRows(AUTOENCODERS, lambda row: row.network is not None)
     )
     block_out_channels: list[Count] | None = setting(
         None, "channels at each resolution, each half the one before; n of them make the latents' side "
