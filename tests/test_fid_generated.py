@@ -166,6 +166,19 @@ def test_batch_norms_are_folded(made: dict[str, Path], tmp_path: Path, monkeypat
     assert seen and not any(seen)
 
 
+def test_unless_told_otherwise_it_draws_in_the_250_steps_of_tables(made, tmp_path, monkeypatch) -> None:
+    def images(sampler, *args, **kwargs):
+        raise InputError(f"{sampler.steps} steps")
+
+    monkeypatch.setattr(Sampler, "images", images)
+    with pytest.raises(InputError, match="^2 steps"):
+        run_verb("fid", arguments(made, tmp_path / "o.json", "--num-images", 12))
+    words = arguments(made, tmp_path / "default.json", "--num-images", 12)
+    del words[words.index("--steps"):words.index("--steps") + 2]
+    with pytest.raises(InputError, match="^250 steps"):
+        run_verb("fid", words)
+
+
 def test_a_snapshot_of_nan_or_without_null_class_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
     snapshot = load_denoiser(made["snap"])
     scheduler = DDPMScheduler.from_config(snapshot.scheduler_config)
