@@ -31,6 +31,7 @@ def test_weights_are_settled_for_the_losses_that_there_are():
 
 def test_classes_of_the_shapes_are_read_by_their_parts_as_no_digits_are_mixed_in():
     assert VAESettings().resolve().digits_share == 0.25
+    assert VAESettings(init_from="x").resolve().digits_share == 0, "whose data may have had none"
     task = VAETask(VAESettings(**KL, class_weight=0.1))
     assert task.settings.digits_share == 0 and (task.places, task.base) == ([100, 10, 1], 10)
 

@@ -52,7 +52,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     )
     digits_share: Fraction | None = setting(
         None, "fraction of images that are digits, beside the built-in shapes. Default: 0.25 of those without "
-        "--class-weight, else 0"
+        "--class-weight and --init-from, else 0"
     )
     l1_weight: NotNegative = setting(
         0.0, "weight of the mean absolute error, beside the mean squared error of 1", group="Loss"
@@ -139,13 +139,14 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
             there = {"model": model, "block_out_channels": WIDTHS[model], "image_size": SIDE}
         left_open = [name for name in ("model", "block_out_channels", "image_size") if getattr(self, name) is None]
         steps, shapes = self.steps(facts.get("images"), 6_000), self.data_dir is None and self.dataset == "shapes"
+        mixed = shapes and not self.class_weight and self.init_from is None
         warmup = self.warmup_steps if self.warmup_steps is not None or steps is None else steps // 20
         model, size = (getattr(self, name) or there.get(name) for name in ("model", "image_size"))
         default = replace(self, image_size=size).run_folder(model) if model else None
         own_norm, posterior = (model == name and self.train == "all" for name in ("AutoencoderDC", "AutoencoderKL"))
         return replace(
             self, output_dir=self.output_dir or default, max_steps=steps, warmup_steps=warmup,
-            digits_share=0.25 * (shapes and not self.class_weight) if self.digits_share is None else self.digits_share,
+            digits_share=0.25 * mixed if self.digits_share is None else self.digits_share,
             flip=facts.get("flip") if self.flip is None else self.flip,
             kl_weight=1e-4 if self.kl_weight is None and posterior else self.kl_weight,
             perceptual_weight=0.1 if self.perceptual_features and self.perceptual_weight is None
