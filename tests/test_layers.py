@@ -13,9 +13,9 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "objective", "of_latents", "finetuning", "training", "distilling", "encoding",
-        "dense", "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
-        "demos", "study",
+        "paths", "ranges", "base", "exact", "objective", "of_latents", "finetuning", "training", "distilling",
+        "encoding", "dense", "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting",
+        "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",

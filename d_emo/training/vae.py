@@ -66,6 +66,7 @@ class VAETask:
 
     def __init__(self, settings: VAESettings):
         check_library()
+        settings = settings.resolve()
         start, facts, meta = (None, {}, {}) if settings.init_from is None else open_start(settings)
         settings = settings.resolve(**facts)
         self.dataset, self.measured_on = open_images(settings)
@@ -75,7 +76,6 @@ class VAETask:
         self.perceptual = None
         if settings.perceptual_features is not None:
             self.perceptual = PerceptualDistance(settings.perceptual_features)
-            self.facts["perceptual_features"] = self.perceptual.name
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
         if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
