@@ -103,9 +103,7 @@ class _Run:
         if settings.compile:
             model.compile()
         self.updates = Updates(accelerator, model, optimizer, settings, self.precision)
-        bare = self.updates.bare_model
-        moments = bare._modules.get("moments") or nn.Module()  # of what few-step objectives drew
-        self.guard = NonFiniteGuard([*norm_buffers(bare), *moments.buffers()], settings.nan)
+        self.guard = NonFiniteGuard(list(self.updates.bare_model.buffers()), settings.nan)
         if state is not None:
             self._restore(state)
             done = "nothing to do" if self.step >= settings.max_steps else "resuming"

@@ -46,9 +46,6 @@ class Draws(NamedTuple):
     posterior: torch.Tensor  # (B, C, h, w)
     noise: torch.Tensor | None = None  # (B, C, h, w), of a standard deviation of its own for each image
 
-    def __getitem__(self, rows: slice) -> Draws:  # type: ignore[override]
-        return Draws(*(None if field is None else field[rows] for field in self._asdict().values()))
-
 
 class VAETask:
     """Reconstructions, pixel by pixel and in a classifier's features; a posterior; classes read from the latents.
