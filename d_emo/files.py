@@ -264,9 +264,11 @@ def step_of(folder: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def newest_step(folder: Path, *, default: Path) -> Path:
-    """The folder ``step-N`` of the largest step in a folder; the default where there is none."""
-    return max(folder.glob("step-*"), key=step_of, default=default)
+def newest_snapshot(folder: Path) -> Path:
+    """The newest snapshot of a run folder; a folder that is a snapshot or a VAE itself, or has none, as it is."""
+    if any((folder / name).exists() for name in (META, "config.json")):
+        return folder
+    return max(folder.glob("snapshots/step-*"), key=step_of, default=folder)
 
 
 @contextmanager

@@ -33,9 +33,6 @@ class StepNoise(NamedTuple):
     drop_label: torch.Tensor  # (B,) bool
     flip: torch.Tensor  # (B,) bool
 
-    def __getitem__(self, rows: slice) -> StepNoise:  # type: ignore[override]
-        return StepNoise(*(field[rows] for field in self._asdict().values()))
-
 
 class Objective(nn.Module, ABC):
     """What the objectives share: the draw of a step's randomness, label dropout, the split of the output.

@@ -80,13 +80,28 @@ def test_the_card_holds_the_recipe(tmp_path):
     ) in text_of(save(tmp_path / "c", model, settings, scheduler=flow, objective="flow"))
 
 
+@pytest.mark.parametrize("key, value, words", [
+    ("align", "emov2:/home/me/runs/digits/snapshots/step-40", "aligned with emov2:digits/snapshots/step-40"),
+    ("align", "sra", "aligned with sra"), ("align", "emov2:weights/emov2_1m.pth", "aligned with emov2:emov2_1m.pth"),
+    ("fd_features", "emov2:digits/snapshots/step-40", "in the features of emov2:digits/snapshots/step-40"),
+])  # fmt: skip
+def test_a_card_names_the_snapshot_whose_features_were_looked_at(snapshot, key, value, words):
+    settings = yaml.safe_load((snapshot / "config.yaml").read_text())
+    more = {"align_block": None, "align_weight": 0.5, key: value}
+    (snapshot / "config.yaml").write_text(yaml.safe_dump({**settings, **more}))
+    card.write_card(snapshot)
+    assert words in text_of(snapshot) and "/home" not in text_of(snapshot)
+
+
 def test_a_classifier_has_its_own_card(tmp_path):
     model = create_model("emov2_1m", num_classes=10)
     measured = {"ema": {"top1": 0.98764, "top5": 1, "images": 359}, "raw": {"top1": 0.5, "top5": 0.75, "images": 359}}
     meta = {**META, "held_out_accuracy": 0.9876, "accuracy": measured}
-    save_classifier(tmp_path / "c", model, meta=meta, settings=ClassifierSettings(dataset="digits"))
+    settings = ClassifierSettings(dataset="digits", teacher="/home/me/results/big/snapshots/step-9")
+    save_classifier(tmp_path / "c", model, meta=meta, settings=settings)
     text = text_of(tmp_path / "c")
-    for fact in ("# emov2_1m on", "label smoothing 0.1", "weight decay 0.05", "98.76%", "load_classifier"):
+    for fact in ("# emov2_1m on", "smoothing 0.1, the soft logits of big/snapshots/step-9 with weight 5, AdamW",
+                 "weight decay 0.05", "98.76%", "load_classifier"):  # fmt: skip
         assert fact in text, fact
     assert "(EMA), these here | 98.76% | 100.00% | 359 |" in text and "| raw | 50.00% | 75.00% | 359 |" in text
     assert "arXiv:2301.01146" in text and "arXiv:2212.09748" not in text

@@ -13,9 +13,9 @@ LAYERS = [
 ]
 INSIDE = {
     "config": [
-        "paths", "ranges", "base", "objective", "of_latents", "finetuning", "training", "distilling", "encoding",
-        "dense", "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting", "benchmarking",
-        "demos", "study",
+        "paths", "ranges", "base", "exact", "objective", "of_latents", "finetuning", "training", "distilling",
+        "encoding", "dense", "detecting", "segmenting", "video", "inspecting", "sampling", "measuring", "exporting",
+        "benchmarking", "demos", "study",
     ],
     "kernels": [
         "autotune", "dispatch", "activation", "native", "linear", "partitions", "attention", "depthwise", "local_steps",
@@ -40,10 +40,9 @@ INSIDE = {
     "latents": ["codec", "autoencoders", "shards", "encode", "dataset"],
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
-        "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal", "loop",
-        "alignment", "words", "judging", "denoiser", "accuracy", "teacher", "classifier", "latent_classifier",
-        "detector", "segmenter", "video", "autoencoders",
-        "perceptual", "vae",
+        "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal",
+        "same_data", "loop", "alignment", "words", "judging", "denoiser", "accuracy", "teacher", "classifier",
+        "latent_classifier", "detector", "segmenter", "video", "autoencoders", "perceptual", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

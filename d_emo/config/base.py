@@ -27,6 +27,7 @@ def setting(
     default: Any = MISSING, help: str = "", flag: str | None = None, nargs: int | Literal["+"] | None = None, *,
     group: str | None = None, choices: Mapping[str, Any] | None = None, source: Source = False,
     resumable: bool = False, decisive: bool | None = None, output: str | None = None, aliases: Sequence[str] = (),
+    snapshot: bool = False,
 ) -> Any:
     """A field of a settings class.
 
@@ -44,10 +45,11 @@ def setting(
             a file whose folder is made, or "pictures", a folder of them; a "run", a folder that the same command goes
             on with, or a "part" of one; a folder "shared" by processes that see to it themselves.
         aliases: Other flags that mean it.
+        snapshot: Whether it may name a snapshot by the folder of its run; see `with_exact_snapshots`.
     """
     metadata = {"help": help, "flag": flag, "nargs": nargs, "group": group, "choices": choices, "source": source,
                 "resumable": resumable, "decisive": not resumable if decisive is None else decisive, "output": output,
-                "aliases": aliases}
+                "aliases": aliases, "snapshot": snapshot}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -104,7 +106,7 @@ class Settings:
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
-        """Names of the fields with a mark of `setting`: "resumable", "decisive"."""
+        """Names of the fields with a mark of `setting`: "resumable", "decisive", "snapshot"."""
         return {each.name for each in fields(cls) if each.metadata.get(mark)}
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.dense import DenseSettings
+from d_emo.config.exact import with_exact_snapshots
 from d_emo.config.ranges import BelowOne, ClassifierSide, Count, Fraction, Positive, Whole
 
 
@@ -42,7 +43,7 @@ class DetectorSettings(ReadingSettings, DenseSettings):
     )
     init_from: str | None = setting(
         None, "start the backbone from a classifier: a snapshot, a released file, or a folder made by "
-        "d-emo convert", source=True
+        "d-emo convert", source=True, snapshot=True
     )
     batch_size: Count = setting(192, "images per step over all processes (global)", group="Optimisation")
     learning_rate: Positive = setting(2.4e-3, "peak learning rate of AdamW", aliases=["--lr"])
@@ -71,13 +72,13 @@ class DetectorSettings(ReadingSettings, DenseSettings):
         built_in = self.annotations is None
         size = self.image_size or (160 if built_in else None)
         data = self.dataset if built_in else Path(self.annotations).stem
-        return replace(
+        return with_exact_snapshots(replace(
             self, image_size=size, max_steps=self.steps(facts.get("images"), 366_500),
             output_dir=self.output_dir or f"results/{self.model}-{data}-{size or 'own'}",
             flip=self.mirrors if self.flip is None else self.flip,
             augment=self.augment or ("ssd" if self.model.lower().startswith("ssdlite") else "flip"),
             validate_images_dir=self.validate_images_dir or (self.images if self.validate_annotations else None),
-        )
+        ))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ class DistillSettings(TrainSettings):
     init_from: str = setting(
         help="the snapshot to go on from, or a run folder for its newest: one of flow or flow-x, or of an objective "
         "of few steps. Model, VAE, image size and, where none are named, data are its own", flag="SNAPSHOT",
-        source=True, group="Fine-tuning"
+        source=True, group="Fine-tuning", snapshot=True
     )
     objective: str | None = setting(
         None, "what it is trained for. Default: one-step, one-step-x from flow-x, or the snapshot's own",
@@ -31,7 +31,7 @@ class DistillSettings(TrainSettings):
     )
     fd_features: str = setting(
         help="emov2:SNAPSHOT, a classifier, of images or of the latents, in whose features the Frechet distance is "
-        "taken. Report the result in another network's"
+        "taken. Report the result in another network's", snapshot=True
     )
     dataset: str | None = setting(
         None, "built-in data set. Default: the data that the snapshot was trained on", group="Data", choices=DATASETS

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import setting
+from d_emo.config.exact import with_exact_snapshots
 from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.ranges import BelowOne, Count, Fraction, ImageSide, NotNegative, Positive, Whole, Workers
 from d_emo.config.training import DataSettings, HeldOutSettings, RehearsedSettings, RunSettings
@@ -29,7 +30,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     init_from: str | None = setting(
         None, "start from this codec: d-emo-f8, a local folder of a VAE, a snapshot or run folder of train-vae, or a "
         "hub name. --model, --block-out-channels and --model-options are its own, --image-size too unless given",
-        source="or a name", group="Fine-tuning"
+        source="or a name", group="Fine-tuning", snapshot=True
     )
     train: Literal["all", "decoder"] = setting(
         "all", "which weights: all; or decoder: latents, scaling and shift stay those of --init-from, and so what was "
@@ -59,7 +60,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
     )
     perceptual_features: str | None = setting(
         None, "emov2:SNAPSHOT (or a run folder), a classifier of images, in whose features reconstructions are "
-        "compared too"
+        "compared too", snapshot=True
     )
     perceptual_weight: NotNegative | None = setting(
         None, "with --perceptual-features: weight of the distance in them. Default: 0.1"
@@ -130,8 +131,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
 
         Args:
             facts: "images", how many there are to train on, and "flip" of them; of the codec to start from "init_from",
-                by which it is opened again, "model", "block_out_channels", "model_options" and "image_size"; and
-                "perceptual_features", by which they are opened again.
+                by which it is opened again, "model", "block_out_channels", "model_options" and "image_size".
         """
         there = facts
         if self.init_from is None:
@@ -144,7 +144,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
         model, size = (getattr(self, name) or there.get(name) for name in ("model", "image_size"))
         default = replace(self, image_size=size).run_folder(model) if model else None
         own_norm, posterior = (model == name and self.train == "all" for name in ("AutoencoderDC", "AutoencoderKL"))
-        return replace(
+        return with_exact_snapshots(replace(
             self, output_dir=self.output_dir or default, max_steps=steps, warmup_steps=warmup,
             digits_share=0.25 * mixed if self.digits_share is None else self.digits_share,
             flip=facts.get("flip") if self.flip is None else self.flip,
@@ -155,8 +155,7 @@ class VAESettings(FineTuningSettings, HeldOutSettings, RunSettings, RehearsedSet
             micro_batch_size=self.micro_batch_size or (self.batch_size if own_norm else None),
             init_from=facts.get("init_from", self.init_from), **{name: there.get(name) for name in left_open},
             model_options=facts.get("model_options", self.model_options),
-            perceptual_features=facts.get("perceptual_features", self.perceptual_features),
-        )
+        ))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

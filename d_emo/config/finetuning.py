@@ -25,7 +25,7 @@ class FineTuningSettings(Settings):
         "--model, --model-options, --image-size and, of a denoiser, --vae, --objective and --timestep-sampling are "
         "those of the snapshot; classes, image size and a denoiser's patch size may be others. --model-options are "
         "added to the snapshot's; to undo one of those, give its default: '{window_size: 8}'",
-        source=True, group="Fine-tuning"
+        source=True, group="Fine-tuning", snapshot=True
     )
     train: Trained = setting(
         "all", "which weights: all; head, the last layer and, of a denoiser, the class embeddings; or lora:RANK, the "

@@ -46,7 +46,7 @@ class ObjectiveSettings(Settings):
 
     fd_features: str | None = setting(
         None, "of one-step and four-step: emov2:SNAPSHOT, a classifier, of images or of the latents, in whose "
-        "features the Frechet distance is taken. Report the result in another network's"
+        "features the Frechet distance is taken. Report the result in another network's", snapshot=True
     )
     fd_decay: BelowOne | None = setting(
         None, "of one-step and four-step: decay of the running statistics of what is drawn. Default: 0.999"
@@ -75,7 +75,7 @@ class ObjectiveSettings(Settings):
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "
         "convolution and spatial norm of iREPA): vae, the clean latents themselves; emov2:SNAPSHOT, a classifier "
         "trained here or a released EMO file; sra, the moving average under less noise; dinov2:FILE, weights of timm's",
-        group="Alignment"
+        group="Alignment", snapshot=True
     )
     align_weight: NotNegative | None = setting(None, "with --align: weight of that loss. Default: 0.5")
     align_block: Whole | None = setting(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, overwrite_setting, setting
 from d_emo.config.dense import DenseSettings
+from d_emo.config.exact import with_exact_snapshots
 from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
@@ -33,7 +34,7 @@ class SegmenterSettings(DenseSettings):
     )
     init_from: str | None = setting(
         None, "start the backbone from a classifier of the same name: a snapshot, a released file, a folder made by "
-        "d-emo convert", source=True
+        "d-emo convert", source=True, snapshot=True
     )
     freeze_backbone: bool = setting(False, "train the heads only; batch norms of the backbone keep their statistics")
     data_dir: str | None = setting(
@@ -108,11 +109,11 @@ class SegmenterSettings(DenseSettings):
             facts: "images", how many there are to train on.
         """
         data = self.dataset if self.data_dir is None else followed(folder_of(self.data_dir)).name
-        return replace(
+        return with_exact_snapshots(replace(
             self, output_dir=self.output_dir or f"results/{self.model}-{data}-{self.image_size}",
             flip=self.mirrors if self.flip is None else self.flip,
             max_steps=self.steps(facts.get("images"), 160_000),
-        )
+        ))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import ReadingSettings, Settings, setting
+from d_emo.config.exact import with_exact_snapshots
 from d_emo.config.finetuning import FineTuningSettings
 from d_emo.config.objective import ObjectiveSettings
 from d_emo.config.of_latents import LatentClassifierSettings
@@ -202,7 +203,7 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         None, "codec: pixels, d-emo-f8, a local folder of a VAE, a run folder of train-vae (its newest snapshot, whose "
         "name is kept) or a hub name. "
         "Default: that of --latents; else d-emo-f8 for built-in data, stabilityai/sd-vae-ft-ema for --data-dir",
-        source="or a name"
+        source="or a name", snapshot=True
     )
     cache_latents: bool = setting(False, "encode the data set once, before training, into the run folder")
     unconditional: bool = setting(
@@ -266,13 +267,13 @@ class TrainSettings(ObjectiveSettings, FineTuningSettings, HeldOutSettings, RunS
         dropout = 0.0 if self.unconditional or few_steps else self.label_dropout
         size = self.image_size or facts.get("image_size") or (256 if self.latents is None else None)
         left_open = [name for name in ("exif", "background", "flip") if getattr(self, name) is None]
-        return replace(
+        return with_exact_snapshots(replace(
             self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 400_000),
             output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
             **{name: facts.get(name) for name in left_open}, **self.objective_settings(self.objective or objective),
             vae=facts.get("vae", self.vae), label_dropout=dropout,
             preview_guidance=self.preview_guidance if dropout else 1.0,  # else the null class is never trained
-        )
+        ))  # fmt: skip
 
     def same_model(self, there: dict[str, Any]) -> bool:
         """Whether the model is the snapshot's but for the patch size that ends its name, or left open."""
@@ -349,7 +350,7 @@ class ClassifierSettings(FineTuningSettings, LatentClassifierSettings, HeldOutSe
     )
     teacher: str | None = setting(
         None, "distillation: a timm model, a released EMO file, a folder made by d-emo convert, or a snapshot "
-        "of a classifier", group="Distillation", source="or a name"
+        "of a classifier", group="Distillation", source="or a name", snapshot=True
     )
     teacher_weights: str | None = setting(
         None, "weights file of a timm teacher. Default: timm's pretrained ones", source=True
@@ -381,10 +382,10 @@ class ClassifierSettings(FineTuningSettings, LatentClassifierSettings, HeldOutSe
         warmup = self.warmup_steps
         if self.epochs is not None and "images" in facts:
             warmup = round(min(self.warmup_epochs, self.epochs / 10) * facts["images"] / self.batch_size)
-        return replace(
+        return with_exact_snapshots(replace(
             self, model=model, image_size=size, max_steps=self.steps(facts.get("images"), 187_670), warmup_steps=warmup,
             output_dir=self.output_dir or replace(self, image_size=size).run_folder(model),
             rand_augment=self.rand_augment or ("rand-m9-mstd0.5-inc1" if folder else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
             flip=facts.get("flip") if self.flip is None else self.flip,
-        )
+        ))  # fmt: skip

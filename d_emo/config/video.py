@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from d_emo.config.base import setting
+from d_emo.config.exact import with_exact_snapshots
 from d_emo.config.paths import folder_of, followed
 from d_emo.config.ranges import (
     BelowOne,
@@ -35,7 +36,7 @@ class VideoSettings(RunSettings, RehearsedSettings):
     init_from: str | None = setting(
         None, "start from the weights of an image classifier of the same size (a snapshot, a released file, a folder "
         "made by d-emo convert), whose kernels are inflated, or of a snapshot of a video classifier",
-        source=True
+        source=True, snapshot=True
     )
     inflate: Literal["divide", "repeat"] = setting(
         "divide", "kernels of an image classifier are repeated along time, and divided by their depth or not"
@@ -111,10 +112,10 @@ class VideoSettings(RunSettings, RehearsedSettings):
         own = self.data_dir is not None
         size = self.image_size or (160 if own else 48)
         data = followed(folder_of(self.data_dir)).name if own else "moving-digits"
-        return replace(
+        return with_exact_snapshots(replace(
             self, image_size=size, frames=self.frames or (4 if own else 8),
             output_dir=self.output_dir or f"results/{self.model}-{data}-{size}",
             max_steps=self.steps(facts.get("images"), 188_000), flip=own if self.flip is None else self.flip,
             rand_augment=self.rand_augment or ("rand-m7-n4" if own else "none"),
             validate_dir=self.validate_dir or facts.get("validate_dir"),
-        )
+        ))  # fmt: skip

@@ -38,15 +38,14 @@ def write_card(folder: str | Path) -> Path:
     source = {"moving-digits": "digits"}.get(meta.get("data"), meta.get("data"))
     built_in = next((table[source] for table in (DATASETS, SCENES) if source in table), None)
     optimizer = settings.get("optimizer", "adamw")
-    aligned, judged, perceptual = (  # with what, without its folder
-        ":".join(re.split(r":(?:.*/)?", (settings.get(key) or "").rstrip("/"), maxsplit=1))
-        for key in ("align", "fd_features", "perceptual_features")
+    aligned, judged, perceptual, teacher = (
+        _without_place(settings.get(key) or "") for key in ("align", "fd_features", "perceptual_features", "teacher")
     )
     terms = [(built_in and built_in.licence) or _OWN_TERMS]
     terms += [DATASETS["digits"].licence] * bool(settings.get("digits_share"))
     facts = {"meta": meta, "settings": settings, "data": data, "terms": " ".join(terms),
              "optimizer": (optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].label) or optimizer,
-             "aligned": aligned, "judged": judged, "perceptual": perceptual,
+             "aligned": aligned, "judged": judged, "perceptual": perceptual, "teacher": teacher,
              "picture": PICTURE if (folder / PICTURE).exists() else "", "measurements": read_metrics(folder)}
     seen = f"{data}, {meta['image_size']} px"
     tasks = {
@@ -136,6 +135,13 @@ def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
     if scheme == "hf":
         return rest.partition("?")[0]
     return Path(rest).parent.name if scheme == "wds" else Path(place).name
+
+
+def _without_place(name: str) -> str:
+    """The name of a network, such as emov2:FOLDER, of whose folders only a snapshot's and its run's are left."""
+    before, colon, path = name.rpartition(":")
+    parts = Path(path).parts
+    return before + colon + "/".join(parts[-3:] if parts[-2:-1] == ("snapshots",) else parts[-1:])
 
 
 def _hub_datasets(meta: dict[str, Any], settings: dict[str, Any]) -> list[str] | None:

@@ -33,6 +33,7 @@ SCHEDULE: dict[str, Any] = {
 STATE: dict[str, Any] = {
     "step": Whole, "minutes": NotNegative, "model": dict[str, Any], "optimizer": dict[str, Any], "ema": dict[str, Any],
     "moments": Whole, "guard": dict[str, Any], "kernels": dict[str, str] | None, "class_names": list[str] | None,
+    "data": dict[str, Any] | None,
 }  # fmt: skip
 _OF_STATES = {"ema": {"step": Whole}, "guard": {"skipped": Whole, "in_a_row": Whole}}
 

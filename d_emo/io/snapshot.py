@@ -22,7 +22,7 @@ from torch import nn
 
 from d_emo.config import write_yaml
 from d_emo.errors import InputError, PackageError
-from d_emo.files import META, check_sums, digest_of_file, newest_step, read_json, sealed, write_folder, write_json
+from d_emo.files import META, check_sums, digest_of_file, newest_snapshot, read_json, sealed, write_folder, write_json
 from d_emo.io.card import write_card
 from d_emo.io.schema import noise_schedule, snapshot_meta
 from d_emo.io.training_state import MANIFEST
@@ -204,9 +204,7 @@ def newest_denoiser(results: Path = Path("results")) -> Path:
 
 def kind_of(path: str | Path) -> str | None:
     """What a snapshot or a run folder holds, such as "denoiser" or "classifier"; None for anything else."""
-    path = Path(path)
-    newest = newest_step(path / "snapshots", default=path)
-    return _kind((path if (path / META).exists() else newest) / META)
+    return _kind(newest_snapshot(Path(path)) / META)
 
 
 def _class_of(path: Path) -> type[DenoiserFrame]:
@@ -230,8 +228,7 @@ def _open_snapshot(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"the snapshot folder {path} does not exist")
-    if not (path / META).exists() and (path / "snapshots").is_dir():
-        path = newest_step(path / "snapshots", default=path)
+    path = newest_snapshot(path)
     if not (path / META).exists() and (path / "states").is_dir():
         raise InputError(
             f"the run {path} has no snapshot yet; training writes one every `snapshot_every` steps and after its last"

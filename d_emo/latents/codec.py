@@ -17,7 +17,7 @@ from torch import nn
 from d_emo.config import check_values
 from d_emo.config.ranges import Layers
 from d_emo.errors import InputError, imported
-from d_emo.files import check_sums, digest_of_tensors, expand_home, newest_step, read_json
+from d_emo.files import check_sums, digest_of_tensors, expand_home, newest_snapshot, read_json
 from d_emo.tables import AUTOENCODERS, CODECS, load
 from d_emo.weights import STEM, check_finite, check_library, first_line, load_pretrained, telling_unmet
 
@@ -224,7 +224,7 @@ def load_codec(name: str, *, setting: str = "vae") -> Codec:
         )
     stored = (folder / "config.json").exists()
     if not stored and ((folder / "states").is_dir() or (folder / "snapshots").is_dir()):
-        run, folder = folder, newest_step(folder / "snapshots", default=folder)
+        run, folder = folder, newest_snapshot(folder)
         if folder == run:
             raise InputError(f"the run {name} has no snapshot yet; `snapshot_every` says when it writes one")
         name = str(folder)  # which snapshot is the newest may change

@@ -75,6 +75,10 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return self.index["images"]
 
+    def source(self, index: int) -> Path:
+        """The shard that image ``index`` is in."""
+        return self.folder / self.index["shards"][index // self.index["shard_size"]]["file"]
+
     def label(self, index: int) -> int:
         shard, row = self._at(index)
         return int(shard["labels"][row])

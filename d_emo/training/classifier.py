@@ -47,9 +47,6 @@ class Augmentation(NamedTuple):
     level: torch.Tensor | None = None  # (B, 1, 1, 1), the share t of noise in (1 - t) image + t noise
     noise: torch.Tensor | None = None  # (B, 3, H, W)
 
-    def __getitem__(self, rows: slice) -> Augmentation:  # type: ignore[override]
-        return Augmentation(*(None if field is None else field[rows] for field in self._asdict().values()))
-
 
 class ClassifierTask:
     """Cross-entropy with label smoothing, and optionally a teacher's soft logits, on augmented images.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from d_emo.data import StepSampler
@@ -22,7 +22,8 @@ class Feed:
 
     Args:
         dataset: What is read, by index; its ``collate``, if it has one, makes a batch of what is read.
-        draw: All randomness of a step: (generator, global batch size) -> something to slice.
+        draw: All randomness of a step: (generator, global batch size) -> tensors that have a row for each image, alone
+            or in tuples and the like.
         seed: Of the run.
         batch_size: Images of a step, those of all processes.
         micro_batch_size: Images of a process that go through the network at once.
@@ -65,7 +66,7 @@ class Feed:
         torch.manual_seed((self._seed_of(step) + self.rank) % 2**63)  # for drop path and the like
         first = self.rank * self.share
         for row in range(first, first + self.share, self.micro_batch_size):
-            yield batch if row == first else self._next(), draws[row : row + self.micro_batch_size]
+            yield batch if row == first else self._next(), rows_of(draws, row, row + self.micro_batch_size)
 
     def prepare(self, step: int) -> None:
         """Start on the step to be served next, while the device is busy."""
@@ -84,3 +85,8 @@ class Feed:
         batch = tree_map(lambda part: part.to(self.device, non_blocking=True), next(self._batches))
         self.waited += time.perf_counter() - asked
         return batch
+
+
+def rows_of(draws: Any, first: int, end: int) -> Any:
+    """Some rows of each tensor of a step's draws, which keep their form. Shape: (B, ...) -> (end - first, ...)."""
+    return tree_map_only(torch.Tensor, lambda part: part[first:end], draws)

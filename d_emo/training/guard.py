@@ -34,12 +34,13 @@ def variance_of_one_refused() -> Iterator[None]:
 
 
 class NonFiniteGuard:
-    """Judges each step before its update; a refused step leaves the model as it was, running statistics included.
+    """Judges each step before its update; a refused step leaves the model as it was, its buffers included.
 
     Shape: buffers of any shape.
 
     Args:
-        buffers: Running statistics, which a forward pass changes before anybody can look at it.
+        buffers: Of the model: running statistics are among them, which a forward pass changes before anybody can look
+            at it.
         policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.
     """
 
@@ -49,13 +50,13 @@ class NonFiniteGuard:
         self.skipped = self.in_a_row = 0
 
     def remember(self) -> None:
-        """Keep the running statistics of before the step."""
+        """Keep the buffers of before the step."""
         if self.buffers:
             torch._foreach_copy_(self.kept, self.buffers)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back the running statistics of before the step."""
+        """Put back the buffers of before the step."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)
 
@@ -84,7 +85,7 @@ class NonFiniteGuard:
     def record(
         self, run: Path, step: int, learning_rate: float, means: dict[str, float], indices: list[int], *, write: bool
     ) -> str:
-        """Undo what the step did to the running statistics; write what is known of it to the run folder.
+        """Undo what the step did to the buffers; write what is known of it to the run folder.
 
         Returns:
             A sentence for the user.

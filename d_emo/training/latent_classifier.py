@@ -32,9 +32,6 @@ class LatentDraws(NamedTuple):
     level: torch.Tensor | None = None  # (B, 1, 1, 1), the share t of noise in (1 - t) latent + t noise
     noise: torch.Tensor | None = None  # (B, C, h, w)
 
-    def __getitem__(self, rows: slice) -> LatentDraws:  # type: ignore[override]
-        return LatentDraws(*(None if field is None else field[rows] for field in self._asdict().values()))
-
 
 class LatentClassifierTask(ClassifierTask):
     """Cross-entropy with label smoothing on stored latents.

@@ -29,6 +29,7 @@ from d_emo.training.guard import NonFiniteGuard, variance_of_one_refused
 from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
+from d_emo.training.same_data import check_same_data, trace_of
 from d_emo.training.stop import Stop, StopSignal
 from d_emo.training.task import Task
 
@@ -81,6 +82,7 @@ class _Run:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.step, self.minutes, self.saved = 0, 0.0, None  # saved: step of the last state in the run folder
         self.states: list[Path] = []  # that this run has written
+        self.trace = trace_of(task.dataset)
 
     def go(self) -> Path | None:
         state, task, accelerator, settings = self._open_run_folder(), self.task, self.accelerator, self.settings
@@ -103,9 +105,7 @@ class _Run:
         if settings.compile:
             model.compile()
         self.updates = Updates(accelerator, model, optimizer, settings, self.precision)
-        bare = self.updates.bare_model
-        moments = bare._modules.get("moments") or nn.Module()  # of what few-step objectives drew
-        self.guard = NonFiniteGuard([*norm_buffers(bare), *moments.buffers()], settings.nan)
+        self.guard = NonFiniteGuard(list(self.updates.bare_model.buffers()), settings.nan)
         if state is not None:
             self._restore(state)
             done = "nothing to do" if self.step >= settings.max_steps else "resuming"
@@ -157,7 +157,11 @@ class _Run:
             )
         say = print if self.accelerator.is_main_process else lambda line: None
         self.resumed_from = find_state(states, say=say) if settings.resume == "auto" else Path(settings.resume)
-        return None if self.resumed_from is None else load_state(self.resumed_from)
+        state = None if self.resumed_from is None else load_state(self.resumed_from)
+        names = list(self.task.dataset.class_names)
+        if state is not None and (moved := check_same_data(settings, old, state, self.trace, names)):
+            say(moved)
+        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -326,7 +330,7 @@ class _Run:
                 save_state(self.folder / "states", self.step, {
                     **state, "step": self.step, "minutes": self._minutes(), "ema": self.ema.state_dict(),
                     "guard": self.guard.state_dict(), "kernels": dict(tuner.used),
-                    "class_names": list(self.task.dataset.class_names),
+                    "class_names": list(self.task.dataset.class_names), "data": self.trace,
                 }, own=self.states)
         self.accelerator.wait_for_everyone()
 

@@ -24,9 +24,6 @@ class PerceptualDistance(nn.Module):
 
     Raises:
         InputError: There is no such classifier, or it shows no four stages.
-
-    Attributes:
-        name: emov2:SNAPSHOT, the newest one of a run folder that was given.
     """
 
     def __init__(self, features: str):
@@ -35,7 +32,6 @@ class PerceptualDistance(nn.Module):
         if extractor.name != "emov2":
             raise InputError(f"`perceptual_features` {features} passes no gradients; give emov2:SNAPSHOT")
         opened = load_classifier(source)
-        self.name = f"{extractor.name}:{opened.path}"
         self.network, self.side = opened.model.requires_grad_(False), opened.image_size
         if not hasattr(self.network, "forward_intermediates") or len(self.network.feature_info) < STAGES:
             kind = type(self.network).__name__

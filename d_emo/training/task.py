@@ -14,7 +14,7 @@ from d_emo.config import RunSettings
 class Task(Protocol):
     """What a training run needs to know of its model and data."""
 
-    model: nn.Module
+    model: nn.Module  # a refused step leaves its buffers as they were
     dataset: Dataset
     settings: RunSettings  # resolved
     facts: dict[str, Any]  # what its settings are resolved with
@@ -33,7 +33,7 @@ class Task(Protocol):
         """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Any:
-        """All randomness of one step for the global batch; slices give a process its share."""
+        """All randomness of one step for the global batch; a process is given its rows of each tensor in it."""
 
     def loss(self, model: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
         """Scalars of a micro-batch, under "loss" the one to minimise."""

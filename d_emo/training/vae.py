@@ -46,9 +46,6 @@ class Draws(NamedTuple):
     posterior: torch.Tensor  # (B, C, h, w)
     noise: torch.Tensor | None = None  # (B, C, h, w), of a standard deviation of its own for each image
 
-    def __getitem__(self, rows: slice) -> Draws:  # type: ignore[override]
-        return Draws(*(None if field is None else field[rows] for field in self._asdict().values()))
-
 
 class VAETask:
     """Reconstructions, pixel by pixel and in a classifier's features; a posterior; classes read from the latents.
@@ -66,6 +63,7 @@ class VAETask:
 
     def __init__(self, settings: VAESettings):
         check_library()
+        settings = settings.resolve()
         start, facts, meta = (None, {}, {}) if settings.init_from is None else open_start(settings)
         settings = settings.resolve(**facts)
         self.dataset, self.measured_on = open_images(settings)
@@ -75,7 +73,6 @@ class VAETask:
         self.perceptual = None
         if settings.perceptual_features is not None:
             self.perceptual = PerceptualDistance(settings.perceptual_features)
-            self.facts["perceptual_features"] = self.perceptual.name
         self.settings = settings = settings.resolve(**self.facts)
         self.places, self.base = [1], len(self.dataset.class_names)
         if not settings.digits_share and (parts := DATASETS[settings.dataset].label_parts) and not settings.data_dir:
