@@ -13,6 +13,7 @@ from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.frechet import FourStepObjective, Judge, OneStepObjective, OneStepSampleObjective, RunningMoments
 from d_emo.io.snapshot import load_classifier
+from d_emo.objective import FlowObjective
 from d_emo.training.denoiser import DenoiserTask
 
 BOTH = {"class_weight": 0.5, "flow_weight": 2.0}
@@ -92,6 +93,16 @@ def test_real_images_leave_the_distance_as_it_is_and_their_loss_has_a_gradient(t
     step = objective.draw(torch.Generator().manual_seed(1), 6, (4, 8, 8))
     objective(tiny_denoiser, latents, torch.arange(6), step)["loss"].backward()
     assert seen == [3] and tiny_denoiser.final_layer.linear.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_real_latents_are_taken_where_their_loss_has_a_weight(weight):
+    task = DenoiserTask(TrainSettings(**{**ONE_STEP, "flow_weight": weight}))
+    task.objective = lambda model, latents, labels, step: latents
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    step = DenoiserTask.draw(mock.Mock(objective=FlowObjective(null_class=10), model=task.model), torch.Generator(), 4)
+    wanted = task._latents(images, step) if weight else step.noise
+    assert torch.equal(task.loss(task.model, [images, torch.arange(4)], step), wanted)
 
 
 @pytest.mark.parametrize("stages", [True, False])
