@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d_emo.errors import InputError
-from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise
+from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise, per_image
 
 CLASS_AXES = 64
 """Of class means that stand beside the features: a distance costs the cube of their number together."""
@@ -71,19 +71,25 @@ class Judge(nn.Module):
         stages: Take the means over positions of the last four stages, each divided by its deviation over real images;
             otherwise the pooled features before the head, as they are.
         label_weight: Factor of the class means that stand beside the features (`joint`); 0 leaves them out.
+        class_rows: Which class of the network each of the data is; None: the same.
     """
 
     def __init__(
         self, network: nn.Module, codec: Any, side: int, *, class_names: Sequence[str] = ("",), noise: float = 0.0,
-        stages: bool = False, label_weight: float = 0.0
+        stages: bool = False, label_weight: float = 0.0, class_rows: Sequence[int] | None = None
     ):
         super().__init__()
         self.network, self.codec, self.side = network.eval().requires_grad_(False), codec, side
         self.class_names, self.noise, self.stages, self.label_weight = class_names, noise, stages, label_weight
         self.mean = self.root = self.centre = self.scale = self.classes = None
+        self.class_rows = None if class_rows is None else list(class_rows)
 
     def features(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Features of images in [-1, 1], or of latents, as the network gives them. Shape: (B, C, H, W) -> (B, D)."""
+        return self._looked(images, generator)[0]
+
+    def _looked(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The features, and the last map, from which the head comes to its classes."""
         if self.codec is not None:  # latents are enlarged with their noise, as `train-classifier` does it
             images = self._resized(images)
         if self.noise:  # without a generator the loop's, which it seeds by the step
@@ -92,9 +98,10 @@ class Judge(nn.Module):
             images = (1 - t) * images + t * torch.randn(images.shape, **drawn)
         images = self._resized(images)
         if self.stages:
-            maps = self.network.forward_intermediates(images, indices=4, norm=True, intermediates_only=True)
-            return torch.cat([each.float().mean((2, 3)) for each in maps], dim=1)
-        return self.network.forward_head(self.network.forward_features(images), pre_logits=True).float()
+            last, maps = self.network.forward_intermediates(images, indices=4, norm=True)
+            return torch.cat([each.float().mean((2, 3)) for each in maps], dim=1), last
+        last = self.network.forward_features(images)
+        return self.network.forward_head(last, pre_logits=True).float(), last
 
     def _resized(self, images: Tensor) -> Tensor:
         if images.shape[2:] == (self.side, self.side):
@@ -118,8 +125,16 @@ class Judge(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """What `joint` gives of latents, decoded where need be. Shape: (B, C, h, w), (B,) -> (B, `width`)."""
-        seen = latents if self.codec is None else self.codec.decoded(latents)
-        return self.joint(self.features(seen), labels)
+        return self.joint(self.features(self._seen(latents)), labels)
+
+    def with_logits(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and what the network's head says of the same view. Shape: -> (B, `width`), (B, classes)."""
+        features, last = self._looked(self._seen(latents))
+        logits = self.network.forward_head(last).float()
+        return self.joint(features, labels), logits if self.class_rows is None else logits[:, self.class_rows]
+
+    def _seen(self, latents: Tensor) -> Tensor:
+        return latents if self.codec is None else self.codec.decoded(latents)
 
     def learn(self, features: Tensor, labels: Tensor) -> None:
         """The moments of `features` of real images, and the mean of each class.
@@ -180,8 +195,14 @@ class Judge(nn.Module):
 class OneStepObjective(FlowObjective):
     """One step of a network that predicts the velocity: x_0 = noise - v(noise, t = 1), an Euler step over the path.
 
+    Two more terms may stand beside the distance: the cross-entropy by which the judge's classifier takes a drawing for
+    what was asked for, as in AC-GAN (Odena et al., 2017), and the loss of flow on as many real images as each step has
+    drawings.
+
     Args:
         fd_features, fd_decay, fd_images, fd_labels, fd_stages: Read by whoever makes the `judge`.
+        class_weight: Of the cross-entropy.
+        flow_weight: Of the loss of flow.
         options: Those of `Objective`.
 
     Attributes:
@@ -192,7 +213,7 @@ class OneStepObjective(FlowObjective):
             the first loss.
 
     Raises:
-        InputError: In `forward`, images of which the steps have no equal shares.
+        InputError: In `forward`, images of which there are no equal shares.
     """
 
     prediction_type = "flow_one_step"
@@ -200,35 +221,61 @@ class OneStepObjective(FlowObjective):
 
     def __init__(
         self, *, fd_features: str = "", fd_decay: float = 0.999, fd_images: int = 0, fd_labels: float = 0.0,
-        fd_stages: str = "all", **options: Any
+        fd_stages: str = "all", class_weight: float = 0.0, flow_weight: float = 0.0, **options: Any
     ):
         super().__init__(**options)
+        self.class_weight, self.flow_weight = class_weight, flow_weight
         self.kept: dict[str, Any] = {}  # no parts of this module: they are the task's and the model's
 
+    @property
+    def shares(self) -> int:
+        """How many a micro-batch has: one for each step, and one of real images for the loss of flow."""
+        return self.steps + bool(self.flow_weight)
+
     def draw_timesteps(self, generator: torch.Generator, batch_size: int) -> Tensor:
-        """The steps in turns, so that each has its share of a micro-batch. Shape: -> (B,) float32."""
-        step = torch.arange(batch_size, device=generator.device) % self.steps
-        return self.num_train_timesteps * (1 - step / self.steps)
+        """Of the shares in turns, so that each micro-batch has all of them. Shape: -> (B,) float32."""
+        share = torch.arange(batch_size, device=generator.device) % self.shares
+        levels = self.num_train_timesteps * (1 - share / self.steps)
+        if not self.flow_weight:
+            return levels
+        return torch.where(share < self.steps, levels, super().draw_timesteps(generator, batch_size))
 
     def forward(self, denoiser: nn.Module, latents: Tensor, labels: Tensor, step: StepNoise) -> dict[str, Tensor]:
-        if len(labels) % self.steps:
-            raise InputError(f"{len(labels)} images have no equal shares for {self.steps} steps")
-        noisy = self._drawn_before(step, labels)
-        features = self.kept["judge"](self._clean(denoiser, noisy, labels, step), labels)
-        distances = [
-            self.kept["judge"].distance(*moments(features[number :: self.steps]))
+        if len(labels) % self.shares:
+            raise InputError(f"{len(labels)} images have no equal shares for {self.shares} parts of the loss")
+        share, judge = torch.arange(len(labels), device=labels.device) % self.shares, self.kept["judge"]
+        drawn = share < self.steps
+        noisy = self._drawn_before(step, labels, share)
+        if self.flow_weight:
+            noisy = torch.where(per_image(drawn, noisy), noisy, self.noised(latents, step))
+        t = self._levels(noisy, step)
+        velocity = self.velocity(self.predict(denoiser, noisy, labels, step)[0], noisy, t)
+        images, asked = (noisy - t * velocity)[drawn], labels[drawn]
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.class_weight:
+            features, logits = judge.with_logits(images, asked)
+            terms["cross_entropy"] = self.class_weight, F.cross_entropy(logits, asked)
+        else:
+            features = judge(images, asked)
+        distances = torch.stack([
+            judge.distance(*moments(features[share[drawn] == number]))
             for number, moments in enumerate(self.kept["moments"])
-        ]
-        each = {f"fd_{number}": distance.detach().float() for number, distance in enumerate(distances, start=1)}
-        loss = torch.stack(distances).mean().float()
-        return {"loss": loss, "fd": loss.detach(), **(each if self.steps > 1 else {})}
+        ])  # fmt: skip
+        if self.flow_weight:
+            gap = velocity - self.velocity(self.truth(latents, step), noisy, t)
+            terms["mse"] = self.flow_weight, gap[~drawn].square().mean()
+        distance = distances.mean().float()
+        loss = distance + sum(weight * term for weight, term in terms.values())
+        each = {f"fd_{number}": one for number, one in enumerate(distances.float(), start=1)} if self.steps > 1 else {}
+        written = {"fd": distance, **each, **{name: term for name, (_, term) in terms.items()}}
+        return {"loss": loss, **{name: value.detach() for name, value in written.items()}}
 
     @torch.no_grad()
-    def _drawn_before(self, step: StepNoise, labels: Tensor) -> Tensor:
-        """What each step starts from: the average draws those before it. Shape: -> (B, C, *sizes)."""
-        noisy, number = step.noise.clone(), torch.arange(len(labels), device=labels.device) % self.steps
+    def _drawn_before(self, step: StepNoise, labels: Tensor, share: Tensor) -> Tensor:
+        """What each step starts from: the average draws those before it. Shape: share (B,) -> (B, C, *sizes)."""
+        noisy = step.noise.clone()
         for done in range(self.steps - 1):
-            rows = number > done
+            rows = (share > done) & (share < self.steps)
             now = self._at_level(step[rows], done)
             drawn = self._clean(self.kept["average"], noisy[rows], labels[rows], now)
             new = now._replace(noise=torch.randn_like(drawn))  # by the loop's generator, which it seeds by the step

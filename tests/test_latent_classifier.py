@@ -1,5 +1,7 @@
 """Classifiers of a codec's latents, which `d-emo distill` takes features of."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -19,6 +21,7 @@ from d_emo.models import create_model
 from d_emo.training.classifier import ClassifierTask, start_head_from_words
 from d_emo.training.feed import Feed
 from d_emo.training.latent_classifier import LatentClassifierTask, classifier_task, enlarged
+from d_emo.training.words import WordHead, head_of_words, with_plain_head
 
 TINY = {
     "model": "emov2_1m", "model_options": {"depths": [1, 1, 1, 1], "dims": [40, 40, 40, 40], "window_size": 2},
@@ -66,6 +69,19 @@ def test_it_trains_resumes_exactly_and_its_snapshot_says_what_it_looks_at(tmp_pa
     assert "(B, 3, " not in card and "image-classification" not in card
     again = yaml.safe_load((snapshot.path / "config.yaml").read_text())
     assert ClassifierSettings.from_mapping(again).latents == str(folders / "mirrored")
+
+
+def test_a_head_of_words_trains_exactly_and_is_an_ordinary_one_in_its_snapshot(tmp_path, folders):
+    for run, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        train_classifier.run(settings_of(folders, head="words", output_dir=str(tmp_path / run), max_steps=steps))
+    one, two = (load_state(tmp_path / run / "states" / "step-4") for run in ("whole", "parts"))
+    torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
+    assert one["model"]["head.words.weight"].shape == (31, 40)  # of ten shapes, colours and grounds, and "on"
+    snapshot = load_classifier(tmp_path / "parts", latents=True)
+    assert snapshot.model.head.weight.shape == (1000, 40)
+    grid = snapshot.model.head.weight.detach().view(10, 10, 10, 40)
+    torch.testing.assert_close(grid[2, 3, 4] - grid[2, 3, 5], grid[7, 8, 4] - grid[7, 8, 5], rtol=1e-3, atol=1e-6)
+    assert "a head whose rows are sums of those of the words" in (snapshot.path / "README.md").read_text()
 
 
 def test_whoever_looks_at_images_is_told_in_one_sentence(tmp_path, folders):
@@ -150,6 +166,37 @@ def test_the_side_is_four_times_the_latents_and_never_less_than_theirs(tmp_path,
     encode(Shapes1000(40, num_images=4), load_codec("pixels"), tmp_path / "large", **SMALL)
     with pytest.raises(InputError, match="`image_size` 32 is less than the side of the latents in .*large, 40"):
         classifier_task(settings_of(tmp_path, "large"))
+
+
+def test_a_head_of_words_is_the_nearest_to_the_one_it_replaces_and_its_softmax_a_product():
+    names = [f"{colour} {shape}" for colour in ("red", "blue", "old") for shape in ("ring", "star", "box", "bus")]
+    for name, head in (("emov2_1m", "head"), ("timm:resnet18", "fc")):
+        model = create_model(name, num_classes=12)
+        weight = model.get_submodule(head).weight.detach().clone()
+        head_of_words(model, names)
+        plain = with_plain_head(model)
+        assert type(model.get_submodule(head)) is WordHead and type(plain.get_submodule(head)) is torch.nn.Linear
+        grid = weight.view(3, 4, -1)
+        additive = grid.mean(0, keepdim=True) + grid.mean(1, keepdim=True) - grid.mean((0, 1), keepdim=True)
+        found = plain.get_submodule(head).weight
+        torch.testing.assert_close(found, additive.view(12, -1), rtol=1e-3, atol=1e-5)
+        features = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        logits = model.get_submodule(head)(features)
+        torch.testing.assert_close(logits, plain.get_submodule(head)(features), rtol=1e-3, atol=1e-4)
+        both = logits.softmax(1).view(5, 3, 4)
+        torch.testing.assert_close(both, both.sum(2, keepdim=True) * both.sum(1, keepdim=True), rtol=1e-3, atol=1e-5)
+    assert with_plain_head(plain) is plain
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["red ring", "ring, red", "box"], "and 'ring, red' has the same ones as 'red ring'"),
+    (["ring", "?"], "and '?' has none"),
+])
+def test_a_head_of_words_needs_names_that_differ_in_them(names, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        head_of_words(create_model("timm:resnet18", num_classes=len(names)), names)
+    with pytest.raises(InputError, match="needs one linear layer as the last, and ResNet has another"):
+        head_of_words(create_model("timm:resnet18", num_classes=0), names)
 
 
 def test_classes_that_share_words_start_with_alike_rows_of_the_head():

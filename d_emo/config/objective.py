@@ -10,7 +10,10 @@ from d_emo.config.ranges import BelowOne, Fraction, Images, NotNegative, Positiv
 from d_emo.errors import InputError
 from d_emo.tables import OBJECTIVES, parse_alignment, takers
 
-_OF_ONE_STEP = {"fd_features": None, "fd_decay": 0.999, "fd_images": 50_000, "fd_labels": 1.0, "fd_stages": "all"}
+_OF_ONE_STEP = {
+    "fd_features": None, "fd_decay": 0.999, "fd_images": 50_000, "fd_labels": 1.0, "fd_stages": "all",
+    "class_weight": 0.0, "flow_weight": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,14 @@ class ObjectiveSettings(Settings):
     fd_stages: Literal["all", "last"] | None = setting(
         None, "of one-step and four-step: the features of the last four stages of the classifier, each by its "
         "deviation, or of the last alone. Default: all"
+    )
+    class_weight: NotNegative | None = setting(
+        None, "of one-step and four-step: weight of the cross-entropy by which the classifier of --fd-features takes "
+        "a drawing for what was asked for. Default: 0"
+    )
+    flow_weight: NotNegative | None = setting(
+        None, "of one-step and four-step: weight of the loss of flow on real images, of which each micro-batch then "
+        "has one share more. Default: 0"
     )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "

@@ -17,7 +17,7 @@ OF_IMAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LatentClassifierSettings(Settings):
-    """Where latents are, and where the head starts."""
+    """Where latents are, and what the head is."""
 
     latents: str | None = setting(
         None, "folder that d-emo encode wrote, instead of images: the classifier sees its latents, for d-emo distill "
@@ -27,6 +27,11 @@ class LatentClassifierSettings(Settings):
     label_init: Literal["names"] | None = setting(
         None, "initial rows of the head: names, sums of random vectors, one for each word of the class name, so that "
         "'red star on sky' and 'red ring on sky' start out alike. Default: the model's own, independent", group="Model"
+    )
+
+    head: Literal["classes", "words"] = setting(
+        "classes", "rows of the head: classes, one for each; words, sums of one for each word of the class name, all "
+        "along: where names are combinations, as 'red star on sky', an image teaches each part of them"
     )
 
     def check(self) -> None:

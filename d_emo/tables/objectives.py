@@ -58,7 +58,7 @@ class SchedulerRow:
 
 
 _OF_FLOW = ("time_shift", "contrastive")
-_OF_ONE_STEP = ("fd_features", "fd_decay", "fd_images", "fd_labels", "fd_stages")
+_OF_ONE_STEP = ("fd_features", "fd_decay", "fd_images", "fd_labels", "fd_stages", "class_weight", "flow_weight")
 
 OBJECTIVES: Table[ObjectiveRow] = Table(
     "objective",

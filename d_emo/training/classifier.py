@@ -36,7 +36,7 @@ from d_emo.training.accuracy import Accuracy, measure_accuracy, sum_over
 from d_emo.training.finetuning import head_of, start_classifier_from, train_only
 from d_emo.training.progress import means
 from d_emo.training.teacher import distillation_loss, load_teacher
-from d_emo.training.words import start_from_words
+from d_emo.training.words import head_of_words, start_from_words, with_plain_head
 
 
 class Augmentation(NamedTuple):
@@ -94,6 +94,8 @@ class ClassifierTask:
                 latents=settings.latents is not None,
             )
             self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head_of(self.model))]
+        if settings.head == "words":
+            head_of_words(self.model, self.dataset.class_names)
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)
@@ -190,7 +192,7 @@ class ClassifierTask:
                 measured["raw"] = self.measure(self.model)  # shards can only be run by all processes together
             meta["accuracy"] = {weights: asdict(each) for weights, each in measured.items()}
             meta["held_out_accuracy"] = round(measured["ema"].top1, 4)
-        save_classifier(folder, model, meta=meta, settings=settings, kind=self.kind)
+        save_classifier(folder, with_plain_head(model), meta=meta, settings=settings, kind=self.kind)
 
     def as_measured(self, model: nn.Module) -> nn.Module:
         """The network that takes what the held-out data give."""

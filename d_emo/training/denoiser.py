@@ -177,7 +177,8 @@ class DenoiserTask:
     def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
         if self.judge is not None:  # which looks at what is drawn alone
-            return self.objective(model, step.noise, labels, step)
+            latents = self._latents(values, step) if self.settings.flow_weight else step.noise
+            return self.objective(model, latents, labels, step)
         latents = self._latents(values, step)
         if self.alignment is None:
             return self.objective(model, latents, labels, step)

@@ -36,10 +36,12 @@ def open_judge(
         )
     check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
     steps, micro = OBJECTIVES[settings.objective].steps, micro_batch_of(settings, settings.batch_size, best_device())
-    if micro % steps:
+    shares = steps + bool(settings.flow_weight)
+    if micro % shares:
         raise InputError(
-            f"`objective` {settings.objective} trains {steps} steps at once, but {micro} images go through the network "
-            f"together; give a `micro_batch_size` that is a multiple of {steps}"
+            f"`objective` {settings.objective} trains {steps} step{'s' * (steps > 1)} at once"
+            f"{', and flow' * (shares > steps)}, but {micro} images go through the network together; give a "
+            f"`micro_batch_size` that is a multiple of {shares}"
         )
     extractor, source = parse_features(settings.fd_features)
     if extractor.name != "emov2":
@@ -56,7 +58,19 @@ def open_judge(
         classifier.model, None if "latent_side" in classifier.meta else codec, classifier.image_size,
         class_names=class_names, noise=classifier.meta.get("noise", 0.0), stages=settings.fd_stages == "all",
         label_weight=settings.fd_labels if len(class_names) > 1 else 0.0,
+        class_rows=_rows_of(classifier.class_names, class_names, settings) if settings.class_weight else None,
     )
+
+
+def _rows_of(known: Sequence[str], class_names: Sequence[str], settings: TrainSettings) -> list[int]:
+    """Which class of the classifier each of the data is, by name."""
+    places = {name: row for row, name in enumerate(known)}
+    if strange := [name for name in class_names if name not in places]:
+        raise InputError(
+            f"`class_weight` {settings.class_weight:g} asks the classifier `fd_features` {settings.fd_features} for "
+            f"classes of the data, and it does not know {len(strange):,} of {len(class_names):,}, such as {strange[0]}"
+        )
+    return [places[name] for name in class_names]
 
 
 def _check_latents(
