@@ -1,5 +1,6 @@
 """A run goes on with the data that it was begun with, wherever they are now, and with no others of the same name."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,15 @@ from d_emo.config import (
     VAESettings,
     VideoSettings,
 )
-from d_emo.data import Digits, OneClass, open_dataset
+from d_emo.data import AS_VIEWED, Digits, OneClass, open_dataset
+from d_emo.data.scenes import DigitScenes
+from d_emo.detection.augment import TrainingImages, augmentation
+from d_emo.detection.coco import CocoImages
 from d_emo.errors import InputError, OtherRunError
 from d_emo.latents import LatentDataset, PixelCodec, encode
+from d_emo.segmentation.augment import TrainingCrops
+from d_emo.segmentation.fundus import FundusFolder
+from d_emo.segmentation.images import LabelledScenes, MaskFolder
 from d_emo.training import fit
 from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.same_data import check_same_data, trace_of
@@ -83,6 +90,45 @@ def test_latents_of_other_images_are_other_data(tmp_path):
     begun = {"latents": str(folders[0])}
     with pytest.raises(InputError, match="latents was .*, now .*: the images are others"):
         check_same_data(settings, begun, {"data": traces[0]}, traces[1], ["cat", "dog"])
+
+
+def objects(folder: Path, seed: int) -> TrainingImages:
+    """In COCO's format."""
+    make(folder, classes=("images",), seed=seed)
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 8, "height": 8} for n in range(3)],
+        "categories": [{"id": 1, "name": "cat"}], "annotations": [],
+    }
+    (folder / "objects.json").write_text(json.dumps(content))
+    images = CocoImages(folder / "objects.json", folder / "images", reading=AS_VIEWED)
+    return TrainingImages(images, augmentation("none", flip=False, side=None), first_label=0, seed=0)
+
+
+def masks(folder: Path, seed: int) -> TrainingCrops:
+    """In the simple layout."""
+    make(folder, classes=("images", "masks"), seed=seed)
+    for number in range(3):
+        Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(folder / "masks" / f"{number}.png")
+    (folder / "classes.txt").write_text("ground\nvessel\n")
+    return TrainingCrops(MaskFolder(folder), 8)
+
+
+def fundus(folder: Path, seed: int) -> TrainingCrops:
+    """As HRF has it."""
+    make(folder, classes=("images", "manual1"), seed=seed)
+    return TrainingCrops(FundusFolder(folder), 8)
+
+
+@pytest.mark.parametrize("opened", [objects, masks, fundus])
+def test_pictures_with_objects_and_masks_are_told_apart_by_their_files(tmp_path, opened):
+    traces = [trace_of(opened(tmp_path / str(place), seed)) for place, seed in enumerate((0, 0, 1))]
+    assert traces[0] == traces[1] and traces[0]["digest"] != traces[2]["digest"]
+    assert all(trace["images"] == 3 for trace in traces)
+
+
+def test_built_in_pictures_have_no_files():
+    made = [DigitScenes(32, num_images=2), LabelledScenes(32, num_images=2), Digits(8, split="test")]
+    assert len({trace_of(each)["digest"] for each in made}) == 1
 
 
 @pytest.mark.parametrize("kind, name", [

@@ -60,6 +60,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path):
     assert list((tmp_path / "logs").glob("events.*"))
     meta = json.loads((snapshot / "snapshot.json").read_text())
     assert (meta["step"], meta["weights"], meta["codec"]) == (4, "ema", "pixels")
+    assert (meta["encoder"], meta["scaling"], meta["shift"]) == ("pixels", 1.0, 0.0)
     assert meta["class_names"] == list("0123456789")
 
 

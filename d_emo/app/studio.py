@@ -49,7 +49,8 @@ class Studio:
     def __init__(self, snapshot: DenoiserSnapshot, settings: AppSettings):
         self.snapshot, self.settings = snapshot, settings
         self.parameters = trained_parameters(snapshot.model)  # before norms are folded
-        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision], guide=settings.guide)
+        others = {"guide": settings.guide, "vae": settings.vae}
+        self.sampler = Sampler.open(snapshot, dtype=PRECISIONS[settings.mixed_precision], **others)
 
     @property
     def path(self) -> Path:
@@ -86,7 +87,7 @@ class Studio:
             guidance_scale=[_number("the guidance", scale) for scale in scales],
             scheduler=scheduler, steps=_whole("the number of steps", steps),
             mixed_precision=self.settings.mixed_precision, guide=self.settings.guide,
-            guide_weight=self.settings.guide_weight,
+            guide_weight=self.settings.guide_weight, vae=self.settings.vae,
         )
         if settings.seed >= 2**53:  # a page's numbers are exact up to there
             raise InputError(f"the seed must be from 0 to {2**53 - 1}, not {settings.seed}")
@@ -102,7 +103,7 @@ class Studio:
     def command(self, request: SampleRequest) -> str:
         """The command line that draws the same pictures."""
         settings = request.settings
-        words: list[Any] = ["--checkpoint", self.path]
+        words: list[Any] = ["--checkpoint", self.path, *(["--vae", settings.vae] if settings.vae else [])]
         if len(self.snapshot.class_names) > 1:
             words += ["--class", *(spell_class(label, self.snapshot.class_names) for label in request.classes)]
         words += ["--num-images", settings.num_images, "--seed", settings.seed]

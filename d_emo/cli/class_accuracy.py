@@ -47,7 +47,8 @@ def run(settings: JudgeSettings) -> None:
         guidance = GUIDANCE if snapshot.label_dropout else 1.0
     settings = replace(settings, guidance_scale=guidance, steps=steps_for(snapshot.objective, settings.steps))
     runs = settings.sampler_steps() or [(OBJECTIVES[snapshot.objective].scheduler, settings.steps)]
-    sampler = Sampler.open(snapshot, scheduler=runs[0][0], steps=runs[0][1], guidance=settings.guidance_scale)
+    how = {"guidance": settings.guidance_scale, "vae": settings.vae}
+    sampler = Sampler.open(snapshot, scheduler=runs[0][0], steps=runs[0][1], **how)
     samplers = [sampler.replace(scheduler=name, steps=steps) for name, steps in runs]
     features = ClassifierFeatures(settings.classifier, device=sampler.device)
     if features.class_names != snapshot.class_names:
@@ -79,7 +80,7 @@ def run(settings: JudgeSettings) -> None:
     }
     record["conditions"] = (
         f"guidance {settings.guidance_scale:g}, {plural(runs[0][1], 'step')} of {runs[0][0]}, "
-        f"images {settings.num_images}"
+        f"images {settings.num_images}" + (f", codec {sampler.codec.name}" if settings.vae else "")
     )
     codec = sampler.codec if settings.through_codec else None
     compared = compare_with_real(metrics, drawn, len(labels), held_out, sampler.image_size, codec)

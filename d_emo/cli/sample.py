@@ -26,7 +26,8 @@ def draw(request: SampleRequest, output: Path) -> None:
     """What `run` does once its output is claimed."""
     settings, snapshot = request.settings, request.snapshot
     dtype = PRECISIONS[settings.mixed_precision]
-    sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile, guide=settings.guide)
+    others = {"guide": settings.guide, "vae": settings.vae}
+    sampler = Sampler.open(snapshot, **request.how, dtype=dtype, compile=settings.compile, **others)
     steps, count = len(sampler.scheduler.timesteps), len(settings.guidance_scale) * len(request.labels)
     trajectory, drawn, started = Trajectory(steps), [], time.perf_counter()
     with tqdm(total=count * steps, desc="sampling", unit="step") as bar:  # of one image
@@ -52,4 +53,6 @@ def draw(request: SampleRequest, output: Path) -> None:
     scales = ", ".join(map("{:g}".format, settings.guidance_scale))
     guide = f", guided by {settings.guide} (weight {sampler.guidance.weight:g})" if settings.guide else ""
     print(f"settings  {settings.scheduler}, {settings.steps} steps, guidance {scales}{guide}")
+    if settings.vae:
+        print(f"codec     {sampler.codec.name}")
     print(f"speed     {speed:.1f} images/s on {sampler.device.type}")

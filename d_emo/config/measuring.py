@@ -28,6 +28,7 @@ from d_emo.config.sampling import (
     guide_setting,
     guide_weight_setting,
     read_sampler,
+    vae_setting,
 )
 from d_emo.errors import InputError
 from d_emo.tables import DATASETS, METRICS, SCHEDULERS, check_compared, parse_features, parse_metrics
@@ -77,6 +78,7 @@ class JudgeSettings(ReadingSettings):
 
     checkpoint: str = setting(help="snapshot or run folder of the denoiser", group="Models", source=True)
     classifier: str = setting(help="snapshot or run folder of a classifier of the same classes", source=True)
+    vae: str | None = vae_setting()
     data_dir: str | None = setting(
         None, "folder of real images, for a denoiser that was trained on a folder", group="Data", source=True
     )
@@ -84,7 +86,7 @@ class JudgeSettings(ReadingSettings):
         None, "folder of held-out images of the same classes, with --data-dir", source=True
     )
     through_codec: bool = setting(
-        False, "measure real held-out images that only went through the snapshot's codec, too: what its latents allow"
+        False, "measure real held-out images that only went through the codec, too: what its latents allow"
     )
     num_images: Images = setting(
         500, "number of samples to draw and measure, spread evenly over the classes", group="Sampling"
@@ -185,6 +187,7 @@ class FidSettings(ReadingSettings):
     guidance_interval: list[Fraction] = setting(
         [0.0, 1.0], "guide only in this interval of noise levels, from 0 (data) to 1 (noise), e.g. 0.1 0.7"
     )
+    vae: str | None = vae_setting()
     guide: str | None = guide_setting()
     guide_weight: NotNegative | None = guide_weight_setting()
     mixed_precision: Literal["no", "bf16"] = setting(

@@ -16,6 +16,14 @@ DEFAULT_GUIDANCE, DEFAULT_STEPS, TABLE_STEPS = 4.0, 30, 250
 SNAPSHOT = "snapshot or run folder. Default: the newest under results/, else the one that ships with the package"
 
 
+def vae_setting() -> Any:
+    """The field ``vae`` of what draws."""
+    return setting(
+        None, "codec to draw through instead of the snapshot's, of the same encoder: a run of d-emo train-vae with "
+        "--train decoder, a folder or a hub name", source="or a name"
+    )
+
+
 DEFAULT_GUIDE_WEIGHT = 2.0
 """Of a weaker denoiser, where one is named."""
 
@@ -87,6 +95,7 @@ class SampleSettings(Settings):
         flag="--class", group="Images",
     )
     checkpoint: str | None = setting(None, SNAPSHOT, source=True)
+    vae: str | None = vae_setting()
     num_images: Count = setting(8, "images per class")
     guidance_scale: list[NotNegative] = setting(
         [], "classifier-free guidance scale; 1 is no guidance. Several give a row each, from the same noise. Default: "
@@ -165,6 +174,7 @@ class AppSettings(Settings):
     """Settings of ``scripts/app.py``."""
 
     checkpoint: str | None = setting(None, SNAPSHOT, group="Model", source=True)
+    vae: str | None = vae_setting()
     guide: str | None = guide_setting()
     guide_weight: NotNegative | None = guide_weight_setting()
     mixed_precision: Literal["no", "bf16"] = setting("no", "bf16: cast the denoiser, for speed; images change slightly")

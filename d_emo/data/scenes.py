@@ -41,6 +41,9 @@ class DrawnPictures:
     def __len__(self) -> int:
         return self.num_images
 
+    def source(self, index: int) -> None:
+        """The file of picture ``index``: there is none."""
+
     def origin(self, index: int) -> str:
         """Where picture ``index`` comes from, for messages about it."""
         return f"image {index} of {self.name}"

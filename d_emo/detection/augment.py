@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ class ObjectImages(Protocol):
     class_names: list[str]
 
     def __len__(self) -> int: ...
+
+    def source(self, index: int) -> Path | None:
+        """The file of picture ``index``; None where there is none."""
 
     def origin(self, index: int) -> str:
         """Where picture ``index`` comes from, for messages about it."""
@@ -87,7 +91,7 @@ class TrainingImages(Dataset):
     """Pictures as a detector is trained on them; what is drawn depends on (seed, epoch, index) alone.
 
     Args:
-        source: The pictures.
+        images: The pictures.
         change: From `augmentation`.
         first_label: The detector's label of the first class.
         seed: Seed of all draws.
@@ -95,17 +99,21 @@ class TrainingImages(Dataset):
     """
 
     def __init__(
-        self, source: ObjectImages, change: v2.Transform, *, first_label: int, seed: int, masks: bool = True
+        self, images: ObjectImages, change: v2.Transform, *, first_label: int, seed: int, masks: bool = True
     ):
-        self.source, self.change, self.first_label, self.seed = source, change, first_label, seed
+        self.images, self.change, self.first_label, self.seed = images, change, first_label, seed
         self.masks = masks
-        self.class_names = source.class_names
+        self.class_names = images.class_names
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.images)
+
+    def source(self, index: int) -> Path | None:
+        """The file of picture ``index``; None where there is none."""
+        return self.images.source(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image, target = self.source.read(int(index))
+        image, target = self.images.read(int(index))
         size = tuple(image.shape[1:])
         target = trainable(target, *size)
         wrapped: dict[str, Any] = {

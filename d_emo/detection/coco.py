@@ -71,9 +71,13 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def origin(self, index: int) -> str:
+    def source(self, index: int) -> Path:
         """The file of picture ``index``."""
-        return str(self.folder / self.images[index]["file_name"])
+        return self.folder / self.images[index]["file_name"]
+
+    def origin(self, index: int) -> str:
+        """The path of picture ``index``, for messages about it."""
+        return str(self.source(index))
 
     def read(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A picture and what is in it, as the file has it.
@@ -85,7 +89,7 @@ class CocoImages:
             InputError: The image cannot be read, or has another size than the file says.
         """
         row, objects = self.images[index], self.objects[index]
-        image = self.reading.read(self.folder / row["file_name"], lambda: self.origin(index))
+        image = self.reading.read(self.source(index), lambda: self.origin(index))
         if image.size != (row["width"], row["height"]):
             raise InputError(f"{self.origin(index)} has {image.size[0]} x {image.size[1]} px, and {self.file} says "
                              f"{row['width']} x {row['height']}")  # fmt: skip

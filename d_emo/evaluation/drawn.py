@@ -47,6 +47,7 @@ def measure_snapshot(
     sampler = Sampler.open(
         snapshot, scheduler=scheduler, steps=steps, guidance=Guidance.of(settings), device=device,
         dtype=PRECISIONS[settings.mixed_precision], compile=settings.compile, guide=guide,
+        vae=settings.vae,
     )
     classes = len(sampler.class_names)
 
@@ -62,7 +63,7 @@ def measure_snapshot(
     }  # fmt: skip
     networks = [fingerprint(part, 64) for part in vars(sampler.codec).values() if isinstance(part, nn.Module)]
     identity = {
-        "denoiser": weights, "codec": [snapshot.codec, *networks], "noise_schedule": snapshot.scheduler_config,
+        "denoiser": weights, "codec": [sampler.codec.name, *networks], "noise_schedule": snapshot.scheduler_config,
         "classes": classes,
         "versions": {"d_emo": d_emo.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
@@ -70,6 +71,8 @@ def measure_snapshot(
         sampling |= {"guide": str(guide.path), "guide_step": guide.meta["step"],
                      "guide_weight": sampler.guidance.weight}
         identity["guide"] = weaker
+    if settings.vae:
+        sampling["vae"] = sampler.codec.name
     height, width = sampler.image_size
     return measurement.of_generated(
         generate, settings.num_images, image_size=(width, height), name=str(snapshot.path), sampling=sampling,

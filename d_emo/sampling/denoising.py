@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from d_emo.errors import InputError
-from d_emo.latents import Codec
+from d_emo.io.snapshot import DenoiserSnapshot
+from d_emo.latents import Codec, load_codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.sampling.classes import Labels, as_list
 from d_emo.sampling.guidance import Guidance, guided
@@ -156,6 +157,36 @@ def check_codec(codec: Codec, denoiser: DenoiserFrame) -> None:
             f"the codec {codec.name} has latents of {codec.channels} channels, the denoiser takes "
             f"{denoiser.latent_shape[0]}; the one that it was trained with is needed"
         )
+
+
+def open_codec(snapshot: DenoiserSnapshot, vae: str | None = None) -> Codec:
+    """The codec of a snapshot, or another decoder of the same latents.
+
+    Args:
+        snapshot: What it has to decode.
+        vae: A name that `load_codec` takes, instead of the snapshot's.
+
+    Raises:
+        InputError: There is no such codec, or it is of other latents; names what differs.
+    """
+    codec = load_codec(vae or snapshot.codec)
+    check_codec(codec, snapshot.model)
+    if vae is None:
+        return codec
+    names = {"encoder": "fingerprint", "scaling": "scaling", "shift": "shift"}
+    theirs = snapshot.meta
+    if not names.keys() <= theirs.keys():  # older ones do not say
+        own = load_codec(snapshot.codec)
+        theirs = {name: getattr(own, attribute) for name, attribute in names.items()}
+    differ = [f"{name} {value} here, {theirs[name]} there" for name, attribute in names.items()
+              if (value := getattr(codec, attribute)) != theirs[name]]  # fmt: skip
+    if differ:
+        raise InputError(
+            f"`vae` {codec.name} has other latents than {snapshot.codec}, which {snapshot.path} was trained with "
+            f"({'; '.join(differ)}); give one whose decoder alone is another, as `d-emo train-vae` makes them with "
+            "`train` decoder"
+        )
+    return codec
 
 
 def decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from d_emo.latents import Codec, PixelCodec, autoencoder_in, codec_of, load_code
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import is_count
 from d_emo.sampling.classes import Labels, as_list, find_classes
-from d_emo.sampling.denoising import check_codec, decode, denoise
+from d_emo.sampling.denoising import check_codec, decode, denoise, open_codec
 from d_emo.sampling.guidance import Guidance
 from d_emo.sampling.schedulers import check_scheduler, make_scheduler, set_steps, steps_for
 from d_emo.tables import objective_of
@@ -83,14 +83,20 @@ class DEMOPipeline(DiffusionPipeline):
         self.register_to_config(id2label=names, label_dropout=label_dropout, objective=objective)
 
     @classmethod
-    def from_snapshot(cls, snapshot: str | Path | DenoiserSnapshot, scheduler: str | None = None) -> DEMOPipeline:
-        """The pipeline of a training run's snapshot, with its default scheduler unless one is named."""
+    def from_snapshot(
+        cls, snapshot: str | Path | DenoiserSnapshot, scheduler: str | None = None, vae: str | None = None
+    ) -> DEMOPipeline:
+        """The pipeline of a training run's snapshot, with its default scheduler and codec unless others are named.
+
+        Raises:
+            InputError: There is no such snapshot; or see `make_scheduler`, `open_codec`.
+        """
         if not isinstance(snapshot, DenoiserSnapshot):
             snapshot = load_denoiser(snapshot)
         return cls(
             transformer=snapshot.model,
             scheduler=make_scheduler(scheduler, snapshot.scheduler_config, snapshot.objective),
-            vae=getattr(load_codec(snapshot.codec), "vae", None),
+            vae=getattr(open_codec(snapshot, vae), "vae", None),
             id2label={str(label): name for label, name in enumerate(snapshot.class_names)},
             label_dropout=snapshot.label_dropout,
             objective=snapshot.objective,

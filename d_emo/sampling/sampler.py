@@ -14,11 +14,11 @@ from d_emo.config import DEFAULT_GUIDANCE, check_guidance
 from d_emo.data import to_uint8
 from d_emo.device import best_device
 from d_emo.io.snapshot import DenoiserSnapshot, load_denoiser, newest_denoiser
-from d_emo.latents import Codec, load_codec
+from d_emo.latents import Codec
 from d_emo.models.contract import DenoiserFrame
 from d_emo.models.layers import fold_batch_norms
 from d_emo.sampling.classes import Labels, as_list
-from d_emo.sampling.denoising import Step, check_codec, decode, sample
+from d_emo.sampling.denoising import Step, decode, open_codec, sample
 from d_emo.sampling.guidance import Guidance, check_guide
 from d_emo.sampling.schedulers import make_scheduler, set_steps, steps_for
 from d_emo.tables import objective_of
@@ -71,7 +71,7 @@ class Sampler:
         cls, snapshot: str | Path | DenoiserSnapshot | None = None, *, scheduler: str | None = None,
         steps: int | None = None, guidance: float | Guidance | None = None,
         device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, compile: bool = False,
-        guide: str | Path | DenoiserSnapshot | None = None,
+        guide: str | Path | DenoiserSnapshot | None = None, vae: str | None = None,
     ) -> Sampler:
         """Make a snapshot ready to draw from, as fast as it can be.
 
@@ -84,6 +84,7 @@ class Sampler:
             compile: Compile the denoiser; pays for itself after some hundred images.
             guide: An earlier or smaller snapshot of the same data and objective, for autoguidance by the weight of
                 ``guidance``; without a scale there is no classifier-free guidance then.
+            vae: A codec to draw through instead of the snapshot's, see `open_codec`.
 
         Raises:
             InputError: There is no such snapshot, or it cannot be sampled, or guided, like this.
@@ -96,8 +97,7 @@ class Sampler:
             guide = guide if isinstance(guide, DenoiserSnapshot) else load_denoiser(guide)
             check_guide(guide, snapshot)
         device = best_device(device)
-        codec = load_codec(snapshot.codec).to(device)
-        check_codec(codec, snapshot.model)
+        codec = open_codec(snapshot, vae).to(device)
         model, weaker = (each and prepare_denoiser(each.model.to(device), dtype=dtype, compile=compile)
                          for each in (snapshot, guide))
         return cls(

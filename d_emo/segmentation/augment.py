@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +62,10 @@ class TrainingCrops(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def source(self, index: int) -> Path | None:
+        """The file of image ``index``; None where there is none."""
+        return self.images.source(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Shape: (3, crop_size, crop_size) float32 in [-1, 1], (crop_size, crop_size) int64."""

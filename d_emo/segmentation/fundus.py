@@ -77,6 +77,9 @@ class FundusFolder(LabelledImages):
     def __len__(self) -> int:
         return len(self.photographs)
 
+    def source(self, index: int) -> Path:
+        return self.photographs[index][0]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """See `LabelledImages`; InputError for a mask of another size."""
         image, vessels, field = self.photographs[index]

@@ -40,6 +40,10 @@ class LabelledImages(Dataset, ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def source(self, index: int) -> Path | None:
+        """The file of image ``index``; None where there is none."""
+        return None
+
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """An image and its classes, `IGNORED` where there is none. Shape: (3, H, W), (H, W), both uint8."""
@@ -133,6 +137,9 @@ class MaskFolder(LabelledImages):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def source(self, index: int) -> Path:
+        return self.pairs[index][0]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """See `LabelledImages`; InputError for a mask of another size or with values beyond the classes."""

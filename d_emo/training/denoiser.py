@@ -248,7 +248,8 @@ class DenoiserTask:
         settings = self.settings
         meta = {
             "step": step, "weights": "ema", "model": settings.model, "objective": settings.objective,
-            "codec": self.codec.name, "image_size": settings.image_size, "data": self.images.name,
+            "codec": self.codec.name, "encoder": self.codec.fingerprint, "scaling": self.codec.scaling,
+            "shift": self.codec.shift, "image_size": settings.image_size, "data": self.images.name,
             "class_names": self.images.class_names, "label_dropout": settings.label_dropout,
             "num_images": len(self.images), "parameters": self.parameters,
             "training_minutes": round(minutes, 1), "hardware": describe_hardware(next(model.parameters()).device),

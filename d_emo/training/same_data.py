@@ -21,12 +21,11 @@ def trace_of(dataset: Any) -> dict[str, Any]:
     """What tells data sets apart whose classes are called alike: "images", and a "digest" of some files, of how many.
 
     Args:
-        dataset: One that does not give its files, as those of objects and masks and the built-in ones, has the digest
-            of none.
+        dataset: One that is not of files, as built-in ones, has the digest of none.
     """
-    source = getattr(dataset, "source", None)
-    chosen = spread(len(dataset), LOOKED_AT) if callable(source) else []
-    return {"images": len(dataset), "digest": digest(*(_beginning(source, index) for index in chosen))}
+    source = getattr(dataset, "source", lambda index: None)
+    parts = (_beginning(source, index) for index in spread(len(dataset), LOOKED_AT))
+    return {"images": len(dataset), "digest": digest(*parts)}
 
 
 def check_same_data(
