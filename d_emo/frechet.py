@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d_emo.data import rows_of
 from d_emo.errors import InputError
 from d_emo.objective import FlowObjective, FlowSampleObjective, StepNoise, per_image
 
@@ -276,7 +277,7 @@ class OneStepObjective(FlowObjective):
         noisy = step.noise.clone()
         for done in range(self.steps - 1):
             rows = (share > done) & (share < self.steps)
-            now = self._at_level(step[rows], done)
+            now = self._at_level(rows_of(step, rows), done)
             drawn = self._clean(self.kept["average"], noisy[rows], labels[rows], now)
             new = now._replace(noise=torch.randn_like(drawn))  # by the loop's generator, which it seeds by the step
             noisy[rows] = self.noised(drawn, self._at_level(new, done + 1))

@@ -14,7 +14,7 @@ import yaml
 
 from d_emo.cli import train_classifier
 from d_emo.config import ClassifierSettings, parse_settings
-from d_emo.data import CentreCroppedFolder, Digits, TarShards, spread
+from d_emo.data import CentreCroppedFolder, Digits, TarShards, rows_of, spread
 from d_emo.errors import InputError
 from d_emo.io.classifier import Normalized, open_classifier
 from d_emo.io.snapshot import load_classifier, load_meta
@@ -24,7 +24,6 @@ from d_emo.models.convert import write_timm_folder
 from d_emo.training import fit
 from d_emo.training.accuracy import Accuracy, measure_accuracy
 from d_emo.training.classifier import Augmentation, ClassifierTask, augment, mixed
-from d_emo.training.feed import rows_of
 from d_emo.training.teacher import distillation_loss, load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -232,12 +231,12 @@ def test_images_are_mixed_with_noise_up_to_the_share_asked_for_and_the_snapshot_
     assert torch.equal(draws.flip, same.flip) and torch.equal(draws.shift, same.shift) and same.noise is None
     assert draws.level.min() < 0.05 and 0.55 < draws.level.max() <= 0.6 and draws.noise.std().sub(1).abs() < 0.02
     images = torch.rand(3, 3, 32, 32)
-    part = rows_of(draws, 4, 7)
+    part = rows_of(draws, slice(4, 7))
     t, noise = part.level, part.noise
     assert torch.equal(t, draws.level[4:7]) and torch.equal(noise, draws.noise[4:7])
     torch.testing.assert_close(mixed(images, part), (1 - t) * images + t * noise)
     assert torch.equal(task.seen([images], part), mixed(augment(images, part), part))
-    assert torch.equal(mixed(images, rows_of(same, 4, 7)), images)
+    assert torch.equal(mixed(images, rows_of(same, slice(4, 7))), images)
     assert load_meta(train(tmp_path / "run", photos, noise=0.6, max_steps=1), "classifier")["noise"] == 0.6
     assert "noise" not in load_meta(train(tmp_path / "other", photos, max_steps=1), "classifier")
 

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from d_emo.cli import train_classifier
 from d_emo.config import ClassifierSettings
-from d_emo.data import Shapes1000
+from d_emo.data import Shapes1000, rows_of
 from d_emo.errors import InputError
 from d_emo.io.classifier import open_classifier
 from d_emo.io.snapshot import load_classifier
@@ -103,7 +103,7 @@ def test_each_step_draws_from_the_posterior_mixes_noise_and_enlarges_last(folder
     moments, labels = default_collate([task.dataset[index] for index in range(4)])
     many = task.draw(torch.Generator().manual_seed(3), 64)
     assert many.flip.any() and not many.flip.all() and 0.4 < many.level.max() <= 0.5
-    draws = many[:4]._replace(flip=torch.tensor([True, False, False, True]))
+    draws = rows_of(many, slice(0, 4))._replace(flip=torch.tensor([True, False, False, True]))
     plain, mirrored = moments.chunk(2, dim=1)
     mean, std = torch.where(draws.flip[:, None, None, None], mirrored, plain).chunk(2, dim=1)
     noisy = (1 - draws.level) * (mean + std * draws.posterior) + draws.level * draws.noise
@@ -114,7 +114,7 @@ def test_each_step_draws_from_the_posterior_mixes_noise_and_enlarges_last(folder
     expected = torch.nn.functional.interpolate(noisy, (32, 32), mode="bilinear", align_corners=False)
     assert std.min() > 0 and torch.equal(seen[0], expected)
     assert task.seen([moments, labels], draws).shape == (4, 3, 32, 32)
-    assert task.draw(torch.Generator(), 2)[0:1].noise.shape == (1, 4, 4, 4)
+    assert rows_of(task.draw(torch.Generator(), 2), slice(0, 1)).noise.shape == (1, 4, 4, 4)
     assert LatentClassifierTask(settings_of(folders, noise=0.0)).draw(torch.Generator(), 2).noise is None
 
 

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
+from d_emo.data import rows_of
 from d_emo.errors import InputError
 from d_emo.objective import EpsObjective, FlowObjective, discretised_log_likelihood
 from d_emo.tables import objective_of
 from d_emo.training.classifier import Augmentation
-from d_emo.training.feed import rows_of
 
 
 class Fixed(torch.nn.Module):
@@ -95,13 +95,15 @@ def test_labels_are_dropped_to_the_null_class_at_the_rate_asked_for():
 
 def test_a_share_of_the_draws_has_its_rows_of_all_their_parts():
     draws = EpsObjective(null_class=1).draw(torch.Generator().manual_seed(0), 6, (2, 3, 3))
-    part = rows_of(draws, 2, 4)
+    part = rows_of(draws, slice(2, 4))
     assert [len(field) for field in (part.noise, part.timesteps, part.flip)] == [2, 2, 2]
     assert torch.equal(part.noise, draws.noise[2:4]) and torch.equal(part.drop_label, draws.drop_label[2:4])
     drawn = Augmentation(flip=draws.flip, shift=draws.noise)  # some have parts that are not drawn
-    part = rows_of(drawn, 2, 4)
+    part = rows_of(drawn, slice(2, 4))
     assert type(part) is Augmentation and part.noise is None and torch.equal(part.flip, drawn.flip[2:4])
-    assert torch.equal(rows_of(draws.noise, 2, 4), draws.noise[2:4])
+    chosen = torch.tensor([0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    assert torch.equal(rows_of(draws.noise, slice(2, 4)), draws.noise[2:4])
+    assert torch.equal(rows_of(draws, chosen).noise, draws.noise[2:4])
 
 
 def test_discretised_likelihood_sums_to_one_over_all_bins():

@@ -27,7 +27,7 @@ from d_emo.data.images import (
 from d_emo.data.listing import find_splits, is_clutter, list_files, list_folders
 from d_emo.data.names import check_class_names
 from d_emo.data.reading import AS_VIEWED, Reading, centre_crop, describe_left_out, image_endings, is_image
-from d_emo.data.sampler import StepSampler
+from d_emo.data.sampler import StepSampler, rows_of
 from d_emo.data.shapes import COLOURS, GROUNDS, SHAPES, Shapes1000
 from d_emo.data.stored import load_image
 from d_emo.data.tar import TarShards
@@ -39,7 +39,7 @@ __all__ = [
     "HubImages", "HubStream", "ImageFolder", "MNIST5k", "Mixture", "OneClass", "Reading", "Relabelled", "Shapes1000",
     "StepSampler", "TarShards", "centre_crop", "describe_left_out", "find_splits", "image_endings", "in_order_of",
     "in_recorded_order", "is_clutter", "is_image", "list_files", "list_folders", "load_image", "matched",
-    "open_dataset", "open_held_out", "spread", "to_uint8",
+    "open_dataset", "open_held_out", "rows_of", "spread", "to_uint8",
 ]
 
 def open_dataset(

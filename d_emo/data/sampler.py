@@ -1,10 +1,12 @@
-"""The order of the data."""
+"""The order of the data, and rows of a step's draws."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Sampler
 
 
@@ -69,3 +71,8 @@ class StepSampler(Sampler[list[int]]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
         return EpochIndex(int(self._order[place]), epoch)
+
+
+def rows_of(draws: Any, rows: slice | torch.Tensor) -> Any:
+    """Some rows of each tensor of a step's draws, which keep their form. Shape: (B, ...) each -> (rows, ...)."""
+    return tree_map_only(torch.Tensor, lambda part: part[rows], draws)

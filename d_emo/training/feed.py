@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
-from d_emo.data import StepSampler
+from d_emo.data import StepSampler, rows_of
 from d_emo.threads import loader_workers
 from d_emo.training.stop import ignore_interrupts
 
@@ -66,7 +66,7 @@ class Feed:
         torch.manual_seed((self._seed_of(step) + self.rank) % 2**63)  # for drop path and the like
         first = self.rank * self.share
         for row in range(first, first + self.share, self.micro_batch_size):
-            yield batch if row == first else self._next(), rows_of(draws, row, row + self.micro_batch_size)
+            yield batch if row == first else self._next(), rows_of(draws, slice(row, row + self.micro_batch_size))
 
     def prepare(self, step: int) -> None:
         """Start on the step to be served next, while the device is busy."""
@@ -85,8 +85,3 @@ class Feed:
         batch = tree_map(lambda part: part.to(self.device, non_blocking=True), next(self._batches))
         self.waited += time.perf_counter() - asked
         return batch
-
-
-def rows_of(draws: Any, first: int, end: int) -> Any:
-    """Some rows of each tensor of a step's draws, which keep their form. Shape: (B, ...) -> (end - first, ...)."""
-    return tree_map_only(torch.Tensor, lambda part: part[first:end], draws)
