@@ -82,6 +82,7 @@ def test_the_card_holds_the_recipe(tmp_path):
 
 @pytest.mark.parametrize("key, value, words", [
     ("align", "emov2:/home/me/runs/digits/snapshots/step-40", "aligned with emov2:digits/snapshots/step-40"),
+    ("fd_features", "timm:hf-hub:timm/resnet18", "in the features of timm:hf-hub:timm/resnet18"),
     ("align", "sra", "aligned with sra"), ("align", "emov2:weights/emov2_1m.pth", "aligned with emov2:emov2_1m.pth"),
     ("fd_features", "emov2:digits/snapshots/step-40", "in the features of emov2:digits/snapshots/step-40"),
 ])  # fmt: skip

@@ -79,6 +79,8 @@ def test_a_missing_input_is_named_before_anything_runs(verb, word, kind, tmp_pat
     [
         ("d-emo train-", {"train-classifier", "train-detector", "train-segmenter", "train-vae", "train-video"}),
         ("d-emo distill --fd-", {"--fd-features", "--fd-decay", "--fd-images", "--fd-labels", "--fd-stages"}),
+        ("d-emo distill --class-w", {"--class-weight"}), ("d-emo distill --flow-", {"--flow-weight"}),
+        ("d-emo train-classifier --hea", {"--head"}), ("d-emo sample --va", {"--vae"}),
         ("d-emo distill --objective ", {"one-step", "one-step-x", "four-step", "four-step-x"}),
         ("d-emo benchmark ", {"denoisers", "classifiers", "forms", "kernels", "step", "dense"}),
         ("d-emo train --max-", {"--max-steps", "--max-minutes"}),

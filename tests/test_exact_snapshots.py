@@ -1,5 +1,6 @@
 """A run folder stands for its newest snapshot when a run begins, and for the same one ever after."""
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from d_emo.config import (
     VideoSettings,
     write_yaml,
 )
+from d_emo.errors import InputError
 
 EVERY = [
     (TrainSettings, ["init_from", "vae", "fd_features", "align"]), (DistillSettings, ["init_from", "fd_features"]),
@@ -89,6 +91,16 @@ def test_a_run_of_an_older_version_goes_on_with_the_run_folder_that_its_config_n
     Path("results/b/config.yaml").write_text(yaml.safe_dump({**config, "init_from": "results/a"}))
     Path("results/b/snapshots/step-1").mkdir(parents=True)
     assert resolved(TrainSettings, "init_from", "results/a").init_from == "results/a"
+
+
+def test_a_snapshot_that_is_gone_is_said_to_be_the_one_that_the_run_was_begun_with(run):
+    settings = resolved(TrainSettings, "init_from", "results/a")
+    write_yaml(settings, Path("results/b/config.yaml"))
+    Path("results/b/states/step-1").mkdir(parents=True)
+    shutil.rmtree("results/a/snapshots/step-10")
+    gone = "^`init_from` results/a/snapshots/step-10, which this run was begun with, does not exist; put it back"
+    with pytest.raises(InputError, match=gone):
+        resolved(TrainSettings, "init_from", "results/a")
 
 
 def test_every_setting_of_a_run_that_says_so_of_itself_is_marked():

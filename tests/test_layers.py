@@ -41,8 +41,8 @@ INSIDE = {
     "io": ["schema", "training_state", "card", "snapshot", "classifier", "segmenter", "video", "hub"],
     "training": [
         "stop", "feed", "guard", "optimizer", "muon", "progress", "parallel", "finetuning", "task", "rehearsal",
-        "same_data", "loop", "alignment", "words", "judging", "denoiser", "accuracy", "teacher", "classifier",
-        "latent_classifier", "detector", "segmenter", "video", "autoencoders", "perceptual", "vae",
+        "same_data", "same_settings", "loop", "alignment", "words", "judging", "denoiser", "accuracy", "teacher",
+        "classifier", "latent_classifier", "detector", "segmenter", "video", "autoencoders", "perceptual", "vae",
     ],
     "sampling": [
         "schedulers", "classes", "guidance", "denoising", "sampler", "files", "grids", "request", "pipeline",

@@ -106,6 +106,15 @@ def test_a_share_of_the_draws_has_its_rows_of_all_their_parts():
     assert torch.equal(rows_of(draws, chosen).noise, draws.noise[2:4])
 
 
+def test_draws_of_a_kind_whose_rows_cannot_be_taken_are_refused():
+    class Own:
+        def __getitem__(self, rows):
+            return self
+
+    with pytest.raises(InputError, match="draws tensors or None, .* not Own; a NamedTuple"):
+        rows_of((torch.zeros(6, 2), Own()), slice(2, 4))
+
+
 def test_discretised_likelihood_sums_to_one_over_all_bins():
     bins = torch.linspace(-1, 1, 256, dtype=torch.float64)
     log_p = discretised_log_likelihood(bins, torch.tensor(0.3).double(), torch.tensor(-1.0).double())

@@ -21,6 +21,7 @@ from d_emo.errors import InputError, RunError
 from d_emo.io.training_state import find_state, load_state, step_of
 from d_emo.training import fit, progress
 from d_emo.training.denoiser import DenoiserTask
+from d_emo.training.guard import NonFiniteGuard
 from d_emo.training.stop import Stop, StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +143,16 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(tmp_path):
     norms = [value for name, value in state["model"].items() if name.endswith("num_batches_tracked")]
     assert norms and all(value == 6 for value in norms)
     assert sorted(file.name for file in (tmp_path / "nonfinite").iterdir()) == ["step-3.json", "step-4.json"]
+
+
+def test_a_refused_step_puts_back_what_a_state_holds():
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("positions", torch.zeros(1).expand(4), persistent=False)  # which cannot be copied into
+    guard = NonFiniteGuard(model, "skip")
+    guard.remember()
+    model(torch.full((3, 2), float("nan")))
+    guard.undo()
+    assert not model.running_mean.any() and model.num_batches_tracked == 0
 
 
 def test_the_evidence_names_step_rate_and_images_and_the_run_can_go_on(tmp_path, capsys):

@@ -22,7 +22,7 @@ from d_emo.data import AS_VIEWED, Digits, OneClass, open_dataset
 from d_emo.data.scenes import DigitScenes
 from d_emo.detection.augment import TrainingImages, augmentation
 from d_emo.detection.coco import CocoImages
-from d_emo.errors import InputError, OtherRunError
+from d_emo.errors import InputError, OtherRunError, RunError
 from d_emo.latents import LatentDataset, PixelCodec, encode
 from d_emo.segmentation.augment import TrainingCrops
 from d_emo.segmentation.fundus import FundusFolder
@@ -124,6 +124,16 @@ def test_pictures_with_objects_and_masks_are_told_apart_by_their_files(tmp_path,
     traces = [trace_of(opened(tmp_path / str(place), seed)) for place, seed in enumerate((0, 0, 1))]
     assert traces[0] == traces[1] and traces[0]["digest"] != traces[2]["digest"]
     assert all(trace["images"] == 3 for trace in traces)
+
+
+@pytest.mark.parametrize("wrapped", [lambda data: data, OneClass])
+def test_a_stream_is_not_read_for_its_trace(tmp_path, wrapped):
+    def source(index: int):
+        raise RunError("the stream broke off")
+
+    data = open_dataset(dataset="", data_dir=str(make(tmp_path / "images")), image_size=8)
+    data.sequential, data.source = True, source
+    assert trace_of(wrapped(data)) == {"images": 6, "digest": trace_of(Digits(8))["digest"]}
 
 
 def test_built_in_pictures_have_no_files():

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from d_emo.training.denoiser import DenoiserTask
 from d_emo.training.feed import Feed
 from d_emo.training.optimizer import learning_rate
 from d_emo.training.progress import Progress
+from d_emo.training.same_settings import changes
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -175,6 +177,14 @@ def test_other_settings_are_not_mixed_into_a_run(tmp_path):
         train(tmp_path, resume="never")
     with pytest.raises(InputError, match="it does not exist"):
         train(tmp_path, resume=str(tmp_path / "states" / "step-77"))
+
+
+def test_what_an_older_version_did_not_know_of_counts_as_its_default():
+    settings = TrainSettings(objective="flow", contrastive=0.05, exif=False, output_dir="run").resolve()
+    recorded = {name: value for name, value in vars(settings).items() if name not in ("contrastive", "exif")}
+    assert changes(settings, recorded, {}) == ["contrastive was 0.0, now 0.05"]  # exif: it was read another way then
+    assert changes(replace(settings, contrastive=0.0, log_every=7, num_workers=3), recorded, {}) == []
+    assert changes(replace(settings, seed=1), vars(settings), {}) == ["seed was 0, now 1"]
 
 
 @pytest.mark.parametrize(

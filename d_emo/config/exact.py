@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from d_emo.config.base import Settings
 from d_emo.config.paths import followed
+from d_emo.errors import InputError
 from d_emo.files import newest_snapshot, read_json
 
 S = TypeVar("S", bound=Settings)
@@ -25,14 +26,14 @@ def with_exact_snapshots(settings: S) -> S:
             emov2:FOLDER.
 
     Raises:
-        InputError: The ``config.yaml`` of the run cannot be read.
+        InputError: The ``config.yaml`` of the run cannot be read; a snapshot that it was begun with is gone.
     """
     given = {name: getattr(settings, name) for name in settings.marked("snapshot")}
     named = {name: found for name, value in given.items() if value is not None and (found := _run_in(value))}
     if not named:
         return settings
     kept = _begun_with(settings.output_dir)
-    return replace(settings, **{name: _exact(*found, kept.get(name)) for name, found in named.items()})
+    return replace(settings, **{name: _exact(name, *found, kept.get(name)) for name, found in named.items()})
 
 
 def _run_in(name: str) -> tuple[str, Path] | None:
@@ -44,11 +45,16 @@ def _run_in(name: str) -> tuple[str, Path] | None:
     return None
 
 
-def _exact(before: str, run: Path, kept: Any) -> str:
+def _exact(name: str, before: str, run: Path, kept: Any) -> str:
     """The name of a run's newest snapshot, or ``kept``, where that is one of the same run."""
     if isinstance(kept, str) and kept.startswith(before):
         there = followed(kept[len(before) :])
         if followed(run) in (there, there.parent.parent):  # older versions kept the run folder
+            if not there.exists():
+                raise InputError(
+                    f"`{name}` {kept}, which this run was begun with, does not exist; put it back, or choose another "
+                    "`output_dir`"
+                )
             return kept
     return f"{before}{newest_snapshot(run)}"
 

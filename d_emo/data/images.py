@@ -69,6 +69,7 @@ class Relabelled(ClassImages):
         self.images, self.ids, self.name, self.class_names = images, ids, images.name, class_names
         self.image_size, self.flip, self.reading = images.image_size, images.flip, images.reading
         self.left_out, self.seed = images.left_out, getattr(images, "seed", 0)
+        self.sequential = getattr(images, "sequential", False)
 
     def __len__(self) -> int:
         return len(self.images)

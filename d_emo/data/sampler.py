@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.data import Sampler
+
+from d_emo.errors import InputError
 
 
 class EpochIndex(int):
@@ -74,5 +76,20 @@ class StepSampler(Sampler[list[int]]):
 
 
 def rows_of(draws: Any, rows: slice | torch.Tensor) -> Any:
-    """Some rows of each tensor of a step's draws, which keep their form. Shape: (B, ...) each -> (rows, ...)."""
-    return tree_map_only(torch.Tensor, lambda part: part[rows], draws)
+    """Some rows of each tensor of a step's draws, which keep their form. Shape: (B, ...) each -> (rows, ...).
+
+    Raises:
+        InputError: There is something else among them than tensors and None.
+    """
+
+    def taken(part: Any) -> Any:
+        if part is None:
+            return None
+        if not isinstance(part, torch.Tensor):
+            raise InputError(
+                f"a task draws tensors or None, alone or in tuples, lists and dictionaries, not {type(part).__name__}; "
+                "a NamedTuple has names too"
+            )
+        return part[rows]
+
+    return tree_map(taken, draws)

@@ -6,6 +6,7 @@ and figures enter it through `add_measurement`, with the command that made them,
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,10 +139,15 @@ def _data_name(meta: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def _without_place(name: str) -> str:
-    """The name of a network, such as emov2:FOLDER, of whose folders only a snapshot's and its run's are left."""
+    """The name of a network, such as emov2:FOLDER, of whose folders only a snapshot's and its run's are left.
+
+    A name on the hub, as in timm:hf-hub:OWNER/NAME, stays whole.
+    """
     before, colon, path = name.rpartition(":")
-    parts = Path(path).parts
-    return before + colon + "/".join(parts[-3:] if parts[-2:-1] == ("snapshots",) else parts[-1:])
+    parts, is_weights = Path(path).parts, Path(path).suffix in (".pth", ".pt", ".safetensors")
+    if parts[-2:-1] == ("snapshots",):
+        return before + colon + "/".join(parts[-3:])
+    return before + colon + parts[-1] if is_weights or path[:1] in ("/", ".", "~") or os.path.exists(path) else name
 
 
 def _hub_datasets(meta: dict[str, Any], settings: dict[str, Any]) -> list[str] | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from d_emo.ema import places
 from d_emo.errors import InputError, RunError
 from d_emo.files import write_json
 
@@ -36,17 +38,16 @@ def variance_of_one_refused() -> Iterator[None]:
 class NonFiniteGuard:
     """Judges each step before its update; a refused step leaves the model as it was, its buffers included.
 
-    Shape: buffers of any shape.
-
     Args:
-        buffers: Of the model: running statistics are among them, which a forward pass changes before anybody can look
-            at it.
+        model: Running statistics are among its buffers, which a forward pass changes before anybody can look at it.
+            Those that its state dict leaves out do not change in training, or a resumed run would lose them.
         policy: "stop" ends the run at the first refused step, "skip" passes over it and ends after ten in a row.
     """
 
-    def __init__(self, buffers: list[torch.Tensor], policy: Literal["stop", "skip"]):
-        self.buffers, self.policy = buffers, policy
-        self.kept = [buffer.clone() for buffer in buffers]
+    def __init__(self, model: nn.Module, policy: Literal["stop", "skip"]):
+        tensors = [kept[name] for kept, name in places(model).values()]
+        self.buffers, self.policy = [each for each in tensors if not isinstance(each, nn.Parameter)], policy
+        self.kept = [buffer.clone() for buffer in self.buffers]
         self.skipped = self.in_a_row = 0
 
     def remember(self) -> None:

@@ -30,6 +30,7 @@ from d_emo.training.optimizer import learning_rate, make_optimizer
 from d_emo.training.parallel import Updates, check_processes, micro_batch_of, open_accelerator, precision_of
 from d_emo.training.progress import Progress
 from d_emo.training.same_data import check_same_data, trace_of
+from d_emo.training.same_settings import changes
 from d_emo.training.stop import Stop, StopSignal
 from d_emo.training.task import Task
 
@@ -105,7 +106,7 @@ class _Run:
         if settings.compile:
             model.compile()
         self.updates = Updates(accelerator, model, optimizer, settings, self.precision)
-        self.guard = NonFiniteGuard(list(self.updates.bare_model.buffers()), settings.nan)
+        self.guard = NonFiniteGuard(self.updates.bare_model, settings.nan)
         if state is not None:
             self._restore(state)
             done = "nothing to do" if self.step >= settings.max_steps else "resuming"
@@ -146,11 +147,8 @@ class _Run:
             if any(states.iterdir()):
                 raise InputError(f"{self.folder} already holds a run; use `resume` auto or another `output_dir`")
             return None
-        new, free = vars(settings), settings.marked("resumable")
         trained = any(states.iterdir()) or any(self.folder.glob("snapshots/step-*"))
-        changed = [f"{key} was {old[key]}, now {new[key]}" for key in old
-                   if key in new and key not in free and old[key] != new[key]]
-        if changed and trained:
+        if old and trained and (changed := changes(settings, old, self.task.facts)):
             raise OtherRunError(
                 f"the run in {self.folder} had other settings ({'; '.join(changed)}); "
                 "give what it had to resume, or choose another `output_dir`"

@@ -21,9 +21,11 @@ def trace_of(dataset: Any) -> dict[str, Any]:
     """What tells data sets apart whose classes are called alike: "images", and a "digest" of some files, of how many.
 
     Args:
-        dataset: One that is not of files, as built-in ones, has the digest of none.
+        dataset: One that is not of files, as built-in ones, has the digest of none; so has a stream, which would have
+            to be read to its end.
     """
-    source = getattr(dataset, "source", lambda index: None)
+    has_files = hasattr(dataset, "source") and not getattr(dataset, "sequential", False)
+    source = dataset.source if has_files else lambda index: None
     parts = (_beginning(source, index) for index in spread(len(dataset), LOOKED_AT))
     return {"images": len(dataset), "digest": digest(*parts)}
 

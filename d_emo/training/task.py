@@ -33,7 +33,10 @@ class Task(Protocol):
         """Move codec and tables to the device, build caches under ``folder``; may replace ``dataset``."""
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Any:
-        """All randomness of one step for the global batch; a process is given its rows of each tensor in it."""
+        """All randomness of one step for the global batch; a process is given its rows of each tensor in it.
+
+        They are tensors with a row for each image, or None, alone or in named tuples, tuples, lists and dictionaries.
+        """
 
     def loss(self, model: nn.Module, batch: Any, draws: Any) -> dict[str, torch.Tensor]:
         """Scalars of a micro-batch, under "loss" the one to minimise."""
