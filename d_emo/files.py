@@ -121,10 +121,10 @@ def is_free(path: Path) -> bool:
     return all(each.name.startswith((".tmp-", ".claim")) for each in path.iterdir())
 
 
-def free_path(path: str | Path) -> Path:
-    """The path, numbered if it is taken."""
+def free_path(path: str | Path, files_of: Callable[[Path], list[Path]] = lambda path: [path]) -> Path:
+    """The path, numbered if it is taken, or any of the files that are written for it."""
     free, number = Path(path), 1
-    while not is_free(free):
+    while not all(map(is_free, files_of(free))):
         number += 1
         free = Path(path).with_stem(f"{Path(path).stem}-{number}")
     return free

@@ -15,6 +15,7 @@ from d_emo import claims
 from d_emo.claims import claimed
 from d_emo.cli import run_verb
 from d_emo.cli.outputs import claimed_outputs
+from d_emo.config import JudgeSettings
 from d_emo.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,3 +209,14 @@ def test_a_default_path_is_claimed_as_a_named_one_is(tmp_path, monkeypatch, verb
     if path.suffix:  # what another command was cut off at is not this one's
         run_verb(verb, argv)
         assert path.read_text() == "half" and path.with_stem(f"{path.stem}-2").stat().st_size > 100
+
+
+@pytest.mark.parametrize(("samplers", "taken"), [(["euler:2"], "judged.md"), ([], "judged.json")])
+def test_a_default_is_numbered_by_any_of_the_files_that_are_written_for_it(tmp_path, monkeypatch, samplers, taken):
+    monkeypatch.chdir(tmp_path)
+    Path("samples").mkdir()
+    Path("samples", taken).write_text("of another command")
+    settings = JudgeSettings(checkpoint="s", classifier="c", samplers=samplers)
+    with claimed_outputs("judge", settings) as claimed_settings:
+        assert claimed_settings.output == str(Path("samples", "judged-2.png"))
+    assert Path("samples", taken).read_text() == "of another command"

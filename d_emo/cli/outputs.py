@@ -83,6 +83,6 @@ def _claim(stack: ExitStack, verb: str, settings: Any, each: Field, default: Any
             raise InputError(
                 f"`{each.name}` {path} exists and is not overwritten; name another, or give `overwrite`"
             ) from None
-        free = str(free_path(path))
+        free = str(free_path(path, settings.files_of))
         return _claim(stack, verb, replace(settings, **{each.name: free}), each, free)
     return replace(settings, overwrite=True) if cut_off else settings
