@@ -70,6 +70,7 @@ def test_the_configs_that_the_readme_names_are_there():
 
 @pytest.mark.parametrize(("name", "start", "classifier"), [
     ("mnist32", "mnist32_pixels", "mnist32_classifier"), ("shapes128", "shapes128_ti_2", "shapes128_latent_classifier"),
+    ("shapes128_64", "shapes128_ti_3", "shapes128_latent_judge"),
 ])  # fmt: skip
 def test_the_configs_of_few_steps_go_on_from_the_runs_of_their_neighbours(name, start, classifier):
     settings = DistillSettings(**yaml.safe_load((CONFIGS / "distill" / f"{name}.yaml").read_text()))

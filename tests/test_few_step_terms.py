@@ -13,6 +13,7 @@ from d_emo.config import TrainSettings
 from d_emo.errors import InputError
 from d_emo.frechet import FourStepObjective, Judge, OneStepObjective, OneStepSampleObjective, RunningMoments
 from d_emo.io.snapshot import load_classifier
+from d_emo.objective import FlowObjective
 from d_emo.training.denoiser import DenoiserTask
 
 BOTH = {"class_weight": 0.5, "flow_weight": 2.0}
@@ -94,6 +95,16 @@ def test_real_images_leave_the_distance_as_it_is_and_their_loss_has_a_gradient(t
     assert seen == [3] and tiny_denoiser.final_layer.linear.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_real_latents_are_taken_where_their_loss_has_a_weight(weight):
+    task = DenoiserTask(TrainSettings(**{**ONE_STEP, "flow_weight": weight}))
+    task.objective = lambda model, latents, labels, step: latents
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    step = DenoiserTask.draw(mock.Mock(objective=FlowObjective(null_class=10), model=task.model), torch.Generator(), 4)
+    wanted = task._latents(images, step) if weight else step.noise
+    assert torch.equal(task.loss(task.model, [images, torch.arange(4)], step), wanted)
+
+
 @pytest.mark.parametrize("stages", [True, False])
 def test_the_classifiers_own_head_reads_the_view_that_the_features_are_of(stages):
     """Classes of the data are found by their names."""
@@ -113,20 +124,20 @@ def test_the_classifiers_own_head_reads_the_view_that_the_features_are_of(stages
 
 
 def test_a_run_with_both_resumes_exactly_and_its_card_says_so(tmp_path):
-    sizes = {"batch_size": 10, "micro_batch_size": 5, "max_steps": 2, "state_every": 1}
+    sizes = {"batch_size": 20, "micro_batch_size": 20, "max_steps": 2, "state_every": 1}
     short = {**BOTH, "objective": "four-step", **sizes}
     _, snapshot = run(tmp_path / "whole", **short)
     run(tmp_path / "parts", **{**short, "max_steps": 1})
     run(tmp_path / "parts", **short)
     assert same(last_state(tmp_path / "parts", 2), last_state(tmp_path / "whole", 2))
     card = (snapshot / "README.md").read_text()
-    assert "what it takes drawings for of weight 0.5, the loss of flow of weight 2" in card
-    run(tmp_path / "without", **{**short, "flow_weight": 0.0, "batch_size": 8, "micro_batch_size": 4})
+    assert "the cross-entropy of its head on drawings, weight 0.5, the loss of flow on real latents, weight 2" in card
+    run(tmp_path / "without", **{**short, "flow_weight": 0.0})
     assert not same(last_state(tmp_path / "without", 2), last_state(tmp_path / "whole", 2))
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({**BOTH, "batch_size": 9}, "one-step trains 1 step at once, and flow, but 3 images .* multiple of 2"),
+    ({**BOTH, "batch_size": 9}, "9 images have no equal shares for 1 step and .* `batch_size` that is a multiple of 2"),
     ({"objective": "flow", "class_weight": 1.0, "fd_features": None, "fd_images": None}, "`class_weight` 1.0 belongs"),
     ({"class_weight": 1.0, "dataset": "shapes", "num_images": 40},
      "`class_weight` 1 asks the classifier .* does not know 1,000 of 1,000, such as red circle on black"),

@@ -112,9 +112,14 @@ def test_the_loss_is_the_mean_of_the_distances_of_the_steps():
         assert [losses[f"fd_{k}"].item() for k in (1, 2, 3, 4)] == pytest.approx(distances, rel=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [{"batch_size": 12}, {"batch_size": 12, "micro_batch_size": 6}, {"batch_size": 6}])
-def test_a_micro_batch_has_all_four(sizes):
-    with pytest.raises(InputError, match="four-step trains 4 steps at once, but 6 images go through .* multiple of 4"):
+@pytest.mark.parametrize(("sizes", "words"), [
+    ({"batch_size": 12}, "6 images have no equal shares for 4 steps; give a `micro_batch_size` that is a multiple"),
+    ({"batch_size": 12, "micro_batch_size": 6}, "6 images have no equal shares for 4 steps; give a `micro_batch_size`"),
+    ({"batch_size": 6}, "6 images have no equal shares for 4 steps; give a `batch_size` that is a multiple of 4"),
+    ({"batch_size": 256, "flow_weight": 1.0}, "256 images .* for 4 steps and the loss of flow; give a `batch_size`"),
+])  # fmt: skip
+def test_a_micro_batch_has_all_shares(sizes, words):
+    with pytest.raises(InputError, match=words):
         DenoiserTask(TrainSettings(**{**ONE_STEP, "objective": "four-step", "micro_batch_size": None, **sizes}))
 
 

@@ -71,7 +71,7 @@ def test_it_trains_resumes_exactly_and_its_snapshot_says_what_it_looks_at(tmp_pa
     assert ClassifierSettings.from_mapping(again).latents == str(folders / "mirrored")
 
 
-def test_a_head_of_words_trains_exactly_and_is_an_ordinary_one_in_its_snapshot(tmp_path, folders):
+def test_a_head_of_words_trains_exactly_and_is_an_ordinary_one_in_its_snapshot(tmp_path, folders, capsys):
     for run, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         train_classifier.run(settings_of(folders, head="words", output_dir=str(tmp_path / run), max_steps=steps))
     one, two = (load_state(tmp_path / run / "states" / "step-4") for run in ("whole", "parts"))
@@ -82,6 +82,10 @@ def test_a_head_of_words_trains_exactly_and_is_an_ordinary_one_in_its_snapshot(t
     grid = snapshot.model.head.weight.detach().view(10, 10, 10, 40)
     torch.testing.assert_close(grid[2, 3, 4] - grid[2, 3, 5], grid[7, 8, 4] - grid[7, 8, 5], rtol=1e-3, atol=1e-6)
     assert "a head whose rows are sums of those of the words" in (snapshot.path / "README.md").read_text()
+    task = classifier_task(settings_of(folders, head="words", init_from=str(tmp_path / "whole"), train="head"))
+    assert "A head of 31 words for 1,000 classes." in capsys.readouterr().out
+    trained = sum(each.numel() for each in task.model.parameters() if each.requires_grad)
+    assert trained == 31 * 41 and f"{trained:,}" in " ".join(task.introduction())
 
 
 def test_whoever_looks_at_images_is_told_in_one_sentence(tmp_path, folders):
@@ -173,7 +177,7 @@ def test_a_head_of_words_is_the_nearest_to_the_one_it_replaces_and_its_softmax_a
     for name, head in (("emov2_1m", "head"), ("timm:resnet18", "fc")):
         model = create_model(name, num_classes=12)
         weight = model.get_submodule(head).weight.detach().clone()
-        head_of_words(model, names)
+        assert head_of_words(model, names) == "A head of 7 words for 12 classes."
         plain = with_plain_head(model)
         assert type(model.get_submodule(head)) is WordHead and type(plain.get_submodule(head)) is torch.nn.Linear
         grid = weight.view(3, 4, -1)
@@ -186,11 +190,16 @@ def test_a_head_of_words_is_the_nearest_to_the_one_it_replaces_and_its_softmax_a
         both = logits.softmax(1).view(5, 3, 4)
         torch.testing.assert_close(both, both.sum(2, keepdim=True) * both.sum(1, keepdim=True), rtol=1e-3, atol=1e-5)
     assert with_plain_head(plain) is plain
+    kept, other = model.get_submodule(head), WordHead(torch.nn.Linear(weight.shape[1], 12), names[::-1])
+    other.load_state_dict(kept.state_dict())  # a resumed run, whose source lists its classes in another order
+    assert torch.equal(other(features), kept(features))
 
 
 @pytest.mark.parametrize(("names", "words"), [
     (["red ring", "ring, red", "box"], "and 'ring, red' has the same ones as 'red ring'"),
     (["ring", "?"], "and '?' has none"),
+    (["red_ring", "red ring", "red box"], "and 'red ring' has the same ones as 'red_ring'"),
+    (["ring", "star"], "no word is in the names of two classes"),
 ])
 def test_a_head_of_words_needs_names_that_differ_in_them(names, words):
     with pytest.raises(InputError, match=re.escape(words)):

@@ -296,7 +296,7 @@ def test_stages_are_an_emos_or_timms_and_one_class_stands_for_nothing(monkeypatc
     ({"fd_features": None}, "`objective` one-step needs `fd_features` emov2:SNAPSHOT"),
     ({"fd_features": "inception"}, "`fd_features` inception passes no gradients"),
     ({"cache_latents": True}, "looks at images, of which `cache_latents` leaves none; name images, or a classifier of"),
-    ({"align": "vae"}, "looks at what is drawn and at nothing else; leave `align` out"),
+    ({"align": "vae"}, "has no use for `align`; leave it out"),
     ({"objective": "flow"}, "`fd_features` .* belongs to `objective` one-step, one-step-x, four-step, four-step-x;"),
 ])
 def test_wrong_combinations_are_refused(changes, words):

@@ -64,12 +64,12 @@ class ObjectiveSettings(Settings):
         "deviation, or of the last alone. Default: all"
     )
     class_weight: NotNegative | None = setting(
-        None, "of one-step and four-step: weight of the cross-entropy by which the classifier of --fd-features takes "
-        "a drawing for what was asked for. Default: 0"
+        None, "of one-step and four-step: weight of the cross-entropy of drawings, by the head of the classifier of "
+        "--fd-features, towards the class asked for. Default: 0"
     )
     flow_weight: NotNegative | None = setting(
-        None, "of one-step and four-step: weight of the loss of flow on real images, of which each micro-batch then "
-        "has one share more. Default: 0"
+        None, "of one-step and four-step: weight of the loss of flow on real images beside the drawings; micro-batches "
+        "are then multiples of 2 (one-step) or 5 (four-step). Default: 0"
     )
     align: str | None = setting(
         None, "an auxiliary loss: align the map after a block with features of the clean image (REPA, with the "

@@ -93,9 +93,11 @@ class ClassifierTask:
                 settings.init_from, self.model, class_names=self.dataset.class_names,
                 latents=settings.latents is not None,
             )
-            self.start = [words, settings.as_there(), train_only(self.model, settings.train, head=head_of(self.model))]
+            self.start = [words, settings.as_there()]
         if settings.head == "words":
-            head_of_words(self.model, self.dataset.class_names)
+            self.start.append(head_of_words(self.model, self.dataset.class_names))
+        if settings.init_from is not None:
+            self.start.append(train_only(self.model, settings.train, head=head_of(self.model)))
         self.teacher = None
         if settings.teacher is not None:
             self.teacher = load_teacher(settings.teacher, settings.teacher_weights, self.dataset.class_names)

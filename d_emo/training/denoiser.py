@@ -176,7 +176,7 @@ class DenoiserTask:
 
     def loss(self, model: nn.Module, batch: list[torch.Tensor], step: StepNoise) -> dict[str, torch.Tensor]:
         values, labels = batch
-        if self.judge is not None:  # which looks at what is drawn alone
+        if self.judge is not None:  # whose own noise is all that it needs, but for the loss of flow
             latents = self._latents(values, step) if self.settings.flow_weight else step.noise
             return self.objective(model, latents, labels, step)
         latents = self._latents(values, step)

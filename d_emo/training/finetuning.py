@@ -73,7 +73,7 @@ def start_from(
     table[-1] = null = rows[0] if len(old.class_names) == 1 else rows[-1]  # a single class means "no class" as well
     if len(class_names) == 1:
         table[0] = null
-    known, words = _matched(old.class_names, class_names) if keep_labels else ({}, "with a new label table")
+    known, words = same_names(old.class_names, class_names) if keep_labels else ({}, "with a new label table")
     table[list(known)] = rows[list(known.values())]
     own = {name: value for name, value in model.state_dict().items() if name in model.fixed_tensors}
     weights = {**model.weights_from(old.model), **own, model.label_parameter: table}
@@ -101,7 +101,7 @@ def start_classifier_from(
             f"the snapshot {old.path} is of another model ({differ}); `model` and `model_options` must be those in its "
             "config.yaml"
         )
-    known, words = _matched(old.class_names, class_names)
+    known, words = same_names(old.class_names, class_names)
     for name in head:
         mine[name][list(known)] = theirs[name][list(known.values())]
     model.load_state_dict({**theirs, **{name: mine[name] for name in head}})
@@ -173,7 +173,7 @@ def trained_before(meta: dict[str, Any]) -> dict[str, Any]:
     return {key: meta[key] for key in ("step", "training_minutes") if key in meta}
 
 
-def _matched(theirs: list[str], ours: list[str]) -> tuple[dict[int, int], str]:
+def same_names(theirs: list[str], ours: list[str]) -> tuple[dict[int, int], str]:
     """By label here the label there of classes of the same name, and how many these are, in words.
 
     Of several classes of one name the first here is the first there, if there are as many.

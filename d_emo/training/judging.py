@@ -11,6 +11,7 @@ from d_emo.frechet import Judge, check_one_process
 from d_emo.io.snapshot import load_classifier
 from d_emo.latents import Codec
 from d_emo.tables import OBJECTIVES, parse_features
+from d_emo.training.finetuning import same_names
 from d_emo.training.parallel import micro_batch_of
 
 
@@ -32,17 +33,19 @@ def open_judge(
     given = {"validate_every": settings.validate_every, "align": settings.align}
     if odd := [name for name, value in given.items() if value]:
         raise InputError(
-            f"`objective` {settings.objective} looks at what is drawn and at nothing else; leave `{odd[0]}` out"
+            f"`objective` {settings.objective} has no use for `{odd[0]}`; leave it out"
         )
     check_one_process(int(os.environ.get("WORLD_SIZE", 1)))
     steps, micro = OBJECTIVES[settings.objective].steps, micro_batch_of(settings, settings.batch_size, best_device())
-    shares = steps + bool(settings.flow_weight)
-    if micro % shares:
-        raise InputError(
-            f"`objective` {settings.objective} trains {steps} step{'s' * (steps > 1)} at once"
-            f"{', and flow' * (shares > steps)}, but {micro} images go through the network together; give a "
-            f"`micro_batch_size` that is a multiple of {shares}"
-        )
+    shares, parts = steps + bool(settings.flow_weight), f"{steps} step{'s' * (steps > 1)}"
+    if settings.flow_weight:
+        parts += " and the loss of flow"
+    for what, size in (("batch_size", settings.batch_size), ("micro_batch_size", micro)):
+        if size % shares:
+            raise InputError(
+                f"`objective` {settings.objective}: {size} images have no equal shares for {parts}; give a `{what}` "
+                f"that is a multiple of {shares}"
+            )
     extractor, source = parse_features(settings.fd_features)
     if extractor.name != "emov2":
         raise InputError(f"`fd_features` {settings.fd_features} passes no gradients; give emov2:SNAPSHOT")
@@ -64,13 +67,13 @@ def open_judge(
 
 def _rows_of(known: Sequence[str], class_names: Sequence[str], settings: TrainSettings) -> list[int]:
     """Which class of the classifier each of the data is, by name."""
-    places = {name: row for row, name in enumerate(known)}
-    if strange := [name for name in class_names if name not in places]:
+    rows, _ = same_names(list(known), list(class_names))
+    if strange := [name for label, name in enumerate(class_names) if label not in rows]:
         raise InputError(
             f"`class_weight` {settings.class_weight:g} asks the classifier `fd_features` {settings.fd_features} for "
             f"classes of the data, and it does not know {len(strange):,} of {len(class_names):,}, such as {strange[0]}"
         )
-    return [places[name] for name in class_names]
+    return [rows[label] for label in range(len(class_names))]
 
 
 def _check_latents(

@@ -47,15 +47,15 @@ def words_of(name: str) -> tuple[str, ...]:
 class WordHead(nn.Module):
     """A classifier's last layer whose row of a class is the sum of one row for each word of the class's name.
 
-    The softmax over classes that are all combinations of parts, such as shape, colour and ground, is then the product
-    of one softmax for each part: an image teaches one of ten shapes rather than one of a thousand classes.
+    Where every combination of some parts is a class, such as shape, colour and ground, the softmax over classes is then
+    the product of one softmax for each part: an image teaches one of ten shapes rather than one of a thousand classes.
 
     Args:
         layer: What it takes the place of; the rows of words are those whose sums are nearest to its rows.
         class_names: Of the rows.
 
     Raises:
-        InputError: Two names have the same words, or one has none.
+        InputError: Two names have the same words, one has none, or no word is in two.
 
     Shape: (..., C) -> (..., classes).
     """
@@ -63,14 +63,14 @@ class WordHead(nn.Module):
     def __init__(self, layer: nn.Linear, class_names: Sequence[str]):
         super().__init__()
         counts = _counts(class_names)
-        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("counts", counts)  # in states: a resumed run keeps the order of classes that it began with
         self.words = nn.Linear(layer.in_features, counts.shape[1], bias=layer.bias is not None)
         to_words = torch.linalg.pinv(counts.double())
         for name, parameter in self.words.named_parameters():
             parameter.data = (to_words @ getattr(layer, name).detach().double()).to(parameter)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.words(features).float() @ self.counts.mT
+        return self.words(features) @ self.counts.mT
 
     def plain(self) -> nn.Linear:
         """The same as an ordinary layer with a row for each class."""
@@ -81,23 +81,28 @@ class WordHead(nn.Module):
 
 
 def _counts(class_names: Sequence[str]) -> torch.Tensor:
-    """How often each word of them all is in each name. Shape: -> (classes, words)."""
-    counted = [Counter(words_of(name)) for name in class_names]
+    """How often each word of them all is in each name; `_` parts words. Shape: -> (classes, words)."""
+    counted = [Counter(words_of(name.replace("_", " "))) for name in class_names]
     seen: dict[frozenset, str] = {}
     for name, words in zip(class_names, counted, strict=True):
         if not words or (other := seen.setdefault(frozenset(words.items()), name)) is not name:
             why = f"has the same ones as {other!r}" if words else "has none"
             raise InputError(f"`head` words tells classes apart by the words of their names, and {name!r} {why}")
     places = sorted(set().union(*counted))
+    if len(places) >= sum(map(len, counted)):
+        raise InputError("`head` words has no use here: no word is in the names of two classes")
     return torch.tensor([[float(words[word]) for word in places] for words in counted])
 
 
-def head_of_words(model: nn.Module, class_names: Sequence[str]) -> None:
+def head_of_words(model: nn.Module, class_names: Sequence[str]) -> str:
     """Put a `WordHead` in the place of a classifier's last layer.
 
     Args:
         model: Changed in place.
         class_names: Of its classes.
+
+    Returns:
+        How many words there are, in a sentence.
 
     Raises:
         InputError: Its last layer is not one linear layer, or see `WordHead`.
@@ -106,7 +111,9 @@ def head_of_words(model: nn.Module, class_names: Sequence[str]) -> None:
     if not isinstance(last, nn.Linear):
         raise InputError(f"`head` words needs one linear layer as the last, and {type(model).__name__} has another")
     name = next(name for name, module in model.named_modules() if module is last)
-    model.set_submodule(name, WordHead(last, class_names))
+    head = WordHead(last, class_names)
+    model.set_submodule(name, head)
+    return f"A head of {head.words.out_features:,} words for {len(class_names):,} classes."
 
 
 def with_plain_head(model: nn.Module) -> nn.Module:
