@@ -77,7 +77,7 @@ def test_a_study_that_cannot_be_is_refused_in_a_sentence(tmp_path, changes, sent
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_that_ships_can_be_planned(path):
-    alone = dict.fromkeys(("shapes64", "imagenet256", "u64", "switches64"))
+    alone = dict.fromkeys(("shapes64", "imagenet256", "u64", "switches64", "pixels32"))
     under = {**alone, "u64_digits": "u64"}.get(path.stem, "shapes64")
     base = ["--config", str(path.with_name(f"{under}.yaml"))] if under else []
     settings = parse_settings(StudySettings, "", [*base, "--config", str(path)])

@@ -85,6 +85,22 @@ def test_the_losses_of_many_runs_get_a_panel_each_with_the_first_run_in_grey(tmp
     assert figures[0].subfigs[1].get_suptitle() == "training loss of the eps objective, uniform timesteps; grey: a"
 
 
+@pytest.mark.parametrize("legible", [6, 1])
+def test_losses_below_zero_stand_on_a_plain_axis_with_their_bands(tmp_path, figures, monkeypatch, legible):
+    """Those of aligned runs, which have a cosine in them."""
+    monkeypatch.setattr("d_emo.lab.study.plots.LEGIBLE", legible)
+    rows, losses = study_of([20])
+    draw_curves(tmp_path / "c.png", rows, losses.assign(loss=losses.loss - losses.loss.mean()), list(OVER), {})
+    part = figures[0].subfigs[1].axes[0]
+    assert part.get_yscale() == "linear"
+    draw_curves(tmp_path / "c.png", rows, losses, list(OVER), {})
+    assert figures[1].subfigs[1].axes[0].get_yscale() == "log"
+    panel = matplotlib_figure.Figure().subplots()
+    band(panel, pd.DataFrame([[-9.0, -10.0, -11.0]] * 2), color="C0")
+    heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() < -11 and heights.min() + heights.max() == pytest.approx(-20)
+
+
 def test_runs_measured_at_one_step_get_a_line_each_with_their_seeds_and_mean(tmp_path, figures):
     draw_curves(tmp_path / "c.png", *study_of([20]), ["a", "c", "b", "never measured"], {})
     dots, *losses = figures[0].axes

@@ -69,6 +69,9 @@ class Nuclei:
     def __len__(self) -> int:
         return self.num_images
 
+    def source(self, index: int) -> None:
+        """The file of square ``index``: it has none of its own."""
+
     def origin(self, index: int) -> str:
         """Where picture ``index`` comes from, for messages about it."""
         return f"square {index} of {self.name}"

@@ -1,6 +1,7 @@
 """The plots of a study."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +30,9 @@ LEGIBLE, COLUMNS = 6, 4
 BAND_SEEDS = 3
 """So many seeds a band needs: Student's interval from two is mostly wider than the whole plot."""
 
+TITLE = 110
+"""So many characters of a title fit into the width."""
+
 DECADE = (1, 1.5, 2, 3, 4, 5, 7)
 """Numbers on a log axis."""
 
@@ -52,7 +56,7 @@ def draw_curves(
         if (losses.run == name).any():
             smooth.setdefault(mine.loss_over.iloc[0], {})[name] = running_means(losses[losses.run == name])
     heights = [0.8 + 0.24 * len(by_run) if once else 2.8]  # in inches
-    heights += [2.8 if few else 0.7 + 1.6 * math.ceil((len(courses) - 1) / COLUMNS) for courses in smooth.values()]
+    heights += [2.8 if few else 0.7 + 1.6 * math.ceil(max(1, len(courses) - 1) / COLUMNS) for courses in smooth.values()]
     figure = new_figure(10, sum(heights) + 0.3)
     upper, *lower = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     if once:
@@ -71,7 +75,7 @@ def draw_curves(
             for name, curve in published.items():
                 if kind == f"{family_of(name).objective}, uniform":
                     panels[0].plot(curve.steps, curve.values, ":", color="0.25", label=f"{name}, published")
-        part.suptitle(title, x=0.01, ha="left", fontsize="medium")
+        part.suptitle(textwrap.fill(title, TITLE), x=0.01, ha="left", fontsize="medium")
     if few:
         lines = {line.get_label(): line for part in (*lower, upper) for line in part.axes[0].lines}
         order = [name for name in (*styles, *(f"{name}, published" for name in published)) if name in lines]
@@ -99,15 +103,18 @@ def draw_courses(
         for name, course in courses.items():
             band(panel, course.set_axis(course.index * unit(by_run[name].iloc[0])), **style, **styles[name])
         dress(panel)
-        logarithmic(panel, "y", DECADE)
         panel.set_xlabel(title)
+    values = pd.concat(course.stack() for course in courses.values())
+    for panel in panels if values.min() > 0 else ():
+        logarithmic(panel, "y", DECADE)
     panels[-1].xaxis.set_major_formatter("{x:,g}")  # half a minute is not "500m"
     panels[0].set_ylabel(what)
 
 
 def draw_multiples(part: Any, courses: dict[str, pd.DataFrame]) -> None:
-    """A panel for each run's values by step and seed, with the first run's behind them."""
+    """A panel for each run's values by step and seed, with the first run's behind them; or the first alone."""
     first, *others = courses
+    others = others or [first]
     grid = part.subplots(math.ceil(len(others) / COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False)
     for panel, name in zip_longest(grid.flat, others):
         panel.set_visible(name is not None)
@@ -116,9 +123,10 @@ def draw_multiples(part: Any, courses: dict[str, pd.DataFrame]) -> None:
             band(panel, courses[name], color="C0", label=name)
             dress(panel)
             panel.set_title(name, fontsize="medium")
-    logarithmic(grid[0, 0], "y", DECADE)
     late = pd.concat(course[course.index > course.index[-1] / 10].stack() for course in courses.values())
-    grid[0, 0].set_ylim(0.9 * late.min(), late.max())  # the steep beginning is the same in all
+    if late.min() > 0:  # that of an aligned run may be below
+        logarithmic(grid[0, 0], "y", DECADE)
+    grid[0, 0].set_ylim(late.min() - 0.1 * abs(late.min()), late.max())  # the steep beginning is the same in all
     part.supxlabel("optimizer steps", fontsize="medium")
 
 
@@ -161,15 +169,14 @@ def dress(panel: Any) -> None:
 def band(panel: Any, values: pd.DataFrame, **style: Any) -> None:
     """A line through the means over the columns (seeds), and a band over their 95 % confidence intervals.
 
-    The band is cut at a fifth of the mean, which keeps it positive, for log axes. It needs `BAND_SEEDS` seeds.
+    The band of a positive mean is cut at a fifth of it, for log axes. It needs `BAND_SEEDS` seeds.
     """
     means, counts = values.mean(axis=1), values.count(axis=1)
     panel.plot(values.index, means, lw=1.5, ms=4, **style)
     if (counts >= BAND_SEEDS).all():
         half = half_width(values.sem(axis=1), counts)
-        panel.fill_between(
-            values.index, np.maximum(means - half, 0.2 * means), means + half, alpha=0.15, color=style["color"]
-        )
+        lower = (means - half).where(means <= 0, np.maximum(means - half, 0.2 * means))
+        panel.fill_between(values.index, lower, means + half, alpha=0.15, color=style["color"])
 
 
 def seeds_words(rows: pd.DataFrame) -> str:
