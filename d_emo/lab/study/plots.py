@@ -56,7 +56,8 @@ def draw_curves(
         if (losses.run == name).any():
             smooth.setdefault(mine.loss_over.iloc[0], {})[name] = running_means(losses[losses.run == name])
     heights = [0.8 + 0.24 * len(by_run) if once else 2.8]  # in inches
-    heights += [2.8 if few else 0.7 + 1.6 * math.ceil(max(1, len(courses) - 1) / COLUMNS) for courses in smooth.values()]
+    rows_of = {kind: math.ceil(max(1, len(courses) - 1) / COLUMNS) for kind, courses in smooth.items()}
+    heights += [2.8 if few else 0.7 + 1.6 * count for count in rows_of.values()]
     figure = new_figure(10, sum(heights) + 0.3)
     upper, *lower = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     if once:
